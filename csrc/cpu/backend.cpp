@@ -1,0 +1,120 @@
+#include "backend.h"
+
+#include <memory>
+#include <stdexcept>
+
+#include "isa.h"
+
+namespace spectral {
+namespace cpu {
+namespace {
+
+struct Level {
+  const char* name;
+  const CpuKernels* kernels;
+  bool supported;
+};
+
+const std::vector<Level>& all_levels() {
+  static const std::vector<Level> table = [] {
+    std::vector<Level> found{{"baseline", &baseline::kernels, true}};
+#ifdef SPECTRAL_X86_LEVELS
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    found.push_back({"v3", &v3::kernels, v3});
+    found.push_back({"v4", &v4::kernels, v4});
+#endif
+    return found;
+  }();
+  return table;
+}
+
+const Level* best_level() {
+  const Level* best = nullptr;
+  for (const Level& candidate : all_levels())
+    if (candidate.supported) best = &candidate;
+  return best;
+}
+
+const Level* current = best_level();
+
+// Below this many bytes of weights a second thread costs more than it saves.
+constexpr int64_t kSerialBytes = 256 * 1024;
+
+int useful_threads(const Header& header, int threads) {
+  return header.n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
+}
+
+}  // namespace
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const Level& candidate : all_levels())
+    if (candidate.supported) names.emplace_back(candidate.name);
+  return names;
+}
+
+std::string level() { return current->name; }
+
+void set_level(const std::string& name) {
+  for (const Level& candidate : all_levels()) {
+    if (name != candidate.name) continue;
+    if (!candidate.supported)
+      throw std::invalid_argument("level: this processor cannot run '" + name + "'");
+    current = &candidate;
+    return;
+  }
+  throw std::invalid_argument("level: got '" + name + "', which this build does not have");
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+void gram_matvec(const Header& header, int threads) {
+  const CpuKernels& kernels = *current->kernels;
+  const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
+  const int64_t n_tasks = header.n_tiles + header.n_vectors;
+#pragma omp parallel num_threads(useful_threads(header, threads))
+  {
+    std::unique_ptr<double[]> scratch;
+    if (header.scratch_size > 0) scratch.reset(new double[4 * header.scratch_size]);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n_tasks; ++i) {
+      if (i < header.n_tiles)
+        kernels.gram_matvec(header, tiles[i], scratch.get());
+      else
+        kernels.vector_norm(header, i - header.n_tiles);
+    }
+  }
+}
+
+void normalize(const Header& header, int threads) {
+  const CpuKernels& kernels = *current->kernels;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header, threads))
+  for (int64_t i = 0; i < header.n_matrices; ++i) kernels.normalize(header, i);
+}
+
+void rank_one(const Header& header, bool accumulate, int threads) {
+  const CpuKernels& kernels = *current->kernels;
+  const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
+  const int64_t n_tasks = header.n_tiles + header.n_vectors;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header, threads))
+  for (int64_t i = 0; i < n_tasks; ++i) {
+    if (i < header.n_tiles)
+      kernels.rank_one(header, tiles[i], accumulate);
+    else
+      kernels.vector_gradient(header, i - header.n_tiles, accumulate);
+  }
+}
+
+}  // namespace cpu
+}  // namespace spectral

@@ -1,0 +1,22 @@
+// The CPU backend: one parallel region per call over all matrices and vectors of a table.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../table.h"
+
+namespace spectral {
+namespace cpu {
+
+std::vector<std::string> levels();     // those this processor can run, best last
+std::string level();                   // the one in use
+void set_level(const std::string& name);  // throws std::invalid_argument
+bool has_openmp();
+
+void gram_matvec(const Header& header, int threads);
+void normalize(const Header& header, int threads);
+void rank_one(const Header& header, bool accumulate, int threads);
+
+}  // namespace cpu
+}  // namespace spectral

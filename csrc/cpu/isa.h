@@ -1,0 +1,40 @@
+// The kernels are compiled once per instruction-set level; this header lists the levels and the
+// functions that each of them provides. The level is chosen when the module is loaded.
+#pragma once
+
+#include "../table.h"
+
+namespace spectral {
+
+struct CpuKernels {
+  // s, partial t and partial norm of one tile; scratch holds 4 * header.scratch_size elements.
+  void (*gram_matvec)(const Header&, const Tile&, void* scratch);
+  // Norm and penalty of one vector.
+  void (*vector_norm)(const Header&, int64_t vector);
+  // Adds up the partial results of one matrix: sigma, residual, penalty, v_next.
+  void (*normalize)(const Header&, int64_t matrix);
+  // The penalty's gradient for the rows of one tile, added to grad or written over it.
+  void (*rank_one)(const Header&, const Tile&, bool accumulate);
+  // The same for one vector.
+  void (*vector_gradient)(const Header&, int64_t vector, bool accumulate);
+};
+
+#define SPECTRAL_DECLARE_LEVEL(level)                                    \
+  namespace level {                                                      \
+  void gram_matvec(const Header&, const Tile&, void* scratch);           \
+  void vector_norm(const Header&, int64_t vector);                       \
+  void normalize(const Header&, int64_t matrix);                         \
+  void rank_one(const Header&, const Tile&, bool accumulate);            \
+  void vector_gradient(const Header&, int64_t vector, bool accumulate);  \
+  inline constexpr CpuKernels kernels{gram_matvec, vector_norm, normalize, rank_one, \
+                                      vector_gradient};                  \
+  }
+
+SPECTRAL_DECLARE_LEVEL(baseline)
+#ifdef SPECTRAL_X86_LEVELS
+SPECTRAL_DECLARE_LEVEL(v3)
+SPECTRAL_DECLARE_LEVEL(v4)
+#endif
+#undef SPECTRAL_DECLARE_LEVEL
+
+}  // namespace spectral

@@ -1,0 +1,125 @@
+// The penalty's gradient: strength * 2 k (sigma^k - tau^k) sigma^(k-1) u v^T with u = s / sigma
+// for a matrix, and its counterparts for biases, shifts and gains.
+
+#include "isa.h"
+#include "scalar_math.h"
+#include "simd.h"
+
+namespace spectral {
+namespace SPECTRAL_LEVEL {
+namespace {
+
+template <class S>
+SPECTRAL_INLINE double strength_of(const Header& header, int64_t entry) {
+  const double scale = header.scale == 0 ? 1 : (double)*reinterpret_cast<const S*>(header.scale);
+  return scale * (double)reinterpret_cast<const S*>(header.strength)[entry];
+}
+
+// grad[c] = (accumulate ? grad[c] : 0) + a * v[c]
+template <bool kAccumulate, class G, class S>
+SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
+  using L = Simd<G>;
+  using V = typename L::V;
+  int64_t c = 0;
+  for (; c + L::kLanes <= n; c += L::kLanes) {
+    V x = Simd<S>::load(v + c) * a;
+    if (kAccumulate) x += L::load(grad + c);
+    L::store(grad + c, x);
+  }
+  if (c < n) {
+    V x = load_part(v + c, n - c) * a;
+    if (kAccumulate) x += load_part(grad + c, n - c);
+    store_part(grad + c, x, n - c);
+  }
+}
+
+template <bool kAccumulate, class G, class S = typename Simd<G>::Accumulator>
+void rank_one_tile(const Header& header, const Tile& tile) {
+  const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
+  const double k = header.exponent;
+  const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
+  const double target = reinterpret_cast<const S*>(header.target)[tile.matrix];
+  // At sigma = 0 there is no direction to move along: the gradient is zero.
+  const double coefficient = sigma == 0 ? 0
+                                        : strength_of<S>(header, tile.matrix) * 2 * k *
+                                              (power(sigma, k) - power(target, k)) *
+                                              power(sigma, k - 1);
+  const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
+  const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
+  for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
+    G* grad = reinterpret_cast<G*>(m.grad) + row * m.grad_row_stride;
+    const S a = sigma == 0 ? 0 : (S)(coefficient * (s[row] / sigma));
+    for (int64_t o = 0; o < m.outer; ++o)
+      add_scaled<kAccumulate>(grad + o * m.grad_outer_stride, v + o * m.inner, a, m.inner);
+  }
+}
+
+template <bool kAccumulate, class T, class G, class S = typename Simd<T>::Accumulator>
+void vector_gradient_of(const Header& header, const Vector& vector, int64_t index) {
+  const double k = header.exponent;
+  const double strength = strength_of<S>(header, header.n_matrices + index);
+  const double norm = reinterpret_cast<const S*>(header.norm)[index];
+  const double shift_factor = strength * 2 * k * power(norm, 2 * k - 2);
+  const T* x = reinterpret_cast<const T*>(vector.weight);
+  G* grad = reinterpret_cast<G*>(vector.grad);
+  constexpr int kLanes = Simd<T>::kLanes;
+  for (int64_t i = 0; i < vector.size; i += kLanes) {
+    const int64_t width = vector.size - i < kLanes ? vector.size - i : kLanes;
+    auto value = width == kLanes ? Simd<T>::load(x + i) : load_part(x + i, width);
+    for (int64_t j = 0; j < width; ++j) {
+      const double g = value[j], magnitude = __builtin_fabs(g);
+      value[j] = (S)(vector.kind == kShift ? shift_factor * g
+                     : g == 0              ? 0
+                                           : strength * 2 * k * (power(magnitude, k) - 1) *
+                                    power(magnitude, k - 1) * (g > 0 ? 1 : -1));
+    }
+    if (kAccumulate) value += width == kLanes ? Simd<G>::load(grad + i) : load_part(grad + i, width);
+    if (width == kLanes)
+      Simd<G>::store(grad + i, value);
+    else
+      store_part(grad + i, value, width);
+  }
+}
+
+// float64 gradients belong to float64 weights; every other pair of types is mixed freely.
+template <class T, class Function>
+SPECTRAL_INLINE void with_grad_dtype(int64_t dtype, Function function) {
+  if constexpr (sizeof(T) == 8) {
+    function(double{});
+  } else {
+    with_dtype(dtype, [&](auto g) {
+      if constexpr (sizeof(g) != 8) function(g);
+    });
+  }
+}
+
+}  // namespace
+
+void rank_one(const Header& header, const Tile& tile, bool accumulate) {
+  const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
+  if (m.grad == 0) return;
+  with_dtype(m.grad_dtype, [&](auto g) {
+    if (accumulate)
+      rank_one_tile<true, decltype(g)>(header, tile);
+    else
+      rank_one_tile<false, decltype(g)>(header, tile);
+  });
+}
+
+void vector_gradient(const Header& header, int64_t index, bool accumulate) {
+  const Vector& vector = reinterpret_cast<const Vector*>(header.vectors)[index];
+  if (vector.grad == 0) return;
+  with_dtype(header.weight_dtype, [&](auto t) {
+    using T = decltype(t);
+    with_grad_dtype<T>(vector.grad_dtype, [&](auto g) {
+      using G = decltype(g);
+      if (accumulate)
+        vector_gradient_of<true, T, G>(header, vector, index);
+      else
+        vector_gradient_of<false, T, G>(header, vector, index);
+    });
+  });
+}
+
+}  // namespace SPECTRAL_LEVEL
+}  // namespace spectral

@@ -1,0 +1,191 @@
+// Vectors of one instruction-set level through the vector extensions of GCC and Clang.
+//
+// Compiled once per level with that level's flags, so nothing here may come from the standard
+// library: an inline function compiled for AVX-512 could be the one the linker keeps for all.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define SPECTRAL_BYTES 64
+#elif defined(__AVX2__)
+#define SPECTRAL_BYTES 32
+#else
+#define SPECTRAL_BYTES 16
+#endif
+
+#define SPECTRAL_INLINE inline __attribute__((always_inline))
+
+namespace spectral {
+namespace SPECTRAL_LEVEL {
+namespace {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+constexpr int kLanes32 = SPECTRAL_BYTES / 4;
+
+using f32v = float __attribute__((vector_size(SPECTRAL_BYTES)));
+using f64v = double __attribute__((vector_size(SPECTRAL_BYTES)));
+using u32v = uint32_t __attribute__((vector_size(SPECTRAL_BYTES)));
+using u16v = uint16_t __attribute__((vector_size(SPECTRAL_BYTES / 2)));
+
+template <class V>
+SPECTRAL_INLINE V load_bits(const void* p) {
+  V x;
+  __builtin_memcpy(&x, p, sizeof(V));
+  return x;
+}
+
+template <class V>
+SPECTRAL_INLINE void store_bits(void* p, V x) {
+  __builtin_memcpy(p, &x, sizeof(V));
+}
+
+// Conversions of 16-bit floats: exact one way, to the nearest even the other.
+
+SPECTRAL_INLINE u32v bfloat16_bits(u32v x) {
+  u32v rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
+  u32v nan = (u32v)((x & 0x7fffffffu) > 0x7f800000u);
+  return (nan & 0x7fc0u) | (~nan & rounded);
+}
+
+#ifndef __F16C__
+SPECTRAL_INLINE f32v float16_value(u32v h) {
+  u32v sign = (h & 0x8000u) << 16;
+  u32v magnitude = (h & 0x7fffu) << 13;
+  u32v special = (u32v)((h & 0x7c00u) == 0x7c00u);
+  // A multiplication by 2^112 moves the exponent and normalizes subnormal numbers.
+  u32v finite = (u32v)((f32v)magnitude * 0x1p112f);
+  u32v value = (special & (magnitude | 0x7f800000u)) | (~special & finite);
+  return (f32v)(value | sign);
+}
+
+SPECTRAL_INLINE u32v float16_bits(u32v x) {
+  u32v sign = (x >> 16) & 0x8000u;
+  u32v a = x & 0x7fffffffu;
+  u32v normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 0.5 leaves the subnormal half, rounded, in the low bits of the sum.
+  u32v subnormal = (u32v)((f32v)a + 0.5f) - 0x3f000000u;
+  u32v is_subnormal = (u32v)(a < 0x38800000u);
+  u32v overflows = (u32v)(a >= 0x477ff000u);
+  u32v nan = (u32v)(a > 0x7f800000u);
+  u32v bits = (is_subnormal & subnormal) | (~is_subnormal & normal);
+  bits = (overflows & 0x7c00u) | (~overflows & bits);
+  bits = (nan & 0x7e00u) | (~nan & bits);
+  return bits | sign;
+}
+#endif
+
+// Simd<T>: vectors of Accumulator elements, read from and written to arrays of T.
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  using Accumulator = float;
+  using V = f32v;
+  static constexpr int kLanes = kLanes32;
+  static SPECTRAL_INLINE V load(const float* p) { return load_bits<V>(p); }
+  static SPECTRAL_INLINE void store(float* p, V x) { store_bits(p, x); }
+};
+
+template <>
+struct Simd<double> {
+  using Accumulator = double;
+  using V = f64v;
+  static constexpr int kLanes = SPECTRAL_BYTES / 8;
+  static SPECTRAL_INLINE V load(const double* p) { return load_bits<V>(p); }
+  static SPECTRAL_INLINE void store(double* p, V x) { store_bits(p, x); }
+};
+
+template <>
+struct Simd<bfloat16> {
+  using Accumulator = float;
+  using V = f32v;
+  static constexpr int kLanes = kLanes32;
+  static SPECTRAL_INLINE V load(const bfloat16* p) {
+    return (V)(__builtin_convertvector(load_bits<u16v>(p), u32v) << 16);
+  }
+  static SPECTRAL_INLINE void store(bfloat16* p, V x) {
+    store_bits(p, __builtin_convertvector(bfloat16_bits((u32v)x), u16v));
+  }
+};
+
+template <>
+struct Simd<float16> {
+  using Accumulator = float;
+  using V = f32v;
+  static constexpr int kLanes = kLanes32;
+#if defined(__AVX512F__)
+  static SPECTRAL_INLINE V load(const float16* p) {
+    return (V)_mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p));
+  }
+  static SPECTRAL_INLINE void store(float16* p, V x) {
+    store_bits(p, _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static SPECTRAL_INLINE V load(const float16* p) {
+    return (V)_mm256_cvtph_ps(load_bits<__m128i>(p));
+  }
+  static SPECTRAL_INLINE void store(float16* p, V x) {
+    store_bits(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static SPECTRAL_INLINE V load(const float16* p) {
+    return float16_value(__builtin_convertvector(load_bits<u16v>(p), u32v));
+  }
+  static SPECTRAL_INLINE void store(float16* p, V x) {
+    store_bits(p, __builtin_convertvector(float16_bits((u32v)x), u16v));
+  }
+#endif
+};
+
+// The first n < kLanes elements; the rest of the vector is zero.
+template <class T>
+SPECTRAL_INLINE typename Simd<T>::V load_part(const T* p, int64_t n) {
+  T padded[Simd<T>::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+  return Simd<T>::load(padded);
+}
+
+template <class T>
+SPECTRAL_INLINE void store_part(T* p, typename Simd<T>::V x, int64_t n) {
+  T padded[Simd<T>::kLanes];
+  Simd<T>::store(padded, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+// The sum of the lanes, always in the same order.
+template <class V>
+SPECTRAL_INLINE auto sum_lanes(V x) -> decltype(x[0] + x[0]) {
+  constexpr int kLanes = sizeof(V) / sizeof(x[0]);
+  decltype(x[0] + x[0]) total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+SPECTRAL_INLINE bool is_finite(double x) { return __builtin_isfinite(x); }
+
+// Calls function(T{}) with the element type that the table names.
+template <class Function>
+SPECTRAL_INLINE void with_dtype(int64_t dtype, Function function) {
+  switch (dtype) {
+    case kFloat32: return function(float{});
+    case kFloat64: return function(double{});
+    case kBFloat16: return function(bfloat16{});
+    case kFloat16: return function(float16{});
+  }
+}
+
+}  // namespace
+}  // namespace SPECTRAL_LEVEL
+}  // namespace spectral

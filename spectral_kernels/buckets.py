@@ -1,0 +1,167 @@
+"""The plans of a selection, one per device and dtype, kept in step with the parameters."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+
+import torch
+
+from . import backends
+from .plan import Plan, State
+from .selection import Selection
+
+
+class Bucket:
+    """One plan with its state and its backend."""
+
+    def __init__(self, plan: Plan, backend, exponent: float):
+        self.plan, self.backend = plan, backend
+        self.state = State.fresh(plan)
+        self.state.set_exponent(exponent)
+        self.warm = False
+
+    def iterate(self, n: int) -> None:
+        """Run ``n`` power iterations; ``state`` then holds s, sigma of the last and its v."""
+        plan, state, backend = self.plan, self.state, self.backend
+        for _ in range(n):
+            state.swap()
+            backend.gram_matvec(plan, state)
+            backend.normalize(plan, state)
+
+    def evaluated(self) -> State:
+        """Return sigma and penalty at the vectors the next iteration would use."""
+        state = self.state.evaluation()
+        self.backend.gram_matvec(self.plan, state)
+        self.backend.normalize(self.plan, state)
+        return state
+
+    def value(self, state: State) -> torch.Tensor:
+        """Return sum of strength * R, 0-d, in the dtype of the state."""
+        return torch.dot(state.strength, state.penalty)
+
+    def add_gradient(self, state: State, grads, accumulate: bool) -> None:
+        """Add the gradient at ``state`` to ``grads`` (one per owner), or overwrite them."""
+        self.plan.bind_grads(grads)
+        self.backend.rank_one(self.plan, state, grads, accumulate)
+
+
+class Buckets:
+    """All buckets of a selection, built at first use and rebuilt when parameters change.
+
+    Args:
+        selection: matrices and vectors.
+        backend: name of the backend.
+        exponent: k.
+        warmup: iterations for vectors that start from random numbers.
+        seed: of those random numbers; each matrix has its own stream, keyed by its name.
+        fill: called with each new bucket, to write strength and target.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        backend: str,
+        exponent: float,
+        warmup: int,
+        seed: int,
+        fill: Callable[[Bucket], None],
+    ):
+        self.selection, self.backend, self.exponent = selection, backend, exponent
+        self.warmup, self.seed, self.fill = warmup, seed, fill
+        self.buckets: list[Bucket] | None = None
+        self.known: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
+        owners = dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors))
+        self.owners = list(owners)
+        self._slots = [
+            ({o.attribute: o.tensor}, o.attribute)
+            if o.module is None
+            else (o.module._parameters, o.attribute)
+            for o in self.owners
+        ]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the parameter of every owner as it is now."""
+        try:
+            tensors = [slot[key] for slot, key in self._slots]
+        except KeyError:
+            tensors = [None]
+        if any(t is None for t in tensors):
+            tensors = [owner.get() for owner in self.owners]
+        return tensors
+
+    def fresh(self) -> list[Bucket]:
+        """Return buckets whose tables point at the parameters of this moment, warmed up."""
+        tensors = self.tensors()
+        if self.buckets is not None:
+            for bucket, indices in zip(self.buckets, self._indices, strict=True):
+                if not bucket.plan.bind_weights([tensors[i] for i in indices]):
+                    self.known = self.vectors()
+                    self.buckets = None
+                    break
+        if self.buckets is None:
+            self._build(tensors)
+        for bucket in self.buckets:
+            if not bucket.warm:
+                bucket.iterate(self.warmup)
+                bucket.warm = True
+        return self.buckets
+
+    def _build(self, tensors: list[torch.Tensor]) -> None:
+        place = {owner: i for i, owner in enumerate(self.owners)}
+        groups: dict[tuple, list[int]] = {}
+        for i, (owner, tensor) in enumerate(zip(self.owners, tensors, strict=True)):
+            if tensor.is_meta:
+                raise RuntimeError(
+                    f"parameter {owner.name!r} is on the meta device: materialize the model before "
+                    "the regularizer is first used"
+                )
+            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+        buckets, orders = [], []
+        for (device, _), members in groups.items():
+            inside = set(members)
+            matrices = [m for m in self.selection.matrices if place[m.owner] in inside]
+            vectors = [v for v in self.selection.vectors if place[v.owner] in inside]
+            order = list(dict.fromkeys(place[x.owner] for x in (*matrices, *vectors)))
+            plan = Plan(matrices, vectors, [tensors[i] for i in order])
+            bucket = Bucket(plan, backends.choose(self.backend, device), self.exponent)
+            bucket.warm = self._start(bucket)
+            self.fill(bucket)
+            buckets.append(bucket)
+            orders.append(order)
+        self.buckets, self._indices, self.known = buckets, orders, {}
+
+    def _start(self, bucket: Bucket) -> bool:
+        """Write the vectors to start from; tell whether all of them were known."""
+        state, all_known = bucket.state, True
+        for i, (matrix, layout) in enumerate(
+            zip(bucket.plan.matrices, bucket.plan.layouts, strict=True)
+        ):
+            v = self.known.get(matrix.name)
+            if v is None or v.shape[-1] != layout.cols:
+                all_known = False
+                v = self._random(matrix.name, layout.cols)
+            else:
+                v = layout.from_logical(v)
+            state.columns(i, state.v_next).copy_(v)
+        return all_known
+
+    def _random(self, name: str, cols: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
+        v = torch.randn(1, cols, generator=generator, dtype=torch.float64)
+        return v / torch.linalg.vector_norm(v)
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """Return the vectors that the next iteration starts from: name -> [r, N], copies."""
+        found = dict(self.known)
+        for bucket in self.buckets or ():
+            for i, matrix in enumerate(bucket.plan.matrices):
+                v = bucket.state.columns(i, bucket.state.v_next)
+                found[matrix.name] = bucket.plan.layouts[i].to_logical(v).clone()
+        return found
+
+    def restart(self, vectors: Mapping[str, torch.Tensor]) -> None:
+        """Start from ``vectors`` at the next use."""
+        self.known = {**self.vectors(), **vectors}
+        self.buckets = None
+

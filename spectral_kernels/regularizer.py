@@ -1,0 +1,412 @@
+"""SpectralRegularizer: the object that a training loop holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import autograd, backends
+from .attach import Attachment, attach
+from .buckets import Bucket, Buckets
+from .diagnostics import largest_singular_value
+from .selection import Matrix, check_patterns, match, select
+
+Strength = float | torch.Tensor | Mapping[str, float]
+Target = float | str | Mapping[str, float | str]
+
+
+class Row(NamedTuple):
+    """One line of :meth:`SpectralRegularizer.report`."""
+
+    name: str
+    shape: tuple[int, int]
+    sigma: float
+    residual: float
+
+
+class LoadResult(NamedTuple):
+    """What :meth:`SpectralRegularizer.load_state_dict` did not find, and what it did not use."""
+
+    missing: list[str]
+    unexpected: list[str]
+
+
+class SpectralRegularizer:
+    """Keeps the largest singular value of every layer near a target.
+
+    The penalty is ``strength * R`` with (Lewandowski et al., "Learning Continually by Spectral
+    Regularization", ICLR 2025, arXiv 2406.06811)::
+
+        R = sum over matrices (sigma_1(W)^k - target^k)^2 + sum over biases and shifts ||b||^(2k)
+            + sum over norm gains sum_i (|g_i|^k - 1)^2
+
+    Use one of three ways per step: add :meth:`penalty` to the loss; or call
+    :meth:`accumulate_grad_` between ``backward`` and ``optimizer.step``; or call :meth:`attach`
+    once. They give the same gradient.
+
+    Args:
+        model: a module, or an iterable of (name, parameter).
+        strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
+            in which the first match counts.
+        exponent: k, at least 1.
+        target: tau; a number, "initial" (sigma_1 of each matrix when the regularizer is built), or
+            a mapping from name patterns to these.
+        n_power_iterations: per step; each reads every weight once.
+        biases: regularize biases.
+        norms: regularize the gains and shifts of normalization layers.
+        include: glob patterns; when given, only parameters whose name matches one are taken, and
+            embedding tables among them.
+        exclude: glob patterns of names to leave out.
+        splits: pattern -> number of equal parts or their sizes along the output dimension, for
+            fused projections such as ``{"*.qkv.weight": 3}``.
+        stacked: patterns of stacks (E, out, in) that are E matrices.
+        warmup: power iterations at first use, so that the first sigma means something.
+        backend: "auto", "cpu" (C++) or "reference" (PyTorch, any device).
+        seed: of the random vectors to start from; torch's own generators are not touched.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a value out of range, a pattern that matches nothing, nothing to regularize.
+        RuntimeError: a backend asked for by name that cannot run here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, torch.Tensor]],
+        strength: Strength = 1e-3,
+        exponent: float = 2,
+        target: Target = 1.0,
+        n_power_iterations: int = 1,
+        *,
+        biases: bool = True,
+        norms: bool = True,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        splits: Mapping[str, int | Sequence[int]] | None = None,
+        stacked: Sequence[str] = (),
+        warmup: int = 10,
+        backend: str = "auto",
+        seed: int = 0,
+    ):
+        backends.check_name(backend)
+        self.exponent = _number("exponent", exponent, at_least=1)
+        self.n_power_iterations = _count("n_power_iterations", n_power_iterations, 1)
+        self._selection = select(
+            model, biases=biases, norms=norms, include=include, exclude=exclude,
+            splits=splits, stacked=stacked,
+        )  # fmt: skip
+        self._entries = [*self._selection.matrices, *self._selection.vectors]
+        self._buckets = Buckets(
+            self._selection, backend, self.exponent, _count("warmup", warmup, 0),
+            _count("seed", seed, 0), self._fill,
+        )  # fmt: skip
+        self._attached: list[Attachment] = []
+        self.strength = strength
+        self.target = target
+        self._targets = self._numbers("target", target, words=("initial",))
+        self._initial: dict[str, float] = {}
+        if not any(owner.get().is_meta for owner in self._buckets.owners):
+            self._measure_initial()
+
+    # ---------------------------------------------------------------------- the three ways
+
+    def penalty(self) -> torch.Tensor:
+        """Run the power iterations and return ``strength * R``, to be added to the loss.
+
+        The gradient is exact given the iterations' vectors; double backward works, and several
+        calls may come before one backward. Inside gradient clipping. Under ``torch.no_grad()`` the
+        penalty is evaluated and the vectors stay where they are.
+
+        Returns:
+            A 0-d tensor on the first parameter's device; float32 (float64 for float64 weights).
+
+        Raises:
+            RuntimeError: a parameter that is gone or on the meta device.
+            ValueError: a parameter whose memory layout cannot be used in place.
+        """
+        return autograd.penalty(self._ready(), self.n_power_iterations)
+
+    def accumulate_grad_(self, grad_scale: float | torch.Tensor | None = None) -> None:
+        """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
+
+        Call it once per optimizer step, after ``backward``: before clipping to be inside it. A
+        parameter without ``.grad`` gets one.
+
+        Args:
+            grad_scale: the factor by which the gradients in ``.grad`` are still multiplied:
+                ``scaler.get_scale()`` if ``scaler.unscale_(optimizer)`` has not been called.
+
+        Raises:
+            RuntimeError: as :meth:`penalty`, and during CUDA graph capture on a missing ``.grad``.
+            ValueError: as :meth:`penalty`, and for a ``.grad`` that is sparse, or of a dtype or
+                memory layout that does not go with its weight.
+        """
+        with torch.no_grad():
+            if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
+                grad_scale = torch.tensor(_number("grad_scale", grad_scale), dtype=torch.float64)
+            buckets = self._ready()
+            for bucket in buckets:
+                bucket.plan.bind_grads(_grads(bucket))
+            for bucket in buckets:
+                bucket.iterate(self.n_power_iterations)
+                bucket.state.set_scale(grad_scale)
+                bucket.add_gradient(bucket.state, _grads(bucket), accumulate=True)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+        """Call :meth:`accumulate_grad_` at the start of every ``optimizer.step()``.
+
+        The penalty then counts once per optimizer step and is outside of gradient clipping done
+        before the step. Under GradScaler the gradients of a fused optimizer are still scaled; the
+        penalty is scaled with them. A closure is evaluated first, then the penalty added.
+
+        Args:
+            optimizer: holds every parameter that this regularizer has selected.
+
+        Returns:
+            A handle; ``handle.remove()`` ends it.
+
+        Raises:
+            TypeError: not a torch.optim.Optimizer, or LBFGS (its line search needs the loss: add
+                ``penalty()`` to it in the closure).
+            ValueError: a selected parameter is not in ``optimizer``.
+            RuntimeError: attached to this optimizer already.
+        """
+        self._attached = [a for a in self._attached if a.active]
+        attachment = attach(self, optimizer, self._buckets.owners, self._attached)
+        self._attached.append(attachment)
+        return attachment
+
+    # ------------------------------------------------------------------------- what it knows
+
+    @property
+    def strength(self) -> Strength:
+        """Factor of the penalty; assign a number, a 0-d tensor or a mapping at any time."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: Strength) -> None:
+        if isinstance(strength, torch.Tensor):
+            if strength.dim() != 0 or not strength.is_floating_point():
+                raise ValueError(
+                    f"strength: got a tensor of shape {tuple(strength.shape)} and dtype "
+                    f"{strength.dtype}; accepted are 0-d floating-point tensors"
+                )
+            self._strengths = None
+        else:
+            self._strengths = self._numbers("strength", strength)
+        self._strength = strength
+        for bucket in self._buckets.buckets or ():
+            self._fill_strength(bucket)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the matrices; parts of a split or stacked parameter carry a suffix."""
+        return [matrix.name for matrix in self._selection.matrices]
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Estimates of sigma_1, [n_matrices], in the order of ``names``, on the device; a copy."""
+        return self._gather("sigma")
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """Some singular value of W lies within ``residual`` of ``sigma``; [n_matrices], a copy."""
+        return self._gather("residual")
+
+    def report(self) -> list[Row]:
+        """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
+        values = torch.stack((self.sigma, self.residual)).tolist()
+        return [
+            Row(matrix.name, matrix.shape, sigma, residual)
+            for matrix, sigma, residual in zip(self._selection.matrices, *values, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"SpectralRegularizer(strength={self.strength}, exponent={self.exponent:g}, "
+            f"target={self.target}, n_power_iterations={self.n_power_iterations}, "
+            f"backend={self._buckets.backend!r})",
+            f"{len(self._selection.matrices)} matrices",
+        ]
+        width = max((len(e.name) for e in self._entries), default=0)
+        for matrix in self._selection.matrices:
+            shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
+            lines.append(f"  {matrix.name:{width}}  {shape:>13}  {matrix.view}".rstrip())
+        if self._selection.vectors:
+            lines.append(f"{len(self._selection.vectors)} vectors")
+            pulled = {"shift": "pulled to 0", "gain": "every element pulled to 1"}
+            for vector in self._selection.vectors:
+                lines.append(f"  {vector.name:{width}}  {pulled[vector.kind]}")
+        if self._selection.skipped:
+            lines.append(f"{len(self._selection.skipped)} skipped")
+            lines += [f"  {name:{width}}  {why}" for name, why in self._selection.skipped]
+        return "\n".join(lines)
+
+    # --------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the vectors of every matrix ([1, N], copies) and the measured targets, by name."""
+        if self._buckets.buckets is None and not self._buckets.known:
+            self._buckets.fresh()
+        return {"vectors": self._buckets.vectors(), "initial": dict(self._initial)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> LoadResult:
+        """Continue from a :meth:`state_dict`; vectors are normalized, missing names warmed up.
+
+        Returns:
+            The names that ``state`` lacks and those it has in addition.
+
+        Raises:
+            TypeError: not such a dict.
+            ValueError: a vector of the wrong shape, or one that is zero or not finite.
+        """
+        if not isinstance(state, Mapping) or not isinstance(state.get("vectors"), Mapping):
+            raise TypeError('state: accepted is the dict that state_dict() returns, with "vectors"')
+        matrices = {matrix.name: matrix for matrix in self._selection.matrices}
+        found = {
+            name: _checked_vector(matrices[name], v)
+            for name, v in state["vectors"].items()
+            if name in matrices
+        }
+        self._initial.update({n: float(x) for n, x in state.get("initial", {}).items()})
+        self._buckets.restart(found)
+        return LoadResult(
+            [name for name in matrices if name not in found],
+            [name for name in state["vectors"] if name not in matrices],
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out addresses and attachments; copies and pickles carry the vectors."""
+        state = self.__dict__.copy()
+        del state["_buckets"], state["_attached"]
+        b = self._buckets
+        state["_buckets_arguments"] = (b.selection, b.backend, b.exponent, b.warmup, b.seed)
+        state["_vectors"] = b.vectors()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        arguments, vectors = state.pop("_buckets_arguments"), state.pop("_vectors")
+        self.__dict__.update(state)
+        self._attached = []
+        self._buckets = Buckets(*arguments, self._fill)
+        self._buckets.known = vectors
+
+    # ------------------------------------------------------------------------------ internals
+
+    def _ready(self) -> list[Bucket]:
+        buckets = self._buckets.fresh()
+        if self._strengths is None:
+            for bucket in buckets:
+                self._fill_strength(bucket)
+        return buckets
+
+    def _fill(self, bucket: Bucket) -> None:
+        """Write strength and target of a new bucket."""
+        self._fill_strength(bucket)
+        self._measure_initial()
+        values = [
+            self._initial[matrix.name] if target == "initial" else target
+            for matrix, target in ((m, self._targets[m.name]) for m in bucket.plan.matrices)
+        ]
+        bucket.state.target.copy_(torch.tensor(values, dtype=torch.float64))
+
+    def _fill_strength(self, bucket: Bucket) -> None:
+        if self._strengths is None:
+            bucket.state.strength.fill_(self._strength.detach())
+        else:
+            entries = (*bucket.plan.matrices, *bucket.plan.vectors)
+            values = [self._strengths[entry.name] for entry in entries]
+            bucket.state.strength.copy_(torch.tensor(values, dtype=torch.float64))
+
+    def _numbers(self, argument: str, value, words: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the value of ``argument`` for every matrix and vector by name."""
+        if not isinstance(value, Mapping):
+            if value not in words:
+                _number(argument, value, at_least=0, words=words)
+            return {entry.name: value for entry in self._entries}
+        owned = [entry.owner.name for entry in self._entries]
+        check_patterns(argument, value, [*owned, *(name for name, _ in self._selection.skipped)])
+        found = {}
+        for entry, name in zip(self._entries, owned, strict=True):
+            pattern = match(name, value)
+            if pattern is None:
+                raise ValueError(
+                    f"{argument}: no pattern matches {name!r}; end the mapping with a '*' entry"
+                )
+            if value[pattern] not in words:
+                _number(f"{argument}[{pattern!r}]", value[pattern], at_least=0, words=words)
+            found[entry.name] = value[pattern]
+        return found
+
+    def _measure_initial(self) -> None:
+        for matrix in self._selection.matrices:
+            if self._targets[matrix.name] == "initial" and matrix.name not in self._initial:
+                tensor = matrix.owner.get().detach()
+                self._initial[matrix.name] = largest_singular_value(
+                    matrix, tensor, rtol=1e-4, backend=self._buckets.backend
+                )
+
+    def _gather(self, field: str) -> torch.Tensor:
+        buckets = self._ready()
+        by_name: dict[str, torch.Tensor] = {}
+        device = buckets[0].plan.device
+        for bucket in buckets:
+            values = getattr(bucket.state, field)
+            if len(buckets) == 1:
+                return values.clone()
+            by_name.update(zip((m.name for m in bucket.plan.matrices), values.unbind(), strict=True))
+        dtypes = {x.dtype for x in by_name.values()}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        return torch.stack([by_name[n].to(device=device, dtype=dtype) for n in self.names])
+
+
+def _grads(bucket: Bucket) -> list[torch.Tensor | None]:
+    """Return the gradient of every owner, made where a trainable parameter has none."""
+    grads = []
+    for tensor in bucket.plan.tensors:
+        grad = tensor.grad
+        if grad is None and tensor.requires_grad:
+            if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a parameter has no .grad during CUDA graph capture: run a step before, and "
+                    "keep the gradients with zero_grad(set_to_none=False)"
+                )
+            grad = tensor.grad = torch.zeros_like(tensor, requires_grad=False)
+        grads.append(grad)
+    return grads
+
+
+def _number(argument: str, value, at_least: float = 0.0, words: Sequence[str] = ()) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        accepted = "".join(f" or {word!r}" for word in words)
+        raise TypeError(f"{argument}: got {value!r}; accepted is a number{accepted}")
+    if not math.isfinite(value) or value < at_least:
+        raise ValueError(f"{argument}: got {value!r}; accepted are finite numbers >= {at_least}")
+    return value
+
+
+def _count(argument: str, value, at_least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: got {value!r}; accepted is an integer")
+    if value < at_least:
+        raise ValueError(f"{argument}: got {value!r}; accepted are integers >= {at_least}")
+    return value
+
+
+def _checked_vector(matrix: Matrix, v) -> torch.Tensor:
+    rows, cols = matrix.shape
+    if not isinstance(v, torch.Tensor) or tuple(v.shape) not in ((1, cols), (1, rows)):
+        raise ValueError(
+            f"state: the vector of {matrix.name!r} has shape {tuple(getattr(v, 'shape', ()))}; "
+            f"accepted is (1, {cols}) for this matrix of {rows} x {cols}"
+        )
+    norm = float(torch.linalg.vector_norm(v.double()))
+    if not math.isfinite(norm) or (norm == 0 and v.numel()):
+        raise ValueError(f"state: the vector of {matrix.name!r} has norm {norm}")
+    # A vector that is normalized already keeps its bits.
+    return v.detach().clone() if abs(norm - 1) < 1e-6 else (v.double() / norm).to(v.dtype)

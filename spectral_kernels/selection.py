@@ -1,0 +1,339 @@
+"""Which parameters of a model are regularized, and how each is viewed as matrices."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_NORMS = tuple(
+    getattr(nn, name)
+    for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d",
+                 "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm", "RMSNorm")
+)  # fmt: skip
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_GATES = {
+    nn.LSTM: ("i", "f", "g", "o"), nn.LSTMCell: ("i", "f", "g", "o"),
+    nn.GRU: ("r", "z", "n"), nn.GRUCell: ("r", "z", "n"),
+}  # fmt: skip
+_RECURRENT = (nn.RNN, nn.RNNCell, *_GATES)
+# Norms that multiply by (1 + weight): pulling |weight| to one would double their gain.
+_OFFSET_GAINS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a parameter lives: looked up again at every use, since modules may replace it."""
+
+    name: str
+    module: nn.Module | None
+    attribute: str
+    tensor: torch.Tensor | None = None
+
+    def get(self) -> torch.Tensor:
+        """Return the tensor that is the parameter now; RuntimeError when it is gone."""
+        if self.module is None:
+            return self.tensor
+        parameter = self.module._parameters.get(self.attribute)
+        if parameter is None:
+            raise RuntimeError(
+                f"parameter {self.name!r} is no longer a parameter of its "
+                f"{type(self.module).__name__} (was it parametrized, pruned or removed?); build a "
+                "new SpectralRegularizer after such a change"
+            )
+        return parameter
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix: a part of a parameter, flattened to (rows, everything else).
+
+    ``index`` picks one of a stack along dim 0; ``part = (start, length)`` a range of the output
+    dimension ``row_dim`` (counted after ``index``).
+    """
+
+    name: str
+    owner: Owner
+    shape: tuple[int, int]
+    view: str
+    row_dim: int = 0
+    index: int | None = None
+    part: tuple[int, int] | None = None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the part of ``tensor`` that is this matrix, its rows in dim ``row_dim``."""
+        if self.index is not None:
+            tensor = tensor.select(0, self.index)
+        if self.part is not None:
+            tensor = tensor.narrow(self.row_dim, *self.part)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A bias or a norm's shift (``kind="shift"``), or a norm's gain (``kind="gain"``)."""
+
+    name: str
+    owner: Owner
+    kind: str
+
+
+@dataclass
+class Selection:
+    """What is regularized, and what was skipped and why."""
+
+    matrices: list[Matrix] = field(default_factory=list)
+    vectors: list[Vector] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def match(name: str, patterns: Iterable[str]) -> str | None:
+    """Return the first glob pattern that ``name`` matches, or None."""
+    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+
+
+def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ValueError when a pattern matches no parameter: most likely a misspelt name."""
+    names = list(names)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"{argument}: {pattern!r} matches no parameter; there are: {shown}")
+
+
+def select(
+    source: nn.Module | Iterable[tuple[str, torch.Tensor]],
+    *,
+    biases: bool = True,
+    norms: bool = True,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    splits: Mapping[str, int | Sequence[int]] | None = None,
+    stacked: Sequence[str] = (),
+    trainable_only: bool = True,
+) -> Selection:
+    """Choose the matrices and vectors of a model.
+
+    Args:
+        source: a module, or an iterable of (name, tensor).
+        biases: select biases.
+        norms: select the gains and shifts of normalization layers.
+        include: glob patterns; when given, only parameters whose name matches one are selected,
+            embedding tables among them.
+        exclude: glob patterns of names to leave out.
+        splits: pattern -> number of equal parts, or their sizes, along the output dimension
+            (dim 0; dim 1 for transposed convolutions and transformers' ``Conv1D``).
+        stacked: patterns of stacks (E, out, in) that are E matrices.
+        trainable_only: leave out parameters that do not require a gradient.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a pattern that matches nothing, sizes that do not add up, nothing selected.
+    """
+    include = _patterns("include", include)
+    exclude, stacked = _patterns("exclude", exclude) or [], _patterns("stacked", stacked) or []
+    if splits is not None and not isinstance(splits, Mapping):
+        raise TypeError(
+            f"splits: got {type(splits).__name__}; accepted is a mapping from name patterns to a "
+            'number of parts or their sizes, such as {"*.qkv.weight": 3}'
+        )
+    splits = dict(splits or {})
+    owners = _owners(source)
+    names = [owner.name for group in owners for owner in group]
+    for argument, patterns in (
+        ("include", include or []), ("exclude", exclude), ("splits", splits), ("stacked", stacked)
+    ):  # fmt: skip
+        check_patterns(argument, patterns, names)
+
+    found = Selection()
+    for group in owners:
+        owner = next((o for o in group if not _is_embedding(o)), group[0])
+        tensor = owner.get()
+        reason = _reason_to_skip(owner, tensor, include, exclude, trainable_only)
+        if reason is None:
+            role = _role(owner, tensor, chosen=include is not None)
+            if role == "matrix":
+                found.matrices += _matrices(owner, tensor, splits, stacked)
+                continue
+            if role in ("bias", "shift", "gain"):
+                wanted, argument = (biases, "biases") if role == "bias" else (norms, "norms")
+                if wanted:
+                    kind = "gain" if role == "gain" else "shift"
+                    found.vectors.append(Vector(owner.name, owner, kind))
+                    continue
+                role = f"{argument}=False"
+            reason = role
+        found.skipped.append((owner.name, reason))
+    if not found.matrices and not found.vectors:
+        skipped = "; ".join(f"{n}: {why}" for n, why in found.skipped[:8]) or "no parameters"
+        raise ValueError(f"nothing to regularize was found ({skipped})")
+    return found
+
+
+def _patterns(argument: str, patterns: Sequence[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{argument}: got {patterns!r}; accepted is a list of glob patterns")
+    return list(patterns)
+
+
+def _owners(source) -> list[list[Owner]]:
+    """Group the places where each distinct tensor is found, in order of appearance."""
+    groups: dict[int, list[Owner]] = {}
+    if isinstance(source, nn.Module):
+        for prefix, module in unwrapped(source).named_modules(remove_duplicate=False):
+            for attribute, tensor in module._parameters.items():
+                if tensor is not None:
+                    name = f"{prefix}.{attribute}" if prefix else attribute
+                    groups.setdefault(id(tensor), []).append(Owner(name, module, attribute))
+        return list(groups.values())
+    if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
+        raise TypeError(
+            f"model: got {type(source).__name__}; accepted are a torch.nn.Module and an iterable "
+            "of (name, parameter)"
+        )
+    seen: set[str] = set()
+    for item in source:
+        if not (
+            isinstance(item, tuple)
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], torch.Tensor)
+        ):
+            raise TypeError(f"model: got an item {item!r:.80}; accepted is (name, parameter)")
+        name, tensor = item
+        if name in seen:
+            raise ValueError(f"model: the name {name!r} comes twice")
+        seen.add(name)
+        groups.setdefault(id(tensor), []).append(
+            Owner(name, None, name.rpartition(".")[2], tensor)
+        )
+    return list(groups.values())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _is_embedding(owner: Owner) -> bool:
+    return isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag))
+
+
+def _is_hf_conv1d(owner: Owner) -> bool:
+    """Tell whether the owner is transformers' Conv1D, whose weight is stored (in, out)."""
+    return type(owner.module).__name__ == "Conv1D" and hasattr(owner.module, "nf")
+
+
+def _reason_to_skip(owner, tensor, include, exclude, trainable_only) -> str | None:
+    if include is not None and match(owner.name, include) is None:
+        return "not in include"
+    if (pattern := match(owner.name, exclude)) is not None:
+        return f"exclude {pattern!r}"
+    if trainable_only and not tensor.requires_grad:
+        return "requires_grad is False"
+    if tensor.dtype not in FLOAT_DTYPES:
+        return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(
+            f"parameter {owner.name!r} is not initialized yet: run the lazy module once before "
+            "building the regularizer"
+        )
+    return None
+
+
+def _role(owner: Owner, tensor: torch.Tensor, chosen: bool) -> str:
+    """Return "matrix", "bias", "gain", "shift", or the reason why it is none of them."""
+    kind = type(owner.module).__name__
+    if isinstance(owner.module, _NORMS) or ("norm" in kind.lower() and tensor.dim() == 1):
+        if kind in _OFFSET_GAINS and owner.attribute == "weight":
+            return f"a gain of {kind} is stored as its distance from one"
+        return "gain" if owner.attribute in ("weight", "gamma", "scale") else "shift"
+    if _is_embedding(owner) and not chosen:
+        return "embedding table (name it in include to regularize it)"
+    if tensor.dim() >= 2:
+        is_layer = isinstance(owner.module, (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED))
+        if tensor.dim() >= 3 and tensor.shape[0] == 1 and not (is_layer or chosen):
+            return "additive embedding or token (name it in include to regularize it)"
+        return "matrix"
+    if tensor.dim() == 1 and (owner.attribute.startswith("bias") or owner.attribute.endswith("bias")):
+        return "bias"
+    return f"{tensor.dim()}-D, neither a bias nor a parameter of a norm"
+
+
+def _matrices(owner: Owner, tensor: torch.Tensor, splits, stacked) -> list[Matrix]:
+    shape, view = tuple(tensor.shape), []
+    stack: Sequence[int | None] = (None,)
+    if (pattern := match(owner.name, stacked)) is not None:
+        if len(shape) < 3:
+            raise ValueError(
+                f"stacked: {pattern!r} matches {owner.name!r} of shape {shape}; accepted are "
+                "stacks with at least three dimensions, (E, out, in)"
+            )
+        stack, shape = range(shape[0]), shape[1:]
+        view.append(f"stack of {len(stack)}")
+    transposed = isinstance(owner.module, _TRANSPOSED)
+    row_dim = 1 if transposed or _is_hf_conv1d(owner) else 0
+    sizes, labels = _parts(owner, shape, row_dim, splits)
+    if sizes is None:
+        parts: list[tuple[str, tuple[int, int] | None]] = [("", None)]
+        row_dim = 1 if transposed else 0
+    else:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        parts = [(label, (a, n)) for label, a, n in zip(labels, starts, sizes, strict=True)]
+        view.append(f"split {'+'.join(map(str, sizes))}")
+    if len(shape) > 2 or transposed:
+        view.append(f"flattened (dim {row_dim}, rest)")
+    matrices = []
+    for index in stack:
+        for label, part in parts:
+            rows = shape[row_dim] if part is None else part[1]
+            others = [n for d, n in enumerate(shape) if d != row_dim]
+            cols = torch.Size(others).numel()
+            name = owner.name + ("" if index is None else f"[{index}]") + (label and f"[{label}]")
+            matrices.append(
+                Matrix(name, owner, (rows, cols), ", ".join(view), row_dim, index, part)
+            )
+    return matrices
+
+
+def _parts(owner: Owner, shape, row_dim: int, splits) -> tuple[list[int] | None, Sequence[str]]:
+    """Return sizes and labels of the parts along the output dimension; None: it is not split."""
+    total = shape[row_dim]
+    pattern = match(owner.name, splits)
+    if pattern is not None:
+        wanted = splits[pattern]
+        if isinstance(wanted, int) and not isinstance(wanted, bool):
+            sizes = [total // wanted] * wanted if wanted > 0 and total % wanted == 0 else []
+        else:
+            sizes = list(wanted) if isinstance(wanted, Sequence) else []
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or sum(sizes) != total or not sizes:
+            raise ValueError(
+                f"splits: {pattern!r}: {wanted!r} does not divide the {total} outputs (dim "
+                f"{row_dim}) of {owner.name!r}; accepted are a number of equal parts or sizes "
+                f"that add up to {total}"
+            )
+        return sizes, [str(i) for i in range(len(sizes))]
+    if isinstance(owner.module, nn.MultiheadAttention) and owner.attribute == "in_proj_weight":
+        return [total // 3] * 3, ("q", "k", "v")
+    if isinstance(owner.module, _RECURRENT) and owner.attribute.startswith(
+        ("weight_ih", "weight_hh")
+    ):
+        gates = next((g for t, g in _GATES.items() if isinstance(owner.module, t)), None)
+        if gates is not None:
+            return [total // len(gates)] * len(gates), gates
+    return None, ()
