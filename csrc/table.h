@@ -61,7 +61,7 @@ struct Header {
   int64_t target;        // [n_matrices]
   int64_t scale;         // one number that multiplies every strength; 0: there is none
   double exponent;
-  int64_t scratch_size;  // elements of the longest row that has outer > 1; 0: no such row
+  int64_t scratch_size;  // elements of the longest row
   int64_t n_bytes;       // size of the weights, to decide whether threads pay
 };
 

@@ -293,7 +293,7 @@ class Plan:
         header["t_partial"] = self.t_partial.data_ptr()
         header["norm_partial"] = self.norm_partial.data_ptr()
         header["exponent"] = 2
-        header["scratch_size"] = max((x.cols for x in self.layouts if x.outer > 1), default=0)
+        header["scratch_size"] = max((x.cols for x in self.layouts), default=0)
         header["n_bytes"] = elements * self.dtype.itemsize
         self.header = header
         self._offsets = np.array([x.offset for x in self.layouts], dtype=np.int64)

@@ -49,6 +49,10 @@ int useful_threads(const Header& header, int threads) {
   return header.n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
 }
 
+std::unique_ptr<double[]> new_scratch(const Header& header) {
+  return std::unique_ptr<double[]>(new double[kScratchRows * header.scratch_size]);
+}
+
 }  // namespace
 
 std::vector<std::string> levels() {
@@ -85,8 +89,7 @@ void gram_matvec(const Header& header, int threads) {
   const int64_t n_tasks = header.n_tiles + header.n_vectors;
 #pragma omp parallel num_threads(useful_threads(header, threads))
   {
-    std::unique_ptr<double[]> scratch;
-    if (header.scratch_size > 0) scratch.reset(new double[4 * header.scratch_size]);
+    const std::unique_ptr<double[]> scratch = new_scratch(header);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < n_tasks; ++i) {
       if (i < header.n_tiles)
@@ -107,12 +110,16 @@ void rank_one(const Header& header, bool accumulate, int threads) {
   const CpuKernels& kernels = *current->kernels;
   const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
   const int64_t n_tasks = header.n_tiles + header.n_vectors;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header, threads))
-  for (int64_t i = 0; i < n_tasks; ++i) {
-    if (i < header.n_tiles)
-      kernels.rank_one(header, tiles[i], accumulate);
-    else
-      kernels.vector_gradient(header, i - header.n_tiles, accumulate);
+#pragma omp parallel num_threads(useful_threads(header, threads))
+  {
+    const std::unique_ptr<double[]> scratch = new_scratch(header);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n_tasks; ++i) {
+      if (i < header.n_tiles)
+        kernels.rank_one(header, tiles[i], accumulate, scratch.get());
+      else
+        kernels.vector_gradient(header, i - header.n_tiles, accumulate);
+    }
   }
 }
 

@@ -14,51 +14,73 @@ namespace {
 
 constexpr int64_t kBlockBytes = 192 * 1024;  // a row block must stay in the second-level cache
 constexpr int kMaxRows = 4;
+constexpr int kLine = 64;  // bytes
 
-// out[r] = sum_c w[r][c] * v[c]
+// Calls body(c, prefetch) for every full pair of vectors below n, and returns where it stopped;
+// prefetch is true once per cache line.
+template <class T, class Body>
+SPECTRAL_INLINE int64_t for_pairs(int64_t n, Body body) {
+  constexpr int kPair = 2 * Simd<T>::kLanes, kBytes = kPair * (int)sizeof(T);
+  int64_t c = 0;
+  if (kBytes < kLine)
+    for (; c + kLine / (int)sizeof(T) <= n; c += kLine / (int)sizeof(T)) {
+      body(c, true);
+      for (int i = kPair; i < kLine / (int)sizeof(T); i += kPair) body(c + i, false);
+    }
+  for (; c + kPair <= n; c += kPair) body(c, kBytes >= kLine);
+  return c;
+}
+
+// Fetches the lines of one pair of vectors at p.
+template <class T>
+SPECTRAL_INLINE void prefetch_pair(const T* p) {
+  constexpr int kBytes = 2 * Simd<T>::kLanes * (int)sizeof(T);
+  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch((const char*)p + i, 0, 3);
+}
+
+// out[r] = sum_c w[r][c] * v[c], prefetching the first half of the rows that come next
 template <int R, class T, class S>
-SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (&out)[R]) {
+SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (&out)[R],
+                              const T* const (&next)[R]) {
   using L = Simd<T>;
   using V = typename L::V;
   V even[R] = {}, odd[R] = {};
-  int64_t c = 0;
-  for (; c + 2 * L::kLanes <= n; c += 2 * L::kLanes) {
+  int64_t c = for_pairs<T>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
     const V v0 = Simd<S>::load(v + c), v1 = Simd<S>::load(v + c + L::kLanes);
     for (int r = 0; r < R; ++r) {
-      even[r] += L::load(w[r] + c) * v0;
-      odd[r] += L::load(w[r] + c + L::kLanes) * v1;
+      if (prefetch && r < R / 2) prefetch_pair(next[r] + c);
+      V w0, w1;
+      L::load_pair(w[r] + c, w0, w1);
+      even[r] += w0 * v0;
+      odd[r] += w1 * v1;
     }
-  }
+  });
   for (; c < n; c += L::kLanes) {
-    const int64_t left = n - c;
-    if (left >= L::kLanes) {
-      const V v0 = Simd<S>::load(v + c);
-      for (int r = 0; r < R; ++r) even[r] += L::load(w[r] + c) * v0;
-    } else {
-      const V v0 = load_part(v + c, left);
-      for (int r = 0; r < R; ++r) even[r] += load_part(w[r] + c, left) * v0;
-    }
+    const int64_t left = n - c < L::kLanes ? n - c : L::kLanes;
+    const V v0 = load_part(v + c, left);
+    for (int r = 0; r < R; ++r) even[r] += load_part(w[r] + c, left) * v0;
   }
   for (int r = 0; r < R; ++r) out[r] = sum_lanes(even[r] + odd[r]);
 }
 
-// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c], prefetching the rows that come next
+// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c], prefetching the other rows that come next
 template <int R, class T, class S>
 SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n, S* t, bool first,
                               const T* const (&next)[R]) {
   using L = Simd<T>;
   using V = typename L::V;
-  constexpr int kUnroll = 64 / (L::kLanes * (int)sizeof(T)) > 0 ? 64 / (L::kLanes * (int)sizeof(T)) : 1;
-  int64_t c = 0;
-  for (; c + kUnroll * L::kLanes <= n; c += kUnroll * L::kLanes) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c, 0, 3);
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = c + u * L::kLanes;
-      V x = first ? V{} : Simd<S>::load(t + i);
-      for (int r = 0; r < R; ++r) x += L::load(w[r] + i) * a[r];
-      Simd<S>::store(t + i, x);
+  int64_t c = for_pairs<T>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
+    V x0 = first ? V{} : Simd<S>::load(t + c), x1 = first ? V{} : Simd<S>::load(t + c + L::kLanes);
+    for (int r = 0; r < R; ++r) {
+      if (prefetch && r >= R / 2) prefetch_pair(next[r] + c);
+      V w0, w1;
+      L::load_pair(w[r] + c, w0, w1);
+      x0 += w0 * a[r];
+      x1 += w1 * a[r];
     }
-  }
+    Simd<S>::store(t + c, x0);
+    Simd<S>::store(t + c + L::kLanes, x1);
+  });
   for (; c < n; c += L::kLanes) {
     const int64_t left = n - c < L::kLanes ? n - c : L::kLanes;
     V x = first ? V{} : load_part(t + c, left);
@@ -78,38 +100,34 @@ const T* gather_row(const Matrix& m, int64_t row, T* scratch) {
 
 template <class T, class S>
 struct TileTask {
-  const Header& header;
   const Matrix& m;
   const Tile& tile;
-  T* scratch;
   const int64_t n;
   const double scale;
+  const S* v;  // in split order where the type wants it
+  S* s;
+  S* t;  // the same; null: only s is wanted
+  T* rows_scratch;
   double sum_of_squares = 0;
 
   template <int R>
   SPECTRAL_INLINE void rows(int64_t row) {
     const T* base = reinterpret_cast<const T*>(m.weight);
-    const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
-    S* s = reinterpret_cast<S*>(header.s) + m.s_offset + row;
     const T* w[R];
     const T* next[R];
     for (int r = 0; r < R; ++r) {
       w[r] = m.outer == 1 ? base + (row + r) * m.row_stride
-                          : gather_row(m, row + r, scratch + r * n);
+                          : gather_row(m, row + r, rows_scratch + r * n);
       next[r] = m.outer == 1 && row + R + r < tile.row_end ? w[r] + R * m.row_stride : w[r];
     }
-    S product[R];
-    dot_rows<R>(w, v, n, product);
-    S scaled[R];
+    S product[R], scaled[R];
+    dot_rows<R>(w, v, n, product, next);
     for (int r = 0; r < R; ++r) {
-      s[r] = product[r];
+      s[row + r] = product[r];
       sum_of_squares += (double)product[r] * (double)product[r];
       scaled[r] = (S)(product[r] * scale);
     }
-    if (header.t_partial != 0) {
-      S* t = reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
-      add_rows<R>(w, scaled, n, t, row == tile.row_begin, next);
-    }
+    if (t != nullptr) add_rows<R>(w, scaled, n, t, row == tile.row_begin, next);
   }
 
   void run() {
@@ -121,12 +139,23 @@ struct TileTask {
 };
 
 template <class T, class S = typename Simd<T>::Accumulator>
-void gram_matvec_tile(const Header& header, const Tile& tile, void* scratch) {
+void gram_matvec_tile(const Header& header, const Tile& tile, double* scratch) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
+  const int64_t n = m.outer * m.inner;
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
-  TileTask<T, S> task{header, m, tile, static_cast<T*>(scratch), m.outer * m.inner,
-                      inverse_power_of_two(sigma)};
+  const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
+  S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
+  S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
+  TileTask<T, S> task{m, tile, n, inverse_power_of_two(sigma), v, s, t,
+                      reinterpret_cast<T*>(scratch)};
+  if (Simd<T>::kSplits) {
+    S* split_v = reinterpret_cast<S*>(scratch + kMaxRows * n);
+    split_order<T>(v, split_v, n);
+    task.v = split_v;
+    if (t != nullptr) task.t = split_v + n;
+  }
   task.run();
+  if (task.t != t) memory_order<T>(task.t, t, n);
   const int64_t index = &tile - reinterpret_cast<const Tile*>(header.tiles);
   reinterpret_cast<double*>(header.norm_partial)[index] = task.sum_of_squares;
 }
@@ -211,7 +240,7 @@ void vector_norm_of(const Header& header, int64_t index) {
 
 }  // namespace
 
-void gram_matvec(const Header& header, const Tile& tile, void* scratch) {
+void gram_matvec(const Header& header, const Tile& tile, double* scratch) {
   with_dtype(header.weight_dtype,
              [&](auto t) { gram_matvec_tile<decltype(t)>(header, tile, scratch); });
 }

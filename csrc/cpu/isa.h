@@ -6,25 +6,28 @@
 
 namespace spectral {
 
+constexpr int kScratchRows = 6;
+
 struct CpuKernels {
-  // s, partial t and partial norm of one tile; scratch holds 4 * header.scratch_size elements.
-  void (*gram_matvec)(const Header&, const Tile&, void* scratch);
+  // s, partial t and partial norm of one tile; scratch as for rank_one.
+  void (*gram_matvec)(const Header&, const Tile&, double* scratch);
   // Norm and penalty of one vector.
   void (*vector_norm)(const Header&, int64_t vector);
   // Adds up the partial results of one matrix: sigma, residual, penalty, v_next.
   void (*normalize)(const Header&, int64_t matrix);
-  // The penalty's gradient for the rows of one tile, added to grad or written over it.
-  void (*rank_one)(const Header&, const Tile&, bool accumulate);
+  // The penalty's gradient for the rows of one tile, added to grad or written over it. scratch has
+  // room for kScratchRows rows of header.scratch_size elements of any type.
+  void (*rank_one)(const Header&, const Tile&, bool accumulate, double* scratch);
   // The same for one vector.
   void (*vector_gradient)(const Header&, int64_t vector, bool accumulate);
 };
 
 #define SPECTRAL_DECLARE_LEVEL(level)                                    \
   namespace level {                                                      \
-  void gram_matvec(const Header&, const Tile&, void* scratch);           \
+  void gram_matvec(const Header&, const Tile&, double* scratch);           \
   void vector_norm(const Header&, int64_t vector);                       \
   void normalize(const Header&, int64_t matrix);                         \
-  void rank_one(const Header&, const Tile&, bool accumulate);            \
+  void rank_one(const Header&, const Tile&, bool accumulate, double* scratch);            \
   void vector_gradient(const Header&, int64_t vector, bool accumulate);  \
   inline constexpr CpuKernels kernels{gram_matvec, vector_norm, normalize, rank_one, \
                                       vector_gradient};                  \

@@ -15,26 +15,32 @@ SPECTRAL_INLINE double strength_of(const Header& header, int64_t entry) {
   return scale * (double)reinterpret_cast<const S*>(header.strength)[entry];
 }
 
-// grad[c] = (accumulate ? grad[c] : 0) + a * v[c]
+// grad[c] = (accumulate ? grad[c] : 0) + a * v[c], v in split order where the type wants it
 template <bool kAccumulate, class G, class S>
 SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
   using L = Simd<G>;
   using V = typename L::V;
   int64_t c = 0;
-  for (; c + L::kLanes <= n; c += L::kLanes) {
-    V x = Simd<S>::load(v + c) * a;
-    if (kAccumulate) x += L::load(grad + c);
-    L::store(grad + c, x);
+  for (; c + 2 * L::kLanes <= n; c += 2 * L::kLanes) {
+    V x0 = Simd<S>::load(v + c) * a, x1 = Simd<S>::load(v + c + L::kLanes) * a;
+    if (kAccumulate) {
+      V g0, g1;
+      L::load_pair(grad + c, g0, g1);
+      x0 += g0;
+      x1 += g1;
+    }
+    L::store_pair(grad + c, x0, x1);
   }
-  if (c < n) {
-    V x = load_part(v + c, n - c) * a;
-    if (kAccumulate) x += load_part(grad + c, n - c);
-    store_part(grad + c, x, n - c);
+  for (; c < n; c += L::kLanes) {
+    const int64_t left = n - c < L::kLanes ? n - c : L::kLanes;
+    V x = load_part(v + c, left) * a;
+    if (kAccumulate) x += load_part(grad + c, left);
+    store_part(grad + c, x, left);
   }
 }
 
 template <bool kAccumulate, class G, class S = typename Simd<G>::Accumulator>
-void rank_one_tile(const Header& header, const Tile& tile) {
+void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   const double k = header.exponent;
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
@@ -46,9 +52,15 @@ void rank_one_tile(const Header& header, const Tile& tile) {
                                               power(sigma, k - 1);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
+  if (Simd<G>::kSplits) {
+    S* split_v = reinterpret_cast<S*>(scratch);
+    for (int64_t o = 0; o < m.outer; ++o)
+      split_order<G>(v + o * m.inner, split_v + o * m.inner, m.inner);
+    v = split_v;
+  }
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     G* grad = reinterpret_cast<G*>(m.grad) + row * m.grad_row_stride;
-    const S a = sigma == 0 ? 0 : (S)(coefficient * (s[row] / sigma));
+    const S a = sigma == 0 ? 0 : plain_nan((S)(coefficient * (s[row] / sigma)));
     for (int64_t o = 0; o < m.outer; ++o)
       add_scaled<kAccumulate>(grad + o * m.grad_outer_stride, v + o * m.inner, a, m.inner);
   }
@@ -68,10 +80,10 @@ void vector_gradient_of(const Header& header, const Vector& vector, int64_t inde
     auto value = width == kLanes ? Simd<T>::load(x + i) : load_part(x + i, width);
     for (int64_t j = 0; j < width; ++j) {
       const double g = value[j], magnitude = __builtin_fabs(g);
-      value[j] = (S)(vector.kind == kShift ? shift_factor * g
+      value[j] = plain_nan((S)(vector.kind == kShift ? shift_factor * g
                      : g == 0              ? 0
                                            : strength * 2 * k * (power(magnitude, k) - 1) *
-                                    power(magnitude, k - 1) * (g > 0 ? 1 : -1));
+                                    power(magnitude, k - 1) * (g > 0 ? 1 : -1)));
     }
     if (kAccumulate) value += width == kLanes ? Simd<G>::load(grad + i) : load_part(grad + i, width);
     if (width == kLanes)
@@ -95,14 +107,14 @@ SPECTRAL_INLINE void with_grad_dtype(int64_t dtype, Function function) {
 
 }  // namespace
 
-void rank_one(const Header& header, const Tile& tile, bool accumulate) {
+void rank_one(const Header& header, const Tile& tile, bool accumulate, double* scratch) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   if (m.grad == 0) return;
   with_dtype(m.grad_dtype, [&](auto g) {
     if (accumulate)
-      rank_one_tile<true, decltype(g)>(header, tile);
+      rank_one_tile<true, decltype(g)>(header, tile, scratch);
     else
-      rank_one_tile<false, decltype(g)>(header, tile);
+      rank_one_tile<false, decltype(g)>(header, tile, scratch);
   });
 }
 

@@ -31,8 +31,6 @@ struct float16 {
   uint16_t bits;
 };
 
-constexpr int kLanes32 = SPECTRAL_BYTES / 4;
-
 using f32v = float __attribute__((vector_size(SPECTRAL_BYTES)));
 using f64v = double __attribute__((vector_size(SPECTRAL_BYTES)));
 using u32v = uint32_t __attribute__((vector_size(SPECTRAL_BYTES)));
@@ -52,10 +50,17 @@ SPECTRAL_INLINE void store_bits(void* p, V x) {
 
 // Conversions of 16-bit floats: exact one way, to the nearest even the other.
 
-SPECTRAL_INLINE u32v bfloat16_bits(u32v x) {
-  u32v rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
-  u32v nan = (u32v)((x & 0x7fffffffu) > 0x7f800000u);
-  return (nan & 0x7fc0u) | (~nan & rounded);
+// To bfloat16, left in the upper half of each element; the lower half is not cleared. A NaN must
+// have no bits set in its lower half, or the rounding could carry it into another number: NaNs
+// read from bfloat16 and those that arithmetic makes have none.
+SPECTRAL_INLINE u32v bfloat16_upper(f32v value) {
+  const u32v x = (u32v)value;
+  return x + 0x7fffu + ((x >> 16) & 1u);
+}
+
+template <class S>
+SPECTRAL_INLINE S plain_nan(S x) {
+  return x == x ? x : (S)__builtin_nan("");
 }
 
 #ifndef __F16C__
@@ -85,24 +90,36 @@ SPECTRAL_INLINE u32v float16_bits(u32v x) {
 }
 #endif
 
-// Simd<T>: vectors of Accumulator elements, read from and written to arrays of T.
+// Simd<T>: vectors of Accumulator elements, read from and written to arrays of T, a pair of vectors
+// at a time. kSplits: the pair holds the even and the odd elements instead of the first and second
+// half, which needs no shuffle; whoever works with such pairs brings v and t into split_order.
 template <class T>
 struct Simd;
 
+template <class T, class Vector, class S>
+struct Contiguous {
+  using Accumulator = S;
+  using V = Vector;
+  static constexpr int kLanes = sizeof(V) / sizeof(S);
+  static constexpr bool kSplits = false;
+  static SPECTRAL_INLINE void load_pair(const T* p, V& a, V& b) {
+    a = Simd<T>::load(p);
+    b = Simd<T>::load(p + kLanes);
+  }
+  static SPECTRAL_INLINE void store_pair(T* p, V a, V b) {
+    Simd<T>::store(p, a);
+    Simd<T>::store(p + kLanes, b);
+  }
+};
+
 template <>
-struct Simd<float> {
-  using Accumulator = float;
-  using V = f32v;
-  static constexpr int kLanes = kLanes32;
+struct Simd<float> : Contiguous<float, f32v, float> {
   static SPECTRAL_INLINE V load(const float* p) { return load_bits<V>(p); }
   static SPECTRAL_INLINE void store(float* p, V x) { store_bits(p, x); }
 };
 
 template <>
-struct Simd<double> {
-  using Accumulator = double;
-  using V = f64v;
-  static constexpr int kLanes = SPECTRAL_BYTES / 8;
+struct Simd<double> : Contiguous<double, f64v, double> {
   static SPECTRAL_INLINE V load(const double* p) { return load_bits<V>(p); }
   static SPECTRAL_INLINE void store(double* p, V x) { store_bits(p, x); }
 };
@@ -111,20 +128,26 @@ template <>
 struct Simd<bfloat16> {
   using Accumulator = float;
   using V = f32v;
-  static constexpr int kLanes = kLanes32;
+  static constexpr int kLanes = SPECTRAL_BYTES / 4;
+  static constexpr bool kSplits = true;
+  static SPECTRAL_INLINE void load_pair(const bfloat16* p, V& even, V& odd) {
+    const u32v bits = load_bits<u32v>(p);
+    even = (V)(bits << 16);
+    odd = (V)(bits & 0xffff0000u);
+  }
+  static SPECTRAL_INLINE void store_pair(bfloat16* p, V even, V odd) {
+    store_bits(p, (bfloat16_upper(even) >> 16) | (bfloat16_upper(odd) & 0xffff0000u));
+  }
   static SPECTRAL_INLINE V load(const bfloat16* p) {
     return (V)(__builtin_convertvector(load_bits<u16v>(p), u32v) << 16);
   }
   static SPECTRAL_INLINE void store(bfloat16* p, V x) {
-    store_bits(p, __builtin_convertvector(bfloat16_bits((u32v)x), u16v));
+    store_bits(p, __builtin_convertvector(bfloat16_upper(x) >> 16, u16v));
   }
 };
 
 template <>
-struct Simd<float16> {
-  using Accumulator = float;
-  using V = f32v;
-  static constexpr int kLanes = kLanes32;
+struct Simd<float16> : Contiguous<float16, f32v, float> {
 #if defined(__AVX512F__)
   static SPECTRAL_INLINE V load(const float16* p) {
     return (V)_mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p));
@@ -162,6 +185,32 @@ SPECTRAL_INLINE void store_part(T* p, typename Simd<T>::V x, int64_t n) {
   T padded[Simd<T>::kLanes];
   Simd<T>::store(padded, x);
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+// Brings every full pair of vectors of x into the order in which Simd<T>::load_pair reads.
+template <class T, class S>
+SPECTRAL_INLINE void split_order(const S* x, S* out, int64_t n) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= n; c += 2 * kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      out[c + i] = x[c + 2 * i];
+      out[c + kLanes + i] = x[c + 2 * i + 1];
+    }
+  for (; c < n; ++c) out[c] = x[c];
+}
+
+// Undoes split_order.
+template <class T, class S>
+SPECTRAL_INLINE void memory_order(const S* x, S* out, int64_t n) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= n; c += 2 * kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      out[c + 2 * i] = x[c + i];
+      out[c + 2 * i + 1] = x[c + kLanes + i];
+    }
+  for (; c < n; ++c) out[c] = x[c];
 }
 
 // The sum of the lanes, always in the same order.

@@ -1,0 +1,57 @@
+"""Shapes for tests and benches: a ragged zoo, and the weights of real models."""
+
+import torch
+
+ZOO = [
+    (1, 1), (1, 2), (2, 1), (1, 7), (7, 1), (2, 2), (3, 5), (5, 3), (8, 8), (1, 129), (129, 1),
+    (10, 100), (100, 100), (16, 27), (17, 19), (31, 33), (33, 31), (64, 64), (63, 65), (100, 784),
+    (127, 128), (128, 127), (128, 151), (129, 256), (151, 1134), (192, 768), (256, 31), (257, 100),
+    (300, 300), (512, 64), (513, 33), (768, 192), (1134, 151), (1000, 192), (1024, 4096),
+    (40, 20000),
+]  # fmt: skip
+
+
+def mlp() -> list[tuple[int, ...]]:
+    """MLP 784-100-100-100-10."""
+    return [(100, 784), (100, 100), (100, 100), (10, 100)]
+
+
+def resnet18() -> list[tuple[int, ...]]:
+    """ResNet-18 for ImageNet, flattened convolutions: 11.7 M weights."""
+    shapes, inside = [(64, 3 * 49)], 64
+    for width in (64, 128, 256, 512):
+        for block in range(2):
+            shapes += [(width, inside * 9), (width, width * 9)]
+            if block == 0 and inside != width:
+                shapes.append((width, inside))
+            inside = width
+    return [*shapes, (1000, 512)]
+
+
+def vit(width: int, depth: int) -> list[tuple[int, ...]]:
+    """Vision transformer with 16 x 16 patches and a head of 1,000 classes."""
+    block = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    return [(width, 3 * 256), *block * depth, (1000, width)]
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    """GPT-2 124M with its head, weights stored (in, out) as transformers does."""
+    block = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
+    return [*block * 12, (50257, 768)]
+
+
+MODELS = {
+    "mlp": mlp,
+    "resnet18": resnet18,
+    "vit_tiny": lambda: vit(192, 12),
+    "vit_b": lambda: vit(768, 12),
+    "gpt2": gpt2,
+}
+
+
+def random_weights(shapes, dtype=torch.float32, seed=0) -> list[torch.Tensor]:
+    """Draw weights with the usual scale of an initialization, 1 / sqrt(fan in)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype) for shape in shapes
+    ]
