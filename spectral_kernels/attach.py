@@ -59,7 +59,8 @@ def attach(
         regularizer.accumulate_grad_(getattr(optimizer, "grad_scale", None))
 
     def hook(_, args, kwargs):
-        closure = args[0] if args else kwargs.get("closure")
+        # args starts with the optimizer itself.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             accumulate()
             return None
@@ -69,8 +70,8 @@ def attach(
             accumulate()
             return loss
 
-        if args:
-            return (with_penalty, *args[1:]), kwargs
+        if len(args) > 1:
+            return (args[0], with_penalty, *args[2:]), kwargs
         return args, {**kwargs, "closure": with_penalty}
 
     return Attachment(optimizer, hook)

@@ -52,6 +52,7 @@ class SpectralPenalty(torch.autograd.Function):
             ]
             state.set_scale(upstream)
             bucket.plan.bind_weights(weights[own])
+            bucket.plan.bind_grads(fresh)
             bucket.add_gradient(state, fresh, accumulate=False)
             grads += fresh
         return None, None, *grads

@@ -41,8 +41,7 @@ class Bucket:
         return torch.dot(state.strength, state.penalty)
 
     def add_gradient(self, state: State, grads, accumulate: bool) -> None:
-        """Add the gradient at ``state`` to ``grads`` (one per owner), or overwrite them."""
-        self.plan.bind_grads(grads)
+        """Add the gradient at ``state`` to the ``grads`` that the plan is bound to, or overwrite."""
         self.backend.rank_one(self.plan, state, grads, accumulate)
 
 
@@ -147,7 +146,8 @@ class Buckets:
         return all_known
 
     def _random(self, name: str, cols: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(name.encode()))
+        # torch's generator on a CPU has 32 bits of seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
         v = torch.randn(1, cols, generator=generator, dtype=torch.float64)
         return v / torch.linalg.vector_norm(v)
 
@@ -164,4 +164,3 @@ class Buckets:
         """Start from ``vectors`` at the next use."""
         self.known = {**self.vectors(), **vectors}
         self.buckets = None
-

@@ -71,7 +71,8 @@ def largest_singular_value(
 
 def _lanczos(plan: Plan, state: State, backend, rtol: float, name: str) -> float:
     n = plan.layouts[0].cols
-    limit = min(n, plan.layouts[0].rows)
+    # A start outside of the row space of W adds one dimension to what can be reached.
+    limit = min(n, plan.layouts[0].rows + 1)
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(n, generator=generator, dtype=torch.float64).to(plan.device)
     v /= torch.linalg.vector_norm(v)
@@ -80,6 +81,10 @@ def _lanczos(plan: Plan, state: State, backend, rtol: float, name: str) -> float
     betas: list[float] = []
     unit = 1.0  # sigma of the first product: W / unit keeps every number near one
     history: list[float] = []
+    # The first product only tells the magnitude, by which later ones are scaled.
+    state.v.copy_(v)
+    backend.gram_matvec(plan, state)
+    backend.normalize(plan, state)
     while True:
         basis.append(v)
         state.v_next.copy_(v)

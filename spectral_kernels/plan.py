@@ -306,11 +306,13 @@ class Plan:
             False when a tensor's device, dtype, shape or layout is not the one that this plan was
             made for; the plan is then unchanged and a new one is needed.
         """
-        key = [(t.data_ptr(), t.shape) for t in tensors]
+        key = [t.data_ptr() for t in tensors], [t.shape for t in tensors]
         if key == self._weight_key:
             return True
-        old = self._weight_key or [None] * len(tensors)
-        changed = {i for i in range(len(tensors)) if key[i] != old[i]}
+        changed = set(range(len(tensors)))
+        if self._weight_key is not None:
+            old = self._weight_key
+            changed = {i for i in changed if (key[0][i], key[1][i]) != (old[0][i], old[1][i])}
         for i in changed:
             if tensors[i].device != self.device or tensors[i].dtype != self.dtype:
                 return False
@@ -327,10 +329,8 @@ class Plan:
         for i, owner in enumerate(self.matrix_owner):
             if owner in changed and layout_of(self.matrices[i], tensors[owner]) != self.layouts[i]:
                 return False
-        addresses = np.array([k[0] for k in key], dtype=np.int64)
-        self.table["weight"] = (
-            addresses[self.matrix_owner] + self._offsets * self.dtype.itemsize
-        )
+        addresses = np.array(key[0], dtype=np.int64)
+        self.table["weight"] = addresses[self.matrix_owner] + self._offsets * self.dtype.itemsize
         self.vector_table["weight"] = addresses[self.vector_owner]
         self.tensors, self._weight_key = list(tensors), key
         return True
@@ -342,7 +342,13 @@ class Plan:
             ValueError: a gradient that is sparse, on another device, of a dtype that does not go
                 with the weight's, or laid out differently from the weight.
         """
-        key = [None if g is None else (g.data_ptr(), g.dtype, g.stride()) for g in grads]
+        try:
+            key = [None if g is None else (g.data_ptr(), g.dtype, g.stride()) for g in grads]
+        except RuntimeError:  # a gradient without plain memory, which has no address
+            for i, grad in enumerate(grads):
+                if grad is not None:
+                    self._check_grad(i, grad)
+            raise
         if key == self._grad_key:
             return
         for i, grad in enumerate(grads):

@@ -123,7 +123,7 @@ def rank_one(plan, state, grads, accumulate: bool) -> None:
         if grads[owner] is None:
             continue
         u = (coefficient[i] * state.rows(i)[0]).to(plan.state_dtype)
-        view = stored(plan, i, grads[owner])
+        view = stored(plan, i, grads[owner].detach())
         _put(view, torch.outer(u, state.columns(i, state.v)[0]).reshape(view.shape), accumulate)
     for i, owner in enumerate(plan.vector_owner):
         if grads[owner] is None:
@@ -133,7 +133,7 @@ def rank_one(plan, state, grads, accumulate: bool) -> None:
             value = 2 * k * (x.abs() ** k - 1) * x.abs() ** (k - 1) * x.sign()
         else:
             value = 2 * k * norm[i] ** (2 * k - 2) * x
-        _put(grads[owner], strength[n + i] * value, accumulate)
+        _put(grads[owner].detach(), strength[n + i] * value, accumulate)
 
 
 def _put(grad: Tensor, value: Tensor, accumulate: bool) -> None:

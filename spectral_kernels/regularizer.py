@@ -145,16 +145,18 @@ class SpectralRegularizer:
             ValueError: as :meth:`penalty`, and for a ``.grad`` that is sparse, or of a dtype or
                 memory layout that does not go with its weight.
         """
-        with torch.no_grad():
-            if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
-                grad_scale = torch.tensor(_number("grad_scale", grad_scale), dtype=torch.float64)
-            buckets = self._ready()
-            for bucket in buckets:
-                bucket.plan.bind_grads(_grads(bucket))
-            for bucket in buckets:
-                bucket.iterate(self.n_power_iterations)
-                bucket.state.set_scale(grad_scale)
-                bucket.add_gradient(bucket.state, _grads(bucket), accumulate=True)
+        if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
+            grad_scale = torch.tensor(_number("grad_scale", grad_scale), dtype=torch.float64)
+        buckets = self._ready()
+        grads = [[tensor.grad for tensor in bucket.plan.tensors] for bucket in buckets]
+        for bucket, own in zip(buckets, grads, strict=True):
+            bucket.plan.bind_grads(own)
+        for bucket, own in zip(buckets, grads, strict=True):
+            if any(grad is None for grad in own):
+                _make_missing(bucket, own)
+            bucket.iterate(self.n_power_iterations)
+            bucket.state.set_scale(grad_scale)
+            bucket.add_gradient(bucket.state, own, accumulate=True)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
         """Call :meth:`accumulate_grad_` at the start of every ``optimizer.step()``.
@@ -359,26 +361,26 @@ class SpectralRegularizer:
             values = getattr(bucket.state, field)
             if len(buckets) == 1:
                 return values.clone()
-            by_name.update(zip((m.name for m in bucket.plan.matrices), values.unbind(), strict=True))
+            by_name.update(
+                zip((m.name for m in bucket.plan.matrices), values.unbind(), strict=True)
+            )
         dtypes = {x.dtype for x in by_name.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         return torch.stack([by_name[n].to(device=device, dtype=dtype) for n in self.names])
 
 
-def _grads(bucket: Bucket) -> list[torch.Tensor | None]:
-    """Return the gradient of every owner, made where a trainable parameter has none."""
-    grads = []
-    for tensor in bucket.plan.tensors:
-        grad = tensor.grad
-        if grad is None and tensor.requires_grad:
+def _make_missing(bucket: Bucket, grads: list[torch.Tensor | None]) -> None:
+    """Give every trainable parameter without a gradient one, and put it into ``grads``."""
+    for i, tensor in enumerate(bucket.plan.tensors):
+        if grads[i] is None and tensor.requires_grad:
             if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    "a parameter has no .grad during CUDA graph capture: run a step before, and "
-                    "keep the gradients with zero_grad(set_to_none=False)"
+                    f"parameter {bucket.plan.owners[i].name!r} has no .grad during CUDA graph "
+                    "capture: run a step before, and keep the gradients with "
+                    "zero_grad(set_to_none=False)"
                 )
-            grad = tensor.grad = torch.zeros_like(tensor, requires_grad=False)
-        grads.append(grad)
-    return grads
+            grads[i] = tensor.grad = torch.zeros_like(tensor, requires_grad=False)
+    bucket.plan.bind_grads(grads)
 
 
 def _number(argument: str, value, at_least: float = 0.0, words: Sequence[str] = ()) -> float:

@@ -212,9 +212,7 @@ def _owners(source) -> list[list[Owner]]:
         if name in seen:
             raise ValueError(f"model: the name {name!r} comes twice")
         seen.add(name)
-        groups.setdefault(id(tensor), []).append(
-            Owner(name, None, name.rpartition(".")[2], tensor)
-        )
+        groups.setdefault(id(tensor), []).append(Owner(name, None, name.rpartition(".")[2], tensor))
     return list(groups.values())
 
 
@@ -270,7 +268,9 @@ def _role(owner: Owner, tensor: torch.Tensor, chosen: bool) -> str:
         if tensor.dim() >= 3 and tensor.shape[0] == 1 and not (is_layer or chosen):
             return "additive embedding or token (name it in include to regularize it)"
         return "matrix"
-    if tensor.dim() == 1 and (owner.attribute.startswith("bias") or owner.attribute.endswith("bias")):
+    if tensor.dim() == 1 and (
+        owner.attribute.startswith("bias") or owner.attribute.endswith("bias")
+    ):
         return "bias"
     return f"{tensor.dim()}-D, neither a bias nor a parameter of a norm"
 

@@ -1,0 +1,47 @@
+"""Buckets over plain lists of tensors, for tests of plans and backends."""
+
+import torch
+
+from spectral_kernels import backends
+from spectral_kernels.buckets import Bucket
+from spectral_kernels.plan import Plan
+from spectral_kernels.selection import select
+
+
+def bucket_of(tensors, backend="reference", exponent=2, target=1.0, strength=1.0, seed=0, **kw):
+    """A bucket with random unit vectors and poisoned scratch; tensors become leaf parameters."""
+    named = tensors if isinstance(tensors, torch.nn.Module) else list(named_weights(tensors))
+    found = select(named, trainable_only=False, **kw)
+    owners = list(dict.fromkeys(x.owner for x in (*found.matrices, *found.vectors)))
+    weights = [owner.get() for owner in owners]
+    plan = Plan(found.matrices, found.vectors, weights)
+    bucket = Bucket(plan, backends.choose(backend, plan.device), exponent)
+    bucket.state.target.fill_(target)
+    bucket.state.strength.fill_(strength)
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(len(plan.matrices)):
+        v = bucket.state.columns(i, bucket.state.v_next)
+        x = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+        v.copy_(x / x.norm())
+    poison(plan)
+    return bucket
+
+
+def named_weights(tensors):
+    for i, tensor in enumerate(tensors):
+        yield (f"{i}.bias" if tensor.dim() == 1 else f"{i}.weight"), tensor
+
+
+def poison(plan):
+    """Fill scratch with NaN, so that a read of something nobody wrote shows."""
+    plan.t_partial.fill_(float("nan"))
+    plan.norm_partial.fill_(float("nan"))
+
+
+def gradients(bucket, accumulate=False, grads=None):
+    """Run rank_one at the bucket's state into NaN (or given) gradients and return them."""
+    if grads is None:
+        grads = [torch.full_like(t, float("nan")) for t in bucket.plan.tensors]
+    bucket.plan.bind_grads(grads)
+    bucket.add_gradient(bucket.state, grads, accumulate)
+    return grads

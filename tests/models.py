@@ -1,0 +1,45 @@
+"""Small models with every kind of parameter."""
+
+import torch
+from torch import nn
+
+
+class Mixed(nn.Module):
+    """Convolutions, norms, attention, recurrence, an embedding with a tied head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.up = nn.ConvTranspose2d(6, 4, 2)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.rnn = nn.GRU(12, 5, batch_first=True)
+        self.table = nn.Embedding(11, 12)
+        self.head = nn.Linear(12, 11, bias=False)
+        self.head.weight = self.table.weight
+        self.layer_norm = nn.LayerNorm(12)
+
+    def forward(self, tokens, images):
+        x = self.layer_norm(self.table(tokens))
+        x, _ = self.attention(x, x, x)
+        y, _ = self.rnn(x)
+        z = self.up(self.norm(self.conv(images)))
+        return self.head(x).square().mean() + y.square().mean() + z.square().mean()
+
+
+def mixed(seed=0, dtype=torch.float32):
+    """A Mixed with parameters drawn anew, none of them special."""
+    torch.manual_seed(seed)
+    model = Mixed().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def batch(dtype=torch.float32):
+    return torch.randint(11, (3, 7)), torch.randn(3, 3, 6, 6, dtype=dtype)
+
+
+def grads(model):
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]

@@ -1,0 +1,60 @@
+"""What pip makes of the source tree."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def build_wheel(tmp_path, environment):
+    """Build a wheel from a copy of the sources and return pip's output and the wheel's files."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("csrc", "spectral_kernels"):
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation",
+         "-w", str(tmp_path / "out"), str(source)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    return output, zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.fixture
+def build_tools():
+    pytest.importorskip("pybind11", reason="building needs the test extra")
+    pytest.importorskip("setuptools", reason="building needs the test extra")
+
+
+def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, build_tools):
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    environment = {**os.environ, "PATH": str(empty)}
+    environment.pop("CXX", None)
+    output, files = build_wheel(tmp_path, environment)
+    assert "no C++ compiler was found" in output
+    assert "spectral_kernels/regularizer.py" in files
+    assert "spectral_kernels/py.typed" in files
+    assert not any(name.endswith(".so") for name in files)
+
+
+@pytest.mark.slow
+def test_with_a_compiler_the_wheel_holds_the_module(tmp_path, build_tools):
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler on this machine")
+    output, files = build_wheel(tmp_path, dict(os.environ))
+    assert any(name.startswith("spectral_kernels/_native.") for name in files), output
+    assert not any(name.startswith(("csrc", "tests", "bench")) for name in files)
