@@ -1,0 +1,1 @@
+"""Throughput comparisons; see CONTRIBUTING.md for how to run them."""

@@ -23,19 +23,24 @@ def _normalized(x: torch.Tensor) -> torch.Tensor:
     return x / x.norm()
 
 
+def loop_penalty(weights, vectors):
+    """R by a loop over layers as in most code; moves ``vectors``, then takes sigma from them."""
+    total = 0.0
+    for i, weight in enumerate(weights):
+        with torch.no_grad():
+            u = _normalized(weight @ vectors[i])
+            vectors[i] = v = _normalized(weight.mT @ u)
+        sigma = torch.dot(u, weight @ v)
+        total = total + (sigma**2 - 1) ** 2
+    return total
+
+
 def autograd_loop(weights, strength):
-    """Loop over layers as in most code: sigma from the updated vectors, then backward()."""
+    """The loop over layers, then backward()."""
     vectors = start_vectors(weights)
 
     def step():
-        total = 0.0
-        for i, weight in enumerate(weights):
-            with torch.no_grad():
-                u = _normalized(weight @ vectors[i])
-                vectors[i] = v = _normalized(weight.mT @ u)
-            sigma = torch.dot(u, weight @ v)
-            total = total + (sigma**2 - 1) ** 2
-        (strength * total).backward()
+        (strength * loop_penalty(weights, vectors)).backward()
 
     return step
 
@@ -106,3 +111,6 @@ CONTENDERS = {
     "inplace_loop": inplace_loop,
     "compiled_loop": compiled_loop,
 }
+
+# These take sigma and the gradient from the vectors after the iteration, the others from before.
+UPDATES_FIRST = ("autograd_loop",)

@@ -411,4 +411,4 @@ def _checked_vector(matrix: Matrix, v) -> torch.Tensor:
     if not math.isfinite(norm) or (norm == 0 and v.numel()):
         raise ValueError(f"state: the vector of {matrix.name!r} has norm {norm}")
     # A vector that is normalized already keeps its bits.
-    return v.detach().clone() if abs(norm - 1) < 1e-6 else (v.double() / norm).to(v.dtype)
+    return v.detach().clone() if abs(norm - 1) < 1e-6 else v.double() / norm

@@ -23,8 +23,16 @@ _GATES = {
     nn.GRU: ("r", "z", "n"), nn.GRUCell: ("r", "z", "n"),
 }  # fmt: skip
 _RECURRENT = (nn.RNN, nn.RNNCell, *_GATES)
+_GAINS = ("weight", "gamma", "scale", "gain", "g")
+_SHIFTS = ("bias", "beta", "shift", "b")
 # Norms that multiply by (1 + weight): pulling |weight| to one would double their gain.
-_OFFSET_GAINS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm")
+_OFFSET_GAINS = (
+    "GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "MiniMaxM3VLRMSNorm",
+    "MuseGlimmerTextCenteredRMSNorm", "MuseSparkTextCenteredRMSNorm",
+    "MuseSparkTextInputScaledRMSNorm", "NemotronLayerNorm1P", "Qwen3NextRMSNorm", "Qwen3_5RMSNorm",
+    "Qwen3_5MoeRMSNorm", "Qwen4ExpTextRMSNorm", "RecurrentGemmaRMSNorm", "Step3p7RMSNorm",
+    "T5GemmaRMSNorm", "T5Gemma2RMSNorm", "VaultGemmaRMSNorm", "VideoPrismLayerNorm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,13 +63,15 @@ class Matrix:
     """One matrix: a part of a parameter, flattened to (rows, everything else).
 
     ``index`` picks one of a stack along dim 0; ``part = (start, length)`` a range of the output
-    dimension ``row_dim`` (counted after ``index``).
+    dimension ``row_dim`` (counted after ``index``). ``whole`` is the shape of the parameter that
+    was divided so.
     """
 
     name: str
     owner: Owner
     shape: tuple[int, int]
     view: str
+    whole: tuple[int, ...]
     row_dim: int = 0
     index: int | None = None
     part: tuple[int, int] | None = None
@@ -95,7 +105,12 @@ class Selection:
 
 def match(name: str, patterns: Iterable[str]) -> str | None:
     """Return the first glob pattern that ``name`` matches, or None."""
-    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+    return match_any([name], patterns)
+
+
+def match_any(names: Sequence[str], patterns: Iterable[str]) -> str | None:
+    """Return the first glob pattern that one of the ``names`` of a tensor matches, or None."""
+    return next((p for p in patterns if any(fnmatch.fnmatchcase(n, p) for n in names)), None)
 
 
 def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str]) -> None:
@@ -144,6 +159,7 @@ def select(
             'number of parts or their sizes, such as {"*.qkv.weight": 3}'
         )
     splits = dict(splits or {})
+    _patterns("splits", splits)
     owners = _owners(source)
     names = [owner.name for group in owners for owner in group]
     for argument, patterns in (
@@ -154,12 +170,13 @@ def select(
     found = Selection()
     for group in owners:
         owner = next((o for o in group if not _is_embedding(o)), group[0])
-        tensor = owner.get()
-        reason = _reason_to_skip(owner, tensor, include, exclude, trainable_only)
+        aliases, tensor = [o.name for o in group], owner.get()
+        reason = _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only)
         if reason is None:
-            role = _role(owner, tensor, chosen=include is not None)
+            chosen = include is not None or match_any(aliases, stacked) is not None
+            role = _role(owner, tensor, chosen)
             if role == "matrix":
-                found.matrices += _matrices(owner, tensor, splits, stacked)
+                found.matrices += _matrices(owner, aliases, tensor, splits, stacked)
                 continue
             if role in ("bias", "shift", "gain"):
                 wanted, argument = (biases, "biases") if role == "bias" else (norms, "norms")
@@ -179,9 +196,12 @@ def select(
 def _patterns(argument: str, patterns: Sequence[str] | None) -> list[str] | None:
     if patterns is None:
         return None
-    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+    found = None
+    if isinstance(patterns, Iterable) and not isinstance(patterns, str):
+        found = list(patterns)
+    if found is None or not all(isinstance(p, str) for p in found):
         raise TypeError(f"{argument}: got {patterns!r}; accepted is a list of glob patterns")
-    return list(patterns)
+    return found
 
 
 def _owners(source) -> list[list[Owner]]:
@@ -237,10 +257,10 @@ def _is_hf_conv1d(owner: Owner) -> bool:
     return type(owner.module).__name__ == "Conv1D" and hasattr(owner.module, "nf")
 
 
-def _reason_to_skip(owner, tensor, include, exclude, trainable_only) -> str | None:
-    if include is not None and match(owner.name, include) is None:
+def _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only) -> str | None:
+    if include is not None and match_any(aliases, include) is None:
         return "not in include"
-    if (pattern := match(owner.name, exclude)) is not None:
+    if (pattern := match_any(aliases, exclude)) is not None:
         return f"exclude {pattern!r}"
     if trainable_only and not tensor.requires_grad:
         return "requires_grad is False"
@@ -251,6 +271,8 @@ def _reason_to_skip(owner, tensor, include, exclude, trainable_only) -> str | No
             f"parameter {owner.name!r} is not initialized yet: run the lazy module once before "
             "building the regularizer"
         )
+    if tensor.layout != torch.strided:
+        return f"layout {str(tensor.layout).removeprefix('torch.')}"
     return None
 
 
@@ -258,9 +280,11 @@ def _role(owner: Owner, tensor: torch.Tensor, chosen: bool) -> str:
     """Return "matrix", "bias", "gain", "shift", or the reason why it is none of them."""
     kind = type(owner.module).__name__
     if isinstance(owner.module, _NORMS) or ("norm" in kind.lower() and tensor.dim() == 1):
-        if kind in _OFFSET_GAINS and owner.attribute == "weight":
-            return f"a gain of {kind} is stored as its distance from one"
-        return "gain" if owner.attribute in ("weight", "gamma", "scale") else "shift"
+        if owner.attribute in _GAINS:
+            is_offset = kind in _OFFSET_GAINS or getattr(owner.module, "unit_offset", False)
+            return f"a gain of {kind} is stored as its distance from one" if is_offset else "gain"
+        if owner.attribute in _SHIFTS:
+            return "shift"
     if _is_embedding(owner) and not chosen:
         return "embedding table (name it in include to regularize it)"
     if tensor.dim() >= 2:
@@ -275,10 +299,13 @@ def _role(owner: Owner, tensor: torch.Tensor, chosen: bool) -> str:
     return f"{tensor.dim()}-D, neither a bias nor a parameter of a norm"
 
 
-def _matrices(owner: Owner, tensor: torch.Tensor, splits, stacked) -> list[Matrix]:
-    shape, view = tuple(tensor.shape), []
+def _matrices(
+    owner: Owner, aliases: Sequence[str], tensor: torch.Tensor, splits, stacked
+) -> list[Matrix]:
+    shape = whole = tuple(tensor.shape)
+    view = []
     stack: Sequence[int | None] = (None,)
-    if (pattern := match(owner.name, stacked)) is not None:
+    if (pattern := match_any(aliases, stacked)) is not None:
         if len(shape) < 3:
             raise ValueError(
                 f"stacked: {pattern!r} matches {owner.name!r} of shape {shape}; accepted are "
@@ -288,7 +315,7 @@ def _matrices(owner: Owner, tensor: torch.Tensor, splits, stacked) -> list[Matri
         view.append(f"stack of {len(stack)}")
     transposed = isinstance(owner.module, _TRANSPOSED)
     row_dim = 1 if transposed or _is_hf_conv1d(owner) else 0
-    sizes, labels = _parts(owner, shape, row_dim, splits)
+    sizes, labels = _parts(owner, aliases, shape, row_dim, splits)
     if sizes is None:
         parts: list[tuple[str, tuple[int, int] | None]] = [("", None)]
         row_dim = 1 if transposed else 0
@@ -306,15 +333,17 @@ def _matrices(owner: Owner, tensor: torch.Tensor, splits, stacked) -> list[Matri
             cols = torch.Size(others).numel()
             name = owner.name + ("" if index is None else f"[{index}]") + (label and f"[{label}]")
             matrices.append(
-                Matrix(name, owner, (rows, cols), ", ".join(view), row_dim, index, part)
+                Matrix(name, owner, (rows, cols), ", ".join(view), whole, row_dim, index, part)
             )
     return matrices
 
 
-def _parts(owner: Owner, shape, row_dim: int, splits) -> tuple[list[int] | None, Sequence[str]]:
+def _parts(
+    owner: Owner, aliases: Sequence[str], shape, row_dim: int, splits
+) -> tuple[list[int] | None, Sequence[str]]:
     """Return sizes and labels of the parts along the output dimension; None: it is not split."""
     total = shape[row_dim]
-    pattern = match(owner.name, splits)
+    pattern = match_any(aliases, splits)
     if pattern is not None:
         wanted = splits[pattern]
         if isinstance(wanted, int) and not isinstance(wanted, bool):

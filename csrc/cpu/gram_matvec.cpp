@@ -146,8 +146,8 @@ void gram_matvec_tile(const Header& header, const Tile& tile, double* scratch) {
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
   S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
-  TileTask<T, S> task{m, tile, n, inverse_power_of_two(sigma), v, s, t,
-                      reinterpret_cast<T*>(scratch)};
+  TileTask<T, S> task{m, tile, n, inverse_power_of_two(sigma),
+                      v, s,    t, reinterpret_cast<T*>(scratch)};
   if (Simd<T>::kSplits) {
     S* split_v = reinterpret_cast<S*>(scratch + kMaxRows * n);
     split_order<T>(v, split_v, n);

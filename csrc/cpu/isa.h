@@ -22,15 +22,15 @@ struct CpuKernels {
   void (*vector_gradient)(const Header&, int64_t vector, bool accumulate);
 };
 
-#define SPECTRAL_DECLARE_LEVEL(level)                                    \
-  namespace level {                                                      \
-  void gram_matvec(const Header&, const Tile&, double* scratch);           \
-  void vector_norm(const Header&, int64_t vector);                       \
-  void normalize(const Header&, int64_t matrix);                         \
-  void rank_one(const Header&, const Tile&, bool accumulate, double* scratch);            \
-  void vector_gradient(const Header&, int64_t vector, bool accumulate);  \
+#define SPECTRAL_DECLARE_LEVEL(level)                                                \
+  namespace level {                                                                  \
+  void gram_matvec(const Header&, const Tile&, double* scratch);                     \
+  void vector_norm(const Header&, int64_t vector);                                   \
+  void normalize(const Header&, int64_t matrix);                                     \
+  void rank_one(const Header&, const Tile&, bool accumulate, double* scratch);       \
+  void vector_gradient(const Header&, int64_t vector, bool accumulate);              \
   inline constexpr CpuKernels kernels{gram_matvec, vector_norm, normalize, rank_one, \
-                                      vector_gradient};                  \
+                                      vector_gradient};                              \
   }
 
 SPECTRAL_DECLARE_LEVEL(baseline)

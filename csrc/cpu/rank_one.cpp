@@ -46,10 +46,10 @@ void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
   const double target = reinterpret_cast<const S*>(header.target)[tile.matrix];
   // At sigma = 0 there is no direction to move along: the gradient is zero.
-  const double coefficient = sigma == 0 ? 0
-                                        : strength_of<S>(header, tile.matrix) * 2 * k *
-                                              (power(sigma, k) - power(target, k)) *
-                                              power(sigma, k - 1);
+  const double coefficient = sigma == 0
+                                 ? 0
+                                 : strength_of<S>(header, tile.matrix) * 2 * k *
+                                       (power(sigma, k) - power(target, k)) * power(sigma, k - 1);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   if (Simd<G>::kSplits) {
@@ -81,11 +81,12 @@ void vector_gradient_of(const Header& header, const Vector& vector, int64_t inde
     for (int64_t j = 0; j < width; ++j) {
       const double g = value[j], magnitude = __builtin_fabs(g);
       value[j] = plain_nan((S)(vector.kind == kShift ? shift_factor * g
-                     : g == 0              ? 0
-                                           : strength * 2 * k * (power(magnitude, k) - 1) *
-                                    power(magnitude, k - 1) * (g > 0 ? 1 : -1)));
+                               : g == 0 ? 0
+                                        : strength * 2 * k * (power(magnitude, k) - 1) *
+                                              power(magnitude, k - 1) * (g > 0 ? 1 : -1)));
     }
-    if (kAccumulate) value += width == kLanes ? Simd<G>::load(grad + i) : load_part(grad + i, width);
+    if (kAccumulate)
+      value += width == kLanes ? Simd<G>::load(grad + i) : load_part(grad + i, width);
     if (width == kLanes)
       Simd<G>::store(grad + i, value);
     else

@@ -228,10 +228,14 @@ SPECTRAL_INLINE bool is_finite(double x) { return __builtin_isfinite(x); }
 template <class Function>
 SPECTRAL_INLINE void with_dtype(int64_t dtype, Function function) {
   switch (dtype) {
-    case kFloat32: return function(float{});
-    case kFloat64: return function(double{});
-    case kBFloat16: return function(bfloat16{});
-    case kFloat16: return function(float16{});
+    case kFloat32:
+      return function(float{});
+    case kFloat64:
+      return function(double{});
+    case kBFloat16:
+      return function(bfloat16{});
+    case kFloat16:
+      return function(float16{});
   }
 }
 

@@ -1,0 +1,87 @@
+"""A whole training step of a real model, with the regularizer attached and without."""
+
+import pytest
+import torch
+from torch import nn
+
+from spectral_kernels import SpectralRegularizer
+
+from . import baselines
+from .conftest import Group
+
+transformers = pytest.importorskip("transformers", reason="needs the bench extra")
+
+
+def mlp():
+    """MLP 784-100-100-100-10 and its input."""
+    layers = [nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(),
+              nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)]  # fmt: skip
+    return nn.Sequential(*layers), lambda batch: torch.randn(batch, 784)
+
+
+def vit_tiny():
+    """ViT-tiny with random weights and its input."""
+    config = transformers.ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768,
+        num_labels=1000,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config), lambda b: torch.randn(b, 3, 224, 224)
+
+
+def resnet18():
+    """ResNet-18 with random weights and its input."""
+    config = transformers.ResNetConfig(
+        hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=1000
+    )
+    return transformers.ResNetForImageClassification(config), lambda b: torch.randn(b, 3, 224, 224)
+
+
+MODELS = {"mlp": mlp, "resnet18": resnet18, "vit_tiny": vit_tiny}
+BATCH = 32
+
+
+def training_step(make, contender):
+    """Build a model and return a function that trains it one step on the same batch."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    x = inputs(BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    if contender == "attach":
+        SpectralRegularizer(model).attach(optimizer)
+    weights = [p for p in model.parameters() if p.dim() >= 2]
+    loop = None
+    if contender == "autograd_loop":
+        flat = [w.flatten(1) for w in weights]
+        vectors = baselines.start_vectors(flat)
+
+        def loop():
+            return baselines.loop_penalty([w.flatten(1) for w in weights], vectors)
+
+    def step():
+        optimizer.zero_grad()
+        out = model(x)
+        loss = getattr(out, "logits", out).square().mean()
+        if loop is not None:
+            loss = loss + 1e-3 * loop()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("contender", ["without", "attach", "autograd_loop"])
+@pytest.mark.parametrize("case", MODELS)
+def test_training_step(case, contender, benchmark, groups, contenders_of, request):
+    key = ("training_step", case)
+    if key not in groups:
+        groups.clear()
+        config = request.config
+        groups[key] = Group(config.getoption("--rounds"), config.getoption("--smoke"))
+        functions = {name: training_step(MODELS[case], name) for name in contenders_of}
+        groups[key].run(functions, {})
+    benchmark.group = f"training_step {case}"
+    benchmark.extra_info.update(
+        suite="training_step", case=case, dtype="float32", contender=contender, device="cpu",
+        batch=BATCH,
+    )  # fmt: skip
+    groups[key].replay(contender, benchmark)

@@ -1,0 +1,35 @@
+"""Every check that needs no GPU: ``python -m tests``, after ``pip install -e '.[demo,test,bench]'``.
+
+Style, the demo and each bench suite on its smallest case, then the test suite.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    """Run the checks in order; the exit code is that of the first one that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = str(Path(folder) / "demo.png")
+        for arguments in (
+            ["ruff", "check", "."],
+            ["ruff", "format", "--check", "."],
+            ["spectral_kernels", "env"],
+            ["spectral_kernels", "demo", "--tasks", "2", "--epochs", "1", "--out", picture],
+            ["pytest", "bench", "--smoke", "-q", "--benchmark-columns=median,rounds"],
+            ["pytest", "-m", "not gpu"],
+        ):
+            print("$ python -m", *arguments, flush=True)
+            command = [sys.executable, "-m", *arguments]
+            if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
+                print("failed: python -m", *arguments, file=sys.stderr)
+                return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
