@@ -1,15 +1,38 @@
-"""What people write today: one step = power iteration of every layer + gradient into .grad.
+"""What people write today, and ours, behind one interface.
 
-Every contender is built by ``make(weights, strength)`` from leaf tensors whose ``.grad`` exists,
-and returns a function without arguments that runs one step. All of them start from the same
-vectors, so that one step from the same weights gives the same gradient up to rounding.
+One step = power iteration of every layer + gradient of the penalty into ``.grad``. ``make(weights,
+strength)`` takes leaf tensors whose ``.grad`` exists, and returns a function without arguments that
+runs one step. All start from the same vectors (``start_vectors``), so that the first step's
+gradient can be checked against float64.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+from torch import nn
 
 from spectral_kernels import SpectralRegularizer
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a step.
+
+    ``at`` says for which vectors the gradient is right: "v" (those before the iteration), "next v"
+    (those after it), "svd" (the exact ones), or "nothing" for what computes no gradient at all and
+    is timed for orientation. ``most`` is the number of weights beyond which it is left out.
+    """
+
+    make: Callable[[list[torch.Tensor], float], Step]
+    label: str
+    at: str = "v"
+    most: float = float("inf")
 
 
 def start_vectors(weights) -> list[torch.Tensor]:
@@ -20,7 +43,36 @@ def start_vectors(weights) -> list[torch.Tensor]:
 
 
 def _normalized(x: torch.Tensor) -> torch.Tensor:
-    return x / x.norm()
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def _regularizer(weights, strength, backend) -> SpectralRegularizer:
+    named = [(f"{i}.weight", w) for i, w in enumerate(weights)]
+    reg = SpectralRegularizer(named, strength, backend=backend, warmup=0)
+    vectors = start_vectors(weights)
+    reg.load_state_dict(
+        {"vectors": {name: v[None] for (name, _), v in zip(named, vectors, strict=True)}}
+    )
+    return reg
+
+
+def ours(backend: str):
+    """Return a maker of accumulate_grad_ on a backend."""
+
+    def make(weights, strength):
+        return _regularizer(weights, strength, backend).accumulate_grad_
+
+    return make
+
+
+def ours_by_autograd(backend: str):
+    """Return a maker of penalty().backward() on a backend."""
+
+    def make(weights, strength):
+        reg = _regularizer(weights, strength, backend)
+        return lambda: reg.penalty().backward()
+
+    return make
 
 
 def loop_penalty(weights, vectors):
@@ -45,14 +97,6 @@ def autograd_loop(weights, strength):
     return step
 
 
-def _one_read_step(weights, grads, vectors, strength):
-    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        s = weight @ vectors[i]
-        sigma2 = torch.dot(s, s)
-        grad.addr_(s * (4 * strength * (sigma2 - 1)), vectors[i])
-        vectors[i] = _normalized(weight.mT @ s)
-
-
 def inplace_loop(weights, strength):
     """Loop written by hand without autograd: two products and an in-place addr_ per layer."""
     vectors, grads = start_vectors(weights), [w.grad for w in weights]
@@ -60,7 +104,10 @@ def inplace_loop(weights, strength):
 
     def step():
         with torch.no_grad():
-            _one_read_step(plain, grads, vectors, strength)
+            for i, (weight, grad) in enumerate(zip(plain, grads, strict=True)):
+                s = weight @ vectors[i]
+                grad.addr_(s * (4 * strength * (torch.dot(s, s) - 1)), vectors[i])
+                vectors[i] = _normalized(weight.mT @ s)
 
     return step
 
@@ -74,12 +121,11 @@ def compiled_loop(weights, strength):
         out = []
         for weight, grad, v in zip(weights, grads, vectors, strict=True):
             s = weight @ v
-            sigma2 = torch.dot(s, s)
-            grad.add_(torch.outer(s * (4 * strength * (sigma2 - 1)), v))
+            grad.add_(torch.outer(s * (4 * strength * (torch.dot(s, s) - 1)), v))
             out.append(_normalized(weight.mT @ s))
         return out
 
-    compiled = torch.compile(body)
+    compiled = torch.compile(body, dynamic=False)
 
     def step():
         nonlocal vectors
@@ -89,28 +135,69 @@ def compiled_loop(weights, strength):
     return step
 
 
-def ours(backend: str):
-    """Return a maker of this package's accumulate_grad_ on a backend."""
+def stacked_bmm(weights, strength):
+    """Equal shapes stacked, anew in each step, into one tensor for batched products."""
+    groups = defaultdict(list)
+    for weight, v in zip(weights, start_vectors(weights), strict=True):
+        groups[tuple(weight.shape)].append((weight.detach(), weight.grad, v))
+    members = [([w for w, _, _ in g], [g for _, g, _ in g]) for g in groups.values()]
+    vectors = [torch.stack([v for _, _, v in g]) for g in groups.values()]
 
-    def make(weights, strength):
-        named = [(f"{i}.weight", w) for i, w in enumerate(weights)]
-        reg = SpectralRegularizer(named, strength, backend=backend, warmup=0)
-        vectors = start_vectors(weights)
-        reg.load_state_dict(
-            {"vectors": {name: v[None] for (name, _), v in zip(named, vectors, strict=True)}}
-        )
-        return reg.accumulate_grad_
+    def step():
+        with torch.no_grad():
+            for i, (own, grads) in enumerate(members):
+                stack, v = torch.stack(own), vectors[i]
+                s = torch.bmm(stack, v[:, :, None])
+                factor = 4 * strength * (s.square().sum(1, keepdim=True) - 1)
+                torch._foreach_add_(grads, list((s * factor * v[:, None, :]).unbind()))
+                vectors[i] = _normalized(torch.bmm(stack.mT, s)[:, :, 0])
 
-    return make
+    return step
+
+
+def spectral_norm_forward(weights, strength):
+    """The forward pass of torch's spectral_norm parametrization, which divides W by sigma."""
+    layers = []
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight.detach())
+        layers.append(nn.utils.parametrizations.spectral_norm(layer))
+
+    def step():
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight  # noqa: B018  (a parametrized weight is computed when it is read)
+
+    return step
+
+
+def exact_svd(weights, strength):
+    """sigma_1 and its vectors by a full SVD per layer."""
+    grads, plain = [w.grad for w in weights], [w.detach() for w in weights]
+
+    def step():
+        for weight, grad in zip(plain, grads, strict=True):
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+            grad.addr_(u[:, 0] * (4 * strength * (s[0] ** 2 - 1) * s[0]), vh[0])
+
+    return step
 
 
 CONTENDERS = {
-    "cpu": ours("cpu"),
-    "reference": ours("reference"),
-    "autograd_loop": autograd_loop,
-    "inplace_loop": inplace_loop,
-    "compiled_loop": compiled_loop,
+    "cpu": Contender(ours("cpu"), "ours (C++)"),
+    "reference": Contender(ours("reference"), "ours (PyTorch reference)"),
+    "autograd_loop": Contender(autograd_loop, "per-layer autograd loop", at="next v"),
+    "inplace_loop": Contender(inplace_loop, "hand-written in-place loop"),
+    "compiled_loop": Contender(compiled_loop, "torch.compile of it"),
+    "stacked_bmm": Contender(stacked_bmm, "equal shapes stacked for bmm"),
+    "spectral_norm": Contender(
+        spectral_norm_forward, "torch spectral_norm, forward only", at="nothing"
+    ),
+    "exact_svd": Contender(exact_svd, "exact SVD", at="svd", most=1e6),
 }
-
-# These take sigma and the gradient from the vectors after the iteration, the others from before.
-UPDATES_FIRST = ("autograd_loop",)
+BY_AUTOGRAD = {
+    "cpu": Contender(ours_by_autograd("cpu"), "ours (C++)"),
+    "reference": Contender(ours_by_autograd("reference"), "ours (PyTorch reference)"),
+    "autograd_loop": CONTENDERS["autograd_loop"],
+}
+FLOORS = {"floor_read": "floor: read W", "floor_add": "floor: add to .grad"}

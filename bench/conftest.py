@@ -1,11 +1,12 @@
-"""Options of the suites, and the fixture that measures a group of contenders together."""
+"""Options of the suites, and the fixtures that measure a group of contenders together."""
 
 import platform
 
 import pytest
 import torch
 
-from .interleave import Replay, measure
+from .gate import Group
+from .interleave import Replay
 
 REPLAY = Replay()
 
@@ -22,9 +23,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY, warmup=False, disable_gc=True))
     if config.getoption("--smoke"):
-        small = [item for item in items if item.callspec.params.get("case") in ("mlp", None)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in small])
-        items[:] = small
+        left_out = [i for i in items if i.callspec.params.get("case", "mlp") != "mlp"]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -43,44 +44,42 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-class Group:
-    """Contenders of one case, checked, then timed in turn when the first of them is asked for."""
-
-    def __init__(self, rounds: int, smoke: bool):
-        self.rounds, self.smoke = (2 if smoke else rounds), smoke
-        self.durations: dict[str, list[float]] = {}
-        self.wrong: dict[str, str] = {}
-
-    def run(self, functions, wrong):
-        """Time ``functions`` by name in turn; ``wrong`` says why others are not among them."""
-        self.wrong = wrong
-        self.durations = measure(functions, self.rounds, 0.002 if self.smoke else 0.05)
-
-    def replay(self, contender: str, benchmark) -> None:
-        """Hand the contender's durations to pytest-benchmark, or fail if it was found wrong."""
-        if contender in self.wrong:
-            pytest.fail(f"{contender} is wrong and was not timed: {self.wrong[contender]}")
-        REPLAY.into(benchmark, self.durations[contender])
-
-
 @pytest.fixture(scope="session")
-def groups():
-    """Measured groups by key; only the last one is kept, since each holds its weights."""
+def _groups():
     return {}
 
 
 @pytest.fixture
-def contenders_of(request):
-    """Return the contenders of this test's group that this run has not deselected."""
-    params = request.node.callspec.params
-    key = {name: value for name, value in params.items() if name != "contender"}
+def compete(request, benchmark, _groups):
+    """Return ``compete(fill, **info)``: this test's contender, timed with the others of its group.
 
-    def same_group(item):
-        others = getattr(item, "callspec", None)
-        return (
-            item.function is request.function
-            and others is not None
-            and all(others.params[name] == value for name, value in key.items())
-        )
+    A group are the tests of one function that differ in ``contender`` alone. The first of them
+    calls ``fill(group, names)`` with an empty Group and the contenders that this run has not
+    deselected; each then hands its own durations to pytest-benchmark.
+    """
+    params = dict(request.node.callspec.params)
+    contender = params.pop("contender")
+    key = (request.function.__name__, *params.items())
 
-    return [i.callspec.params["contender"] for i in request.session.items if same_group(i)]
+    def of_this_group(item):
+        others = getattr(getattr(item, "callspec", None), "params", {})
+        return item.function is request.function and params.items() <= others.items()
+
+    def run(fill, **info):
+        if key not in _groups:
+            _groups.clear()
+            smoke = request.config.getoption("--smoke")
+            rounds = 2 if smoke else request.config.getoption("--rounds")
+            group = Group(rounds, 0.002 if smoke else 0.05)
+            names = [i.callspec.params["contender"] for i in request.session.items
+                     if of_this_group(i)]  # fmt: skip
+            fill(group, names)
+            _groups[key] = group
+        group = _groups[key]
+        benchmark.group = " ".join(map(str, (info["suite"], *params.values())))
+        benchmark.extra_info.update(info, **params, contender=contender, device="cpu")
+        if contender in group.wrong:
+            pytest.fail(f"{contender} is wrong and was not timed: {group.wrong[contender]}")
+        REPLAY.into(benchmark, group.durations[contender])
+
+    return run

@@ -7,7 +7,6 @@ from torch import nn
 from spectral_kernels import SpectralRegularizer
 
 from . import baselines
-from .conftest import Group
 
 transformers = pytest.importorskip("transformers", reason="needs the bench extra")
 
@@ -71,17 +70,8 @@ def training_step(make, contender):
 
 @pytest.mark.parametrize("contender", ["without", "attach", "autograd_loop"])
 @pytest.mark.parametrize("case", MODELS)
-def test_training_step(case, contender, benchmark, groups, contenders_of, request):
-    key = ("training_step", case)
-    if key not in groups:
-        groups.clear()
-        config = request.config
-        groups[key] = Group(config.getoption("--rounds"), config.getoption("--smoke"))
-        functions = {name: training_step(MODELS[case], name) for name in contenders_of}
-        groups[key].run(functions, {})
-    benchmark.group = f"training_step {case}"
-    benchmark.extra_info.update(
-        suite="training_step", case=case, dtype="float32", contender=contender, device="cpu",
-        batch=BATCH,
-    )  # fmt: skip
-    groups[key].replay(contender, benchmark)
+def test_training_step(case, contender, compete):
+    def fill(group, names):
+        group.time({name: training_step(MODELS[case], name) for name in names})
+
+    compete(fill, suite="training_step", dtype="float32", batch=BATCH)

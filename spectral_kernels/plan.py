@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ HEADER = _struct(
 
 MIN_TILE_ROWS = 128  # a tile writes a partial t of N numbers: 1/128 of what it reads
 MAX_TILES = 64  # per matrix, so that partial sums stay O(N)
+_NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 
 
 def address(array: np.ndarray) -> int:
@@ -99,6 +100,12 @@ class Layout:
 def layout_of(matrix: Matrix, tensor: torch.Tensor) -> Layout:
     """Describe how ``matrix`` lies in ``tensor``; ValueError when it cannot be used in place."""
     whole = tensor.detach()
+    is_part = matrix.index is not None or matrix.part is not None
+    if whole.dim() != len(matrix.whole) or (is_part and whole.shape != matrix.whole):
+        raise ValueError(
+            f"parameter {matrix.name!r} had shape {matrix.whole} when it was selected, now "
+            f"{tuple(whole.shape)}; accepted are other sizes for a parameter that is one matrix"
+        )
     part = matrix.of(whole)
     offset = part.storage_offset() - whole.storage_offset()
     row_dim, size, stride = matrix.row_dim, part.shape, part.stride()
@@ -305,17 +312,20 @@ class Plan:
         Returns:
             False when a tensor's device, dtype, shape or layout is not the one that this plan was
             made for; the plan is then unchanged and a new one is needed.
+
+        Raises:
+            ValueError: a parameter that cannot be used in place.
         """
         key = [t.data_ptr() for t in tensors], [t.shape for t in tensors]
         if key == self._weight_key:
             return True
-        changed = set(range(len(tensors)))
-        if self._weight_key is not None:
-            old = self._weight_key
-            changed = {i for i in changed if (key[0][i], key[1][i]) != (old[0][i], old[1][i])}
+        old = self._weight_key or ([None] * len(tensors),) * 2
+        changed = {i for i, x in enumerate(zip(*key, strict=True)) if x != (old[0][i], old[1][i])}
         for i in changed:
             if tensors[i].device != self.device or tensors[i].dtype != self.dtype:
                 return False
+            if key[0][i] == 0 and tensors[i].numel():
+                raise ValueError(f"parameter {self.owners[i].name!r} has {_NO_MEMORY}")
         for i, owner in enumerate(self.vector_owner):
             if owner in changed:
                 vector = tensors[owner]
@@ -360,7 +370,7 @@ class Plan:
         offsets, strides = self._offsets.copy(), self._strides.copy()
         for i, owner in enumerate(self.matrix_owner):
             if grads[owner] is not None and key[owner][2] != self.tensors[owner].stride():
-                layout = layout_of(self.matrices[i], grads[owner])
+                layout = self._grad_layout(i, grads[owner])
                 offsets[i], strides[i] = layout.offset, layout.strides
         owned = addresses[self.matrix_owner]
         self.table["grad"] = np.where(owned, owned + offsets * sizes[self.matrix_owner], 0)
@@ -369,6 +379,17 @@ class Plan:
         self.vector_table["grad"] = addresses[self.vector_owner]
         self.vector_table["grad_dtype"] = dtypes[self.vector_owner]
         self._grad_key = key
+
+    def _grad_layout(self, i: int, grad: torch.Tensor) -> Layout | None:
+        """Describe how ``grad`` lies if rows and columns are those of matrix ``i``, else None."""
+        try:
+            own, found = self.layouts[i], layout_of(self.matrices[i], grad)
+        except ValueError:
+            return None
+        if own.cols == 1 and found.rows == 1 and found.outer == 1:
+            # One column, apart in the weight and contiguous in the gradient.
+            found = replace(own, offset=found.offset, row_stride=1)
+        return found if own.fits(found) else None
 
     def _check_grad(self, owner: int, grad: torch.Tensor) -> None:
         weight, name = self.tensors[owner], self.owners[owner].name
@@ -379,14 +400,15 @@ class Plan:
         elif grad.device != self.device:
             problem = f"device {grad.device}; accepted is {self.device}"
         elif grad.dtype not in DTYPES or (grad.dtype == torch.float64) != wide:
-            problem = f"dtype {grad.dtype}, which does not go with a weight of {self.dtype}"
+            accepted = "float64" if wide else "float32, bfloat16 and float16"
+            problem = f"dtype {grad.dtype}; accepted for a weight of {self.dtype}: {accepted}"
         elif grad.shape != weight.shape:
             problem = f"shape {tuple(grad.shape)}; accepted is {tuple(weight.shape)}"
+        elif grad.data_ptr() == 0 and grad.numel():
+            problem = _NO_MEMORY
         elif grad.stride() != weight.stride():
-            same = all(
-                self.layouts[i].fits(layout_of(self.matrices[i], grad))
-                for i in np.flatnonzero(self.matrix_owner == owner)
-            )
+            owned = np.flatnonzero(self.matrix_owner == owner)
+            same = all(self._grad_layout(i, grad) is not None for i in owned)
             if not same or (owner in self.vector_owner and not grad.is_contiguous()):
                 problem = (
                     f"strides {grad.stride()}, those of the weight are {weight.stride()}; accepted "

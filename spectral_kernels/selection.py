@@ -135,6 +135,8 @@ def select(
 ) -> Selection:
     """Choose the matrices and vectors of a model.
 
+    A tensor with several names (tied weights) counts once; a pattern may name it by any of them.
+
     Args:
         source: a module, or an iterable of (name, tensor).
         biases: select biases.
@@ -153,13 +155,12 @@ def select(
     """
     include = _patterns("include", include)
     exclude, stacked = _patterns("exclude", exclude) or [], _patterns("stacked", stacked) or []
-    if splits is not None and not isinstance(splits, Mapping):
+    splits = {} if splits is None else splits
+    if not isinstance(splits, Mapping) or not all(isinstance(p, str) for p in splits):
         raise TypeError(
-            f"splits: got {type(splits).__name__}; accepted is a mapping from name patterns to a "
+            f"splits: got {splits!r:.80}; accepted is a mapping from name patterns to a "
             'number of parts or their sizes, such as {"*.qkv.weight": 3}'
         )
-    splits = dict(splits or {})
-    _patterns("splits", splits)
     owners = _owners(source)
     names = [owner.name for group in owners for owner in group]
     for argument, patterns in (
@@ -288,8 +289,9 @@ def _role(owner: Owner, tensor: torch.Tensor, chosen: bool) -> str:
     if _is_embedding(owner) and not chosen:
         return "embedding table (name it in include to regularize it)"
     if tensor.dim() >= 2:
-        is_layer = isinstance(owner.module, (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED))
-        if tensor.dim() >= 3 and tensor.shape[0] == 1 and not (is_layer or chosen):
+        layers = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED)
+        is_weight = owner.attribute.startswith("weight") and isinstance(owner.module, layers)
+        if tensor.dim() >= 3 and tensor.shape[0] == 1 and not (is_weight or chosen):
             return "additive embedding or token (name it in include to regularize it)"
         return "matrix"
     if tensor.dim() == 1 and (

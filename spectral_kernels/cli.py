@@ -1,0 +1,157 @@
+"""The command ``spectral-kernels``: what runs on this machine, and a demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import torch
+
+from . import backends
+from ._version import __version__
+
+_INTERRUPTED = 130  # as a shell reports a process that SIGINT has ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spectral-kernels", description="Spectral regularization for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    env = commands.add_parser("env", help="print versions, backends and instruction sets")
+    env.set_defaults(command=_env)
+    demo = commands.add_parser(
+        "demo",
+        help="continual learning with no regularizer, L2 and spectral regularization",
+        description=(
+            "Train one network on task after task of random labels for the same images, with no "
+            "regularizer, with L2 and with spectral regularization. Ctrl-C keeps what is finished."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--tasks", type=_at_least(1), default=30, help="how often labels change")
+    demo.add_argument("--epochs", type=_at_least(1), default=40, help="epochs per task")
+    demo.add_argument("--seed", type=_at_least(0), default=0, help="of data, weights and batches")
+    demo.add_argument("--out", type=_png, default="demo.png", help="where the picture goes")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _at_least(least: int):
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"got {text!r}; accepted are integers >= {least}")
+        return value
+
+    return integer
+
+
+def _png(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted are names that end in .png")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"got {text!r}; cannot write to folder '{path.parent}'")
+    return path
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    rows = [
+        ("spectral_kernels", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", _triton()),
+        ("numpy", numpy.__version__),
+        ("platform", platform.platform()),
+        ("processor", _processor()),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    for name in backends.NAMES:
+        reason = backends.unavailable(name)
+        rows.append((f"backend {name}", "works" if reason is None else f"no: {reason}"))
+    if backends.unavailable("cpu") is None:
+        cpu = backends.native_module().cpu
+        rows.append(("instruction set", f"{cpu.level()} (available: {', '.join(cpu.levels())})"))
+        rows.append(("openmp", "yes" if cpu.openmp else "no"))
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:{width}}  {value}")
+    return 0
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        return f"none ({error})"
+    return triton.__version__
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    try:
+        from rich.console import Console
+
+        from . import demo, plots
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("sklearn", "matplotlib", "rich"):
+            raise
+        print(
+            f"spectral-kernels: the demo needs {missing}: pip install 'spectral_kernels[demo]'",
+            file=sys.stderr,
+        )
+        return 1
+
+    tasks, epochs, seed = arguments.tasks, arguments.epochs, arguments.seed
+    console = Console()
+    try:
+        if sys.stdout.isatty() and not console.is_dumb_terminal:
+            with demo.bars(console, tasks, epochs) as display:
+                results = demo.run(tasks, epochs, seed, display)
+        else:
+            results = demo.run(tasks, epochs, seed, demo.lines(tasks))
+    except demo.WorkerError as error:
+        print(f"spectral-kernels: {error}", file=sys.stderr)
+        return 1
+    finished = any(results.arms.values())
+    if finished:
+        plots.draw(results, arguments.out)
+        console.print(demo.table(results))
+        print(f"picture: {arguments.out}")
+    print(f"total time: {time.perf_counter() - start:.1f} s", flush=True)
+    if results.interrupted:
+        before = "" if finished else " before any task was finished"
+        print(f"spectral-kernels: interrupted{before}", file=sys.stderr)
+        return _INTERRUPTED
+    return 0

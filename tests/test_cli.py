@@ -1,0 +1,170 @@
+import contextlib
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from spectral_kernels import backends, cli
+
+EXTRAS = ("sklearn", "matplotlib", "rich")
+
+
+@pytest.fixture
+def extras():
+    for name in EXTRAS:
+        pytest.importorskip(name)
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "spectral_kernels", *map(str, arguments)]
+
+
+def png_size(path):
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:24])
+
+
+def wait_until_gone(group, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.05)
+        os.killpg(group, signal.SIGKILL)
+        pytest.fail("processes were left behind")
+
+
+def test_env_names_versions_and_every_backend(capsys):
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    rows = dict(line.split("  ", 1) for line in out.splitlines())
+    assert rows["torch"].strip() == torch.__version__
+    assert rows["threads"].strip() == str(torch.get_num_threads())
+    for name in backends.NAMES:
+        reason = backends.unavailable(name)
+        assert rows[f"backend {name}"].strip() == ("works" if reason is None else f"no: {reason}")
+    if backends.unavailable("cpu") is None:
+        native = backends.native_module().cpu
+        assert rows["instruction set"].split()[0] == native.level()
+        assert all(level in rows["instruction set"] for level in native.levels())
+
+
+def test_env_says_why_a_backend_cannot_run(capsys, monkeypatch):
+    why = {"cpu": "the compiled module is missing"}
+    monkeypatch.setattr(backends, "unavailable", why.get)
+    assert cli.main(["env"]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["backend cpu"].strip() == "no: the compiled module is missing"
+    assert rows["backend reference"].strip() == "works"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "command"),
+        (["demo", "--tasks", "0"], "argument --tasks: got '0'; accepted are integers >= 1"),
+        (["demo", "--epochs", "x"], "argument --epochs: got 'x'"),
+        (["demo", "--seed", "-1"], "argument --seed: got '-1'"),
+        (["demo", "--seed", str(2**64)], "argument --seed: got"),
+        (["demo", "--out", "demo.jpg"], "argument --out: got 'demo.jpg'"),
+        (["demo", "--out", "no/such/folder/demo.png"], "argument --out: got"),
+    ],
+)
+def test_bad_arguments_are_named(capsys, arguments, said):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_missing_extra_is_one_line(extras, tmp_path, name):
+    code = (
+        f"import sys; sys.modules[{name!r}] = None; from spectral_kernels.cli import main;"
+        f"sys.exit(main(['demo', '--out', {str(tmp_path / 'demo.png')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"spectral-kernels: the demo needs {name}: pip install 'spectral_kernels[demo]'\n"
+    )
+
+
+def test_a_small_demo_prints_every_arm_and_writes_a_picture(extras, tmp_path):
+    path = tmp_path / "demo.png"
+    done = subprocess.run(
+        command("demo", "--tasks", 2, "--epochs", 1, "--out", path),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    table = done.stdout[done.stdout.index("singular") :]
+    assert [word for word in table.split() if word in ("none", "L2", "spectral")] == [
+        "none", "L2", "spectral",
+    ]  # fmt: skip
+    for arm in ("none", "L2", "spectral"):
+        assert f"{arm:8}  task 2/2" in done.stdout
+    assert str(path) in done.stdout
+    assert png_size(path) == (1400, 600)
+
+
+def test_a_failing_arm_is_an_exit_code(extras, capsys, monkeypatch, tmp_path):
+    from spectral_kernels import demo
+
+    def fail(*_):
+        raise demo.WorkerError("the 'L2' arm died, exit code -9")
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert cli.main(["demo", "--out", str(tmp_path / "demo.png")]) == 1
+    assert capsys.readouterr().err == "spectral-kernels: the 'L2' arm died, exit code -9\n"
+    assert not (tmp_path / "demo.png").exists()
+
+
+def test_ctrl_c_before_any_task_is_finished(extras, tmp_path, capsys, monkeypatch):
+    from spectral_kernels import demo
+
+    results = demo.Results(3, 1, 0, {"none": [], "L2": []}, interrupted=True)
+    monkeypatch.setattr(demo, "run", lambda *_: results)
+    assert cli.main(["demo", "--out", str(tmp_path / "demo.png")]) == 130
+    said = "spectral-kernels: interrupted before any task was finished\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "demo.png").exists()
+
+
+def test_ctrl_c_in_a_terminal_keeps_finished_tasks_and_leaves_nothing_behind(extras, tmp_path):
+    path = tmp_path / "demo.png"
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command("demo", "--tasks", 200, "--epochs", 2, "--out", path),
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    shown, sent = b"", False
+    # Linux reports the end of a pseudo-terminal as an error.
+    with contextlib.suppress(OSError):
+        while piece := os.read(ours, 4096):
+            shown += piece
+            if not sent and re.search(rb"task +(?!1/)\d+/200", shown):
+                os.killpg(process.pid, signal.SIGINT)
+                sent = True
+    os.close(ours)
+    assert process.wait(timeout=30) == 130, shown.decode()
+    assert b"Traceback" not in shown
+    hidden, visible = b"\x1b[?25l", b"\x1b[?25h"
+    assert hidden in shown
+    assert shown.rindex(visible) > shown.rindex(hidden)
+    assert shown.rindex(b"singular") > shown.rindex(visible)
+    assert shown.endswith(b"spectral-kernels: interrupted\r\n")
+    assert png_size(path) == (1400, 600)
+    wait_until_gone(process.pid)
