@@ -26,6 +26,7 @@ class CMakeBuild(build_ext):
     """Runs CMake for the one extension; without a C++ compiler the package goes without it."""
 
     def build_extension(self, ext):
+        """Build `ext` into the place where setuptools expects it."""
         if cxx_compiler() is None:
             ext.optional = True
             self.warn(

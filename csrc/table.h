@@ -48,11 +48,11 @@ struct Header {
   int64_t matrices, n_matrices;
   int64_t tiles, n_tiles;
   int64_t vectors, n_vectors;
+  int64_t t_partial;     // per tile [N]; 0: only s is wanted
+  int64_t norm_partial;  // per tile, float64: sum of s_r^2
   int64_t v;             // [sum of N] the vectors that the products are taken with
   int64_t v_next;        // [sum of N] normalize writes the next ones here
   int64_t s;             // [sum of M] W v
-  int64_t t_partial;     // per tile [N]; 0: only s is wanted
-  int64_t norm_partial;  // per tile, float64: sum of s_r^2
   int64_t sigma;         // [n_matrices]
   int64_t residual;      // [n_matrices]
   int64_t norm;          // [n_vectors] Euclidean norm

@@ -53,7 +53,7 @@ def native_module():
         "matrix": plan_module.MATRIX.itemsize,
         "tile": plan_module.TILE.itemsize,
         "vector": plan_module.VECTOR.itemsize,
-        "header": plan_module.HEADER.itemsize,
+        "header": 8 * len(plan_module.HEADER),
     }
     if native.table_sizes != expected:
         raise ImportError("it was built from another version of the package; reinstall it")

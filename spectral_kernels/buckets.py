@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from . import backends
-from .plan import Plan, State
+from . import backends, reference
+from .plan import Plan
 from .selection import Selection
+from .state import State
 
 
 class Bucket:
@@ -17,9 +18,8 @@ class Bucket:
 
     def __init__(self, plan: Plan, backend, exponent: float):
         self.plan, self.backend = plan, backend
-        self.state = State.fresh(plan)
-        self.state.set_exponent(exponent)
-        self.warm = False
+        self.state = State.fresh(plan, exponent)
+        self.warm = self.measured = False
 
     def iterate(self, n: int) -> None:
         """Run ``n`` power iterations; ``state`` then holds s, sigma of the last and its v."""
@@ -28,6 +28,13 @@ class Bucket:
             state.swap()
             backend.gram_matvec(plan, state)
             backend.normalize(plan, state)
+            self.measured = True
+
+    def measure(self) -> None:
+        """Fill s, sigma and residual if no iteration has; ``v_next`` stays where it is."""
+        if not self.measured:
+            self.iterate(1)
+            self.state.swap()
 
     def evaluated(self) -> State:
         """Return sigma and penalty at the vectors the next iteration would use."""
@@ -41,7 +48,7 @@ class Bucket:
         return torch.dot(state.strength, state.penalty)
 
     def add_gradient(self, state: State, grads, accumulate: bool) -> None:
-        """Add the gradient at ``state`` to the ``grads`` that the plan is bound to, or overwrite."""
+        """Add the gradient at ``state`` to ``grads``, which the plan is bound to, or overwrite."""
         self.backend.rank_one(self.plan, state, grads, accumulate)
 
 
@@ -137,11 +144,15 @@ class Buckets:
             zip(bucket.plan.matrices, bucket.plan.layouts, strict=True)
         ):
             v = self.known.get(matrix.name)
-            if v is None or v.shape[-1] != layout.cols:
+            if v is not None and v.shape[-1] == matrix.shape_now()[1]:
+                v = layout.from_logical(v.to(state.v))
+                if layout.side == "left":
+                    v = _unit(v @ reference.matrix(bucket.plan, i))
+            else:
+                v = None
+            if v is None:
                 all_known = False
                 v = self._random(matrix.name, layout.cols)
-            else:
-                v = layout.from_logical(v)
             state.columns(i, state.v_next).copy_(v)
         return all_known
 
@@ -152,15 +163,32 @@ class Buckets:
         return v / torch.linalg.vector_norm(v)
 
     def vectors(self) -> dict[str, torch.Tensor]:
-        """Return the vectors that the next iteration starts from: name -> [r, N], copies."""
+        """Return right singular vectors to start from again: name -> [r, N], copies.
+
+        They do not depend on how the weight lies in memory. A zero matrix that is stored column by
+        column has none.
+        """
         found = dict(self.known)
         for bucket in self.buckets or ():
-            for i, matrix in enumerate(bucket.plan.matrices):
-                v = bucket.state.columns(i, bucket.state.v_next)
-                found[matrix.name] = bucket.plan.layouts[i].to_logical(v).clone()
+            bucket.measure()
+            state = bucket.state
+            for i, (matrix, layout) in enumerate(
+                zip(bucket.plan.matrices, bucket.plan.layouts, strict=True)
+            ):
+                is_left = layout.side == "left"
+                v = _unit(state.rows(i)) if is_left else state.columns(i, state.v_next)
+                if v is not None:
+                    found[matrix.name] = layout.to_logical(v).clone()
         return found
 
     def restart(self, vectors: Mapping[str, torch.Tensor]) -> None:
         """Start from ``vectors`` at the next use."""
         self.known = {**self.vectors(), **vectors}
         self.buckets = None
+
+
+def _unit(v: torch.Tensor) -> torch.Tensor | None:
+    """Return ``v`` [r, N] over its norms, or None where that cannot be."""
+    norm = torch.linalg.vector_norm(v.double(), dim=-1, keepdim=True)
+    good = bool((torch.isfinite(norm) & (norm > 0)).all())
+    return (v / norm).to(v.dtype) if good else None

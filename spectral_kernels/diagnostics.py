@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .backends import check_name, choose
-from .plan import Plan, State
+from .plan import Plan
 from .selection import Matrix, select
+from .state import State
 
 
 def spectral_norms(
@@ -64,7 +65,7 @@ def largest_singular_value(
     if tensor.numel() == 0:
         return 0.0
     plan = Plan([matrix], [], [tensor])
-    state = State.fresh(plan)
+    state = State.fresh(plan, exponent=1)
     state.target.zero_()
     return _lanczos(plan, state, choose(backend, plan.device), rtol, matrix.name)
 

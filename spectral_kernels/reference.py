@@ -58,7 +58,7 @@ def stored(plan, i: int, tensor: Tensor) -> Tensor:
     return plan.matrices[i].of(tensor).permute(plan.layouts[i].permutation)
 
 
-def _matrix(plan, i: int) -> Tensor:
+def matrix(plan, i: int) -> Tensor:
     """Return matrix ``i`` as [M, N] in the dtype of the state."""
     layout, tensor = plan.layouts[i], plan.tensors[plan.matrix_owner[i]].detach()
     return stored(plan, i, tensor).reshape(layout.rows, layout.cols).to(plan.state_dtype)
@@ -75,14 +75,14 @@ def gram_matvec(plan, state) -> None:
     """Write s = W v, the norms of the vectors, and W^T s (scaled) to ``v_next`` if it is there."""
     scales = _inverse_power_of_two(state.sigma)
     for i in range(len(plan.matrices)):
-        weight = _matrix(plan, i)
+        weight = matrix(plan, i)
         s = state.rows(i).copy_(state.columns(i, state.v) @ weight.mT)
         if state.v_next is not None:
             state.columns(i, state.v_next).copy_((s * scales[i]) @ weight)
     for i, owner in enumerate(plan.vector_owner):
         vector = plan.tensors[owner].detach().to(plan.state_dtype)
         state.norm[i] = torch.linalg.vector_norm(vector.double())
-        k = float(state.header["exponent"])
+        k = state.exponent
         is_gain = plan.vectors[i].kind == "gain"
         value = gain_penalty(vector, k) if is_gain else shift_penalty(vector, k)
         state.penalty[len(plan.matrices) + i] = value
@@ -90,7 +90,7 @@ def gram_matvec(plan, state) -> None:
 
 def normalize(plan, state) -> None:
     """Write sigma, residual, penalty and the normalized ``v_next`` of every matrix."""
-    k = float(state.header["exponent"])
+    k = state.exponent
     scales = _inverse_power_of_two(state.sigma).double()
     for i in range(len(plan.matrices)):
         sigma = torch.linalg.vector_norm(state.rows(i)[0].double())
@@ -111,7 +111,7 @@ def normalize(plan, state) -> None:
 
 def rank_one(plan, state, grads, accumulate: bool) -> None:
     """Add strength * dR/dW to ``grads`` (one per owner), or write it over them."""
-    k = float(state.header["exponent"])
+    k = state.exponent
     strength = state.strength.double()
     if state.scale is not None:
         strength = strength * state.scale
@@ -148,7 +148,7 @@ def differentiable_penalty(plan, state, weights) -> Tensor:
 
     Autograd sees every operation, so that it may be differentiated any number of times.
     """
-    k, n = float(state.header["exponent"]), len(plan.matrices)
+    k, n = state.exponent, len(plan.matrices)
     total = torch.zeros((), dtype=plan.state_dtype, device=plan.device)
     for i, owner in enumerate(plan.matrix_owner):
         layout = plan.layouts[i]

@@ -223,7 +223,7 @@ class SpectralRegularizer:
         """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
         values = torch.stack((self.sigma, self.residual)).tolist()
         return [
-            Row(matrix.name, matrix.shape, sigma, residual)
+            Row(matrix.name, matrix.shape_now(), sigma, residual)
             for matrix, sigma, residual in zip(self._selection.matrices, *values, strict=True)
         ]
 
@@ -358,6 +358,7 @@ class SpectralRegularizer:
         by_name: dict[str, torch.Tensor] = {}
         device = buckets[0].plan.device
         for bucket in buckets:
+            bucket.measure()
             values = getattr(bucket.state, field)
             if len(buckets) == 1:
                 return values.clone()
@@ -401,8 +402,8 @@ def _count(argument: str, value, at_least: int) -> int:
 
 
 def _checked_vector(matrix: Matrix, v) -> torch.Tensor:
-    rows, cols = matrix.shape
-    if not isinstance(v, torch.Tensor) or tuple(v.shape) not in ((1, cols), (1, rows)):
+    rows, cols = matrix.shape_now()
+    if not isinstance(v, torch.Tensor) or tuple(v.shape) != (1, cols):
         raise ValueError(
             f"state: the vector of {matrix.name!r} has shape {tuple(getattr(v, 'shape', ()))}; "
             f"accepted is (1, {cols}) for this matrix of {rows} x {cols}"
@@ -411,4 +412,5 @@ def _checked_vector(matrix: Matrix, v) -> torch.Tensor:
     if not math.isfinite(norm) or (norm == 0 and v.numel()):
         raise ValueError(f"state: the vector of {matrix.name!r} has norm {norm}")
     # A vector that is normalized already keeps its bits.
-    return v.detach().clone() if abs(norm - 1) < 1e-6 else v.double() / norm
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return v.detach().clone() if abs(norm - 1) < 1e-6 else (v.double() / norm).to(wide)

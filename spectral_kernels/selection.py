@@ -76,6 +76,12 @@ class Matrix:
     index: int | None = None
     part: tuple[int, int] | None = None
 
+    def shape_now(self) -> tuple[int, int]:
+        """Return (M, N) of the parameter as it is now; ``shape`` is that at selection."""
+        part = self.of(self.owner.get())
+        others = [n for d, n in enumerate(part.shape) if d != self.row_dim]
+        return part.shape[self.row_dim], torch.Size(others).numel()
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part of ``tensor`` that is this matrix, its rows in dim ``row_dim``."""
         if self.index is not None:
@@ -272,6 +278,8 @@ def _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only) ->
             f"parameter {owner.name!r} is not initialized yet: run the lazy module once before "
             "building the regularizer"
         )
+    if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
+        return "part of a parametrization; the weight that it makes is no parameter"
     if tensor.layout != torch.strided:
         return f"layout {str(tensor.layout).removeprefix('torch.')}"
     return None

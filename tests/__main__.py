@@ -1,4 +1,4 @@
-"""Every check that needs no GPU: ``python -m tests``, after ``pip install -e '.[demo,test,bench]'``.
+"""Every check that needs no GPU: ``python -m tests``, with the extras demo, test and bench.
 
 Style, the demo and each bench suite on its smallest case, then the test suite.
 """

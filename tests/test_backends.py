@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @lru_cache
 def decaying_zoo(dtype):
-    """The zoo with singular values 1, 1/2, 1/4, ... times a scale; weights and exact top triples."""
+    """The zoo with singular values 1, 1/2, 1/4, ... times a scale, and the exact top of each."""
     generator = torch.Generator().manual_seed(1)
     weights, triples = [], []
     for m, n in cases.ZOO:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from spectral_kernels import backends, plan, reference
-from spectral_kernels.plan import Plan, State
+from spectral_kernels.plan import Plan
 from spectral_kernels.selection import select
+from spectral_kernels.state import State
 
 from .buckets import bucket_of, gradients, named_weights
 from .tolerances import relative_error
@@ -151,7 +152,8 @@ def oriented(bucket, i, matrix):
 
 def logical(bucket, i, v):
     """Vector of matrix ``i`` in the order of the columns that users see, float64."""
-    return bucket.plan.layouts[i].to_logical(bucket.state.columns(i, v))[0].double()
+    how, v = bucket.plan.layouts[i], bucket.state.columns(i, v)
+    return (v if how.side == "left" else how.to_logical(v))[0].double()
 
 
 @every_layout
@@ -402,12 +404,13 @@ def test_logical_order_and_back(layout):
     bucket, weight, matrices = bucket_in(layout, "reference", torch.float64)
     for i, matrix in enumerate(matrices):
         how = bucket.plan.layouts[i]
-        v = torch.randn(3, how.cols, dtype=torch.float64)
+        v = torch.randn(3, matrix.shape[1], dtype=torch.float64)
         assert torch.equal(how.from_logical(how.to_logical(v)), v)
         assert torch.equal(how.to_logical(how.from_logical(v)), v)
         stored = reference.stored(bucket.plan, i, weight).reshape(how.rows, how.cols)
+        stored = stored.mT if how.side == "left" else stored
         in_memory = torch.linalg.vector_norm(stored @ v.T, dim=0)
-        truth = oriented(bucket, i, matrix) @ how.to_logical(v).T
+        truth = matrix @ how.to_logical(v).T
         torch.testing.assert_close(in_memory, torch.linalg.vector_norm(truth, dim=0))
 
 
@@ -588,9 +591,15 @@ def native_table_sizes():
     return backends.native_module().table_sizes
 
 
+def rows_of(name):
+    if name.lower() == "header":
+        return np.dtype([(n, "f8" if n == "exponent" else "i8") for n in plan.HEADER])
+    return getattr(plan, name.upper())
+
+
 @pytest.mark.parametrize("name", ["matrix", "tile", "vector", "header"])
 def test_rows_have_the_size_of_the_structs(name):
-    assert getattr(plan, name.upper()).itemsize == native_table_sizes()[name]
+    assert rows_of(name).itemsize == native_table_sizes()[name]
 
 
 @pytest.mark.parametrize("name", ["Matrix", "Tile", "Vector", "Header"])
@@ -605,7 +614,7 @@ def test_rows_have_the_fields_of_the_structs_in_order(name):
         for kind, line in re.findall(r"(\w+) ([^;]+);", body)
         for field in line.split(",")
     ]
-    assert np.dtype(fields) == getattr(plan, name.upper())
+    assert np.dtype(fields) == rows_of(name)
 
 
 TILED = [(1, 1), (127, 3), (128, 3), (129, 3), (300, 7), (8191, 2), (8192, 2), (8193, 2),
@@ -647,7 +656,7 @@ def test_state_has_room_for_r_vectors(r):
     shapes = [(7, 5), (4, 9), (1, 1), (0, 3), (300, 2)]
     tensors = [*(torch.randn(shape) for shape in shapes), torch.randn(6), torch.randn(2)]
     plan_ = plan_of(tensors, r)
-    state = State.fresh(plan_)
+    state = State.fresh(plan_, exponent=2)
     m, n = sum(x.rows for x in plan_.layouts), sum(x.cols for x in plan_.layouts)
     assert state.v.shape == state.v_next.shape == (r * n,)
     assert state.s.shape == (r * m,)
@@ -655,7 +664,7 @@ def test_state_has_room_for_r_vectors(r):
         "sigma": 5, "residual": 5, "norm": 2, "penalty": 7, "strength": 7, "target": 5
     }.items():  # fmt: skip
         assert getattr(state, name).shape == (size,), name
-        assert state.header[name] == getattr(state, name).data_ptr()
+        assert state.header[plan.SLOT[name]] == getattr(state, name).data_ptr()
     assert torch.isnan(torch.cat((state.v, state.v_next, state.s, state.scalars))).all()
     # The parts of the matrices are disjoint and leave nothing over.
     for i, layout in enumerate(plan_.layouts):
@@ -681,7 +690,7 @@ def test_state_has_room_for_r_vectors(r):
 )
 def test_state_is_float32_or_as_wide_as_the_weights(dtype, state_dtype):
     plan_ = plan_of([torch.randn(7, 5).to(dtype), torch.randn(3).to(dtype)])
-    state = State.fresh(plan_)
+    state = State.fresh(plan_, exponent=2)
     assert plan_.state_dtype == state_dtype
     for tensor in (state.v, state.v_next, state.s, state.scalars, plan_.t_partial):
         assert tensor.dtype == state_dtype
@@ -707,7 +716,7 @@ def test_memory_grows_with_rows_plus_columns(shape, dtype):
     weight = torch.empty(shape, dtype=dtype)
     for tensor in (weight, weight.T):
         plan_ = plan_of([tensor])
-        state = State.fresh(plan_)
+        state = State.fresh(plan_, exponent=2)
         rows, cols = plan_.layouts[0].rows, plan_.layouts[0].cols
         # v, v_next and at most 64 partial t's; s; scalars, tables and tiles.
         limit = dtype.itemsize * (66 * cols + rows) + 64 * (32 + 8) + 1000

@@ -340,6 +340,60 @@ def test_loading_normalizes_tolerates_and_refuses():
     torch.testing.assert_close(reg.state_dict()["vectors"]["0.weight"], v)
 
 
+def test_sigma_is_known_right_after_loading():
+    model = models.mixed()
+    reg = SpectralRegularizer(model, warmup=300)
+    state, sigma = reg.state_dict(), reg.sigma
+    other = SpectralRegularizer(model)
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.sigma, sigma, rtol=1e-4, atol=0)
+    assert (other.residual >= 0).all()
+    again = other.state_dict()["vectors"]
+    assert all(torch.equal(again[name], v) for name, v in state["vectors"].items())
+
+
+@pytest.mark.parametrize("shape", [(30, 30), (30, 20)])
+def test_vectors_are_carried_between_memory_layouts(shape):
+    """A clear leading direction: a wrong start would need many iterations to find it."""
+    weight = 3 * torch.outer(*(nn.functional.normalize(torch.randn(n), dim=0) for n in shape))
+    weight += 0.01 * torch.randn(shape)
+    for first, second in (("rows", "columns"), ("columns", "rows")):
+        stored = {"rows": weight.clone(), "columns": weight.t().contiguous().t()}
+        parameter = nn.Parameter(stored[first])
+        reg = SpectralRegularizer([("w.weight", parameter)], warmup=20)
+        truth = reg.sigma
+        state = reg.state_dict()
+        parameter.data = stored[second]
+        torch.testing.assert_close(reg.sigma, truth, rtol=1e-5, atol=0)
+        other = SpectralRegularizer([("w.weight", nn.Parameter(stored[second]))], warmup=0)
+        other.load_state_dict(state)
+        torch.testing.assert_close(other.sigma, truth, rtol=1e-5, atol=0)
+
+
+def test_a_parameter_of_another_size_is_measured_and_saved_anew():
+    model = nn.Linear(7, 5)
+    reg = SpectralRegularizer(model)
+    reg.penalty()
+    model.weight.data = torch.randn(9, 4)
+    assert reg.report()[0].shape == (9, 4)
+    assert reg.load_state_dict(reg.state_dict()) == ([], [])
+    assert reg.state_dict()["vectors"]["weight"].shape == (1, 4)
+
+
+def test_a_square_weight_transposed_in_place_gets_the_right_gradient():
+    model = nn.Linear(6, 6, bias=False)
+    reg = SpectralRegularizer(model, warmup=300)
+    reg.accumulate_grad_()
+    model.weight.data = model.weight.data.t()
+    model.weight.grad = None
+    for _ in range(1000):
+        reg.penalty()
+    reg.accumulate_grad_()
+    u, s, vh = torch.linalg.svd(model.weight.detach())
+    expected = 1e-3 * 4 * (s[0] ** 2 - 1) * s[0] * torch.outer(u[:, 0], vh[0])
+    torch.testing.assert_close(model.weight.grad, expected, rtol=1e-2, atol=1e-5)
+
+
 def test_state_is_outside_of_the_model():
     model = models.mixed()
     before = list(model.state_dict())
