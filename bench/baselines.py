@@ -200,4 +200,8 @@ BY_AUTOGRAD = {
     "reference": Contender(ours_by_autograd("reference"), "ours (PyTorch reference)"),
     "autograd_loop": CONTENDERS["autograd_loop"],
 }
-FLOORS = {"floor_read": "floor: read W", "floor_add": "floor: add to .grad"}
+FLOORS = {
+    "floor": "floor: read W, add to .grad",
+    "floor_read": "read W alone",
+    "floor_add": "add to .grad alone",
+}

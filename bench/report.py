@@ -9,16 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .baselines import CONTENDERS, FLOORS
+
 OURS = ("triton", "cuda", "cpu", "attach")  # the first that was measured is "ours"
-FLOORS = ("floor_read", "floor_add")
 LABELS = {
-    "cpu": "ours (C++)",
-    "reference": "ours (PyTorch reference)",
-    "autograd_loop": "per-layer autograd loop",
-    "inplace_loop": "hand-written in-place loop",
-    "compiled_loop": "torch.compile of it",
-    "floor_read": "floor: read W",
-    "floor_add": "floor: add to .grad",
+    **{name: contender.label for name, contender in CONTENDERS.items()},
+    **FLOORS,
     "without": "without the regularizer",
     "attach": "ours, attached",
 }
@@ -85,7 +81,7 @@ def tables(run: Run) -> str:
     for suite, dtype in dict.fromkeys((r.suite, r.dtype) for r in run.results):
         out += ["", f"### {suite}, {dtype}", ""]
         chosen = [r for r in run.results if (r.suite, r.dtype) == (suite, dtype)]
-        out += _step_table(chosen) if suite == "penalty_step" else _training_table(chosen)
+        out += _step_table(chosen) if suite != "training_step" else _training_table(chosen)
     return "\n".join(out) + "\n"
 
 
@@ -96,10 +92,6 @@ def _by_case(results: list[Result]) -> dict[str, dict[str, Result]]:
     return cases
 
 
-def _floor(found: dict[str, Result]) -> float | None:
-    return sum(found[f].median for f in FLOORS) if all(f in found for f in FLOORS) else None
-
-
 def _step_table(results: list[Result]) -> list[str]:
     lines = [
         "| case | weights | contender | ms | time / ours | time / floor | GB/s |",
@@ -108,7 +100,7 @@ def _step_table(results: list[Result]) -> list[str]:
     itemsize = {"float32": 4, "bfloat16": 2}
     for case, found in _by_case(results).items():
         ours = next((found[name].median for name in OURS if name in found), None)
-        floor = _floor(found)
+        floor = found["floor"].median if "floor" in found else None
         for name, result in found.items():
             # W is read once, .grad read and written once.
             passes = {"floor_read": 1, "floor_add": 2}.get(name, 3)
@@ -144,7 +136,9 @@ def summary(run: Run, dtype: str = "float32") -> str:
     ]
     chosen = [r for r in run.results if (r.suite, r.dtype) == ("penalty_step", dtype)]
     for case, found in _by_case(chosen).items():
-        ours, floor = found["cpu"].median, _floor(found)
+        if not {"cpu", "floor", "autograd_loop", "compiled_loop"} <= set(found):
+            continue
+        ours, floor = found["cpu"].median, found["floor"].median
         loop, compiled = found["autograd_loop"].median, found["compiled_loop"].median
         lines.append(
             f"| {case} | {found['cpu'].info['weights'] / 1e6:.1f} M | {milliseconds(loop)} ms "

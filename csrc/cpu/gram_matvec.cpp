@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kBlockBytes = 192 * 1024;  // a row block must stay in the second-level cache
 constexpr int kMaxRows = 4;
-constexpr int kLine = 64;  // bytes
+constexpr int kLine = 64;                  // bytes
+constexpr int64_t kAheadBytes = 8 * 1024;  // how far at least the prefetching runs ahead
 
 // Calls body(c, prefetch) for every full pair of vectors below n, and returns where it stopped;
 // prefetch is true once per cache line.
@@ -55,10 +56,15 @@ SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (
       odd[r] += w1 * v1;
     }
   });
-  for (; c < n; c += L::kLanes) {
-    const int64_t left = n - c < L::kLanes ? n - c : L::kLanes;
-    const V v0 = load_part(v + c, left);
-    for (int r = 0; r < R; ++r) even[r] += load_part(w[r] + c, left) * v0;
+  if (c + L::kLanes <= n) {
+    const V v0 = Simd<S>::load(v + c);
+    for (int r = 0; r < R; ++r) even[r] += L::load(w[r] + c) * v0;
+    c += L::kLanes;
+  }
+  if (c < n) {
+    const Tail<T> tail(n, c);
+    const V v0 = tail.load_all(v);
+    for (int r = 0; r < R; ++r) odd[r] += tail.load(w[r]) * v0;
   }
   for (int r = 0; r < R; ++r) out[r] = sum_lanes(even[r] + odd[r]);
 }
@@ -81,11 +87,17 @@ SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n
     Simd<S>::store(t + c, x0);
     Simd<S>::store(t + c + L::kLanes, x1);
   });
-  for (; c < n; c += L::kLanes) {
-    const int64_t left = n - c < L::kLanes ? n - c : L::kLanes;
-    V x = first ? V{} : load_part(t + c, left);
-    for (int r = 0; r < R; ++r) x += load_part(w[r] + c, left) * a[r];
-    store_part(t + c, x, left);
+  if (c + L::kLanes <= n) {
+    V x = first ? V{} : Simd<S>::load(t + c);
+    for (int r = 0; r < R; ++r) x += L::load(w[r] + c) * a[r];
+    Simd<S>::store(t + c, x);
+    c += L::kLanes;
+  }
+  if (c < n) {
+    const Tail<T> tail(n, c);
+    V x = first ? tail.load_before(t) : tail.load_all(t);
+    for (int r = 0; r < R; ++r) x += tail.load(w[r]) * a[r];
+    tail.store(t, x);
   }
 }
 
@@ -109,6 +121,7 @@ struct TileTask {
   S* t;  // the same; null: only s is wanted
   T* rows_scratch;
   double sum_of_squares = 0;
+  int64_t ahead = 0;  // rows from those in work to those that are prefetched
 
   template <int R>
   SPECTRAL_INLINE void rows(int64_t row) {
@@ -118,7 +131,7 @@ struct TileTask {
     for (int r = 0; r < R; ++r) {
       w[r] = m.outer == 1 ? base + (row + r) * m.row_stride
                           : gather_row(m, row + r, rows_scratch + r * n);
-      next[r] = m.outer == 1 && row + R + r < tile.row_end ? w[r] + R * m.row_stride : w[r];
+      next[r] = m.outer == 1 && row + ahead + r < tile.row_end ? w[r] + ahead * m.row_stride : w[r];
     }
     S product[R], scaled[R];
     dot_rows<R>(w, v, n, product, next);
@@ -132,6 +145,7 @@ struct TileTask {
 
   void run() {
     int64_t row = tile.row_begin;
+    ahead = kMaxRows * (1 + kAheadBytes / (kMaxRows * n * (int64_t)sizeof(T)));
     if (n * (int64_t)sizeof(T) * kMaxRows <= kBlockBytes)
       for (; row + kMaxRows <= tile.row_end; row += kMaxRows) rows<kMaxRows>(row);
     for (; row < tile.row_end; ++row) rows<1>(row);

@@ -31,11 +31,18 @@ SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
     }
     L::store_pair(grad + c, x0, x1);
   }
-  for (; c < n; c += L::kLanes) {
-    const int64_t left = n - c < L::kLanes ? n - c : L::kLanes;
-    V x = load_part(v + c, left) * a;
-    if (kAccumulate) x += load_part(grad + c, left);
-    store_part(grad + c, x, left);
+  if (c + L::kLanes <= n) {
+    V x = Simd<S>::load(v + c) * a;
+    if (kAccumulate) x += L::load(grad + c);
+    L::store(grad + c, x);
+    c += L::kLanes;
+  }
+  if (c < n) {
+    const Tail<G> tail(n, c);
+    if (kAccumulate)
+      tail.store(grad, tail.load_all(grad) + tail.load(v) * a);
+    else
+      store_part(grad + c, load_part(v + c, n - c) * a, n - c);
   }
 }
 
@@ -46,10 +53,10 @@ void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
   const double target = reinterpret_cast<const S*>(header.target)[tile.matrix];
   // At sigma = 0 there is no direction to move along: the gradient is zero.
-  const double coefficient = sigma == 0
-                                 ? 0
-                                 : strength_of<S>(header, tile.matrix) * 2 * k *
-                                       (power(sigma, k) - power(target, k)) * power(sigma, k - 1);
+  const double factor = sigma == 0 ? 0
+                                   : strength_of<S>(header, tile.matrix) * 2 * k *
+                                         (power(sigma, k) - power(target, k)) *
+                                         power(sigma, k - 1) / sigma;
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   if (Simd<G>::kSplits) {
@@ -60,7 +67,7 @@ void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
   }
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     G* grad = reinterpret_cast<G*>(m.grad) + row * m.grad_row_stride;
-    const S a = sigma == 0 ? 0 : plain_nan((S)(coefficient * (s[row] / sigma)));
+    const S a = sigma == 0 ? 0 : plain_nan((S)(factor * s[row]));
     for (int64_t o = 0; o < m.outer; ++o)
       add_scaled<kAccumulate>(grad + o * m.grad_outer_stride, v + o * m.inner, a, m.inner);
   }

@@ -172,7 +172,7 @@ struct Simd<float16> : Contiguous<float16, f32v, float> {
 #endif
 };
 
-// The first n < kLanes elements; the rest of the vector is zero.
+// The first n <= kLanes elements; the rest of the vector is zero.
 template <class T>
 SPECTRAL_INLINE typename Simd<T>::V load_part(const T* p, int64_t n) {
   T padded[Simd<T>::kLanes] = {};
@@ -184,8 +184,62 @@ template <class T>
 SPECTRAL_INLINE void store_part(T* p, typename Simd<T>::V x, int64_t n) {
   T padded[Simd<T>::kLanes];
   Simd<T>::store(padded, x);
-  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+  for (int64_t i = 0; i < n && i < Simd<T>::kLanes; ++i) p[i] = padded[i];
 }
+
+alignas(64) constexpr int32_t kMask[2 * SPECTRAL_BYTES / 4] = {
+#if SPECTRAL_BYTES == 64
+    0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+    -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+#elif SPECTRAL_BYTES == 32
+    0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1,
+#else
+    0, 0, 0, 0, -1, -1, -1, -1,
+#endif
+};
+
+// All bits set in the last n lanes of a V, none in the others.
+template <class V>
+SPECTRAL_INLINE u32v last_lanes(int64_t n) {
+  return load_bits<u32v>((const char*)kMask + n * sizeof(V{}[0]));
+}
+
+// The end of a row that full vectors have not covered, n = 1 to kLanes - 1 elements: where the row
+// has room for it, the vector that ends with the row is taken, so that nothing is copied.
+template <class T>
+struct Tail {
+  using V = typename Simd<T>::V;
+  int64_t n, start;  // first element that is loaded and stored
+  bool overlaps;
+
+  SPECTRAL_INLINE Tail(int64_t row, int64_t covered)
+      : n(row - covered),
+        start(row >= Simd<T>::kLanes ? row - Simd<T>::kLanes : covered),
+        overlaps(row >= Simd<T>::kLanes) {}
+  // What is not part of the tail is zero.
+  template <class E>
+  SPECTRAL_INLINE V load(const E* row) const {
+    if (!overlaps) return load_part(row + start, n);
+    return (V)((u32v)Simd<E>::load(row + start) & last_lanes<V>(n));
+  }
+  // The other way round: the tail is zero.
+  template <class E>
+  SPECTRAL_INLINE V load_before(const E* row) const {
+    return overlaps ? (V)((u32v)Simd<E>::load(row + start) & ~last_lanes<V>(n)) : V{};
+  }
+  // What is not part of the tail is what lies there; to be stored again unchanged.
+  template <class E>
+  SPECTRAL_INLINE V load_all(const E* row) const {
+    return overlaps ? Simd<E>::load(row + start) : load_part(row + start, n);
+  }
+  template <class E>
+  SPECTRAL_INLINE void store(E* row, V x) const {
+    if (overlaps)
+      Simd<E>::store(row + start, x);
+    else
+      store_part(row + start, x, n);
+  }
+};
 
 // Brings every full pair of vectors of x into the order in which Simd<T>::load_pair reads.
 template <class T, class S>
@@ -213,12 +267,27 @@ SPECTRAL_INLINE void memory_order(const S* x, S* out, int64_t n) {
   for (; c < n; ++c) out[c] = x[c];
 }
 
-// The sum of the lanes, always in the same order.
-template <class V>
-SPECTRAL_INLINE auto sum_lanes(V x) -> decltype(x[0] + x[0]) {
-  constexpr int kLanes = sizeof(V) / sizeof(x[0]);
-  decltype(x[0] + x[0]) total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
+// The sum of the lanes, always in the same order: halves are added until one element is left.
+SPECTRAL_INLINE f32v upper_half(f32v x) {
+#if SPECTRAL_BYTES == 64
+  return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+#elif SPECTRAL_BYTES == 32
+  return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 0, 0, 0);
+#else
+  return __builtin_shufflevector(x, x, 2, 3, 0, 0);
+#endif
+}
+
+SPECTRAL_INLINE float sum_lanes(f32v x) {
+  x += upper_half(x);
+  float total = 0;
+  for (int i = 0; i < SPECTRAL_BYTES / 8; i += 2) total += x[i] + x[i + 1];
+  return total;
+}
+
+SPECTRAL_INLINE double sum_lanes(f64v x) {
+  double total = 0;
+  for (int i = 0; i < SPECTRAL_BYTES / 8; ++i) total += x[i];
   return total;
 }
 
