@@ -17,6 +17,7 @@ LABELS = {
     **FLOORS,
     "without": "without the regularizer",
     "attach": "ours, attached",
+    "attach_alone": "what attach() adds, alone",
 }
 
 
@@ -120,7 +121,8 @@ def _training_table(results: list[Result]) -> list[str]:
     for case, found in _by_case(results).items():
         base = found["without"].median if "without" in found else None
         for name, result in found.items():
-            more = "" if base is None else f"{100 * (result.median / base - 1):+.2f} %"
+            share = 0.0 if base is None else result.median / base - (name != "attach_alone")
+            more = "" if base is None or name == "without" else f"{100 * share:+.2f} %"
             lines.append(
                 f"| {case} | {LABELS.get(name, name)} | {milliseconds(result.median)} | {more} |"
             )

@@ -40,13 +40,21 @@ BATCH = 32
 
 
 def training_step(make, contender):
-    """Build a model and return a function that trains it one step on the same batch."""
+    """Build a model and return a function that trains it one step on the same batch.
+
+    "attach_alone" is only what attach() adds to a step, without the noise of the rest.
+    """
     torch.manual_seed(0)
     model, inputs = make()
     x = inputs(BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    if contender == "attach":
-        SpectralRegularizer(model).attach(optimizer)
+    if contender.startswith("attach"):
+        reg = SpectralRegularizer(model)
+        if contender == "attach_alone":
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            return reg.accumulate_grad_
+        reg.attach(optimizer)
     weights = [p for p in model.parameters() if p.dim() >= 2]
     loop = None
     if contender == "autograd_loop":
@@ -68,7 +76,7 @@ def training_step(make, contender):
     return step
 
 
-@pytest.mark.parametrize("contender", ["without", "attach", "autograd_loop"])
+@pytest.mark.parametrize("contender", ["without", "attach", "attach_alone", "autograd_loop"])
 @pytest.mark.parametrize("case", MODELS)
 def test_training_step(case, contender, compete):
     def fill(group, names):

@@ -26,6 +26,14 @@ def test_the_ci_runs_exactly_the_test_command():
         assert f"\n{step}\n" in ci, step
 
 
+def test_the_table_of_figures_is_that_of_the_results():
+    report = pytest.importorskip("bench.report", reason="needs the bench folder")
+    (path,) = re.findall(r"\]\((bench/results/\S+)\.md\)", README)
+    run = report.load([ROOT / f"{path}.json"])
+    assert report.summary(run) in README
+    assert report.tables(run) == (ROOT / f"{path}.md").read_text()
+
+
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
 def test_links_and_pictures_exist(target):
     assert (ROOT / target).exists()
