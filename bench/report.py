@@ -67,7 +67,7 @@ def load(paths: Sequence[str | Path]) -> Run:
         )  # fmt: skip
     devices = sorted({(run.device, run.versions) for run in runs})
     if len(devices) > 1:
-        raise ValueError(f"results of different machines do not go into one table: {devices}")
+        raise ValueError(f"different machines do not go into one table: {devices}")
     return runs[0]._replace(results=[result for run in runs for result in run.results])
 
 

@@ -106,7 +106,9 @@ class Buckets:
                     self.buckets = None
                     break
         if self.buckets is None:
-            self._build(tensors)
+            # The state outlives an inference mode in which it happens to be made.
+            with torch.inference_mode(False):
+                self._build(tensors)
         for bucket in self.buckets:
             if not bucket.warm:
                 bucket.iterate(self.warmup)

@@ -49,7 +49,9 @@ class SpectralRegularizer:
     once. They give the same gradient.
 
     Args:
-        model: a module, or an iterable of (name, parameter).
+        model: a module, or an iterable of (name, parameter). Without modules nothing is known of
+            embeddings, norms, gates and transposed convolutions: what has two dimensions or more is
+            a matrix, what is called a bias is one, and the rest is skipped.
         strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
             in which the first match counts.
         exponent: k, at least 1.

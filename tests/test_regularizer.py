@@ -185,6 +185,17 @@ def test_no_grad_evaluates_without_advancing(backend):
         assert not torch.equal(reg.penalty(), first)
 
 
+def test_first_use_may_be_in_inference_mode(backend):
+    model = models.mixed()
+    reg = SpectralRegularizer(model, backend=backend)
+    with torch.inference_mode():
+        first = reg.penalty()
+        assert torch.equal(first, reg.penalty())
+    reg.penalty().backward()
+    reg.accumulate_grad_()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_penalty_is_differentiable_only_where_the_weights_are():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     reg = SpectralRegularizer(model)
