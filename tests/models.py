@@ -43,3 +43,10 @@ def batch(dtype=torch.float32):
 
 def grads(model):
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def close(a, b, rtol=1e-5, atol=1e-7):
+    for x, y in zip(a, b, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=rtol, atol=atol)

@@ -6,7 +6,7 @@ from torch import nn
 
 from spectral_kernels import SpectralRegularizer
 
-from .test_regularizer import close
+from .models import close
 
 
 def net(seed=0):
