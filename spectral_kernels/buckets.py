@@ -76,6 +76,7 @@ class Buckets:
         self.selection, self.backend, self.exponent = selection, backend, exponent
         self.warmup, self.seed, self.fill = warmup, seed, fill
         self.buckets: list[Bucket] | None = None
+        self._indices: list[list[int]] = []  # of each bucket's owners
         self.known: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
         owners = dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors))
         self.owners = list(owners)
@@ -171,12 +172,14 @@ class Buckets:
         column has none.
         """
         found = dict(self.known)
-        for bucket in self.buckets or ():
-            bucket.measure()
-            state = bucket.state
-            for i, (matrix, layout) in enumerate(
-                zip(bucket.plan.matrices, bucket.plan.layouts, strict=True)
-            ):
+        for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
+            layouts, state = bucket.plan.layouts, bucket.state
+            if not bucket.measured and any(layout.side == "left" for layout in layouts):
+                # s has to be computed, from weights that may have moved since the last use.
+                tensors = self.tensors()
+                if bucket.plan.bind_weights([tensors[i] for i in indices]):
+                    bucket.measure()
+            for i, (matrix, layout) in enumerate(zip(bucket.plan.matrices, layouts, strict=True)):
                 is_left = layout.side == "left"
                 v = _unit(state.rows(i)) if is_left else state.columns(i, state.v_next)
                 if v is not None:

@@ -195,6 +195,11 @@ def test_nothing_outside_of_a_matrix_is_read_or_written(backend, dtype):
 # ------------------------------------------------------------------------- degenerate matrices
 
 
+def with_a_leading_direction(m, n):
+    """A random matrix on which power iteration converges fast."""
+    return torch.outer(torch.randn(m), torch.randn(n)) + 0.1 * torch.randn(m, n)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_matrix_has_no_gradient_and_keeps_its_vector(backend, dtype):
     bucket = bucket_of([torch.zeros(6, 9, dtype=dtype)], backend)
@@ -211,7 +216,7 @@ def test_matrix_that_was_zero_recovers(backend):
     weight = torch.zeros(6, 9)
     bucket = bucket_of([weight], backend)
     bucket.iterate(1)
-    weight.copy_(torch.randn(6, 9))
+    weight.copy_(with_a_leading_direction(6, 9))
     bucket.iterate(60)
     assert float(bucket.state.sigma) == pytest.approx(
         float(torch.linalg.svdvals(weight)[0]), rel=1e-4
@@ -273,7 +278,7 @@ def test_extreme_magnitudes(backend, dtype, scale):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_non_finite_weight_shows_and_the_vector_survives(backend, dtype, value):
-    weight = torch.randn(140, 9).to(dtype)
+    weight = with_a_leading_direction(140, 9).to(dtype)
     bucket = bucket_of([weight], backend)
     bucket.iterate(3)
     good = bucket.state.v_next.clone()
@@ -284,7 +289,7 @@ def test_non_finite_weight_shows_and_the_vector_survives(backend, dtype, value):
     assert not torch.isfinite(bucket.state.penalty).any()
     assert torch.equal(bucket.state.v_next, good)
     weight[131, 4] = saved
-    bucket.iterate(300)
+    bucket.iterate(60)
     truth = float(torch.linalg.svdvals(weight.double())[0])
     assert float(bucket.state.sigma) == pytest.approx(truth, rel=1e-3)
 

@@ -49,8 +49,22 @@ int useful_threads(const Header& header, int threads) {
   return header.n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
 }
 
-std::unique_ptr<double[]> new_scratch(const Header& header) {
-  return std::unique_ptr<double[]>(new double[kScratchRows * header.scratch_size]);
+// One parallel region over all tiles and all vectors.
+template <class OnTile, class OnVector>
+void for_each_task(const Header& header, int threads, OnTile on_tile, OnVector on_vector) {
+  const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
+  const int64_t n_tasks = header.n_tiles + header.n_vectors;
+#pragma omp parallel num_threads(useful_threads(header, threads))
+  {
+    const std::unique_ptr<double[]> scratch(new double[kScratchRows * header.scratch_size]);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n_tasks; ++i) {
+      if (i < header.n_tiles)
+        on_tile(tiles[i], scratch.get());
+      else
+        on_vector(i - header.n_tiles);
+    }
+  }
 }
 
 }  // namespace
@@ -85,19 +99,10 @@ bool has_openmp() {
 
 void gram_matvec(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
-  const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
-  const int64_t n_tasks = header.n_tiles + header.n_vectors;
-#pragma omp parallel num_threads(useful_threads(header, threads))
-  {
-    const std::unique_ptr<double[]> scratch = new_scratch(header);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n_tasks; ++i) {
-      if (i < header.n_tiles)
-        kernels.gram_matvec(header, tiles[i], scratch.get());
-      else
-        kernels.vector_norm(header, i - header.n_tiles);
-    }
-  }
+  for_each_task(
+      header, threads,
+      [&](const Tile& tile, double* scratch) { kernels.gram_matvec(header, tile, scratch); },
+      [&](int64_t vector) { kernels.vector_norm(header, vector); });
 }
 
 void normalize(const Header& header, int threads) {
@@ -108,19 +113,12 @@ void normalize(const Header& header, int threads) {
 
 void rank_one(const Header& header, bool accumulate, int threads) {
   const CpuKernels& kernels = *current->kernels;
-  const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
-  const int64_t n_tasks = header.n_tiles + header.n_vectors;
-#pragma omp parallel num_threads(useful_threads(header, threads))
-  {
-    const std::unique_ptr<double[]> scratch = new_scratch(header);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n_tasks; ++i) {
-      if (i < header.n_tiles)
-        kernels.rank_one(header, tiles[i], accumulate, scratch.get());
-      else
-        kernels.vector_gradient(header, i - header.n_tiles, accumulate);
-    }
-  }
+  for_each_task(
+      header, threads,
+      [&](const Tile& tile, double* scratch) {
+        kernels.rank_one(header, tile, accumulate, scratch);
+      },
+      [&](int64_t vector) { kernels.vector_gradient(header, vector, accumulate); });
 }
 
 }  // namespace cpu

@@ -1,8 +1,8 @@
 // s = W v and t = W^T s with one read of W from memory, and the stage that adds up the tiles.
 //
 // Rows are taken in blocks of a few: their products with v read the block from memory, and adding
-// s_r times the rows to t finds it in the cache. While that second pass runs, the next block is
-// prefetched, so that memory does not idle.
+// s_r times the rows to t finds it in the cache. Both passes prefetch half of the rows that come
+// some blocks later, so that memory does not idle.
 
 #include "isa.h"
 #include "scalar_math.h"
@@ -39,17 +39,17 @@ SPECTRAL_INLINE void prefetch_pair(const T* p) {
   for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch((const char*)p + i, 0, 3);
 }
 
-// out[r] = sum_c w[r][c] * v[c], prefetching the first half of the rows that come next
+// out[r] = sum_c w[r][c] * v[c], prefetching the first half of the rows that come later
 template <int R, class T, class S>
 SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (&out)[R],
-                              const T* const (&next)[R]) {
+                              const T* const (&later)[R]) {
   using L = Simd<T>;
   using V = typename L::V;
   V even[R] = {}, odd[R] = {};
   int64_t c = for_pairs<T>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
     const V v0 = Simd<S>::load(v + c), v1 = Simd<S>::load(v + c + L::kLanes);
     for (int r = 0; r < R; ++r) {
-      if (prefetch && r < R / 2) prefetch_pair(next[r] + c);
+      if (prefetch && r < R / 2) prefetch_pair(later[r] + c);
       V w0, w1;
       L::load_pair(w[r] + c, w0, w1);
       even[r] += w0 * v0;
@@ -69,16 +69,16 @@ SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (
   for (int r = 0; r < R; ++r) out[r] = sum_lanes(even[r] + odd[r]);
 }
 
-// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c], prefetching the other rows that come next
+// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c], prefetching the other half
 template <int R, class T, class S>
 SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n, S* t, bool first,
-                              const T* const (&next)[R]) {
+                              const T* const (&later)[R]) {
   using L = Simd<T>;
   using V = typename L::V;
   int64_t c = for_pairs<T>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
     V x0 = first ? V{} : Simd<S>::load(t + c), x1 = first ? V{} : Simd<S>::load(t + c + L::kLanes);
     for (int r = 0; r < R; ++r) {
-      if (prefetch && r >= R / 2) prefetch_pair(next[r] + c);
+      if (prefetch && r >= R / 2) prefetch_pair(later[r] + c);
       V w0, w1;
       L::load_pair(w[r] + c, w0, w1);
       x0 += w0 * a[r];
@@ -127,20 +127,21 @@ struct TileTask {
   SPECTRAL_INLINE void rows(int64_t row) {
     const T* base = reinterpret_cast<const T*>(m.weight);
     const T* w[R];
-    const T* next[R];
+    const T* later[R];
     for (int r = 0; r < R; ++r) {
       w[r] = m.outer == 1 ? base + (row + r) * m.row_stride
                           : gather_row(m, row + r, rows_scratch + r * n);
-      next[r] = m.outer == 1 && row + ahead + r < tile.row_end ? w[r] + ahead * m.row_stride : w[r];
+      later[r] =
+          m.outer == 1 && row + ahead + r < tile.row_end ? w[r] + ahead * m.row_stride : w[r];
     }
     S product[R], scaled[R];
-    dot_rows<R>(w, v, n, product, next);
+    dot_rows<R>(w, v, n, product, later);
     for (int r = 0; r < R; ++r) {
       s[row + r] = product[r];
       sum_of_squares += (double)product[r] * (double)product[r];
       scaled[r] = (S)(product[r] * scale);
     }
-    if (t != nullptr) add_rows<R>(w, scaled, n, t, row == tile.row_begin, next);
+    if (t != nullptr) add_rows<R>(w, scaled, n, t, row == tile.row_begin, later);
   }
 
   void run() {
