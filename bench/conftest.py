@@ -1,9 +1,9 @@
 """Options of the suites, and the fixtures that measure a group of contenders together."""
 
-import platform
-
 import pytest
 import torch
+
+from spectral_kernels.cli import processor
 
 from .gate import Group
 from .interleave import Replay
@@ -32,16 +32,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     """Record what a reader needs to judge the figures."""
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
-    machine_info["device"] = cpu_name()
-
-
-def cpu_name() -> str:
-    """Name of the processor, as the operating system gives it."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.partition(":")[2].strip() for line in info if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    machine_info["device"] = processor()
 
 
 @pytest.fixture(scope="session")

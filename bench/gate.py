@@ -94,6 +94,17 @@ class Group:
         self.durations = measure(functions, self.rounds, self.min_time)
 
 
+def compete_on_shapes(compete, suite: str, case: str, dtype: str, contenders) -> None:
+    """Let ``compete`` (the fixture) check and time ``contenders`` on the weights of a case."""
+    shapes = cases.MODELS[case]()
+
+    def fill(group: Group, names) -> None:
+        chosen = {name: contenders[name] for name in names if name in contenders}
+        group.run(shapes, getattr(torch, dtype), chosen, names)
+
+    compete(fill, suite=suite, matrices=len(shapes), weights=sum(m * n for m, n in shapes))
+
+
 def floor_functions(weights):
     """Return what any step must at least do, and its two halves for their bandwidth.
 

@@ -1,11 +1,11 @@
 """One step = power iteration of every matrix + the penalty's gradient added to .grad."""
 
 import pytest
-import torch
 
 from tests import cases
 
 from .baselines import CONTENDERS, FLOORS
+from .gate import compete_on_shapes
 
 
 def fits(case, contender):
@@ -25,10 +25,4 @@ PARAMETERS = [
 
 @pytest.mark.parametrize(("case", "dtype", "contender"), PARAMETERS)
 def test_penalty_step(case, dtype, contender, compete):
-    shapes = cases.MODELS[case]()
-
-    def fill(group, names):
-        chosen = {name: CONTENDERS[name] for name in names if name in CONTENDERS}
-        group.run(shapes, getattr(torch, dtype), chosen, names)
-
-    compete(fill, suite="penalty_step", matrices=len(shapes), weights=sum(m * n for m, n in shapes))
+    compete_on_shapes(compete, "penalty_step", case, dtype, CONTENDERS)

@@ -83,7 +83,7 @@ def _env(arguments: argparse.Namespace) -> int:
         ("triton", _triton()),
         ("numpy", numpy.__version__),
         ("platform", platform.platform()),
-        ("processor", _processor()),
+        ("processor", processor()),
         ("threads", str(torch.get_num_threads())),
     ]
     for name in backends.NAMES:
@@ -107,7 +107,8 @@ def _triton() -> str:
     return triton.__version__
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor, as the operating system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .backends import check_name, choose
+from .buckets import Bucket
 from .plan import Plan
 from .selection import Matrix, select
-from .state import State
 
 
 def spectral_norms(
@@ -65,12 +65,13 @@ def largest_singular_value(
     if tensor.numel() == 0:
         return 0.0
     plan = Plan([matrix], [], [tensor])
-    state = State.fresh(plan, exponent=1)
-    state.target.zero_()
-    return _lanczos(plan, state, choose(backend, plan.device), rtol, matrix.name)
+    bucket = Bucket(plan, choose(backend, plan.device), exponent=1)
+    bucket.state.target.zero_()
+    return _lanczos(bucket, rtol, matrix.name)
 
 
-def _lanczos(plan: Plan, state: State, backend, rtol: float, name: str) -> float:
+def _lanczos(bucket: Bucket, rtol: float, name: str) -> float:
+    plan, state = bucket.plan, bucket.state
     n = plan.layouts[0].cols
     # A start outside of the row space of W adds one dimension to what can be reached.
     limit = min(n, plan.layouts[0].rows + 1)
@@ -83,15 +84,12 @@ def _lanczos(plan: Plan, state: State, backend, rtol: float, name: str) -> float
     unit = 1.0  # sigma of the first product: W / unit keeps every number near one
     history: list[float] = []
     # The first product only tells the magnitude, by which later ones are scaled.
-    state.v.copy_(v)
-    backend.gram_matvec(plan, state)
-    backend.normalize(plan, state)
+    state.v_next.copy_(v)
+    bucket.iterate(1)
     while True:
         basis.append(v)
         state.v_next.copy_(v)
-        state.swap()
-        backend.gram_matvec(plan, state)
-        backend.normalize(plan, state)
+        bucket.iterate(1)
         sigma, residual = float(state.sigma), float(state.residual)
         if not math.isfinite(sigma):
             return math.nan

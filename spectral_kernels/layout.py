@@ -48,11 +48,15 @@ class Layout:
             for name in ("rows", "outer", "inner", "side", "permutation")
         )
 
+    def _places(self) -> list[int]:
+        """Return where each column dimension, in the parameter's own order, stands in memory."""
+        return sorted(range(len(self.column_dims)), key=self.column_dims.__getitem__)
+
     def to_logical(self, v: torch.Tensor) -> torch.Tensor:
         """Bring right singular vectors [r, N] from memory order into the parameter's own order."""
         if len(self.column_dims) < 2:
             return v
-        places = sorted(range(len(self.column_dims)), key=self.column_dims.__getitem__)
+        places = self._places()
         folded = v.reshape(len(v), *self.column_sizes)
         return folded.permute(0, *(1 + p for p in places)).reshape(v.shape)
 
@@ -60,7 +64,7 @@ class Layout:
         """Undo :meth:`to_logical`."""
         if len(self.column_dims) < 2:
             return v
-        places = sorted(range(len(self.column_dims)), key=self.column_dims.__getitem__)
+        places = self._places()
         folded = v.reshape(len(v), *(self.column_sizes[p] for p in places))
         back = [places.index(i) for i in range(len(places))]
         return folded.permute(0, *(1 + p for p in back)).reshape(v.shape)

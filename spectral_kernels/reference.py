@@ -64,6 +64,11 @@ def matrix(plan, i: int) -> Tensor:
     return stored(plan, i, tensor).reshape(layout.rows, layout.cols).to(plan.state_dtype)
 
 
+def _vector_penalty(plan, i: int, x: Tensor, exponent: float) -> Tensor:
+    """Return R of vector ``i`` at ``x``, by its kind."""
+    return (gain_penalty if plan.vectors[i].kind == "gain" else shift_penalty)(x, exponent)
+
+
 def _inverse_power_of_two(sigma: Tensor) -> Tensor:
     """Return the power of two that brings ``sigma`` to about one (1 where it is unknown)."""
     known = torch.isfinite(sigma) & (sigma > 0)
@@ -82,10 +87,7 @@ def gram_matvec(plan, state) -> None:
     for i, owner in enumerate(plan.vector_owner):
         vector = plan.tensors[owner].detach().to(plan.state_dtype)
         state.norm[i] = torch.linalg.vector_norm(vector.double())
-        k = state.exponent
-        is_gain = plan.vectors[i].kind == "gain"
-        value = gain_penalty(vector, k) if is_gain else shift_penalty(vector, k)
-        state.penalty[len(plan.matrices) + i] = value
+        state.penalty[len(plan.matrices) + i] = _vector_penalty(plan, i, vector, state.exponent)
 
 
 def normalize(plan, state) -> None:
@@ -159,7 +161,5 @@ def differentiable_penalty(plan, state, weights) -> Tensor:
         total = total + state.strength[i] * value
     for i, owner in enumerate(plan.vector_owner):
         vector = weights[owner].to(plan.state_dtype)
-        is_gain = plan.vectors[i].kind == "gain"
-        value = gain_penalty(vector, k) if is_gain else shift_penalty(vector, k)
-        total = total + state.strength[n + i] * value
+        total = total + state.strength[n + i] * _vector_penalty(plan, i, vector, k)
     return total

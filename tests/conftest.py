@@ -30,3 +30,9 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seeded():
+    """Draw the same random numbers in every run; ``usefixtures`` in the files that want it."""
+    torch.manual_seed(0)

@@ -23,10 +23,7 @@ from .layouts import (
 )
 from .tolerances import relative_error
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @every_layout

@@ -26,10 +26,7 @@ from .layouts import (
     strided,
 )
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # --------------------------------------------------------------------- tensors that move or change

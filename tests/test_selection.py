@@ -10,10 +10,7 @@ from spectral_kernels.selection import check_patterns, match, select
 from .models import mixed
 from .selecting import assert_matrices, holding, kinds_of, names_of, numbered, randomized, skipped
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # ------------------------------------------------------------------------------ which are chosen

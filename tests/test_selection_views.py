@@ -8,10 +8,7 @@ from spectral_kernels.selection import select
 
 from .selecting import assert_matrices, holding, kinds_of, names_of, numbered, randomized, skipped
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # ---------------------------------------------------------------------- layers, one matrix each

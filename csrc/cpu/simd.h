@@ -267,7 +267,7 @@ SPECTRAL_INLINE void memory_order(const S* x, S* out, int64_t n) {
   for (; c < n; ++c) out[c] = x[c];
 }
 
-// The sum of the lanes, always in the same order: halves are added until one element is left.
+// The upper half of the lanes brought down; what stands above them does not count.
 SPECTRAL_INLINE f32v upper_half(f32v x) {
 #if SPECTRAL_BYTES == 64
   return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -278,6 +278,7 @@ SPECTRAL_INLINE f32v upper_half(f32v x) {
 #endif
 }
 
+// The sum of the lanes, always in the same order.
 SPECTRAL_INLINE float sum_lanes(f32v x) {
   x += upper_half(x);
   float total = 0;
