@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 
 from spectral_kernels import SpectralRegularizer
 
@@ -33,6 +34,13 @@ class Contender:
     label: str
     at: str = "v"
     most: float = float("inf")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    def enters(self, shapes, dtype: str, device: str) -> bool:
+        """Tell whether it can be measured on weights of ``shapes`` at all."""
+        weights = sum(m * n for m, n in shapes)
+        return weights <= self.most and dtype in self.dtypes and device in self.devices
 
 
 def start_vectors(weights) -> list[torch.Tensor]:
@@ -125,6 +133,8 @@ def compiled_loop(weights, strength):
             out.append(_normalized(weight.mT @ s))
         return out
 
+    # Past its limit of recompilations torch would run, and we would time, plain Python.
+    dynamo_config.fail_on_recompile_limit_hit = True
     compiled = torch.compile(body, dynamic=False)
 
     def step():
@@ -184,19 +194,20 @@ def exact_svd(weights, strength):
 
 
 CONTENDERS = {
-    "cpu": Contender(ours("cpu"), "ours (C++)"),
+    "cpu": Contender(ours("cpu"), "ours (C++)", devices=("cpu",)),
     "reference": Contender(ours("reference"), "ours (PyTorch reference)"),
     "autograd_loop": Contender(autograd_loop, "per-layer autograd loop", at="next v"),
     "inplace_loop": Contender(inplace_loop, "hand-written in-place loop"),
-    "compiled_loop": Contender(compiled_loop, "torch.compile of it"),
+    "compiled_loop": Contender(compiled_loop, "compiled in-place loop"),
     "stacked_bmm": Contender(stacked_bmm, "equal shapes stacked for bmm"),
     "spectral_norm": Contender(
         spectral_norm_forward, "torch spectral_norm, forward only", at="nothing"
     ),
-    "exact_svd": Contender(exact_svd, "exact SVD", at="svd", most=1e6),
+    # There is no SVD in 16 bits.
+    "exact_svd": Contender(exact_svd, "exact SVD", at="svd", most=1e6, dtypes=("float32",)),
 }
 BY_AUTOGRAD = {
-    "cpu": Contender(ours_by_autograd("cpu"), "ours (C++)"),
+    "cpu": Contender(ours_by_autograd("cpu"), "ours (C++)", devices=("cpu",)),
     "reference": Contender(ours_by_autograd("reference"), "ours (PyTorch reference)"),
     "autograd_loop": CONTENDERS["autograd_loop"],
 }
@@ -204,4 +215,5 @@ FLOORS = {
     "floor": "floor: read W, add to .grad",
     "floor_read": "read W alone",
     "floor_add": "add to .grad alone",
+    "floor_copy": "copy W",
 }

@@ -1,10 +1,11 @@
-"""Options of the suites, and the fixtures that measure a group of contenders together."""
+"""Options of the suites, and the fixture that measures a group of contenders together."""
 
 import pytest
 import torch
 
-from spectral_kernels.cli import processor
+from spectral_kernels.cli import processor, triton_version
 
+from . import devices
 from .gate import Group
 from .interleave import Replay
 
@@ -22,16 +23,22 @@ def pytest_collection_modifyitems(config, items):
     """Give every benchmark the clock of recorded durations; keep the smallest case for --smoke."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY, warmup=False, disable_gc=True))
+        device = item.callspec.params["device"]
+        if device == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if (reason := devices.missing(device)) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
     if config.getoption("--smoke"):
-        left_out = [i for i in items if i.callspec.params.get("case", "mlp") != "mlp"]
+        smallest = {item.function: item.callspec.params["case"] for item in reversed(items)}
+        left_out = [i for i in items if i.callspec.params["case"] != smallest[i.function]]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """Record what a reader needs to judge the figures."""
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
+    found = {"torch": torch.__version__, "triton": triton_version()}
+    machine_info["versions"] = ", ".join(f"{name} {version}" for name, version in found.items())
     machine_info["device"] = processor()
 
 
@@ -61,16 +68,23 @@ def compete(request, benchmark, _groups):
             _groups.clear()
             smoke = request.config.getoption("--smoke")
             rounds = 2 if smoke else request.config.getoption("--rounds")
-            group = Group(rounds, 0.002 if smoke else 0.05)
+            group = Group(rounds, 0.002 if smoke else 0.05, params["device"])
             names = [i.callspec.params["contender"] for i in request.session.items
                      if of_this_group(i)]  # fmt: skip
             fill(group, names)
             _groups[key] = group
         group = _groups[key]
         benchmark.group = " ".join(map(str, (info["suite"], *params.values())))
-        benchmark.extra_info.update(info, **params, contender=contender, device="cpu")
+        benchmark.extra_info.update({
+            "threads": torch.get_num_threads(), **info, **params, "contender": contender,
+            "device_name": devices.name(params["device"]),
+        })  # fmt: skip
         if contender in group.wrong:
-            pytest.fail(f"{contender} is wrong and was not timed: {group.wrong[contender]}")
+            pytest.fail(f"{contender} was not timed: {group.wrong[contender]}")
+        if contender in group.first:
+            benchmark.extra_info["first_step_seconds"] = group.first[contender]
+        if contender in group.peak_bytes:
+            benchmark.extra_info["peak_bytes"] = group.peak_bytes[contender]
         REPLAY.into(benchmark, group.durations[contender])
 
     return run

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+
+from .devices import seconds_on_cpu
 
 
 def measure(
@@ -11,11 +13,13 @@ def measure(
     rounds: int,
     min_time: float = 0.02,
     warmup: int = 2,
+    clock: Callable[[Callable[[], object], float], float] = seconds_on_cpu,
 ) -> dict[str, list[float]]:
     """Return ``rounds`` durations in seconds per call for each of ``functions``.
 
     In every round each function runs once to bring its data into the state that its own repetition
-    leaves it in, then for at least ``min_time`` seconds; the mean of these calls is one duration.
+    leaves it in, then as often as ``clock`` wants for ``min_time`` seconds; the mean of these calls
+    is one duration.
     """
     for function in functions.values():
         for _ in range(warmup):
@@ -24,15 +28,16 @@ def measure(
     for _ in range(rounds):
         for name, function in functions.items():
             function()
-            calls, start = 0, time.perf_counter()
-            while True:
-                function()
-                calls += 1
-                elapsed = time.perf_counter() - start
-                if elapsed >= min_time:
-                    break
-            durations[name].append(elapsed / calls)
+            durations[name].append(clock(function, min_time))
     return durations
+
+
+def in_turn(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """Return a function each call of which calls the next of ``functions``, round and round."""
+    if len(functions) == 1:
+        return functions[0]
+    following = cycle(functions)
+    return lambda: next(following)()
 
 
 class Replay:

@@ -1,13 +1,15 @@
-"""Tables from pytest-benchmark's JSON: ``python -m bench.report RESULT.json...``."""
+"""Tables and plots from pytest-benchmark's JSON: ``python -m bench.report RESULT.json...``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from .baselines import CONTENDERS, FLOORS
 
@@ -27,48 +29,56 @@ class Result(NamedTuple):
     suite: str
     case: str
     dtype: str
+    device_name: str
+    threads: int
     contender: str
     median: float
     info: dict
 
 
 class Run(NamedTuple):
-    """The results of one or more files from one device."""
+    """The results of one or more files from one machine."""
 
-    device: str
+    machine: str
     versions: str
     commit: str
     date: str
     results: list[Result]
 
 
-def load(paths: Sequence[str | Path]) -> Run:
+def load(paths: Iterable[str | Path]) -> Run:
     """Read result files.
 
     Raises:
-        ValueError: files from different devices, or a file without results.
+        ValueError: files from different machines or commits, several GPUs or numbers of threads,
+            or a file without results.
     """
     runs = []
     for path in paths:
         data = json.loads(Path(path).read_text())
         machine, commit = data["machine_info"], data["commit_info"]
-        results = [
-            Result(*(b["extra_info"][k] for k in ("suite", "case", "dtype", "contender")),
-                   b["stats"]["median"], b["extra_info"])
-            for b in data["benchmarks"]
-        ]  # fmt: skip
+        results = []
+        for b in data["benchmarks"]:
+            info = b["extra_info"]
+            known = {field: info[field] for field in Result._fields if field in info}
+            results.append(Result(**known, median=b["stats"]["median"], info=info))
         if not results:
             raise ValueError(f"{path}: no benchmark in it")
-        versions = f"{machine['threads']} threads, torch {machine['torch']}"
         dirty = " with changes" if commit["dirty"] else ""
         runs.append(
-            Run(machine["device"], versions, commit["id"][:9] + dirty, data["datetime"][:10],
-                results)
+            Run(machine["device"], machine["versions"], commit["id"][:9] + dirty,
+                data["datetime"][:10], results)
         )  # fmt: skip
-    devices = sorted({(run.device, run.versions) for run in runs})
-    if len(devices) > 1:
-        raise ValueError(f"different machines do not go into one table: {devices}")
-    return runs[0]._replace(results=[result for run in runs for result in run.results])
+    kinds = sorted({(run.machine, run.versions, run.commit) for run in runs})
+    if len(kinds) > 1:
+        raise ValueError(f"different machines or commits do not go into one table: {kinds}")
+    results = [result for run in runs for result in run.results]
+    conditions = {
+        (r.info["device"], r.device_name, r.threads) for r in results if r.suite != "scaling"
+    }
+    if len(conditions) > len({device for device, _, _ in conditions}):
+        raise ValueError(f"one table has one device and number of threads: {sorted(conditions)}")
+    return runs[0]._replace(results=results)
 
 
 def milliseconds(seconds: float) -> str:
@@ -76,92 +86,182 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
-def tables(run: Run) -> str:
-    """Return the whole report in Markdown: one table per suite and dtype, a row per contender."""
-    out = [f"{run.device}, {run.versions}, {run.date}, commit {run.commit}. Medians."]
-    for suite, dtype in dict.fromkeys((r.suite, r.dtype) for r in run.results):
-        out += ["", f"### {suite}, {dtype}", ""]
-        chosen = [r for r in run.results if (r.suite, r.dtype) == (suite, dtype)]
-        out += _step_table(chosen) if suite != "training_step" else _training_table(chosen)
-    return "\n".join(out) + "\n"
+def ours(found: dict[str, Result]) -> Result | None:
+    """Return the result that counts as ours among those of one case, by contender."""
+    return next((found[name] for name in OURS if name in found), None)
 
 
-def _by_case(results: list[Result]) -> dict[str, dict[str, Result]]:
-    cases: dict[str, dict[str, Result]] = {}
+def sections(run: Run) -> dict[tuple[str, str, str], list[Result]]:
+    """Return the results by suite, dtype and device: what goes into one table."""
+    found: dict[tuple[str, str, str], list[Result]] = {}
+    for r in run.results:
+        found.setdefault((r.suite, r.dtype, r.device_name), []).append(r)
+    return found
+
+
+def by_case(results: list[Result]) -> dict[tuple[str, int], dict[str, Result]]:
+    """Return the results by case and threads, and in these by contender."""
+    cases: dict[tuple[str, int], dict[str, Result]] = {}
     for result in results:
-        cases.setdefault(result.case, {})[result.contender] = result
+        cases.setdefault((result.case, result.threads), {})[result.contender] = result
     return cases
+
+
+def bandwidth(result: Result) -> float:
+    """Return the bytes per second of a step that reads W once and reads and writes .grad once."""
+    passes = {"floor_read": 1, "floor_add": 2, "floor_copy": 2}.get(result.contender, 3)
+    size = getattr(torch, result.dtype).itemsize
+    return passes * result.info["weights"] * size / result.median
+
+
+def tables(run: Run) -> str:
+    """Return the whole report in Markdown: one table per suite, dtype and device."""
+    out = [f"{run.machine}, {run.versions}, {run.date}, commit {run.commit}. Medians."]
+    for (suite, dtype, device_name), results in sections(run).items():
+        threads = "" if suite == "scaling" else f", {results[0].threads} threads"
+        where = device_name + (threads if results[0].info["device"] == "cpu" else "")
+        out += ["", f"### {suite}, {dtype}, {where}", ""]
+        out += _TABLES.get(suite, _step_table)(results)
+    return "\n".join(out) + "\n"
 
 
 def _step_table(results: list[Result]) -> list[str]:
     lines = [
-        "| case | weights | contender | ms | time / ours | time / floor | GB/s |",
-        "|---|---|---|---|---|---|---|",
+        "| case | weights | contender | ms | time / ours | time / floor | GB/s | first step, ms |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    itemsize = {"float32": 4, "bfloat16": 2}
-    for case, found in _by_case(results).items():
-        ours = next((found[name].median for name in OURS if name in found), None)
-        floor = found["floor"].median if "floor" in found else None
+    for (case, _), found in by_case(results).items():
+        own, floor = ours(found), found.get("floor")
         for name, result in found.items():
-            # W is read once, .grad read and written once.
-            passes = {"floor_read": 1, "floor_add": 2}.get(name, 3)
-            bandwidth = passes * result.info["weights"] * itemsize[result.dtype] / result.median
+            first = result.info.get("first_step_seconds")
             lines.append(
                 f"| {case} | {result.info['weights'] / 1e6:.1f} M | {LABELS.get(name, name)} "
-                f"| {milliseconds(result.median)} "
-                f"| {'' if ours is None else f'{result.median / ours:.2f}'} "
-                f"| {'' if floor is None or name in FLOORS else f'{result.median / floor:.2f}'} "
-                f"| {bandwidth / 1e9:.1f} |"
+                f"| {milliseconds(result.median)} | {_ratio(result, own)} "
+                f"| {'' if name in FLOORS else _ratio(result, floor)} "
+                f"| {bandwidth(result) / 1e9:.1f} "
+                f"| {'' if first is None else milliseconds(first)} |"
             )
     return lines
+
+
+def _ratio(result: Result, base: Result | None) -> str:
+    return "" if base is None else f"{result.median / base.median:.2f}"
 
 
 def _training_table(results: list[Result]) -> list[str]:
-    lines = ["| model | contender | ms per step | overhead |", "|---|---|---|---|"]
-    for case, found in _by_case(results).items():
-        base = found["without"].median if "without" in found else None
+    lines = ["| model | batch | contender | ms per step | overhead |", "|---|---|---|---|---|"]
+    for (case, _), found in by_case(results).items():
+        base = found.get("without")
         for name, result in found.items():
-            share = 0.0 if base is None else result.median / base - (name != "attach_alone")
-            more = "" if base is None or name == "without" else f"{100 * share:+.2f} %"
+            more = ""
+            if base is not None and name != "without":
+                share = result.median / base.median - (name != "attach_alone")
+                more = f"{100 * share:+.2f} %"
             lines.append(
-                f"| {case} | {LABELS.get(name, name)} | {milliseconds(result.median)} | {more} |"
+                f"| {case} | {result.info['batch']} | {LABELS.get(name, name)} "
+                f"| {milliseconds(result.median)} | {more} |"
             )
     return lines
 
 
+def _memory_table(results: list[Result]) -> list[str]:
+    lines = [
+        "| case | weights | contender | extra MB | of the weights | bytes per row and column |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        size = getattr(torch, r.dtype).itemsize * r.info["weights"]
+        lines.append(
+            f"| {r.case} | {size / 1e6:.1f} MB | {LABELS.get(r.contender, r.contender)} "
+            f"| {r.info['peak_bytes'] / 1e6:.2f} | {100 * r.info['peak_bytes'] / size:.1f} % "
+            f"| {r.info['peak_bytes'] / r.info['sides']:.0f} |"
+        )
+    return lines
+
+
+def _scaling_table(results: list[Result]) -> list[str]:
+    names = list(dict.fromkeys(r.contender for r in results))
+    lines = [
+        "| weights | matrices | threads | "
+        + " | ".join(f"{LABELS.get(name, name)}, ms" for name in names)
+        + " | ours / floor | ours, GB/s |",
+        "|---" * (len(names) + 5) + "|",
+    ]
+    for (_, threads), found in by_case(results).items():
+        some, own = next(iter(found.values())), ours(found)
+        times = [milliseconds(found[n].median) if n in found else "" for n in names]
+        last = ["", ""]
+        if own is not None:
+            floor = found.get("floor")
+            last = ["" if floor is None else _ratio(own, floor), f"{bandwidth(own) / 1e9:.1f}"]
+        row = (f"{some.info['weights']:.3g}", some.info["matrices"], threads, *times, *last)
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    return lines
+
+
+_TABLES = {
+    "training_step": _training_table,
+    "memory": _memory_table,
+    "scaling": _scaling_table,
+}
+
+
 def summary(run: Run, dtype: str = "float32") -> str:
-    """Return one row per case of the penalty step: milliseconds and ratios, in Markdown."""
+    """Return one row per case of the penalty step: milliseconds and ratios, in Markdown.
+
+    Raises:
+        ValueError: results of several devices.
+    """
     lines = [
         "| model | weights | autograd loop | compiled loop | ours | loop / ours "
         "| compiled / ours | ours / floor |",
         "|---|---|---|---|---|---|---|---|",
     ]
     chosen = [r for r in run.results if (r.suite, r.dtype) == ("penalty_step", dtype)]
-    for case, found in _by_case(chosen).items():
-        if not {"cpu", "floor", "autograd_loop", "compiled_loop"} <= set(found):
+    if len(names := {r.device_name for r in chosen}) > 1:
+        raise ValueError(f"different devices do not go into one table: {sorted(names)}")
+    for (case, _), found in by_case(chosen).items():
+        own = ours(found)
+        if own is None or not {"floor", "autograd_loop", "compiled_loop"} <= set(found):
             continue
-        ours, floor = found["cpu"].median, found["floor"].median
+        floor = found["floor"].median
         loop, compiled = found["autograd_loop"].median, found["compiled_loop"].median
         lines.append(
-            f"| {case} | {found['cpu'].info['weights'] / 1e6:.1f} M | {milliseconds(loop)} ms "
-            f"| {milliseconds(compiled)} ms | **{milliseconds(ours)} ms** | {loop / ours:.1f} "
-            f"| {compiled / ours:.1f} | {ours / floor:.2f} |"
+            f"| {case} | {own.info['weights'] / 1e6:.1f} M | {milliseconds(loop)} ms "
+            f"| {milliseconds(compiled)} ms | **{milliseconds(own.median)} ms** "
+            f"| {loop / own.median:.1f} | {compiled / own.median:.1f} | {own.median / floor:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def write(run: Run, folder: Path) -> None:
+    """Write report.md and its plots into ``folder``."""
+    from . import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = plots.draw(run, folder)
+    pictures = "".join(f"\n![{name}]({name})\n" for name in names)
+    (folder / "report.md").write_text(tables(run) + pictures)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report of the files named on the command line."""
+    """Print or write the report of the files named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="+", help="files that --benchmark-json wrote")
-    parser.add_argument("--summary", action="store_true", help="the README's table only")
+    parser.add_argument("--summary", action="store_true", help="print the README's table only")
+    parser.add_argument("--dtype", default="float32", help="of the README's table")
+    parser.add_argument("--out", type=Path, help="write report.md and plots into this folder")
     arguments = parser.parse_args(argv)
     try:
         run = load(arguments.files)
+        text = summary(run, arguments.dtype) if arguments.summary else tables(run)
+        if arguments.out is not None:
+            write(run, arguments.out)
     except (OSError, ValueError, KeyError) as error:
-        print(f"bench.report: {error}", file=sys.stderr)
+        print(f"bench.report: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(summary(run) if arguments.summary else tables(run), end="")
+    if arguments.out is None:
+        print(text, end="")
     return 0
 
 

@@ -4,12 +4,10 @@ import pytest
 
 from tests import cases
 
-from .baselines import BY_AUTOGRAD, FLOORS
-from .gate import compete_on_shapes
+from .baselines import BY_AUTOGRAD
+from .suites import compete_on_shapes, parameters
 
 
-@pytest.mark.parametrize("contender", [*BY_AUTOGRAD, *FLOORS])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", cases.MODELS)
-def test_autograd(case, dtype, contender, compete):
-    compete_on_shapes(compete, "autograd", case, dtype, BY_AUTOGRAD)
+@pytest.mark.parametrize(("case", "device", "dtype", "contender"), parameters(BY_AUTOGRAD))
+def test_autograd(case, device, dtype, contender, compete):
+    compete_on_shapes(compete, "autograd", cases.CASES[case](), dtype, BY_AUTOGRAD)

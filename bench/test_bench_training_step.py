@@ -2,51 +2,33 @@
 
 import pytest
 import torch
-from torch import nn
 
 from spectral_kernels import SpectralRegularizer
 
 from . import baselines
 
-transformers = pytest.importorskip("transformers", reason="needs the bench extra")
+models = pytest.importorskip("bench.models", reason="needs the bench extra")
+
+# Training in bfloat16 on a CPU without instructions for it tells nothing.
+DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
+PARAMETERS = [
+    (case, device, dtype, contender)
+    for case, model in models.MODELS.items()
+    for device in model.devices
+    for dtype in DTYPES[device]
+    for contender in ("without", "attach", "attach_alone", "autograd_loop")
+]
 
 
-def mlp():
-    """MLP 784-100-100-100-10 and its input."""
-    layers = [nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(),
-              nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)]  # fmt: skip
-    return nn.Sequential(*layers), lambda batch: torch.randn(batch, 784)
-
-
-def vit_tiny():
-    """ViT-tiny with random weights and its input."""
-    config = transformers.ViTConfig(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768,
-        num_labels=1000,
-    )  # fmt: skip
-    return transformers.ViTForImageClassification(config), lambda b: torch.randn(b, 3, 224, 224)
-
-
-def resnet18():
-    """ResNet-18 with random weights and its input."""
-    config = transformers.ResNetConfig(
-        hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=1000
-    )
-    return transformers.ResNetForImageClassification(config), lambda b: torch.randn(b, 3, 224, 224)
-
-
-MODELS = {"mlp": mlp, "resnet18": resnet18, "vit_tiny": vit_tiny}
-BATCH = 32
-
-
-def training_step(make, contender):
+def training_step(case, device, dtype, contender):
     """Build a model and return a function that trains it one step on the same batch.
 
     "attach_alone" is only what attach() adds to a step, without the noise of the rest.
     """
     torch.manual_seed(0)
-    model, inputs = make()
-    x = inputs(BATCH)
+    chosen = models.MODELS[case]
+    model, x = chosen.build().to(device, dtype), chosen.inputs(chosen.batch).to(device)
+    x = x.to(dtype) if x.is_floating_point() else x
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     if contender.startswith("attach"):
         reg = SpectralRegularizer(model)
@@ -76,10 +58,10 @@ def training_step(make, contender):
     return step
 
 
-@pytest.mark.parametrize("contender", ["without", "attach", "attach_alone", "autograd_loop"])
-@pytest.mark.parametrize("case", MODELS)
-def test_training_step(case, contender, compete):
+@pytest.mark.parametrize(("case", "device", "dtype", "contender"), PARAMETERS)
+def test_training_step(case, device, dtype, contender, compete):
     def fill(group, names):
-        group.time({name: training_step(MODELS[case], name) for name in names})
+        group.time({name: training_step(case, device, getattr(torch, dtype), name)
+                    for name in names})  # fmt: skip
 
-    compete(fill, suite="training_step", dtype="float32", batch=BATCH)
+    compete(fill, suite="training_step", batch=models.MODELS[case].batch)

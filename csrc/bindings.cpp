@@ -5,6 +5,7 @@
 
 #include "cpu/backend.h"
 #include "table.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using spectral::Header;
@@ -24,6 +25,9 @@ PYBIND11_MODULE(_native, m) {
   sizes["vector"] = sizeof(spectral::Vector);
   sizes["header"] = sizeof(Header);
   m.attr("table_sizes") = sizes;
+
+  m.def("describe", &spectral::describe, py::arg("type"), py::arg("tensors"),
+        "Addresses and layouts of tensors of a type, as bytes; None: ask each of them.");
 
   py::module_ cpu = m.def_submodule("cpu", "kernels on CPU memory");
   cpu.attr("openmp") = spectral::cpu::has_openmp();

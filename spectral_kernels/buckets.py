@@ -93,7 +93,7 @@ class Buckets:
             tensors = [slot[key] for slot, key in self._slots]
         except KeyError:
             tensors = [None]
-        if any(t is None for t in tensors):
+        if type(None) in set(map(type, tensors)):
             tensors = [owner.get() for owner in self.owners]
         return tensors
 

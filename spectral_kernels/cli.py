@@ -80,7 +80,7 @@ def _env(arguments: argparse.Namespace) -> int:
         ("spectral_kernels", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("triton", _triton()),
+        ("triton", triton_version()),
         ("numpy", numpy.__version__),
         ("platform", platform.platform()),
         ("processor", processor()),
@@ -99,7 +99,8 @@ def _env(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _triton() -> str:
+def triton_version() -> str:
+    """Return Triton's version, or why there is none."""
     try:
         import triton
     except ImportError as error:

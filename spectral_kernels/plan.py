@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .layout import Layout, layout_of
+from .memory import memory_of
 from .selection import Matrix, Vector
 
 # The structs of csrc/table.h, byte for byte.
@@ -82,7 +83,7 @@ class Plan:
         self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
         self.layouts = [layout_of(m, tensors[by_owner[m.owner]]) for m in matrices]
         self._build_tables()
-        self._weight_key = self._grad_key = None
+        self._weights = self._grads = None
         self._grads_usual = False
         self.bind_weights(tensors)
 
@@ -135,35 +136,40 @@ class Plan:
         Raises:
             ValueError: a parameter that cannot be used in place.
         """
-        key = [(t.data_ptr(), t.stride(), t.numel()) for t in tensors]
-        if key == self._weight_key:
+        now, before = memory_of(tensors), self._weights
+        if now == before:
             return True
-        old = self._weight_key or [None] * len(tensors)
-        changed = {i for i in range(len(tensors)) if key[i] != old[i]}
-        for i in changed:
-            if tensors[i].device != self.device or tensors[i].dtype != self.dtype:
-                return False
-            if key[i][0] == 0 and key[i][2]:
-                raise ValueError(f"parameter {self.owners[i].name!r} has {_NO_MEMORY}")
-        for i, owner in enumerate(self.vector_owner):
-            if owner in changed:
-                vector = tensors[owner]
-                if not vector.is_contiguous():
-                    raise ValueError(
-                        f"parameter {self.vectors[i].name!r} has strides {vector.stride()}; "
-                        "accepted are contiguous biases and norm parameters"
-                    )
-                if vector.numel() != self.vector_table["size"][i]:
-                    return False
-        for i, owner in enumerate(self.matrix_owner):
-            if owner in changed and layout_of(self.matrices[i], tensors[owner]) != self.layouts[i]:
-                return False
-        addresses = np.array([k[0] for k in key], dtype=np.int64)
+        addresses = now.address_array()
+        if any(t.device != self.device or t.dtype != self.dtype for t in tensors):
+            return False
+        for owner, tensor, where in zip(self.owners, tensors, addresses, strict=True):
+            if where == 0 and tensor.numel():
+                raise ValueError(f"parameter {owner.name!r} has {_NO_MEMORY}")
+        if (before is None or now.layouts != before.layouts) and not self._fits(tensors):
+            return False
         self.table["weight"] = addresses[self.matrix_owner] + self._offsets * self.dtype.itemsize
         self.vector_table["weight"] = addresses[self.vector_owner]
-        self.tensors, self._weight_key = list(tensors), key
-        self._like_weight = [(t.dtype, t.stride(), t.shape) for t in tensors]
+        self.tensors, self._weights = list(tensors), now
         return True
+
+    def _fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether shapes and layouts are those that this plan was made for."""
+        for vector, owner, size in zip(
+            self.vectors, self.vector_owner, self.vector_table["size"], strict=True
+        ):
+            if not tensors[owner].is_contiguous():
+                raise ValueError(
+                    f"parameter {vector.name!r} has strides {tensors[owner].stride()}; "
+                    "accepted are contiguous biases and norm parameters"
+                )
+            if tensors[owner].numel() != size:
+                return False
+        return all(
+            layout_of(matrix, tensors[owner]) == layout
+            for matrix, owner, layout in zip(
+                self.matrices, self.matrix_owner, self.layouts, strict=True
+            )
+        )
 
     def bind_grads(self, grads: Sequence[torch.Tensor | None]) -> None:
         """Point the tables at the gradients (one per owner; None: skip what it owns).
@@ -172,24 +178,25 @@ class Plan:
             ValueError: a gradient that is sparse, on another device, of a dtype that does not go
                 with the weight's, or laid out differently from the weight.
         """
+        present, here = grads, range(len(grads))
+        if type(None) in set(map(type, grads)):
+            here = [i for i in here if grads[i] is not None]
+            present = [grads[i] for i in here]
         try:
-            key = [
-                None if g is None else (g.data_ptr(), (g.dtype, g.stride(), g.shape)) for g in grads
-            ]
+            now = memory_of(present)
         except RuntimeError:  # a gradient without plain memory, which has no address
             self._check_grads(grads)
             raise
-        if key == self._grad_key:
+        if (here, now) == self._grads:
             return
-        # Gradients that replace checked ones and look like their weights need no second look:
-        # torch itself keeps p.grad on the device of p.
-        usual = self._grad_key is not None and all(
-            k is None or (k[0] and k[1] == like)
-            for k, like in zip(key, self._like_weight, strict=True)
-        )
+        whole = len(present) == len(grads)
+        like = self._weights if whole else memory_of([self.tensors[i] for i in here])
+        addresses = np.zeros(len(grads), np.int64)
+        addresses[list(here)] = now.address_array()
+        # Gradients that lie like their weights need no closer look.
+        usual = now.layouts == like.layouts and bool(now.address_array().all())
         if not usual:
             self._check_grads(grads)
-        addresses = np.array([0 if k is None else k[0] for k in key], dtype=np.int64)
         owned = addresses[self.matrix_owner]
         if usual and self._grads_usual:
             offsets = self._offsets * self.dtype.itemsize
@@ -197,12 +204,13 @@ class Plan:
             offsets = self._describe_grads(grads)
         self.table["grad"] = np.where(owned, owned + offsets, 0)
         self.vector_table["grad"] = addresses[self.vector_owner]
-        self._grad_key, self._grads_usual = key, usual
+        self._grads, self._grads_usual = (here, now), usual
 
     def _describe_grads(self, grads: Sequence[torch.Tensor | None]) -> np.ndarray:
         """Write dtype and strides of gradients, and return the offset of each matrix in bytes."""
-        dtypes = np.array([0 if g is None else DTYPES[g.dtype] for g in grads], dtype=np.int64)
-        sizes = np.array([0 if g is None else g.dtype.itemsize for g in grads], dtype=np.int64)
+        found = [self.dtype if g is None else g.dtype for g in grads]
+        dtypes = np.array([DTYPES[dtype] for dtype in found], dtype=np.int64)
+        sizes = np.array([dtype.itemsize for dtype in found], dtype=np.int64)
         offsets, strides = self._offsets.copy(), self._strides.copy()
         for i, owner in enumerate(self.matrix_owner):
             grad = grads[owner]

@@ -154,7 +154,7 @@ class SpectralRegularizer:
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.plan.bind_grads(own)
         for bucket, own in zip(buckets, grads, strict=True):
-            if any(grad is None for grad in own):
+            if type(None) in set(map(type, own)):
                 _make_missing(bucket, own)
             bucket.iterate(self.n_power_iterations)
             bucket.state.set_scale(grad_scale)

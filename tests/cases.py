@@ -40,18 +40,37 @@ def gpt2() -> list[tuple[int, ...]]:
     return [*block * 12, (50257, 768)]
 
 
-MODELS = {
+def llama(width, inside, kv_width, depth, vocabulary) -> list[tuple[int, ...]]:
+    """Llama with its head; the table of embeddings is none of the matrices."""
+    attention = [(width, width), (kv_width, width), (kv_width, width), (width, width)]
+    block = [*attention, (inside, width), (inside, width), (width, inside)]
+    return [*block * depth, (vocabulary, width)]
+
+
+def equal(weights: float, matrices: int) -> list[tuple[int, ...]]:
+    """As many square matrices of one size as asked for, with about ``weights`` in all."""
+    side = max(1, round((weights / matrices) ** 0.5))
+    return [(side, side)] * matrices
+
+
+CASES = {
     "mlp": mlp,
     "resnet18": resnet18,
     "vit_tiny": lambda: vit(192, 12),
     "vit_b": lambda: vit(768, 12),
     "gpt2": gpt2,
+    "many_small": lambda: [(64, 64)] * 500,
+    "one_huge": lambda: [(8192, 28672)],
+    "llama_1b": lambda: llama(2048, 8192, 512, 16, 128256),
+    "llama_7b": lambda: llama(4096, 11008, 4096, 32, 32000),
 }
+LARGE = ("llama_1b", "llama_7b")  # for GPUs, in bfloat16
 
 
-def random_weights(shapes, dtype=torch.float32, seed=0) -> list[torch.Tensor]:
+def random_weights(shapes, dtype=torch.float32, seed=0, device="cpu") -> list[torch.Tensor]:
     """Draw weights with the usual scale of an initialization, 1 / sqrt(fan in)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     return [
-        (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype) for shape in shapes
+        (torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5).to(dtype)
+        for shape in shapes
     ]

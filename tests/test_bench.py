@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from bench import baselines, gate, interleave, report
+from bench import baselines, gate, interleave, memory, report
+from spectral_kernels import backends
+from tests import cases
 
 SHAPES = [(30, 40), (64, 16), (30, 40)]
 
@@ -17,7 +19,9 @@ def test_every_contender_passes_the_gate_and_leaves_the_gradients_alone(name, dt
         pytest.skip("there is no SVD in 16 bits")
     weights = gate.leaves(SHAPES, dtype)
     before = [weight.grad.clone() for weight in weights]
-    assert gate.problem(baselines.CONTENDERS[name], weights) is None
+    first = gate.first_step(baselines.CONTENDERS[name], weights)
+    assert first.problem is None
+    assert first.seconds > 0
     assert all(torch.equal(a, w.grad) for a, w in zip(before, weights, strict=True))
 
 
@@ -33,15 +37,75 @@ def not_a_number(weights, strength):
     return baselines.inplace_loop(weights, float("nan"))
 
 
-@pytest.mark.parametrize("wrong", [flipped, one_layer_forgotten, not_a_number])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_contender_is_not_timed(wrong, dtype):
+def compete(wrong, dtype):
     group = gate.Group(rounds=2, min_time=0)
     contenders = {"wrong": baselines.Contender(wrong, "wrong"),
                   "right": baselines.CONTENDERS["inplace_loop"]}  # fmt: skip
     group.run(SHAPES, dtype, contenders, ["floor"])
-    assert "off by" in group.wrong["wrong"]
     assert set(group.durations) == {"right", "floor"}
+    return group.wrong["wrong"]
+
+
+@pytest.mark.parametrize("wrong", [flipped, one_layer_forgotten, not_a_number])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_contender_is_not_timed(wrong, dtype):
+    assert "off by" in compete(wrong, dtype)
+
+
+def test_a_contender_that_raises_does_not_stop_the_others():
+    def raises(weights, strength):
+        raise torch.OutOfMemoryError("no room")
+
+    assert compete(raises, torch.float32) == "OutOfMemoryError: no room"
+
+
+def test_our_kernel_with_a_flipped_sign_is_not_timed(monkeypatch):
+    if (reason := backends.unavailable("cpu")) is not None:
+        pytest.skip(reason)
+    right = backends.Cpu.rank_one
+
+    def flipped_rank_one(self, plan, state, grads, accumulate):
+        state.strength.neg_()
+        right(self, plan, state, grads, accumulate)
+        state.strength.neg_()
+
+    monkeypatch.setattr(backends.Cpu, "rank_one", flipped_rank_one)
+    assert "off by" in compete(baselines.ours("cpu"), torch.float32)
+
+
+def test_a_compiled_contender_never_falls_back_to_plain_python():
+    group = gate.Group(rounds=1, min_time=0)
+    chosen = {"compiled_loop": baselines.CONTENDERS["compiled_loop"]}
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for shapes in ([(3, 4)], [(5, 6)]):  # starts anew for each list of shapes
+            group.run(shapes, torch.float32, chosen, [])
+            assert not group.wrong
+        step = baselines.compiled_loop(gate.leaves([(7, 8)], torch.float32), 1.0)
+        with pytest.raises(Exception, match="recompile_limit"):
+            step()
+
+
+def test_input_sets_are_taken_in_turn():
+    seen = []
+    step = interleave.in_turn([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(7):
+        step()
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_memory_of_a_step_is_that_of_vectors_not_of_matrices():
+    if (reason := memory.missing("cpu")) is not None:
+        pytest.skip(reason)
+    if (reason := backends.unavailable("cpu")) is not None:
+        pytest.skip(reason)
+    of_weights = 4 * sum(m * n for m, n in cases.CASES["vit_tiny"]())
+    peak = {
+        n: memory.measure("vit_tiny", "cpu", "float32", n).bytes for n in ("cpu", "stacked_bmm")
+    }
+    assert peak["cpu"] < of_weights / 20
+    assert peak["stacked_bmm"] > of_weights / 2
+    with pytest.raises(RuntimeError, match="nobody"):
+        memory.measure("vit_tiny", "cpu", "float32", "nobody")
 
 
 def test_durations_are_replayed_as_they_were():
@@ -59,11 +123,12 @@ def test_durations_are_replayed_as_they_were():
     assert seen == pytest.approx([0.5, 0.001, 2e-5], abs=1e-8)
 
 
-def result_file(path, device="chip", contender="cpu", median=1.0):
-    info = {"suite": "penalty_step", "case": "mlp", "dtype": "float32", "contender": contender,
-            "weights": 10**6, "matrices": 4}  # fmt: skip
+def result_file(path, device="chip", contender="cpu", median=1.0, suite="penalty_step", **info):
+    info = {"suite": suite, "case": "mlp", "dtype": "float32", "contender": contender,
+            "device_name": device, "device": "cpu", "threads": 2, "weights": 10**6,
+            "matrices": 4, **info}  # fmt: skip
     path.write_text(json.dumps({
-        "machine_info": {"device": device, "threads": 2, "torch": "2.13.0"},
+        "machine_info": {"device": device, "versions": "torch 2.13.0"},
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2026-01-02T03:04:05",
         "benchmarks": [{"extra_info": info, "stats": {"median": median}}],
@@ -73,14 +138,30 @@ def result_file(path, device="chip", contender="cpu", median=1.0):
 
 def test_the_report_gives_ratios_and_bandwidth(tmp_path):
     files = [
-        result_file(tmp_path / "a.json", median=1e-3),
+        result_file(tmp_path / "a.json", median=1e-3, first_step_seconds=0.25),
         result_file(tmp_path / "b.json", contender="floor", median=8e-4),
         result_file(tmp_path / "c.json", contender="autograd_loop", median=5e-3),
     ]
     text = report.tables(report.load(files))
-    assert text.startswith("chip, 2 threads, torch 2.13.0, 2026-01-02, commit 012345678. ")
-    assert "| mlp | 1.0 M | ours (C++) | 1 | 1.00 | 1.25 | 12.0 |" in text
-    assert "| mlp | 1.0 M | per-layer autograd loop | 5 | 5.00 | 6.25 | 2.4 |" in text
+    assert text.startswith("chip, torch 2.13.0, 2026-01-02, commit 012345678. ")
+    assert "| mlp | 1.0 M | ours (C++) | 1 | 1.00 | 1.25 | 12.0 | 250 |" in text
+    assert "| mlp | 1.0 M | per-layer autograd loop | 5 | 5.00 | 6.25 | 2.4 |  |" in text
+
+
+def test_the_report_of_memory_and_scaling(tmp_path):
+    memory_file = result_file(
+        tmp_path / "a.json", suite="memory", peak_bytes=40_000, sides=1000, median=1e-3
+    )
+    scaling = [
+        result_file(tmp_path / f"{i}.json", suite="scaling", threads=threads, contender=name,
+                    median=median)
+        for i, (threads, name, median) in enumerate(
+            [(1, "cpu", 4e-3), (1, "floor", 2e-3), (2, "cpu", 3e-3), (2, "floor", 1e-3)])
+    ]  # fmt: skip
+    text = report.tables(report.load([memory_file, *scaling]))
+    assert "| mlp | 4.0 MB | ours (C++) | 0.04 | 1.0 % | 40 |" in text
+    assert "| 1e+06 | 4 | 1 | 4 | 2 | 2.00 | 3.0 |" in text
+    assert "| 1e+06 | 4 | 2 | 3 | 1 | 3.00 | 4.0 |" in text
 
 
 def test_the_report_refuses_to_mix_machines(tmp_path, capsys):
@@ -88,3 +169,29 @@ def test_the_report_refuses_to_mix_machines(tmp_path, capsys):
     assert report.main(files) == 1
     assert "different machines" in capsys.readouterr().err
     assert report.main([str(tmp_path / "missing.json")]) == 1
+
+
+def test_devices_of_one_machine_go_into_tables_of_their_own(tmp_path):
+    files = [result_file(tmp_path / "a.json"), result_file(tmp_path / "b.json")]
+    text = files[1].read_text()
+    text = text.replace('"device_name": "chip"', '"device_name": "card"')
+    files[1].write_text(text)
+    with pytest.raises(ValueError, match="one device and number of threads"):
+        report.load(files)
+    files[1].write_text(text.replace('"device": "cpu"', '"device": "cuda"'))
+    text = report.tables(report.load(files))
+    assert "### penalty_step, float32, chip, 2 threads\n" in text
+    assert "### penalty_step, float32, card\n" in text
+    with pytest.raises(ValueError, match=r"different devices .* \['card', 'chip'\]"):
+        report.summary(report.load(files))
+
+
+def test_the_shapes_have_as_many_weights_as_the_models_they_are_named_after():
+    weights = {name: sum(m * n for m, n in shapes()) for name, shapes in cases.CASES.items()}
+    assert weights["resnet18"] == pytest.approx(11.68e6, rel=1e-3)
+    assert weights["vit_b"] == pytest.approx(86.3e6, rel=1e-2)
+    assert weights["gpt2"] == pytest.approx(123.5e6, rel=1e-2)
+    assert weights["many_small"] == 500 * 64 * 64
+    assert weights["llama_1b"] == pytest.approx(1.236e9, rel=1e-3)
+    assert weights["llama_7b"] == pytest.approx(6.61e9, rel=1e-2)  # 6.74e9 with the embedding
+    assert sum(m * n for m, n in cases.equal(1e7, 7)) == pytest.approx(1e7, rel=1e-2)

@@ -54,13 +54,15 @@ template <class OnTile, class OnVector>
 void for_each_task(const Header& header, int threads, OnTile on_tile, OnVector on_vector) {
   const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
   const int64_t n_tasks = header.n_tiles + header.n_vectors;
-#pragma omp parallel num_threads(useful_threads(header, threads))
+  const int useful = useful_threads(header, threads);
+#pragma omp parallel num_threads(useful)
   {
     const std::unique_ptr<double[]> scratch(new double[kScratchRows * header.scratch_size]);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < n_tasks; ++i) {
       if (i < header.n_tiles)
-        on_tile(tiles[i], scratch.get());
+        on_tile(tiles[i], i + useful < header.n_tiles ? &tiles[i + useful] : nullptr,
+                scratch.get());
       else
         on_vector(i - header.n_tiles);
     }
@@ -101,7 +103,9 @@ void gram_matvec(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
   for_each_task(
       header, threads,
-      [&](const Tile& tile, double* scratch) { kernels.gram_matvec(header, tile, scratch); },
+      [&](const Tile& tile, const Tile* next, double* scratch) {
+        kernels.gram_matvec(header, tile, next, scratch);
+      },
       [&](int64_t vector) { kernels.vector_norm(header, vector); });
 }
 
@@ -115,7 +119,7 @@ void rank_one(const Header& header, bool accumulate, int threads) {
   const CpuKernels& kernels = *current->kernels;
   for_each_task(
       header, threads,
-      [&](const Tile& tile, double* scratch) {
+      [&](const Tile& tile, const Tile*, double* scratch) {
         kernels.rank_one(header, tile, accumulate, scratch);
       },
       [&](int64_t vector) { kernels.vector_gradient(header, vector, accumulate); });

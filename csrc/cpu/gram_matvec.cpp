@@ -120,6 +120,7 @@ struct TileTask {
   S* s;
   S* t;  // the same; null: only s is wanted
   T* rows_scratch;
+  const T* next;  // what this thread will probably read after the tile; null: unknown
   double sum_of_squares = 0;
   int64_t ahead = 0;  // rows from those in work to those that are prefetched
 
@@ -131,8 +132,11 @@ struct TileTask {
     for (int r = 0; r < R; ++r) {
       w[r] = m.outer == 1 ? base + (row + r) * m.row_stride
                           : gather_row(m, row + r, rows_scratch + r * n);
-      later[r] =
-          m.outer == 1 && row + ahead + r < tile.row_end ? w[r] + ahead * m.row_stride : w[r];
+      const int64_t beyond = row + ahead + r - tile.row_end;
+      if (beyond < 0 && m.outer == 1)
+        later[r] = w[r] + ahead * m.row_stride;
+      else
+        later[r] = beyond >= 0 && next != nullptr ? next + beyond * n : w[r];
     }
     S product[R], scaled[R];
     dot_rows<R>(w, v, n, product, later);
@@ -154,15 +158,21 @@ struct TileTask {
 };
 
 template <class T, class S = typename Simd<T>::Accumulator>
-void gram_matvec_tile(const Header& header, const Tile& tile, double* scratch) {
-  const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
+void gram_matvec_tile(const Header& header, const Tile& tile, const Tile* next, double* scratch) {
+  const Matrix* matrices = reinterpret_cast<const Matrix*>(header.matrices);
+  const Matrix& m = matrices[tile.matrix];
   const int64_t n = m.outer * m.inner;
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
   S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
-  TileTask<T, S> task{m, tile, n, inverse_power_of_two(sigma),
-                      v, s,    t, reinterpret_cast<T*>(scratch)};
+  TileTask<T, S> task{
+      m, tile, n, inverse_power_of_two(sigma), v, s, t, reinterpret_cast<T*>(scratch), nullptr};
+  if (next != nullptr) {
+    const Matrix& following = matrices[next->matrix];
+    task.next =
+        reinterpret_cast<const T*>(following.weight) + next->row_begin * following.row_stride;
+  }
   if (Simd<T>::kSplits) {
     S* split_v = reinterpret_cast<S*>(scratch + kMaxRows * n);
     split_order<T>(v, split_v, n);
@@ -255,9 +265,9 @@ void vector_norm_of(const Header& header, int64_t index) {
 
 }  // namespace
 
-void gram_matvec(const Header& header, const Tile& tile, double* scratch) {
+void gram_matvec(const Header& header, const Tile& tile, const Tile* next, double* scratch) {
   with_dtype(header.weight_dtype,
-             [&](auto t) { gram_matvec_tile<decltype(t)>(header, tile, scratch); });
+             [&](auto t) { gram_matvec_tile<decltype(t)>(header, tile, next, scratch); });
 }
 
 void normalize(const Header& header, int64_t matrix) {

@@ -10,7 +10,7 @@ constexpr int kScratchRows = 6;
 
 struct CpuKernels {
   // s, partial t and partial norm of one tile; scratch as for rank_one.
-  void (*gram_matvec)(const Header&, const Tile&, double* scratch);
+  void (*gram_matvec)(const Header&, const Tile&, const Tile* next, double* scratch);
   // Norm and penalty of one vector.
   void (*vector_norm)(const Header&, int64_t vector);
   // Adds up the partial results of one matrix: sigma, residual, penalty, v_next.
@@ -24,7 +24,7 @@ struct CpuKernels {
 
 #define SPECTRAL_DECLARE_LEVEL(level)                                                \
   namespace level {                                                                  \
-  void gram_matvec(const Header&, const Tile&, double* scratch);                     \
+  void gram_matvec(const Header&, const Tile&, const Tile* next, double* scratch);   \
   void vector_norm(const Header&, int64_t vector);                                   \
   void normalize(const Header&, int64_t matrix);                                     \
   void rank_one(const Header&, const Tile&, bool accumulate, double* scratch);       \
