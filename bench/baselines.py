@@ -194,6 +194,7 @@ def exact_svd(weights, strength):
 
 
 CONTENDERS = {
+    "triton": Contender(ours("triton"), "ours (Triton)", devices=("cuda",)),
     "cpu": Contender(ours("cpu"), "ours (C++)", devices=("cpu",)),
     "reference": Contender(ours("reference"), "ours (PyTorch reference)"),
     "autograd_loop": Contender(autograd_loop, "per-layer autograd loop", at="next v"),
@@ -207,6 +208,7 @@ CONTENDERS = {
     "exact_svd": Contender(exact_svd, "exact SVD", at="svd", most=1e6, dtypes=("float32",)),
 }
 BY_AUTOGRAD = {
+    "triton": Contender(ours_by_autograd("triton"), "ours (Triton)", devices=("cuda",)),
     "cpu": Contender(ours_by_autograd("cpu"), "ours (C++)", devices=("cpu",)),
     "reference": Contender(ours_by_autograd("reference"), "ours (PyTorch reference)"),
     "autograd_loop": CONTENDERS["autograd_loop"],

@@ -23,12 +23,24 @@ class Bucket:
 
     def iterate(self, n: int) -> None:
         """Run ``n`` power iterations; ``state`` then holds s, sigma of the last and its v."""
-        plan, state, backend = self.plan, self.state, self.backend
         for _ in range(n):
-            state.swap()
-            backend.gram_matvec(plan, state)
-            backend.normalize(plan, state)
-            self.measured = True
+            self._products()
+            self.backend.normalize(self.plan, self.state)
+
+    def iterate_and_add_gradient(self, n: int, grads) -> None:
+        """Run ``n`` power iterations and add the gradient of the last to ``grads``."""
+        self.iterate(n - 1)
+        self._products()
+        self.backend.finish(self.plan, self.state, grads, accumulate=True)
+        if self.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing() and n % 2:
+            # Replays read the vectors where this capture has read them.
+            self.state.v.copy_(self.state.v_next)
+            self.state.swap()
+
+    def _products(self) -> None:
+        self.state.swap()
+        self.backend.gram_matvec(self.plan, self.state)
+        self.measured = True
 
     def measure(self) -> None:
         """Fill s, sigma and residual if no iteration has; ``v_next`` stays where it is."""
@@ -127,13 +139,15 @@ class Buckets:
                 )
             groups.setdefault((tensor.device, tensor.dtype), []).append(i)
         buckets, orders = [], []
-        for (device, _), members in groups.items():
+        for (device, dtype), members in groups.items():
             inside = set(members)
             matrices = [m for m in self.selection.matrices if place[m.owner] in inside]
             vectors = [v for v in self.selection.vectors if place[v.owner] in inside]
             order = list(dict.fromkeys(place[x.owner] for x in (*matrices, *vectors)))
-            plan = Plan(matrices, vectors, [tensors[i] for i in order])
-            bucket = Bucket(plan, backends.choose(self.backend, device), self.exponent)
+            backend = backends.choose(self.backend, device, dtype)
+            own = [tensors[i] for i in order]
+            plan = Plan(matrices, vectors, own, min_tile_rows=backend.min_tile_rows)
+            bucket = Bucket(plan, backend, self.exponent)
             bucket.warm = self._start(bucket)
             self.fill(bucket)
             buckets.append(bucket)

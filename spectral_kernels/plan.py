@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from .device_tables import DeviceTables
 from .layout import Layout, layout_of
 from .memory import memory_of
 from .selection import Matrix, Vector
@@ -57,6 +58,7 @@ class Plan:
         tensors: the parameter of each distinct owner, in the order in which ``matrices`` and then
             ``vectors`` first name them; all on one device and of one dtype.
         r: vectors per matrix that the state has room for.
+        min_tile_rows: rows of a tile, more where a matrix would have over MAX_TILES.
 
     Raises:
         ValueError: a parameter that cannot be used in place.
@@ -68,8 +70,9 @@ class Plan:
         vectors: Sequence[Vector],
         tensors: Sequence[torch.Tensor],
         r: int = 1,
+        min_tile_rows: int = MIN_TILE_ROWS,
     ):
-        self.r = r
+        self.r, self.min_tile_rows = r, min_tile_rows
         self.matrices, self.vectors = list(matrices), list(vectors)
         self.owners = list(dict.fromkeys(x.owner for x in (*matrices, *vectors)))
         by_owner = {owner: i for i, owner in enumerate(self.owners)}
@@ -85,6 +88,9 @@ class Plan:
         self._build_tables()
         self._weights = self._grads = None
         self._grads_usual = False
+        self.grad_dtypes: list[torch.dtype] = []  # of the gradients that are bound
+        self.version = 0  # counts changes of the tables
+        self._device_tables: DeviceTables | None = None
         self.bind_weights(tensors)
 
     def _build_tables(self) -> None:
@@ -92,7 +98,7 @@ class Plan:
         tiles: list[tuple[int, int, int, int]] = []
         v_offset = s_offset = t_offset = 0
         for i, x in enumerate(self.layouts):
-            tile_rows = max(MIN_TILE_ROWS, -(-x.rows // MAX_TILES))
+            tile_rows = max(self.min_tile_rows, -(-x.rows // MAX_TILES))
             starts = range(0, x.rows, tile_rows) if x.cols else ()
             table[i] = (
                 0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,
@@ -150,6 +156,7 @@ class Plan:
         self.table["weight"] = addresses[self.matrix_owner] + self._offsets * self.dtype.itemsize
         self.vector_table["weight"] = addresses[self.vector_owner]
         self.tensors, self._weights = list(tensors), now
+        self.version += 1
         return True
 
     def _fits(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -205,6 +212,15 @@ class Plan:
         self.table["grad"] = np.where(owned, owned + offsets, 0)
         self.vector_table["grad"] = addresses[self.vector_owner]
         self._grads, self._grads_usual = (here, now), usual
+        self.grad_dtypes = [self.dtype] if usual else list(dict.fromkeys(g.dtype for g in present))
+        self.version += 1
+
+    def device_tables(self) -> DeviceTables:
+        """Return the tables on the device, up to date."""
+        if self._device_tables is None:
+            self._device_tables = DeviceTables(self)
+        self._device_tables.refresh()
+        return self._device_tables
 
     def _describe_grads(self, grads: Sequence[torch.Tensor | None]) -> np.ndarray:
         """Write dtype and strides of gradients, and return the offset of each matrix in bytes."""

@@ -156,9 +156,8 @@ class SpectralRegularizer:
         for bucket, own in zip(buckets, grads, strict=True):
             if type(None) in set(map(type, own)):
                 _make_missing(bucket, own)
-            bucket.iterate(self.n_power_iterations)
             bucket.state.set_scale(grad_scale)
-            bucket.add_gradient(bucket.state, own, accumulate=True)
+            bucket.iterate_and_add_gradient(self.n_power_iterations, own)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
         """Call :meth:`accumulate_grad_` at the start of every ``optimizer.step()``.

@@ -1,14 +1,18 @@
 """Every check that needs no GPU: ``python -m tests``, with the extras demo, test and bench.
 
-Style, the demo and each bench suite on its smallest case, then the test suite.
+Style, the demo and each bench suite on its smallest case, then the test suite, and what concerns
+Triton once more in a process of its own, where an interpreter runs the kernels on the CPU.
 """
 
+import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+INTERPRETED = ["pytest", "tests/test_triton.py", "tests/test_backends.py", "-k", "triton"]
 
 
 def main() -> int:
@@ -22,10 +26,13 @@ def main() -> int:
             ["spectral_kernels", "demo", "--tasks", "2", "--epochs", "1", "--out", picture],
             ["pytest", "bench", "--smoke", "-q", "--benchmark-columns=median,rounds"],
             ["pytest", "-m", "not gpu"],
+            *([INTERPRETED] if importlib.util.find_spec("triton") else []),
         ):
-            print("$ python -m", *arguments, flush=True)
+            extra = {"TRITON_INTERPRET": "1"} if arguments is INTERPRETED else {}
+            print("$", *(f"{k}={v}" for k, v in extra.items()), "python -m", *arguments, flush=True)
             command = [sys.executable, "-m", *arguments]
-            if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
+            env = {**os.environ, **extra}
+            if code := subprocess.run(command, cwd=ROOT, env=env, check=False).returncode:
                 print("failed: python -m", *arguments, file=sys.stderr)
                 return code
     return 0

@@ -14,8 +14,9 @@ def bucket_of(tensors, backend="reference", exponent=2, target=1.0, strength=1.0
     found = select(named, trainable_only=False, **kw)
     owners = list(dict.fromkeys(x.owner for x in (*found.matrices, *found.vectors)))
     weights = [owner.get() for owner in owners]
-    plan = Plan(found.matrices, found.vectors, weights)
-    bucket = Bucket(plan, backends.choose(backend, plan.device), exponent)
+    chosen = backends.choose(backend, weights[0].device, weights[0].dtype)
+    plan = Plan(found.matrices, found.vectors, weights, min_tile_rows=chosen.min_tile_rows)
+    bucket = Bucket(plan, chosen, exponent)
     bucket.state.target.fill_(target)
     bucket.state.strength.fill_(strength)
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,7 @@
 """Shapes for tests and benches: a ragged zoo, and the weights of real models."""
 
+import os
+
 import torch
 
 ZOO = [
@@ -7,8 +9,10 @@ ZOO = [
     (10, 100), (100, 100), (16, 27), (17, 19), (31, 33), (33, 31), (64, 64), (63, 65), (100, 784),
     (127, 128), (128, 127), (128, 151), (129, 256), (151, 1134), (192, 768), (256, 31), (257, 100),
     (300, 300), (512, 64), (513, 33), (768, 192), (1134, 151), (1000, 192), (1024, 4096),
-    (40, 20000),
+    (40, 20000), (6, 4104), (2, 4097),
 ]  # fmt: skip
+if os.environ.get("TRITON_INTERPRET") == "1":  # each operation of a program takes microseconds
+    ZOO = [(m, n) for m, n in ZOO if m * n <= 34_000]
 
 
 def mlp() -> list[tuple[int, ...]]:

@@ -6,7 +6,7 @@ from spectral_kernels import backends
 LEVELS = ("baseline", "v3", "v4")
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{level}" for level in LEVELS)])
+@pytest.fixture(params=["reference", "triton", *(f"cpu-{level}" for level in LEVELS)])
 def backend(request):
     """Every backend and every instruction-set level; yields the backend's name."""
     name, _, level = request.param.partition("-")

@@ -5,15 +5,20 @@ import json
 import pytest
 import torch
 
-from bench import baselines, gate, interleave, memory, report
+from bench import baselines, gate, interleave, memory, report, traffic
 from spectral_kernels import backends
+from spectral_kernels.plan import SLOT, Plan
+from spectral_kernels.selection import select
 from tests import cases
 
 SHAPES = [(30, 40), (64, 16), (30, 40)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [n for n in baselines.CONTENDERS if n != "compiled_loop"])
+@pytest.mark.parametrize(
+    "name",
+    [n for n, c in baselines.CONTENDERS.items() if n != "compiled_loop" and "cpu" in c.devices],
+)
 def test_every_contender_passes_the_gate_and_leaves_the_gradients_alone(name, dtype):
     if (name, dtype) == ("exact_svd", torch.bfloat16):
         pytest.skip("there is no SVD in 16 bits")
@@ -195,3 +200,16 @@ def test_the_shapes_have_as_many_weights_as_the_models_they_are_named_after():
     assert weights["llama_1b"] == pytest.approx(1.236e9, rel=1e-3)
     assert weights["llama_7b"] == pytest.approx(6.61e9, rel=1e-2)  # 6.74e9 with the embedding
     assert sum(m * n for m, n in cases.equal(1e7, 7)) == pytest.approx(1e7, rel=1e-2)
+
+
+def test_traffic_counts_what_the_plan_lays_out():
+    shapes = [(1000, 96), (64, 48), (3, 40), (9000, 20)]
+    weights = cases.random_weights(shapes, torch.bfloat16)
+    selection = select([(f"{i}.weight", w) for i, w in enumerate(weights)], trainable_only=False)
+    plan = Plan(selection.matrices, (), weights, min_tile_rows=64)
+    counted = traffic.step(shapes, torch.bfloat16)
+    assert counted.weights == 3 * plan.header[SLOT["n_bytes"]]
+    rows, columns = sum(m for m, _ in shapes), sum(n for _, n in shapes)
+    tables = plan.table.nbytes + plan.tiles.nbytes + plan.norm_partial.nbytes
+    assert counted.vectors == 4 * (4 * plan.t_partial.numel() + 4 * columns + 2 * rows) + 2 * tables
+    assert counted.seconds(1e9) == pytest.approx(counted.total / 1e9)

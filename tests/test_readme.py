@@ -28,10 +28,12 @@ def test_the_ci_runs_exactly_the_test_command():
 
 def test_the_table_of_figures_is_that_of_the_results():
     report = pytest.importorskip("bench.report", reason="needs the bench folder")
-    (path,) = re.findall(r"\]\((bench/results/\S+)\.md\)", README)
-    run = report.load([ROOT / f"{path}.json"])
+    (path,) = re.findall(r"\]\((bench/results/\S+)/report\.md\)", README)
+    run = report.load(sorted((ROOT / path).glob("*.json")))
     assert report.summary(run) in README
-    assert report.tables(run) == (ROOT / f"{path}.md").read_text()
+    written = (ROOT / path / "report.md").read_text()
+    assert written.startswith(report.tables(run))
+    assert all((ROOT / path / name).exists() for name in re.findall(r"\]\((\S+)\)", written))
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))

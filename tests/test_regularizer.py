@@ -308,7 +308,11 @@ def test_printing_shows_what_is_regularized_and_what_is_not():
         ({"n_power_iterations": 0}, ValueError, "n_power_iterations: got 0"),
         ({"n_power_iterations": 1.5}, TypeError, "n_power_iterations: got 1.5"),
         ({"warmup": -1}, ValueError, "warmup: got -1"),
-        ({"backend": "cuda9"}, ValueError, "backend: got 'cuda9'.*'auto', 'cpu', 'reference'"),
+        (
+            {"backend": "cuda9"},
+            ValueError,
+            "backend: got 'cuda9'.*'auto', 'triton', 'cpu', 'reference'",
+        ),
         ({"seed": -1}, ValueError, "seed: got -1"),
         ({"exclude": ["*"]}, ValueError, "nothing to regularize"),
     ],

@@ -15,8 +15,8 @@ PACKAGE = Path(spectral_kernels.__file__).parent
 # A module may import those below it; the leaves import nothing of the package.
 ORDER = [
     "__main__", "cli", "demo", "plots", "__init__", "regularizer", "attach", "autograd",
-    "diagnostics", "buckets", "backends", "reference", "state", "plan", "memory", "layout",
-    "selection", "_version",
+    "diagnostics", "buckets", "backends", "reference", "state", "plan", "device_tables",
+    "memory", "layout", "selection", "_version",
 ]  # fmt: skip
 
 

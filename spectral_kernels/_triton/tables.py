@@ -1,0 +1,103 @@
+"""Fields of the tables that plan.py writes, arithmetic, and what else both kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Columns of plan.MATRIX, TILE and VECTOR; tests/test_triton.py compares them.
+WEIGHT: tl.constexpr = tl.constexpr(0)
+GRAD: tl.constexpr = tl.constexpr(1)
+GRAD_DTYPE: tl.constexpr = tl.constexpr(2)
+ROWS: tl.constexpr = tl.constexpr(3)
+OUTER: tl.constexpr = tl.constexpr(4)
+INNER: tl.constexpr = tl.constexpr(5)
+ROW_STRIDE: tl.constexpr = tl.constexpr(6)
+OUTER_STRIDE: tl.constexpr = tl.constexpr(7)
+GRAD_ROW_STRIDE: tl.constexpr = tl.constexpr(8)
+GRAD_OUTER_STRIDE: tl.constexpr = tl.constexpr(9)
+V_OFFSET: tl.constexpr = tl.constexpr(10)
+S_OFFSET: tl.constexpr = tl.constexpr(11)
+FIRST_TILE: tl.constexpr = tl.constexpr(12)
+N_TILES: tl.constexpr = tl.constexpr(13)
+MATRIX_FIELDS: tl.constexpr = tl.constexpr(14)
+TILE_MATRIX: tl.constexpr = tl.constexpr(0)
+ROW_BEGIN: tl.constexpr = tl.constexpr(1)
+ROW_END: tl.constexpr = tl.constexpr(2)
+T_OFFSET: tl.constexpr = tl.constexpr(3)
+TILE_FIELDS: tl.constexpr = tl.constexpr(4)
+SIZE: tl.constexpr = tl.constexpr(3)
+KIND: tl.constexpr = tl.constexpr(4)
+VECTOR_FIELDS: tl.constexpr = tl.constexpr(5)
+GAIN: tl.constexpr = tl.constexpr(1)
+
+ALIGNMENT: tl.constexpr = tl.constexpr(16)  # bytes that one load takes at most
+INFINITY: tl.constexpr = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def power(x, k, K: tl.constexpr):
+    """Return x^k in float64 for x >= 0; K = k where that is a small integer, else 0 or less."""
+    if K > 0:
+        result = x
+        for _ in tl.static_range(K - 1):
+            result = result * x
+    else:
+        result = tl.exp2(tl.log2(x) * k)
+    return result
+
+
+@triton.jit
+def inverse_power_of_two(sigma):
+    """Return 2^-e for sigma = m * 2^e in float64; 1 where sigma is zero or not finite.
+
+    s is multiplied by it before it goes into t, so that t neither overflows nor vanishes.
+    """
+    wide = sigma.to(tl.float64)
+    exponent = ((wide.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1023
+    scale = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+    known = (wide > 0) & (wide < INFINITY) & (exponent > -1022)
+    return tl.where(known, scale, 1.0)
+
+
+@triton.jit
+def column_offsets(c, inner, outer_stride):
+    """Return where columns ``c`` lie in a row that consists of pieces of ``inner`` elements."""
+    return (c // inner) * outer_stride + c % inner
+
+
+@triton.jit
+def columns_of(m, ROW_STRIDE_FIELD: tl.constexpr, OUTER_STRIDE_FIELD: tl.constexpr):
+    """Return row stride, inner size, outer stride and number of columns of a matrix."""
+    inner = tl.load(m + INNER)
+    n = tl.load(m + OUTER) * inner
+    return tl.load(m + ROW_STRIDE_FIELD), inner, tl.load(m + OUTER_STRIDE_FIELD), n
+
+
+@triton.jit
+def parts_of(m, tile, v, s, t_partial):
+    """Return v and s of a matrix, t, first row and end of a tile of it."""
+    t = t_partial + tl.load(tile + T_OFFSET)
+    begin, end = tl.load(tile + ROW_BEGIN), tl.load(tile + ROW_END)
+    return v + tl.load(m + V_OFFSET), s + tl.load(m + S_OFFSET), t, begin, end
+
+
+@triton.jit
+def is_aligned(m, ADDRESS: tl.constexpr, ROW_STRIDE_FIELD: tl.constexpr, DTYPE: tl.constexpr):
+    """Tell whether every row starts and ends at a multiple of ALIGNMENT bytes."""
+    per_load: tl.constexpr = ALIGNMENT // (DTYPE.primitive_bitwidth // 8)
+    outer = tl.load(m + OUTER)
+    whole = (tl.load(m + ROW_STRIDE_FIELD) % per_load == 0) & (
+        outer * tl.load(m + INNER) % per_load == 0
+    )
+    return (outer == 1) & (tl.load(m + ADDRESS) % ALIGNMENT == 0) & whole
+
+
+@triton.jit
+def whole_loads(n, DTYPE: tl.constexpr):
+    """Return ``n``, a multiple of the elements of one load, in a form that shows it is one.
+
+    A hint of tl.multiple_of is lost on what comes in as an argument of an inlined function.
+    """
+    per_load: tl.constexpr = ALIGNMENT // (DTYPE.primitive_bitwidth // 8)
+    return n // per_load * per_load

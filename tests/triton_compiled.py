@@ -1,0 +1,132 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads what came out.
+
+``python -m tests.triton_compiled`` prints a line per kernel, configuration and architecture.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spectral_kernels._triton.backend import TYPES
+from spectral_kernels._triton.gram_matvec import gram_matvec
+from spectral_kernels._triton.rank_one import rank_one
+from spectral_kernels._triton.sizes import sizes
+from spectral_kernels.plan import MAX_TILES
+
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+_POINTERS = {
+    "matrices": "*i64", "tiles": "*i64", "vectors": "*i64", "t_partial": "*fp32",
+    "norm_partial": "*fp64", "v": "*fp32", "v_next": "*fp32", "s": "*fp32", "scalars": "*fp32",
+    "scale": "*fp32", "k": "fp32",
+}  # fmt: skip
+
+
+class Configuration(NamedTuple):
+    """A kernel with its constants."""
+
+    kernel: str
+    dtype: torch.dtype
+    constants: tuple[tuple[str, object], ...]
+
+    def __str__(self) -> str:
+        chosen = [n.lower() for n, value in self.constants if value is True]
+        grad = dict(self.constants).get("GRAD_TYPE")
+        return " ".join([self.kernel, str(self.dtype)[6:], *([f"to {grad}"] if grad else []),
+                         *chosen])  # fmt: skip
+
+
+class Compiled(NamedTuple):
+    """What the compiler made: registers and bytes of stack per thread, shared bytes, PTX."""
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+    def loads(self, bits: int) -> int:
+        """Count loads from global memory of ``bits`` at once."""
+        found = 0
+        for vector, size in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", self.ptx):
+            found += int(vector or 1) * int(size) == bits
+        return found
+
+
+def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
+    """Yield what the backend can choose for weights of ``dtype``, at k = 2."""
+    own = TYPES[dtype]
+    for with_t in (True, False):
+        yield Configuration("gram_matvec", dtype, (("K", 2), ("WITH_T", with_t)))
+    plain = {"K": 2, "WITH_T": True, "GRAD_TYPE": own, "FINISH": True, "GRADIENT": True,
+             "ACCUMULATE": True, "WITH_SCALE": False}  # fmt: skip
+    for changes in (
+        {},
+        {"WITH_SCALE": True},
+        {"FINISH": False, "ACCUMULATE": False, "WITH_SCALE": True},
+        {"GRADIENT": False, "ACCUMULATE": False},
+        {"GRADIENT": False, "ACCUMULATE": False, "WITH_T": False},
+        *({"GRAD_TYPE": other} for other in TYPES.values() if other is not own),
+    ):
+        yield Configuration("rank_one", dtype, tuple((plain | changes).items()))
+
+
+def any_exponent(dtype: torch.dtype) -> list[Configuration]:
+    """Return the main configurations at an exponent that is no integer."""
+    found = [c for c in configurations(dtype) if dict(c.constants)["WITH_T"]]
+    firsts = [next(c for c in found if c.kernel == name) for name in ("gram_matvec", "rank_one")]
+    return [c._replace(constants=(("K", 0), *c.constants[1:])) for c in firsts]
+
+
+@lru_cache
+def compiled(configuration: Configuration, capability: int) -> Compiled:
+    """Compile for a compute capability (90 for 9.0)."""
+    own = sizes(capability, configuration.dtype.itemsize)
+    kernel = {"gram_matvec": gram_matvec, "rank_one": rank_one}[configuration.kernel]
+    blocks, warps = (
+        (own.gram_matvec, own.gram_matvec_warps)
+        if kernel is gram_matvec
+        else ({**own.rank_one, "MAX_TILES": MAX_TILES}, own.rank_one_warps)
+    )
+    constants = {"DTYPE": TYPES[configuration.dtype], **dict(configuration.constants), **blocks}
+    signature = {
+        name: "constexpr" if name in constants else _POINTERS.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    made = triton.compile(source, target=target, options={"num_warps": warps})
+    usage = _resource_usage(made.asm["cubin"])
+    return Compiled(usage["REG"], usage["STACK"], made.metadata.shared, made.asm["ptx"])
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        text = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", text)}
+
+
+if __name__ == "__main__":
+    print(
+        f"{'kernel':58} {'sm':>4} {'registers':>9} {'stack':>5} {'shared':>6} {'128-bit loads':>13}"
+    )
+    for dtype in TYPES:
+        for chosen in (*configurations(dtype), *any_exponent(dtype)):
+            for sm in CAPABILITIES:
+                c = compiled(chosen, sm)
+                print(f"{chosen!s:58} {sm:4} {c.registers:9} {c.stack:5} {c.shared:6} "
+                      f"{c.loads(128):13}", flush=True)  # fmt: skip
