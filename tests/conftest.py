@@ -12,6 +12,8 @@ def backend(request):
     name, _, level = request.param.partition("-")
     if (reason := backends.unavailable(name)) is not None:
         pytest.skip(reason)
+    if name == "triton" and not backends.interpreted():
+        pytest.skip("these tests run on a CPU: set TRITON_INTERPRET=1")
     if name != "cpu":
         yield name
         return

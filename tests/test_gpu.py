@@ -7,6 +7,8 @@ from torch import nn
 from bench import baselines, devices, gate, memory
 from spectral_kernels import SpectralRegularizer
 
+from . import cases
+from .buckets import bucket_of
 from .models import close
 
 pytestmark = [
@@ -29,6 +31,22 @@ def gradients(device, dtype):
 def test_same_gradients_as_on_a_cpu(dtype):
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     close(gradients("cuda", dtype), gradients("cpu", dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_agrees_with_the_reference_over_the_zoo(dtype):
+    pytest.importorskip("triton")
+    found = {}
+    for backend in ("triton", "reference"):
+        weights = [w.cuda() for w in cases.random_weights(cases.ZOO, dtype)]
+        bucket = bucket_of([*weights, torch.ones(70, dtype=dtype, device="cuda")], backend)
+        grads = [0.01 * torch.ones_like(t) for t in bucket.plan.tensors]
+        bucket.plan.bind_grads(grads)
+        bucket.iterate_and_add_gradient(3, grads)
+        found[backend] = [bucket.state.sigma, *(g.float() for g in grads)]
+    unit = torch.finfo(dtype).eps
+    for a, b in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(a, b, rtol=max(1e-4, 2 * unit), atol=1e-5)
 
 
 def test_the_cpu_backend_refuses_cuda_weights():
