@@ -12,7 +12,7 @@ ZOO = [
     (40, 20000), (6, 4104), (2, 4097),
 ]  # fmt: skip
 if os.environ.get("TRITON_INTERPRET") == "1":  # each operation of a program takes microseconds
-    ZOO = [(m, n) for m, n in ZOO if m * n <= 34_000]
+    ZOO = [(m, n) for m, n in ZOO if m * n <= 10_000 or (n > 4096 and m < 8)]
 
 
 def mlp() -> list[tuple[int, ...]]:
