@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .tables import (
-    ALIGNMENT,
     GAIN,
     INNER,
     KIND,
@@ -25,12 +24,11 @@ from .tables import (
     VECTOR_FIELDS,
     WEIGHT,
     column_offsets,
-    columns_of,
+    elements_of,
     inverse_power_of_two,
     is_aligned,
     parts_of,
     power,
-    whole_loads,
 )
 
 
@@ -41,13 +39,10 @@ def _short_rows(
     BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns; return the sum of squares of s."""
-    w = tl.load(m + WEIGHT).to(tl.pointer_type(DTYPE))
-    row_stride, inner, outer_stride, n = columns_of(m, ROW_STRIDE, OUTER_STRIDE)
+    w, row_stride, inner, outer_stride, n = elements_of(
+        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+    )
     v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
-    if ALIGNED:
-        w = tl.multiple_of(w, ALIGNMENT)
-        row_stride = whole_loads(row_stride, DTYPE)
-        n = whole_loads(n, DTYPE)
     c = tl.arange(0, BN)
     inside = c < n
     columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
@@ -77,13 +72,10 @@ def _long_rows(
     BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time, twice; return the sum of squares of s."""
-    w = tl.load(m + WEIGHT).to(tl.pointer_type(DTYPE))
-    row_stride, inner, outer_stride, n = columns_of(m, ROW_STRIDE, OUTER_STRIDE)
+    w, row_stride, inner, outer_stride, n = elements_of(
+        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+    )
     v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
-    if ALIGNED:
-        w = tl.multiple_of(w, ALIGNMENT)
-        row_stride = whole_loads(row_stride, DTYPE)
-        n = whole_loads(n, DTYPE)
     squares = tl.zeros([R], tl.float64)
     for row in range(row_begin, row_end, R):
         r = row + tl.arange(0, R)

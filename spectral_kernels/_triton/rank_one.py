@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .tables import (
-    ALIGNMENT,
     FIRST_TILE,
     GAIN,
     GRAD,
@@ -32,12 +31,11 @@ from .tables import (
     VECTOR_FIELDS,
     WEIGHT,
     column_offsets,
-    columns_of,
+    elements_of,
     inverse_power_of_two,
     is_aligned,
     parts_of,
     power,
-    whole_loads,
 )
 
 
@@ -99,13 +97,10 @@ def _tile_gradient(
     BN: tl.constexpr,
 ):  # fmt: skip
     """Add factor * s v^T to the rows of a tile, or write it over them."""
-    grad = tl.load(m + GRAD).to(tl.pointer_type(DTYPE))
-    row_stride, inner, outer_stride, n = columns_of(m, GRAD_ROW_STRIDE, GRAD_OUTER_STRIDE)
+    grad, row_stride, inner, outer_stride, n = elements_of(
+        m, GRAD, GRAD_ROW_STRIDE, GRAD_OUTER_STRIDE, DTYPE, ALIGNED
+    )
     v, s, _, row_begin, row_end = parts_of(m, tile, v, s, s)
-    if ALIGNED:
-        grad = tl.multiple_of(grad, ALIGNMENT)
-        row_stride = whole_loads(row_stride, DTYPE)
-        n = whole_loads(n, DTYPE)
     for first in range(0, n, BN):
         c = first + tl.arange(0, BN)
         columns = c if ALIGNED else column_offsets(c, inner, outer_stride)

@@ -67,11 +67,22 @@ def column_offsets(c, inner, outer_stride):
 
 
 @triton.jit
-def columns_of(m, ROW_STRIDE_FIELD: tl.constexpr, OUTER_STRIDE_FIELD: tl.constexpr):
-    """Return row stride, inner size, outer stride and number of columns of a matrix."""
-    inner = tl.load(m + INNER)
+def elements_of(
+    m, ADDRESS: tl.constexpr, ROW_STRIDE_FIELD: tl.constexpr, OUTER_STRIDE_FIELD: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return pointer, row stride, inner size, outer stride and number of columns of a matrix.
+
+    With ALIGNED (see is_aligned) in a form that shows the compiler that loads may be wide.
+    """
+    first = tl.load(m + ADDRESS).to(tl.pointer_type(DTYPE))
+    row_stride, inner = tl.load(m + ROW_STRIDE_FIELD), tl.load(m + INNER)
     n = tl.load(m + OUTER) * inner
-    return tl.load(m + ROW_STRIDE_FIELD), inner, tl.load(m + OUTER_STRIDE_FIELD), n
+    if ALIGNED:
+        first = tl.multiple_of(first, ALIGNMENT)
+        row_stride = whole_loads(row_stride, DTYPE)
+        n = whole_loads(n, DTYPE)
+    return first, row_stride, inner, tl.load(m + OUTER_STRIDE_FIELD), n
 
 
 @triton.jit
