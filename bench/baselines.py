@@ -73,6 +73,28 @@ def ours(backend: str):
     return make
 
 
+def ours_replayed(backend: str):
+    """Return a maker of accumulate_grad_ captured in a CUDA graph; a step is one replay."""
+
+    def make(weights, strength):
+        reg = _regularizer(weights, strength, backend)
+        grads = [weight.grad.clone() for weight in weights]
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what the first step compiles and builds is not captured
+            reg.accumulate_grad_()
+        torch.cuda.current_stream().wait_stream(side)
+        for weight, before in zip(weights, grads, strict=True):
+            weight.grad.copy_(before)
+        for bucket in reg._buckets.buckets:
+            bucket.state.swap()  # the vectors that a step reads are not changed by it
+        with torch.cuda.graph(graph):
+            reg.accumulate_grad_()
+        return lambda kept=reg: graph.replay()  # on memory that the regularizer owns
+
+    return make
+
+
 def ours_by_autograd(backend: str):
     """Return a maker of penalty().backward() on a backend."""
 
@@ -195,6 +217,13 @@ def exact_svd(weights, strength):
 
 CONTENDERS = {
     "triton": Contender(ours("triton"), "ours (Triton)", devices=("cuda",)),
+    "triton_replay": Contender(
+        ours_replayed("triton"), "ours (Triton), replayed", most=2e8, devices=("cuda",)
+    ),
+    "cuda": Contender(ours("cuda"), "ours (CUDA C++)", devices=("cuda",)),
+    "cuda_replay": Contender(
+        ours_replayed("cuda"), "ours (CUDA C++), replayed", most=2e8, devices=("cuda",)
+    ),
     "cpu": Contender(ours("cpu"), "ours (C++)", devices=("cpu",)),
     "reference": Contender(ours("reference"), "ours (PyTorch reference)"),
     "autograd_loop": Contender(autograd_loop, "per-layer autograd loop", at="next v"),
@@ -209,6 +238,7 @@ CONTENDERS = {
 }
 BY_AUTOGRAD = {
     "triton": Contender(ours_by_autograd("triton"), "ours (Triton)", devices=("cuda",)),
+    "cuda": Contender(ours_by_autograd("cuda"), "ours (CUDA C++)", devices=("cuda",)),
     "cpu": Contender(ours_by_autograd("cpu"), "ours (C++)", devices=("cpu",)),
     "reference": Contender(ours_by_autograd("reference"), "ours (PyTorch reference)"),
     "autograd_loop": CONTENDERS["autograd_loop"],

@@ -4,6 +4,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/backend.h"
+#ifdef SPECTRAL_CUDA
+#include "cuda/backend.h"
+#endif
 #include "table.h"
 #include "tensors.h"
 
@@ -13,6 +16,43 @@ using spectral::Header;
 namespace {
 
 const Header& header_at(int64_t address) { return *reinterpret_cast<const Header*>(address); }
+
+#ifdef SPECTRAL_CUDA
+// The header with the tables' addresses on the device in the place of those on the host.
+Header device_header(int64_t address, int64_t matrices, int64_t tiles, int64_t vectors) {
+  Header header = header_at(address);
+  header.matrices = matrices;
+  header.tiles = tiles;
+  header.vectors = vectors;
+  return header;
+}
+
+void bind_cuda(py::module_ cuda) {
+  cuda.def("problem", &spectral::cuda::problem, py::arg("device"),
+           "Why the kernels cannot run on a device, in CUDA's words; empty: they can.");
+  cuda.def(
+      "gram_matvec",
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
+         int64_t stream) {
+        py::gil_scoped_release unlocked;
+        spectral::cuda::gram_matvec(device_header(header, matrices, tiles, vectors), device,
+                                    stream);
+      },
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("device"), py::arg("stream"));
+  cuda.def(
+      "rank_one",
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
+         int64_t stream, bool finish, bool gradient, bool accumulate) {
+        py::gil_scoped_release unlocked;
+        spectral::cuda::rank_one(device_header(header, matrices, tiles, vectors), device, stream,
+                                 finish, gradient, accumulate);
+      },
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("device"), py::arg("stream"), py::arg("finish"), py::arg("gradient"),
+      py::arg("accumulate"));
+}
+#endif
 
 }  // namespace
 
@@ -55,4 +95,8 @@ PYBIND11_MODULE(_native, m) {
         spectral::cpu::rank_one(header_at(header), accumulate, threads);
       },
       py::arg("header"), py::arg("accumulate"), py::arg("threads"));
+
+#ifdef SPECTRAL_CUDA
+  bind_cuda(m.def_submodule("cuda", "kernels on the memory of CUDA devices"));
+#endif
 }

@@ -9,9 +9,12 @@ import torch
 
 from . import plan as plan_module
 from . import reference
+from .self_check import disagreement
 
-NAMES = ("triton", "cpu", "reference")
+NAMES = ("triton", "cuda", "cpu", "reference")
+_AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by type of device, then the reference
 _said: set[str] = set()
+_checked: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
 
 
 class Reference:
@@ -59,6 +62,39 @@ class Cpu:
         self.rank_one(plan, state, grads, accumulate)
 
 
+class Cuda:
+    """The CUDA C++ kernels, in the current stream: two launches per step."""
+
+    name = "cuda"
+    min_tile_rows = plan_module.MIN_TILE_ROWS_ON_GPU
+
+    def __init__(self, native):
+        self._gram_matvec = native.gram_matvec
+        self._rank_one = native.rank_one
+
+    def gram_matvec(self, plan, state) -> None:
+        """See :func:`reference.gram_matvec`."""
+        self._gram_matvec(*self._where(plan, state))
+
+    def normalize(self, plan, state) -> None:
+        """See :func:`reference.normalize`."""
+        self._rank_one(*self._where(plan, state), True, False, False)
+
+    def rank_one(self, plan, state, grads, accumulate: bool) -> None:
+        """See :func:`reference.rank_one`; the plan is bound to ``grads`` already."""
+        self._rank_one(*self._where(plan, state), False, True, accumulate)
+
+    def finish(self, plan, state, grads, accumulate: bool) -> None:
+        """Do what normalize and rank_one do, in one launch."""
+        self._rank_one(*self._where(plan, state), True, True, accumulate)
+
+    @staticmethod
+    def _where(plan, state) -> tuple[int, ...]:
+        stream = torch.cuda.current_stream(plan.device)
+        tables = plan.device_tables().addresses
+        return state.address, *tables, stream.device_index, stream.cuda_stream
+
+
 def native_module():
     """Import the compiled module; ImportError says why there is none that can be used."""
     native = importlib.import_module("spectral_kernels._native")
@@ -80,11 +116,11 @@ def unavailable(name: str) -> str | None:
             importlib.import_module("triton")
         except ImportError as error:
             return f"triton cannot be imported: {error}"
-        if not interpreted() and not torch.cuda.is_available():
-            return "torch finds no CUDA device"
-    if name == "cpu":
+        if interpreted():
+            return None
+    if name in ("cpu", "cuda"):
         try:
-            native_module()
+            native = native_module()
         except ModuleNotFoundError:
             return (
                 "the compiled module is missing: no C++ compiler was found when the package was "
@@ -92,6 +128,13 @@ def unavailable(name: str) -> str | None:
             )
         except ImportError as error:
             return f"the compiled module cannot be used: {error}"
+        if name == "cuda" and not hasattr(native, "cuda"):
+            return (
+                "the compiled module has no CUDA kernels: no nvcc was found when the package was "
+                "installed; put it on the PATH and reinstall spectral_kernels"
+            )
+    if name in ("triton", "cuda") and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     return None
 
 
@@ -100,8 +143,16 @@ def interpreted() -> bool:
     return importlib.import_module("triton").knobs.runtime.interpret
 
 
-def _triton():
-    return importlib.import_module("spectral_kernels._triton.backend").Triton()
+def failed_check(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return how a backend that can run here differs from the reference on a small problem.
+
+    None if it does not. The problem is computed once per process, device and dtype.
+    """
+    key = (name, device, dtype)
+    if key not in _checked:
+        _checked[key] = disagreement(_make(name, dtype), device, dtype)
+    found = _checked[key]
+    return None if found is None else f"{name!r} failed its check on {device} in {dtype}: {found}"
 
 
 def check_name(name: str) -> None:
@@ -116,31 +167,58 @@ def check_name(name: str) -> None:
 def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32):
     """Return the backend for ``device``: the one asked for, or with "auto" the best there is.
 
-    float64 weights on a GPU go to the reference.
+    float64 weights on a GPU go to the reference. What "auto" finds for a GPU has to agree with the
+    reference on a small problem, once per process, device and dtype; where it does not, the next
+    one serves, with a warning.
 
     Raises:
         ValueError: an unknown name.
         RuntimeError: a backend asked for by name that cannot run here or on that device.
     """
     check_name(name)
-    on_cpu = device.type == "cpu"
-    if name == "cpu" and not on_cpu:
-        raise RuntimeError(f"backend: 'cpu' serves weights on a CPU; these are on {device}")
-    if name == "triton":
-        if on_cpu and not interpreted():
-            raise RuntimeError("backend: 'triton' serves weights on a GPU; these are on a CPU")
-        return Reference if dtype == torch.float64 else _triton()
-    if name == "reference" or (name == "auto" and not on_cpu and dtype == torch.float64):
+    if name != "auto":
+        if (reason := _refused(name, device)) is not None:
+            raise RuntimeError(f"backend: {reason}")
+        return _make(name, dtype)
+    if device.type == "cuda" and dtype == torch.float64:
         return Reference
-    if on_cpu:
-        reason = unavailable("cpu")
-    elif device.type == "cuda":
-        reason = "the Triton kernels have not been run on a GPU yet; backend='triton' tries them"
-    else:
-        reason = f"no compiled backend serves {device.type} devices"
-    if reason is None:
-        return Cpu(native_module().cpu)
+    if device.type not in _AUTO:
+        _say(f"no compiled backend serves {device.type} devices", "reference")
+    candidates = _AUTO.get(device.type, ())
+    for i, candidate in enumerate(candidates):
+        reason = unavailable(candidate) or _refused(candidate, device)
+        if reason is None and device.type == "cuda":
+            reason = failed_check(candidate, device, dtype)
+        if reason is None:
+            return _make(candidate, dtype)
+        _say(reason, (*candidates, "reference")[i + 1])
+    return Reference
+
+
+def _make(name: str, dtype: torch.dtype):
+    if name == "reference" or (name in ("triton", "cuda") and dtype == torch.float64):
+        return Reference
+    if name == "triton":
+        return importlib.import_module("spectral_kernels._triton.backend").Triton()
+    return Cpu(native_module().cpu) if name == "cpu" else Cuda(native_module().cuda)
+
+
+def _refused(name: str, device: torch.device) -> str | None:
+    """Return why a backend that can run here does not serve ``device``, or None if it does."""
+    if name == "cpu" and device.type != "cpu":
+        return f"'cpu' serves weights on a CPU; these are on {device}"
+    if name == "triton" and device.type == "cpu" and interpreted():
+        return None
+    if name in ("triton", "cuda") and device.type != "cuda":
+        where = "a CPU" if device.type == "cpu" else str(device)
+        return f"{name!r} serves weights on a CUDA device; these are on {where}"
+    if name == "cuda" and (problem := native_module().cuda.problem(device.index or 0)):
+        return f"'cuda' cannot run on {device}: {problem}"
+    return None
+
+
+def _say(reason: str, instead: str) -> None:
     if reason not in _said:
         _said.add(reason)
-        warnings.warn(f"spectral_kernels uses its PyTorch reference: {reason}", stacklevel=2)
-    return Reference
+        serves = "PyTorch reference" if instead == "reference" else f"{instead!r} backend"
+        warnings.warn(f"spectral_kernels uses its {serves}: {reason}", stacklevel=3)

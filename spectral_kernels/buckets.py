@@ -176,7 +176,7 @@ class Buckets:
     def _random(self, name: str, cols: int) -> torch.Tensor:
         # torch's generator on a CPU has 32 bits of seed.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
-        v = torch.randn(1, cols, generator=generator, dtype=torch.float64)
+        v = torch.randn(1, cols, generator=generator, dtype=torch.float64, device="cpu")
         return v / torch.linalg.vector_norm(v)
 
     def vectors(self) -> dict[str, torch.Tensor]:

@@ -88,6 +88,9 @@ def _env(arguments: argparse.Namespace) -> int:
     ]
     for name in backends.NAMES:
         reason = backends.unavailable(name)
+        if reason is None and name in ("triton", "cuda") and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+            reason = backends.failed_check(name, device, torch.float32)
         rows.append((f"backend {name}", "works" if reason is None else f"no: {reason}"))
     if backends.unavailable("cpu") is None:
         cpu = backends.native_module().cpu

@@ -25,6 +25,7 @@ class DeviceTables:
             self.all = torch.empty(sum(sizes), dtype=torch.int64, device=plan.device)
             views = self.all.split(sizes)
         self.tiles, self.matrices, self.vectors = views
+        self.addresses = tuple(x.data_ptr() for x in (self.matrices, self.tiles, self.vectors))
 
     def refresh(self) -> None:
         """Bring the copies up to date.

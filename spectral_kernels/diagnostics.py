@@ -76,7 +76,7 @@ def _lanczos(bucket: Bucket, rtol: float, name: str) -> float:
     # A start outside of the row space of W adds one dimension to what can be reached.
     limit = min(n, plan.layouts[0].rows + 1)
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(n, generator=generator, dtype=torch.float64).to(plan.device)
+    v = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(plan.device)
     v /= torch.linalg.vector_norm(v)
     basis: list[torch.Tensor] = []
     alphas: list[float] = []
@@ -120,7 +120,7 @@ def _lanczos(bucket: Bucket, rtol: float, name: str) -> float:
 
 def _top_ritz_value(alphas, betas, beta: float) -> tuple[float, float]:
     """Return the largest eigenvalue of the tridiagonal matrix and its residual norm."""
-    diagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-    off = torch.tensor(betas, dtype=torch.float64)
+    diagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
+    off = torch.tensor(betas, dtype=torch.float64, device="cpu")
     values, vectors = torch.linalg.eigh(diagonal + torch.diag(off, 1) + torch.diag(off, -1))
     return float(values[-1]), beta * abs(float(vectors[-1, -1]))

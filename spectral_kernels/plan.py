@@ -37,6 +37,7 @@ SLOT = {name: i for i, name in enumerate(HEADER)}  # all of eight bytes, exponen
 SCALARS = ("sigma", "residual", "norm", "penalty", "strength", "target")
 
 MIN_TILE_ROWS = 128  # a tile writes a partial t of N numbers: 1/128 of what it reads
+MIN_TILE_ROWS_ON_GPU = 64  # more programs, and 1/64
 MAX_TILES = 64  # per matrix, so that partial sums stay O(N)
 _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 

@@ -148,7 +148,8 @@ class SpectralRegularizer:
                 memory layout that does not go with its weight.
         """
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
-            grad_scale = torch.tensor(_number("grad_scale", grad_scale), dtype=torch.float64)
+            number = _number("grad_scale", grad_scale)
+            grad_scale = torch.tensor(number, dtype=torch.float64, device="cpu")
         buckets = self._ready()
         grads = [[tensor.grad for tensor in bucket.plan.tensors] for bucket in buckets]
         for bucket, own in zip(buckets, grads, strict=True):
@@ -316,7 +317,7 @@ class SpectralRegularizer:
             self._initial[matrix.name] if target == "initial" else target
             for matrix, target in ((m, self._targets[m.name]) for m in bucket.plan.matrices)
         ]
-        bucket.state.target.copy_(torch.tensor(values, dtype=torch.float64))
+        bucket.state.target.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
     def _fill_strength(self, bucket: Bucket) -> None:
         if self._strengths is None:
@@ -324,7 +325,7 @@ class SpectralRegularizer:
         else:
             entries = (*bucket.plan.matrices, *bucket.plan.vectors)
             values = [self._strengths[entry.name] for entry in entries]
-            bucket.state.strength.copy_(torch.tensor(values, dtype=torch.float64))
+            bucket.state.strength.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
     def _numbers(self, argument: str, value, words: Sequence[str] = ()) -> dict[str, Any]:
         """Return the value of ``argument`` for every matrix and vector by name."""

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-INTERPRETED = ["pytest", "tests/test_triton.py", "tests/test_backends.py", "-k", "triton"]
+INTERPRETED = ["pytest", "tests/test_triton.py", "tests/test_self_check.py",
+               "tests/test_backends.py", "-k", "triton", "-m", "not gpu"]  # fmt: skip
 
 
 def main() -> int:

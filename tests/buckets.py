@@ -22,7 +22,7 @@ def bucket_of(tensors, backend="reference", exponent=2, target=1.0, strength=1.0
     generator = torch.Generator().manual_seed(seed)
     for i in range(len(plan.matrices)):
         v = bucket.state.columns(i, bucket.state.v_next)
-        x = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+        x = torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu")
         v.copy_(x / x.norm())
     poison(plan)
     return bucket

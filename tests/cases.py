@@ -71,8 +71,9 @@ CASES = {
 LARGE = ("llama_1b", "llama_7b")  # for GPUs, in bfloat16
 
 
-def random_weights(shapes, dtype=torch.float32, seed=0, device="cpu") -> list[torch.Tensor]:
+def random_weights(shapes, dtype=torch.float32, seed=0, device=None) -> list[torch.Tensor]:
     """Draw weights with the usual scale of an initialization, 1 / sqrt(fan in)."""
+    device = torch.get_default_device() if device is None else device
     generator = torch.Generator(device).manual_seed(seed)
     return [
         (torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5).to(dtype)

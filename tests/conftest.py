@@ -6,17 +6,38 @@ from spectral_kernels import backends
 LEVELS = ("baseline", "v3", "v4")
 
 
-@pytest.fixture(params=["reference", "triton", *(f"cpu-{level}" for level in LEVELS)])
+ON_GPU = [pytest.param(f"{name}@cuda", marks=pytest.mark.gpu)
+          for name in ("reference", "triton", "cuda")]  # fmt: skip
+
+
+@pytest.fixture(params=["reference", "triton", *(f"cpu-{level}" for level in LEVELS), *ON_GPU])
 def backend(request):
-    """Every backend and every instruction-set level; yields the backend's name."""
-    name, _, level = request.param.partition("-")
+    """Every backend, every instruction-set level, and torch's default device; yields the name."""
+    name, _, device = request.param.partition("@")
+    name, _, level = name.partition("-")
     if (reason := backends.unavailable(name)) is not None:
         pytest.skip(reason)
-    if name == "triton" and not backends.interpreted():
+    if device:
+        yield from on_device(device, name)
+    elif name == "triton" and not backends.interpreted():
         pytest.skip("these tests run on a CPU: set TRITON_INTERPRET=1")
-    if name != "cpu":
+    elif name == "cpu":
+        yield from at_level(level, name)
+    else:
         yield name
-        return
+
+
+def on_device(device, name):
+    """Make what the test makes on a device."""
+    if not torch.cuda.is_available() or (name == "triton" and backends.interpreted()):
+        pytest.skip("needs a CUDA device and Triton's compiler")
+    torch.set_default_device(device)
+    yield name
+    torch.set_default_device(None)
+
+
+def at_level(level, name):
+    """Let the C++ kernels run at an instruction-set level."""
     cpu = backends.native_module().cpu
     if level not in cpu.levels():
         pytest.skip(f"this processor or build has no instruction-set level {level!r}")

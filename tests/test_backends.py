@@ -20,9 +20,16 @@ def rounding(backend, dtype):
     return 1.01 if in_python and dtype == torch.bfloat16 else 0.51
 
 
-@lru_cache
 def decaying_zoo(dtype):
     """The zoo with singular values 1, 1/2, 1/4, ... times a scale, and the exact top of each."""
+    device = torch.get_default_device()
+    weights, triples = _decaying_zoo(dtype)
+    return [w.to(device) for w in weights], [(s, p.to(device)) for s, p in triples]
+
+
+@lru_cache
+@torch.device("cpu")
+def _decaying_zoo(dtype):
     generator = torch.Generator().manual_seed(1)
     weights, triples = [], []
     for m, n in cases.ZOO:

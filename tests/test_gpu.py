@@ -1,14 +1,20 @@
-"""On a CUDA device: the regularizer, and the benches' clock and gate."""
+"""On a CUDA device: streams, graphs, synchronization, the regularizer, the benches' clock and gate.
+
+The tests of tests/test_backends.py and others run on the device too, by their fixture.
+"""
+
+import copy
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from bench import baselines, devices, gate, memory
-from spectral_kernels import SpectralRegularizer
+from spectral_kernels import SpectralRegularizer, backends
 
-from . import cases
-from .buckets import bucket_of
 from .models import close
 
 pytestmark = [
@@ -18,35 +24,171 @@ pytestmark = [
 SHAPES = [(30, 40), (64, 16), (30, 40)]
 
 
-def gradients(device, dtype):
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request):
+    """The backends that have kernels for a GPU; yields the name."""
+    if (reason := backends.unavailable(request.param)) is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def net(dtypes=(torch.float32, torch.float32)):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(30, 20), nn.LayerNorm(20), nn.Linear(20, 7))
-    reg = SpectralRegularizer(model.to(device, dtype), 0.1, backend="reference")
-    reg.penalty().backward()
-    reg.accumulate_grad_()
-    return [p.grad.cpu().double() for p in model.parameters()]
+    first, last = nn.Linear(300, 200), nn.Linear(200, 7)
+    return nn.Sequential(first.to(dtypes[0]), nn.LayerNorm(200), last.to(dtypes[1])).cuda()
+
+
+def with_gradients(model):
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.01)
+    return model
+
+
+def grads_of(model):
+    return [p.grad for p in model.parameters()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_same_gradients_as_on_a_cpu(dtype):
+def test_same_gradients_as_on_a_cpu(kernels, dtype):
+    found = []
+    for device, backend in (("cuda", kernels), ("cpu", "reference")):
+        model = net().to(device, dtype)
+        reg = SpectralRegularizer(model, 0.1, backend=backend)
+        reg.penalty().backward()
+        reg.accumulate_grad_()
+        found.append([g.cpu().double() for g in grads_of(model)])
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    close(gradients("cuda", dtype), gradients("cpu", dtype), rtol=tolerance, atol=tolerance)
+    close(*found, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_triton_agrees_with_the_reference_over_the_zoo(dtype):
-    pytest.importorskip("triton")
-    found = {}
-    for backend in ("triton", "reference"):
-        weights = [w.cuda() for w in cases.random_weights(cases.ZOO, dtype)]
-        bucket = bucket_of([*weights, torch.ones(70, dtype=dtype, device="cuda")], backend)
-        grads = [0.01 * torch.ones_like(t) for t in bucket.plan.tensors]
-        bucket.plan.bind_grads(grads)
-        bucket.iterate_and_add_gradient(3, grads)
-        found[backend] = [bucket.state.sigma, *(g.float() for g in grads)]
-    unit = torch.finfo(dtype).eps
-    for a, b in zip(found["triton"], found["reference"], strict=True):
-        torch.testing.assert_close(a, b, rtol=max(1e-4, 2 * unit), atol=1e-5)
+def test_several_dtypes_in_a_model(kernels):
+    found = []
+    for backend in (kernels, "reference"):
+        model = with_gradients(net((torch.bfloat16, torch.float32)))
+        reg = SpectralRegularizer(model, 0.1, backend=backend)
+        for _ in range(3):
+            reg.accumulate_grad_()
+        found.append([g.double() for g in grads_of(model)])
+    close(*found, rtol=2e-2, atol=1e-4)
+
+
+def test_same_bits_on_ten_runs(kernels):
+    runs = []
+    for _ in range(10):
+        model = with_gradients(net())
+        reg = SpectralRegularizer(model, 0.1, backend=kernels)
+        for _ in range(3):
+            reg.accumulate_grad_()
+        runs.append([*grads_of(model), reg.sigma, reg.residual])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_a_step_runs_in_the_current_stream(kernels):
+    """Weights that are written late, in a stream of their own, are those that the step reads."""
+    expected, model = (with_gradients(net()) for _ in range(2))
+    regs = [SpectralRegularizer(m, 0.1, backend=kernels) for m in (expected, model)]
+    for reg in regs:
+        reg.accumulate_grad_()
+    with torch.no_grad():
+        expected[0].weight.mul_(3)
+    regs[0].accumulate_grad_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        torch.cuda._sleep(200_000_000)
+        model[0].weight.mul_(3)
+        regs[1].accumulate_grad_()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(grads_of(expected), grads_of(model), strict=True))
+
+
+def test_a_step_with_static_addresses_neither_waits_nor_allocates(kernels):
+    model = with_gradients(net())
+    reg = SpectralRegularizer(model, 0.1, backend=kernels)
+    for _ in range(2):
+        reg.accumulate_grad_()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            reg.accumulate_grad_()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_captured_step_replays_bit_for_bit(kernels, iterations):
+    strength = torch.tensor(0.1, device="cuda")
+    model = with_gradients(net())
+    twin = copy.deepcopy(model)
+    regs = [
+        SpectralRegularizer(m, strength, backend=kernels, n_power_iterations=iterations)
+        for m in (model, twin)
+    ]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        regs[0].accumulate_grad_()
+    torch.cuda.current_stream().wait_stream(stream)
+    regs[1].accumulate_grad_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        regs[0].accumulate_grad_()
+    for i in range(4):
+        strength.fill_(0.1 * (i + 1))
+        with torch.no_grad():
+            for m in (model, twin):
+                m[0].weight.mul_(1.1)
+        graph.replay()
+        regs[1].accumulate_grad_()
+        own, expected = grads_of(model), grads_of(twin)
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True)), i
+        assert torch.equal(regs[0].sigma, regs[1].sigma)
+
+
+def test_a_stale_address_or_a_missing_gradient_is_an_error_during_capture(kernels):
+    def attempt(model, reg):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            reg.accumulate_grad_()
+
+    for change, message in (
+        (lambda p: setattr(p, "grad", p.grad.clone()), "has changed"),
+        (lambda p: setattr(p, "grad", None), "grad"),
+    ):
+        model = with_gradients(net())
+        reg = SpectralRegularizer(model, 0.1, backend=kernels)
+        reg.accumulate_grad_()
+        kept = model[0].weight.grad  # or the copy might be where it was
+        change(model[0].weight)
+        with pytest.raises(RuntimeError, match=message):
+            attempt(model, reg)
+        del kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(kernels, tool):
+    if (program := shutil.which("compute-sanitizer")) is None:
+        pytest.skip("compute-sanitizer is not on the PATH")
+    result = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.sanitized",
+         kernels],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    clean = {"memcheck": "0 errors", "racecheck": "0 hazards"}
+    assert clean[tool] in result.stdout + result.stderr
+
+
+def test_auto_takes_the_first_that_can_run(recwarn):
+    names = [n for n in ("triton", "cuda") if backends.unavailable(n) is None]
+    chosen = backends.choose("auto", torch.device("cuda", 0)).name
+    assert chosen == (names[0] if names else "reference")
+    assert not [w for w in recwarn if "failed its check" in str(w.message)]
 
 
 def test_the_cpu_backend_refuses_cuda_weights():
@@ -58,6 +200,10 @@ def test_the_cpu_backend_refuses_cuda_weights():
 @pytest.mark.parametrize("name", [n for n, c in baselines.CONTENDERS.items()
                                   if "cuda" in c.devices])  # fmt: skip
 def test_every_contender_passes_the_gate(name):
+    if name.removesuffix("_replay") in backends.NAMES and (
+        reason := backends.unavailable(name.removesuffix("_replay"))
+    ):
+        pytest.skip(reason)
     weights = gate.leaves(SHAPES, torch.float32, "cuda")
     assert gate.first_step(baselines.CONTENDERS[name], weights).problem is None
 

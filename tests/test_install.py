@@ -55,6 +55,31 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, build_too
 def test_with_a_compiler_the_wheel_holds_the_module(tmp_path, build_tools):
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler on this machine")
-    output, files = build_wheel(tmp_path, dict(os.environ))
+    output, files = build_wheel(tmp_path, {**os.environ, "SPECTRAL_KERNELS_CUDA": "0"})
+    assert "CUDA kernels left out, as asked for" in output
     assert any(name.startswith("spectral_kernels/_native.") for name in files), output
     assert not any(name.startswith(("csrc", "tests", "bench")) for name in files)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("1", "no working nvcc"), ("yes", "SPECTRAL_KERNELS_CUDA: got 'yes'")]
+)
+def test_cuda_that_cannot_be_had_is_an_error(tmp_path, build_tools, value, message):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("cmake", "ninja", "c++", "g++", "as", "ld", "uname"):
+        if (found := shutil.which(name)) is not None:
+            (tools / name).symlink_to(found)
+    if not (tools / "c++").exists() or not (tools / "cmake").exists():
+        pytest.skip("no C++ compiler or no CMake on this machine")
+    environment = {**os.environ, "PATH": str(tools), "SPECTRAL_KERNELS_CUDA": value}
+    environment.pop("CUDACXX", None)
+    import pybind11
+
+    result = subprocess.run(
+        ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path / "build"), "-G", "Ninja",
+         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert message in result.stderr

@@ -311,7 +311,7 @@ def test_printing_shows_what_is_regularized_and_what_is_not():
         (
             {"backend": "cuda9"},
             ValueError,
-            "backend: got 'cuda9'.*'auto', 'triton', 'cpu', 'reference'",
+            "backend: got 'cuda9'.*'auto', 'triton', 'cuda', 'cpu', 'reference'",
         ),
         ({"seed": -1}, ValueError, "seed: got -1"),
         ({"exclude": ["*"]}, ValueError, "nothing to regularize"),

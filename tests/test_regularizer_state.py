@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralRegularizer
+from spectral_kernels import SpectralRegularizer, spectral_norms
 
 from . import models
 from .models import close
@@ -249,6 +249,18 @@ def test_meta_model_is_fine_once_it_is_materialized():
     nn.init.normal_(model.weight)
     nn.init.normal_(model.bias)
     assert torch.isfinite(reg.penalty())
+
+
+def test_the_default_device_does_not_matter():
+    model = nn.Linear(6, 5)
+    expected = SpectralRegularizer(model, 0.1).penalty()
+    with torch.device("meta"):
+        reg = SpectralRegularizer(model, 0.1, target={"*": 1.0})
+        assert torch.equal(reg.penalty(), expected)
+        reg.strength = {"*": 0.2}
+        reg.accumulate_grad_(grad_scale=2.0)
+        assert spectral_norms(model)["weight"] > 0
+    assert torch.isfinite(model.weight.grad).all()
 
 
 def test_a_parameter_that_is_gone_is_named():

@@ -18,15 +18,12 @@ from .triton_compiled import (  # noqa: E402
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def chosen(dtype, capability):
-    """All configurations of one type on one architecture, of the others those of a usual step."""
-    every = list(configurations(dtype))
-    if (dtype, capability) == (torch.bfloat16, 90):
-        return [*every, *any_exponent(dtype)]
-    return [every[0], next(c for c in every if c.kernel == "rank_one")]
-
-
-CASES = [(sm, c) for sm in CAPABILITIES for dtype in DTYPES for c in chosen(dtype, sm)]
+CASES = [
+    (sm, c)
+    for sm in CAPABILITIES
+    for dtype in DTYPES
+    for c in (*configurations(dtype), *any_exponent(dtype))
+]
 
 
 @pytest.mark.parametrize(("capability", "configuration"), CASES, ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from ..plan import DTYPES, MAX_TILES
+from ..plan import DTYPES, MAX_TILES, MIN_TILE_ROWS_ON_GPU
 from .gram_matvec import gram_matvec
 from .rank_one import rank_one
 from .sizes import sizes
@@ -23,7 +23,7 @@ class Triton:
     """All matrices and vectors of a plan in two launches per step."""
 
     name = "triton"
-    min_tile_rows = 64  # partial sums of t are then 1/64 of what is read, in float32
+    min_tile_rows = MIN_TILE_ROWS_ON_GPU
 
     def gram_matvec(self, plan, state) -> None:
         """See :func:`reference.gram_matvec`."""

@@ -1,0 +1,31 @@
+// The CUDA backend: two launches per step over all matrices and vectors of a table.
+//
+// The header itself is read on the host. Every address in it is one on the device, the tables'
+// too; state arrays and scale are float32. A call puts its launch into the stream (a cudaStream_t
+// as a number) and returns: nothing is allocated and nothing waited for, so that a CUDA graph can
+// capture it. Nothing is launched where there is nothing to do.
+//
+// Throws std::invalid_argument for weights that are neither float32, bfloat16 nor float16, and
+// std::runtime_error with CUDA's message where a launch fails.
+#pragma once
+
+#include <string>
+
+#include "../table.h"
+
+namespace spectral {
+namespace cuda {
+
+// Why the kernels cannot run on a device, in CUDA's words; empty: they can.
+std::string problem(int device);
+
+// s, partial t and partial norms of every tile; norm and penalty of every vector.
+void gram_matvec(const Header& header, int device, int64_t stream);
+
+// finish: sigma, penalty, residual and v_next of every matrix. gradient: the penalty's gradient,
+// added to grad or written over it; with finish it uses the new sigma, else the one in the state.
+void rank_one(const Header& header, int device, int64_t stream, bool finish, bool gradient,
+              bool accumulate);
+
+}  // namespace cuda
+}  // namespace spectral

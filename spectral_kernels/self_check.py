@@ -1,0 +1,77 @@
+"""Does a backend agree with the reference here? A small problem with every kind of row."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import reference
+from .plan import Plan
+from .selection import select
+from .state import State
+
+# (M, N): short and long rows that wide loads can take, rows that they cannot, several tiles.
+SHAPES = ((70, 64), (5, 2048), (130, 31), (3, 9000))
+EXPONENT, STRENGTH, TARGET = 2.0, 0.5, 0.7
+
+
+def disagreement(backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return how ``backend`` differs from the reference on ``device``, or None if it agrees.
+
+    One power iteration and the penalty's gradient added to gradients, at fresh random weights
+    without any effect on torch's random numbers. Waits for the device.
+    """
+    model = _model(device, dtype)
+    try:
+        found = _step(model, backend.min_tile_rows, backend.gram_matvec, backend.finish)
+    except Exception as error:  # whatever a compiler or driver has to say
+        return f"{type(error).__name__}: {error}"
+    truth = _step(model, backend.min_tile_rows, reference.gram_matvec, _finish)
+    for name, own in found.items():
+        expected = truth[name].double()
+        # Sums in another order, then one rounding to the gradient's type on either side.
+        unit = max(2 * torch.finfo(own.dtype).eps, 1e-4)
+        error, size = (own.double() - expected).abs().max(), expected.abs().max()
+        if not error <= unit * size:  # NaN is a disagreement
+            return f"{name} is wrong by {float(error / size):.1e} of its size"
+    return None
+
+
+def _model(device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def fresh(kind, *sizes):
+        return nn.utils.skip_init(kind, *sizes, device=device, dtype=dtype)
+
+    linears = [fresh(nn.Linear, n, m) for m, n in SHAPES]
+    model = nn.Sequential(*linears, fresh(nn.LayerNorm, 40))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            values = torch.randn(p.shape, generator=generator, device="cpu") / p.shape[-1] ** 0.5
+            p.copy_(values)
+    return model.requires_grad_(False)
+
+
+def _finish(plan, state, grads, accumulate: bool) -> None:
+    reference.normalize(plan, state)
+    reference.rank_one(plan, state, grads, accumulate)
+
+
+def _step(model: nn.Module, min_tile_rows: int, gram_matvec, finish) -> dict[str, torch.Tensor]:
+    """Return what a step makes, by name."""
+    selection = select(model, trainable_only=False)
+    owners = list(dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors)))
+    tensors = [owner.get() for owner in owners]
+    plan = Plan(selection.matrices, selection.vectors, tensors, min_tile_rows=min_tile_rows)
+    state = State.fresh(plan, EXPONENT)
+    state.strength.fill_(STRENGTH)
+    state.target.fill_(TARGET)
+    for i, layout in enumerate(plan.layouts):
+        state.columns(i, state.v).fill_(layout.cols**-0.5)
+    grads = [0.1 * t.flip(0) for t in tensors]
+    plan.bind_grads(grads)
+    gram_matvec(plan, state)
+    finish(plan, state, grads, True)
+    made = {"sigma": state.sigma, "the residual": state.residual, "the penalty": state.penalty,
+            "the next v": state.v_next}  # fmt: skip
+    return {**made, **{f"the gradient of {owner.name}": grad
+                       for owner, grad in zip(owners, grads, strict=True)}}  # fmt: skip

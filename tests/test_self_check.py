@@ -1,0 +1,116 @@
+"""A backend that "auto" would use on a GPU has to agree with the reference first."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from spectral_kernels import backends
+from spectral_kernels.self_check import disagreement
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_backend_passes(backend, dtype):
+    own = backends.choose(backend, torch.get_default_device(), dtype)
+    assert disagreement(own, torch.get_default_device(), dtype) is None
+
+
+def test_random_numbers_stay_as_they_were():
+    before = torch.get_rng_state()
+    disagreement(backends.Reference, CPU, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Planted(backends.Reference):
+    """The reference with a bug."""
+
+    def __init__(self, bug):
+        self.bug = bug
+
+    def finish(self, plan, state, grads, accumulate):
+        """Do it nearly right."""
+        super().finish(plan, state, grads, accumulate)
+        self.bug(state, grads)
+
+
+def skip_a_row(state, grads):
+    grads[2][0] *= 1.5
+
+
+def not_a_number(state, grads):
+    state.residual[1] = float("nan")
+
+
+def stale_v(state, grads):
+    state.v_next.copy_(state.v)
+
+
+def no_image(state, grads):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (skip_a_row, r"the gradient of 2\.weight is wrong by \d\.\de-\d+ of its size"),
+        (not_a_number, "the residual is wrong by nan"),
+        (stale_v, "the next v is wrong"),
+        (no_image, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_bug_is_found_and_named(bug, message):
+    found = disagreement(Planted(bug), CPU, torch.float32)
+    assert re.search(message, found), found
+
+
+# ------------------------------------------------------------------------------ what auto does
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU with both backends; what a check finds is set by the test."""
+    problems = {}
+    monkeypatch.setattr(backends, "_checked", {})
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(backends, "_refused", lambda name, device: None)
+    monkeypatch.setattr(
+        backends, "_make", lambda name, dtype: type("Backend", (), {"name": name})()
+    )
+    monkeypatch.setattr(
+        backends, "disagreement", lambda backend, device, dtype: problems.get(backend.name)
+    )
+    return problems
+
+
+def test_auto_takes_triton_that_passes(gpu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("auto", GPU).name == "triton"
+
+
+def test_auto_says_once_that_it_takes_the_next(gpu):
+    gpu["triton"] = "sigma is wrong by 1.0e-01 of its size"
+    with pytest.warns(UserWarning, match="uses its 'cuda' backend: 'triton' failed its check on "
+                                         "cuda:0 in torch.float32: sigma is wrong"):  # fmt: skip
+        assert backends.choose("auto", GPU).name == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("auto", GPU).name == "cuda"
+    gpu["cuda"] = "RuntimeError: CUDA error"
+    with pytest.warns(UserWarning, match="PyTorch reference: 'cuda' failed its check"):
+        assert backends.choose("auto", GPU, torch.bfloat16).name == "reference"
+
+
+def test_a_backend_asked_for_by_name_is_not_replaced(gpu):
+    gpu["triton"] = "sigma is wrong"
+    assert backends.choose("triton", GPU).name == "triton"
+
+
+def test_float64_goes_to_the_reference_without_a_word(gpu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("auto", GPU, torch.float64).name == "reference"
