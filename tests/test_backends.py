@@ -28,16 +28,15 @@ def decaying_zoo(dtype):
 
 
 @lru_cache
-@torch.device("cpu")
 def _decaying_zoo(dtype):
-    generator = torch.Generator().manual_seed(1)
+    generator, wide = torch.Generator().manual_seed(1), {"dtype": torch.float64, "device": "cpu"}
     weights, triples = [], []
     for m, n in cases.ZOO:
         r = min(m, n, 12)
-        u = torch.linalg.qr(torch.randn(m, r, generator=generator, dtype=torch.float64))[0]
-        v = torch.linalg.qr(torch.randn(n, r, generator=generator, dtype=torch.float64))[0]
-        scale = 3 * torch.rand((), generator=generator, dtype=torch.float64) + 0.5
-        weight = (u * (scale * 0.5 ** torch.arange(r))) @ v.T
+        u = torch.linalg.qr(torch.randn(m, r, generator=generator, **wide))[0]
+        v = torch.linalg.qr(torch.randn(n, r, generator=generator, **wide))[0]
+        scale = 3 * torch.rand((), generator=generator, **wide) + 0.5
+        weight = (u * (scale * 0.5 ** torch.arange(r, device="cpu"))) @ v.T
         weight = weight.to(dtype)
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         weights.append(weight)

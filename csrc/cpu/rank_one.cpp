@@ -2,18 +2,11 @@
 // for a matrix, and its counterparts for biases, shifts and gains.
 
 #include "isa.h"
-#include "scalar_math.h"
-#include "simd.h"
+#include "penalty_gradient.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
-
-template <class S>
-SPECTRAL_INLINE double strength_of(const Header& header, int64_t entry) {
-  const double scale = header.scale == 0 ? 1 : (double)*reinterpret_cast<const S*>(header.scale);
-  return scale * (double)reinterpret_cast<const S*>(header.strength)[entry];
-}
 
 // grad[c] = (accumulate ? grad[c] : 0) + a * v[c], v in split order where the type wants it
 template <bool kAccumulate, class G, class S>
@@ -49,14 +42,7 @@ SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
 template <bool kAccumulate, class G, class S = typename Simd<G>::Accumulator>
 void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
-  const double k = header.exponent;
-  const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
-  const double target = reinterpret_cast<const S*>(header.target)[tile.matrix];
-  // At sigma = 0 there is no direction to move along: the gradient is zero.
-  const double factor = sigma == 0 ? 0
-                                   : strength_of<S>(header, tile.matrix) * 2 * k *
-                                         (power(sigma, k) - power(target, k)) *
-                                         power(sigma, k - 1) / sigma;
+  const double factor = gradient_factor<S>(header, tile.matrix);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   if (Simd<G>::kSplits) {
@@ -67,7 +53,7 @@ void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
   }
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     G* grad = reinterpret_cast<G*>(m.grad) + row * m.grad_row_stride;
-    const S a = sigma == 0 ? 0 : plain_nan((S)(factor * s[row]));
+    const S a = factor == 0 ? 0 : plain_nan((S)(factor * s[row]));
     for (int64_t o = 0; o < m.outer; ++o)
       add_scaled<kAccumulate>(grad + o * m.grad_outer_stride, v + o * m.inner, a, m.inner);
   }
@@ -75,23 +61,14 @@ void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
 
 template <bool kAccumulate, class T, class G, class S = typename Simd<T>::Accumulator>
 void vector_gradient_of(const Header& header, const Vector& vector, int64_t index) {
-  const double k = header.exponent;
-  const double strength = strength_of<S>(header, header.n_matrices + index);
-  const double norm = reinterpret_cast<const S*>(header.norm)[index];
-  const double shift_factor = strength * 2 * k * power(norm, 2 * k - 2);
+  const VectorGradient<S> gradient(header, vector, index);
   const T* x = reinterpret_cast<const T*>(vector.weight);
   G* grad = reinterpret_cast<G*>(vector.grad);
   constexpr int kLanes = Simd<T>::kLanes;
   for (int64_t i = 0; i < vector.size; i += kLanes) {
     const int64_t width = vector.size - i < kLanes ? vector.size - i : kLanes;
     auto value = width == kLanes ? Simd<T>::load(x + i) : load_part(x + i, width);
-    for (int64_t j = 0; j < width; ++j) {
-      const double g = value[j], magnitude = __builtin_fabs(g);
-      value[j] = plain_nan((S)(vector.kind == kShift ? shift_factor * g
-                               : g == 0 ? 0
-                                        : strength * 2 * k * (power(magnitude, k) - 1) *
-                                              power(magnitude, k - 1) * (g > 0 ? 1 : -1)));
-    }
+    for (int64_t j = 0; j < width; ++j) value[j] = gradient.at(value[j]);
     if (kAccumulate)
       value += width == kLanes ? Simd<G>::load(grad + i) : load_part(grad + i, width);
     if (width == kLanes)

@@ -1,0 +1,196 @@
+// The products of a tile: s = W v and t = W^T s with one read of W from memory.
+//
+// Rows are taken in blocks of a few: their products with v read the block from memory, and adding
+// s_r times the rows to t finds it in the cache. Both passes prefetch half of the rows that come
+// some blocks later, so that memory does not idle.
+#pragma once
+
+#include "scalar_math.h"
+#include "simd.h"
+
+namespace spectral {
+namespace SPECTRAL_LEVEL {
+namespace {
+
+constexpr int64_t kBlockBytes = 192 * 1024;  // a row block must stay in the second-level cache
+constexpr int kMaxRows = 4;
+constexpr int kLine = 64;                  // bytes
+constexpr int64_t kAheadBytes = 8 * 1024;  // how far at least the prefetching runs ahead
+
+// Calls body(c, prefetch) for every full pair of vectors below n, and returns where it stopped;
+// prefetch is true once per cache line.
+template <class T, class Body>
+SPECTRAL_INLINE int64_t for_pairs(int64_t n, Body body) {
+  constexpr int kPair = 2 * Simd<T>::kLanes, kBytes = kPair * (int)sizeof(T);
+  int64_t c = 0;
+  if (kBytes < kLine)
+    for (; c + kLine / (int)sizeof(T) <= n; c += kLine / (int)sizeof(T)) {
+      body(c, true);
+      for (int i = kPair; i < kLine / (int)sizeof(T); i += kPair) body(c + i, false);
+    }
+  for (; c + kPair <= n; c += kPair) body(c, kBytes >= kLine);
+  return c;
+}
+
+// Fetches the lines of one pair of vectors at p.
+template <class T>
+SPECTRAL_INLINE void prefetch_pair(const T* p) {
+  constexpr int kBytes = 2 * Simd<T>::kLanes * (int)sizeof(T);
+  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch((const char*)p + i, 0, 3);
+}
+
+// out[r] = sum_c w[r][c] * v[c], prefetching the first half of the rows that come later
+template <int R, class T, class S>
+SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (&out)[R],
+                              const T* const (&later)[R]) {
+  using L = Simd<T>;
+  using V = typename L::V;
+  V even[R] = {}, odd[R] = {};
+  int64_t c = for_pairs<T>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
+    const V v0 = Simd<S>::load(v + c), v1 = Simd<S>::load(v + c + L::kLanes);
+    for (int r = 0; r < R; ++r) {
+      if (prefetch && r < R / 2) prefetch_pair(later[r] + c);
+      V w0, w1;
+      L::load_pair(w[r] + c, w0, w1);
+      even[r] += w0 * v0;
+      odd[r] += w1 * v1;
+    }
+  });
+  if (c + L::kLanes <= n) {
+    const V v0 = Simd<S>::load(v + c);
+    for (int r = 0; r < R; ++r) even[r] += L::load(w[r] + c) * v0;
+    c += L::kLanes;
+  }
+  if (c < n) {
+    const Tail<T> tail(n, c);
+    const V v0 = tail.load_all(v);
+    for (int r = 0; r < R; ++r) odd[r] += tail.load(w[r]) * v0;
+  }
+  for (int r = 0; r < R; ++r) out[r] = sum_lanes(even[r] + odd[r]);
+}
+
+// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c], prefetching the other half
+template <int R, class T, class S>
+SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n, S* t, bool first,
+                              const T* const (&later)[R]) {
+  using L = Simd<T>;
+  using V = typename L::V;
+  int64_t c = for_pairs<T>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
+    V x0 = first ? V{} : Simd<S>::load(t + c), x1 = first ? V{} : Simd<S>::load(t + c + L::kLanes);
+    for (int r = 0; r < R; ++r) {
+      if (prefetch && r >= R / 2) prefetch_pair(later[r] + c);
+      V w0, w1;
+      L::load_pair(w[r] + c, w0, w1);
+      x0 += w0 * a[r];
+      x1 += w1 * a[r];
+    }
+    Simd<S>::store(t + c, x0);
+    Simd<S>::store(t + c + L::kLanes, x1);
+  });
+  if (c + L::kLanes <= n) {
+    V x = first ? V{} : Simd<S>::load(t + c);
+    for (int r = 0; r < R; ++r) x += L::load(w[r] + c) * a[r];
+    Simd<S>::store(t + c, x);
+    c += L::kLanes;
+  }
+  if (c < n) {
+    const Tail<T> tail(n, c);
+    V x = first ? tail.load_before(t) : tail.load_all(t);
+    for (int r = 0; r < R; ++r) x += tail.load(w[r]) * a[r];
+    tail.store(t, x);
+  }
+}
+
+// A matrix whose rows lie in pieces (outer > 1) is gathered a row block at a time.
+template <class T>
+const T* gather_row(const Matrix& m, int64_t row, T* scratch) {
+  const T* source = reinterpret_cast<const T*>(m.weight) + row * m.row_stride;
+  for (int64_t a = 0; a < m.outer; ++a)
+    __builtin_memcpy(scratch + a * m.inner, source + a * m.outer_stride, m.inner * sizeof(T));
+  return scratch;
+}
+
+// before(row) is called for every row before anything of it is read.
+template <class T, class S, class Before>
+struct TileTask {
+  const Matrix& m;
+  const Tile& tile;
+  const int64_t n;
+  const double scale;
+  const S* v;  // in split order where the type wants it
+  S* s;
+  S* t;  // the same; null: only s is wanted
+  T* rows_scratch;
+  const T* next;  // what this thread will probably read after the tile; null: unknown
+  Before before;
+  double sum_of_squares = 0;
+  int64_t ahead = 0;  // rows from those in work to those that are prefetched
+
+  template <int R>
+  SPECTRAL_INLINE void rows(int64_t row) {
+    const T* base = reinterpret_cast<const T*>(m.weight);
+    const T* w[R];
+    const T* later[R];
+    for (int r = 0; r < R; ++r) {
+      before(row + r);
+      w[r] = m.outer == 1 ? base + (row + r) * m.row_stride
+                          : gather_row(m, row + r, rows_scratch + r * n);
+      const int64_t beyond = row + ahead + r - tile.row_end;
+      if (beyond < 0 && m.outer == 1)
+        later[r] = w[r] + ahead * m.row_stride;
+      else
+        later[r] = beyond >= 0 && next != nullptr ? next + beyond * n : w[r];
+    }
+    S product[R], scaled[R];
+    dot_rows<R>(w, v, n, product, later);
+    for (int r = 0; r < R; ++r) {
+      s[row + r] = product[r];
+      sum_of_squares += (double)product[r] * (double)product[r];
+      scaled[r] = (S)(product[r] * scale);
+    }
+    if (t != nullptr) add_rows<R>(w, scaled, n, t, row == tile.row_begin, later);
+  }
+
+  void run() {
+    int64_t row = tile.row_begin;
+    ahead = kMaxRows * (1 + kAheadBytes / (kMaxRows * n * (int64_t)sizeof(T)));
+    if (n * (int64_t)sizeof(T) * kMaxRows <= kBlockBytes)
+      for (; row + kMaxRows <= tile.row_end; row += kMaxRows) rows<kMaxRows>(row);
+    for (; row < tile.row_end; ++row) rows<1>(row);
+  }
+};
+
+// Writes s, the partial t and the partial norm of a tile; v is one of the vectors of the header.
+template <class T, class S, class Before>
+SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const Tile* next,
+                                   const S* v, double* scratch, Before before) {
+  const Matrix* matrices = reinterpret_cast<const Matrix*>(header.matrices);
+  const Matrix& m = matrices[tile.matrix];
+  const int64_t n = m.outer * m.inner;
+  const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
+  v += m.v_offset;
+  S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
+  S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
+  TileTask<T, S, Before> task{m,       tile,  n, inverse_power_of_two(sigma),
+                              v,       s,     t, reinterpret_cast<T*>(scratch),
+                              nullptr, before};
+  if (next != nullptr) {
+    const Matrix& following = matrices[next->matrix];
+    task.next =
+        reinterpret_cast<const T*>(following.weight) + next->row_begin * following.row_stride;
+  }
+  if (Simd<T>::kSplits) {
+    S* split_v = reinterpret_cast<S*>(scratch + kMaxRows * n);
+    split_order<T>(v, split_v, n);
+    task.v = split_v;
+    if (t != nullptr) task.t = split_v + n;
+  }
+  task.run();
+  if (task.t != t) memory_order<T>(task.t, t, n);
+  const int64_t index = &tile - reinterpret_cast<const Tile*>(header.tiles);
+  reinterpret_cast<double*>(header.norm_partial)[index] = task.sum_of_squares;
+}
+
+}  // namespace
+}  // namespace SPECTRAL_LEVEL
+}  // namespace spectral
