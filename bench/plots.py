@@ -26,6 +26,7 @@ _GREY = "0.35"
 _HEADINGS = {
     "penalty_step": "power iteration and gradient of every matrix",
     "autograd": "penalty() forward and backward",
+    "optimizer_step": "AdamW's step with the penalty and without",
 }
 _COLUMNS = 3
 _WIDEST = 8  # bars are cut at so many times ours

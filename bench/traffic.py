@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from spectral_kernels.plan import MATRIX, MAX_TILES, TILE
+from spectral_kernels.plan import MATRIX, TILE, rows_of_a_tile
 from tests import cases
 
 LAUNCHES = 2  # gram_matvec and rank_one, whatever the number of layers
@@ -34,7 +34,7 @@ class Traffic(NamedTuple):
         return self.total / bandwidth
 
 
-def step(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, min_tile_rows: int = 64) -> Traffic:
+def step(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Traffic:
     """Count the bytes of one power iteration of every matrix and the gradient added to ``.grad``.
 
     Of (M, N) weights of b bytes in T tiles: W is read (M N b), .grad read and written (2 M N b). In
@@ -45,8 +45,7 @@ def step(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, min_tile_rows: i
     """
     weights = vectors = 0
     for m, n in shapes:
-        rows = max(min_tile_rows, -(-m // MAX_TILES))
-        tiles = -(-m // rows)
+        tiles = -(-m // rows_of_a_tile(m))
         weights += 3 * m * n * dtype.itemsize
         vectors += 4 * (4 * tiles * n + 4 * n + 2 * m)
         vectors += 2 * (MATRIX.itemsize + tiles * (TILE.itemsize + 8))

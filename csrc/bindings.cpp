@@ -51,6 +51,16 @@ void bind_cuda(py::module_ cuda) {
       py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
       py::arg("device"), py::arg("stream"), py::arg("finish"), py::arg("gradient"),
       py::arg("accumulate"));
+  cuda.def(
+      "update",
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t update,
+         int device, int64_t stream) {
+        py::gil_scoped_release unlocked;
+        spectral::cuda::update(device_header(header, matrices, tiles, vectors),
+                               *reinterpret_cast<const spectral::Update*>(update), device, stream);
+      },
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("update"), py::arg("device"), py::arg("stream"));
 }
 #endif
 
@@ -64,6 +74,9 @@ PYBIND11_MODULE(_native, m) {
   sizes["tile"] = sizeof(spectral::Tile);
   sizes["vector"] = sizeof(spectral::Vector);
   sizes["header"] = sizeof(Header);
+  sizes["moment"] = sizeof(spectral::Moment);
+  sizes["group"] = sizeof(spectral::Group);
+  sizes["update"] = sizeof(spectral::Update);
   m.attr("table_sizes") = sizes;
 
   m.def("describe", &spectral::describe, py::arg("type"), py::arg("tensors"),
@@ -95,6 +108,14 @@ PYBIND11_MODULE(_native, m) {
         spectral::cpu::rank_one(header_at(header), accumulate, threads);
       },
       py::arg("header"), py::arg("accumulate"), py::arg("threads"));
+  cpu.def(
+      "update",
+      [](int64_t header, int64_t update, int threads) {
+        py::gil_scoped_release unlocked;
+        spectral::cpu::update(header_at(header), *reinterpret_cast<const spectral::Update*>(update),
+                              threads);
+      },
+      py::arg("header"), py::arg("update"), py::arg("threads"));
 
 #ifdef SPECTRAL_CUDA
   bind_cuda(m.def_submodule("cuda", "kernels on the memory of CUDA devices"));

@@ -42,6 +42,39 @@ struct Vector {
   int64_t kind;
 };
 
+enum Rule : int64_t { kAdamW = 0, kSgd = 1 };
+
+// What an optimizer keeps beside one matrix, one vector or (a part of) another parameter.
+struct Moment {
+  int64_t first;   // address that goes with the first element: exp_avg or momentum_buffer; 0: none
+  int64_t second;  // the same of exp_avg_sq
+  int64_t owner;   // which parameter, for its number of steps
+  int64_t group;   // which row of groups; negative: the parameter is left as it is
+};
+
+// The hyperparameters of a group of parameters, as in torch.optim.
+struct Group {
+  double lr, weight_decay;
+  double option_1, option_2;  // betas; momentum and dampening
+  double eps, nesterov;
+};
+
+// What an optimizer's step needs beside a Header, whose gradients are those of the task alone. Its
+// addresses are on the device of the weights.
+struct Update {
+  int64_t rule;
+  int64_t moment_dtype;    // that of the weights, or float32
+  int64_t matrix_moments;  // in the order of the matrices
+  int64_t vector_moments;
+  int64_t others, n_others;  // parameters without a penalty, in parts, as Vector
+  int64_t other_moments;
+  int64_t groups;
+  int64_t steps;       // float32 per parameter, this step included
+  int64_t decoupled;   // the penalty acts on the weights, beside weight decay
+  int64_t grad_scale;  // one float32 number by which gradients are multiplied; 0: there is none
+  int64_t found_inf;   // one float32 number: above zero nothing moves; 0: everything does
+};
+
 // Everything one call needs. State arrays are float32, or float64 for float64 weights.
 struct Header {
   int64_t weight_dtype;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -14,17 +15,18 @@ from .self_check import disagreement
 NAMES = ("triton", "cuda", "cpu", "reference")
 _AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by type of device, then the reference
 _said: set[str] = set()
-_checked: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
+_checked: dict[tuple, str | None] = {}  # by name, device, dtype and perhaps optimizer
 
 
 class Reference:
     """Plain PyTorch on any device."""
 
     name = "reference"
-    min_tile_rows = plan_module.MIN_TILE_ROWS
+    scalars_on_device = False  # an optimizer's step needs numbers
     gram_matvec = staticmethod(reference.gram_matvec)
     normalize = staticmethod(reference.normalize)
     rank_one = staticmethod(reference.rank_one)
+    update = staticmethod(reference.update)
 
     @staticmethod
     def finish(plan, state, grads, accumulate: bool) -> None:
@@ -37,12 +39,13 @@ class Cpu:
     """The C++ kernels, on torch's number of threads."""
 
     name = "cpu"
-    min_tile_rows = plan_module.MIN_TILE_ROWS
+    scalars_on_device = False
 
     def __init__(self, native):
         self._gram_matvec = native.gram_matvec
         self._normalize = native.normalize
         self._rank_one = native.rank_one
+        self._update = native.update
 
     def gram_matvec(self, plan, state) -> None:
         """See :func:`reference.gram_matvec`."""
@@ -56,6 +59,10 @@ class Cpu:
         """See :func:`reference.rank_one`; the plan is bound to ``grads`` already."""
         self._rank_one(state.address, accumulate, torch.get_num_threads())
 
+    def update(self, step) -> None:
+        """See :func:`reference.update`; one pass over weights, gradients and moments."""
+        self._update(step.header_address, step.address, torch.get_num_threads())
+
     def finish(self, plan, state, grads, accumulate: bool) -> None:
         """Do what normalize and rank_one do."""
         self.normalize(plan, state)
@@ -66,11 +73,12 @@ class Cuda:
     """The CUDA C++ kernels, in the current stream: two launches per step."""
 
     name = "cuda"
-    min_tile_rows = plan_module.MIN_TILE_ROWS_ON_GPU
+    scalars_on_device = True  # an optimizer's step reads lr, grad_scale and found_inf there
 
     def __init__(self, native):
         self._gram_matvec = native.gram_matvec
         self._rank_one = native.rank_one
+        self._update = native.update
 
     def gram_matvec(self, plan, state) -> None:
         """See :func:`reference.gram_matvec`."""
@@ -88,11 +96,19 @@ class Cuda:
         """Do what normalize and rank_one do, in one launch."""
         self._rank_one(*self._where(plan, state), True, True, accumulate)
 
+    def update(self, step) -> None:
+        """See :func:`reference.update`; one launch over weights, gradients and moments."""
+        tables = (0, 0, 0) if step.bucket is None else step.bucket.plan.device_tables().addresses
+        self._update(step.header_address, *tables, step.address, *_stream(step.device))
+
     @staticmethod
     def _where(plan, state) -> tuple[int, ...]:
-        stream = torch.cuda.current_stream(plan.device)
-        tables = plan.device_tables().addresses
-        return state.address, *tables, stream.device_index, stream.cuda_stream
+        return state.address, *plan.device_tables().addresses, *_stream(plan.device)
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
 
 
 def native_module():
@@ -103,6 +119,9 @@ def native_module():
         "tile": plan_module.TILE.itemsize,
         "vector": plan_module.VECTOR.itemsize,
         "header": 8 * len(plan_module.HEADER),
+        "moment": plan_module.MOMENT.itemsize,
+        "group": plan_module.GROUP.itemsize,
+        "update": 8 * len(plan_module.UPDATE),
     }
     if native.table_sizes != expected:
         raise ImportError("it was built from another version of the package; reinstall it")
@@ -148,9 +167,28 @@ def failed_check(name: str, device: torch.device, dtype: torch.dtype) -> str | N
 
     None if it does not. The problem is computed once per process, device and dtype.
     """
-    key = (name, device, dtype)
+    return _check((name, device, dtype), lambda: disagreement(_make(name, dtype), device, dtype))
+
+
+def for_steps(backend, optimizer: str, device: torch.device, dtype: torch.dtype, differs: Callable):
+    """Return ``backend``, or the reference where an optimizer's steps by it are wrong.
+
+    ``differs`` returns how they are, or None; it is called once per process, optimizer, device and
+    dtype, and only for a GPU.
+    """
+    if device.type != "cuda" or backend.name == "reference":
+        return backend
+    reason = _check((backend.name, device, dtype, optimizer), differs)
+    if reason is None:
+        return backend
+    _say(f"{optimizer}: {reason}", "reference")
+    return Reference
+
+
+def _check(key: tuple, differs: Callable[[], str | None]) -> str | None:
     if key not in _checked:
-        _checked[key] = disagreement(_make(name, dtype), device, dtype)
+        _checked[key] = differs()
+    name, device, dtype = key[:3]
     found = _checked[key]
     return None if found is None else f"{name!r} failed its check on {device} in {dtype}: {found}"
 

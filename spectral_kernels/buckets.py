@@ -20,6 +20,7 @@ class Bucket:
         self.plan, self.backend = plan, backend
         self.state = State.fresh(plan, exponent)
         self.warm = self.measured = False
+        self.ahead = False  # v, s and v_next belong to the next step already, weights unchanged
 
     def iterate(self, n: int) -> None:
         """Run ``n`` power iterations; ``state`` then holds s, sigma of the last and its v."""
@@ -32,7 +33,7 @@ class Bucket:
         self.iterate(n - 1)
         self._products()
         self.backend.finish(self.plan, self.state, grads, accumulate=True)
-        if self.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing() and n % 2:
+        if n % 2 and self._capturing():
             # Replays read the vectors where this capture has read them.
             self.state.v.copy_(self.state.v_next)
             self.state.swap()
@@ -41,6 +42,30 @@ class Bucket:
         self.state.swap()
         self.backend.gram_matvec(self.plan, self.state)
         self.measured = True
+
+    def look_ahead(self, changed: bool) -> None:
+        """Have s, sigma and v_next of the weights as they are, ``changed`` from outside or not."""
+        if not self.ahead:
+            self.iterate(1)
+            self.ahead = True
+        elif changed:
+            self.backend.gram_matvec(self.plan, self.state)
+            self.backend.normalize(self.plan, self.state)
+
+    def stepped(self) -> None:
+        """Go on after an optimizer's step, which has left the products with ``v_next``."""
+        state = self.state
+        state.swap()
+        self.backend.normalize(self.plan, state)
+        if self._capturing():
+            # Replays read the vectors where this capture has read them.
+            held = state.v.clone()
+            state.v.copy_(state.v_next)
+            state.v_next.copy_(held)
+            state.swap()
+
+    def _capturing(self) -> bool:
+        return self.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def measure(self) -> None:
         """Fill s, sigma and residual if no iteration has; ``v_next`` stays where it is."""
@@ -146,7 +171,7 @@ class Buckets:
             order = list(dict.fromkeys(place[x.owner] for x in (*matrices, *vectors)))
             backend = backends.choose(self.backend, device, dtype)
             own = [tensors[i] for i in order]
-            plan = Plan(matrices, vectors, own, min_tile_rows=backend.min_tile_rows)
+            plan = Plan(matrices, vectors, own)
             bucket = Bucket(plan, backend, self.exponent)
             bucket.warm = self._start(bucket)
             self.fill(bucket)
@@ -195,7 +220,8 @@ class Buckets:
                     bucket.measure()
             for i, (matrix, layout) in enumerate(zip(bucket.plan.matrices, layouts, strict=True)):
                 is_left = layout.side == "left"
-                v = _unit(state.rows(i)) if is_left else state.columns(i, state.v_next)
+                right = state.v if bucket.ahead else state.v_next
+                v = _unit(state.rows(i)) if is_left else state.columns(i, right)
                 if v is not None:
                     found[matrix.name] = layout.to_logical(v).clone()
         return found

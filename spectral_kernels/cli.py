@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         help="continual learning with no regularizer, L2 and spectral regularization",
         description=(
             "Train one network on task after task of random labels for the same images, with no "
-            "regularizer, with L2 and with spectral regularization. Ctrl-C keeps what is finished."
+            "regularizer, with L2, and with spectral regularization attached to Adam and inside "
+            "SpectralAdamW. Ctrl-C keeps what is finished."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -30,9 +30,10 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
 
+from .optim import SpectralAdamW
 from .regularizer import SpectralRegularizer
 
-ARMS = ("none", "L2", "spectral")
+ARMS = ("none", "L2", "spectral", "SpectralAdamW")
 CLASSES = 10
 N_IMAGES = 1280
 BATCH = 64
@@ -103,12 +104,14 @@ def build_model(generator: torch.Generator) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def build_optimizer(arm: str, model: nn.Module) -> torch.optim.Adam:
+def build_optimizer(arm: str, model: nn.Module) -> torch.optim.Optimizer:
     """Return Adam for the model, with the arm's penalty.
 
     Args:
         arm: "none"; "L2", which adds 1e-3 times the sum of squares of all parameters to the loss
-            (its gradient is 2e-3 times the parameter, so ``weight_decay`` is 2e-3); or "spectral".
+            (its gradient is 2e-3 times the parameter, so ``weight_decay`` is 2e-3); "spectral", a
+            regularizer attached to Adam; or "SpectralAdamW", the same in the optimizer's own pass
+            (without weight decay AdamW is Adam).
         model: what to train.
 
     Raises:
@@ -116,6 +119,8 @@ def build_optimizer(arm: str, model: nn.Module) -> torch.optim.Adam:
     """
     if arm not in ARMS:
         raise ValueError(f"arm: got {arm!r}; accepted are {', '.join(map(repr, ARMS))}")
+    if arm == "SpectralAdamW":
+        return SpectralAdamW(model, lr=1e-3, weight_decay=0.0, strength=STRENGTH)
     decay = 2 * STRENGTH if arm == "L2" else 0.0
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=decay)
     if arm == "spectral":
@@ -206,7 +211,7 @@ def run(
         WorkerError: an arm failed; the others are ended.
     """
     results = Results(tasks, epochs, seed, {arm: [] for arm in arms})
-    # The arm that takes longest comes last in ARMS; started first, it holds nobody up.
+    # The arms that take longest come last in ARMS; started first, they hold nobody up.
     waiting = list(arms)
     workers: dict[Pipe, BaseProcess] = {}
     busy: dict[Pipe, str] = {}
@@ -309,8 +314,8 @@ def _end(workers: dict[Pipe, BaseProcess]) -> None:
 def bars(console: Console, tasks: int, epochs: int) -> Iterator[Display]:
     """Show a progress bar per arm; gives the ``display`` for :func:`run`."""
     columns = (
-        TextColumn("{task.description:8}"),
-        BarColumn(bar_width=30),
+        TextColumn("{task.description:13}"),
+        BarColumn(bar_width=25),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(compact=True),
     )
@@ -332,7 +337,7 @@ def lines(tasks: int) -> Display:
 
     def display(e: Epoch) -> None:
         if e.result is not None and e.task * 10 // tasks > (e.task - 1) * 10 // tasks:
-            print(f"{e.arm:8}  task {e.task}/{tasks}  accuracy {e.accuracy:.3f}", flush=True)
+            print(f"{e.arm:13}  task {e.task}/{tasks}  accuracy {e.accuracy:.3f}", flush=True)
 
     return display
 

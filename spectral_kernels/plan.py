@@ -28,6 +28,13 @@ MATRIX = _struct(
 )
 TILE = _struct("matrix row_begin row_end t_offset")
 VECTOR = _struct("weight grad grad_dtype size kind")
+MOMENT = _struct("first second owner group")
+_OPTIONS = ("lr", "weight_decay", "option_1", "option_2", "eps", "nesterov")
+GROUP = np.dtype([(name, "f8") for name in _OPTIONS])
+UPDATE = (
+    "rule", "moment_dtype", "matrix_moments", "vector_moments", "others", "n_others",
+    "other_moments", "groups", "steps", "decoupled", "grad_scale", "found_inf",
+)  # fmt: skip
 HEADER = (
     "weight_dtype", "matrices", "n_matrices", "tiles", "n_tiles", "vectors", "n_vectors",
     "t_partial", "norm_partial", "v", "v_next", "s", "sigma", "residual", "norm", "penalty",
@@ -36,8 +43,7 @@ HEADER = (
 SLOT = {name: i for i, name in enumerate(HEADER)}  # all of eight bytes, exponent a float64
 SCALARS = ("sigma", "residual", "norm", "penalty", "strength", "target")
 
-MIN_TILE_ROWS = 128  # a tile writes a partial t of N numbers: 1/128 of what it reads
-MIN_TILE_ROWS_ON_GPU = 64  # more programs, and 1/64
+TILE_ROWS = 64  # at most, if MAX_TILES allows; a tile writes N numbers of t: 1/64 of what it reads
 MAX_TILES = 64  # per matrix, so that partial sums stay O(N)
 _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 
@@ -45,6 +51,12 @@ _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are 
 def address(array: np.ndarray) -> int:
     """Return the address of a numpy array's first element."""
     return array.view(np.int64).__array_interface__["data"][0]
+
+
+def rows_of_a_tile(rows: int) -> int:
+    """Return how many of a matrix's ``rows`` go into each of its tiles but the last, 4 n."""
+    n_tiles = min(-(-rows // TILE_ROWS), MAX_TILES)
+    return max(4, 4 * -(-rows // (4 * max(n_tiles, 1))))
 
 
 class Plan:
@@ -59,7 +71,6 @@ class Plan:
         tensors: the parameter of each distinct owner, in the order in which ``matrices`` and then
             ``vectors`` first name them; all on one device and of one dtype.
         r: vectors per matrix that the state has room for.
-        min_tile_rows: rows of a tile, more where a matrix would have over MAX_TILES.
 
     Raises:
         ValueError: a parameter that cannot be used in place.
@@ -71,9 +82,8 @@ class Plan:
         vectors: Sequence[Vector],
         tensors: Sequence[torch.Tensor],
         r: int = 1,
-        min_tile_rows: int = MIN_TILE_ROWS,
     ):
-        self.r, self.min_tile_rows = r, min_tile_rows
+        self.r = r
         self.matrices, self.vectors = list(matrices), list(vectors)
         self.owners = list(dict.fromkeys(x.owner for x in (*matrices, *vectors)))
         by_owner = {owner: i for i, owner in enumerate(self.owners)}
@@ -87,7 +97,7 @@ class Plan:
         self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
         self.layouts = [layout_of(m, tensors[by_owner[m.owner]]) for m in matrices]
         self._build_tables()
-        self._weights = self._grads = None
+        self.weights_seen = self.grads_seen = None
         self._grads_usual = False
         self.grad_dtypes: list[torch.dtype] = []  # of the gradients that are bound
         self.version = 0  # counts changes of the tables
@@ -99,14 +109,14 @@ class Plan:
         tiles: list[tuple[int, int, int, int]] = []
         v_offset = s_offset = t_offset = 0
         for i, x in enumerate(self.layouts):
-            tile_rows = max(self.min_tile_rows, -(-x.rows // MAX_TILES))
-            starts = range(0, x.rows, tile_rows) if x.cols else ()
+            step = rows_of_a_tile(x.rows)
+            starts = range(0, x.rows, step) if x.cols else ()
             table[i] = (
                 0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,
                 v_offset, s_offset, len(tiles), len(starts),
             )  # fmt: skip
             for start in starts:
-                tiles.append((i, start, min(start + tile_rows, x.rows), t_offset))
+                tiles.append((i, start, min(start + step, x.rows), t_offset))
                 t_offset += x.cols
             v_offset, s_offset = v_offset + x.cols, s_offset + x.rows
         vector_table = np.zeros(len(self.vectors), VECTOR)
@@ -130,7 +140,7 @@ class Plan:
         }  # fmt: skip
         for name, value in fields.items():
             self.header[SLOT[name]] = value
-        self._offsets = np.array([x.offset for x in self.layouts], dtype=np.int64)
+        self.offsets = np.array([x.offset for x in self.layouts], dtype=np.int64)
         self._strides = np.array([x.strides for x in self.layouts], dtype=np.int64).reshape(-1, 2)
 
     def bind_weights(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -143,7 +153,7 @@ class Plan:
         Raises:
             ValueError: a parameter that cannot be used in place.
         """
-        now, before = memory_of(tensors), self._weights
+        now, before = memory_of(tensors), self.weights_seen
         if now == before:
             return True
         addresses = now.address_array()
@@ -154,9 +164,9 @@ class Plan:
                 raise ValueError(f"parameter {owner.name!r} has {_NO_MEMORY}")
         if (before is None or now.layouts != before.layouts) and not self._fits(tensors):
             return False
-        self.table["weight"] = addresses[self.matrix_owner] + self._offsets * self.dtype.itemsize
+        self.table["weight"] = addresses[self.matrix_owner] + self.offsets * self.dtype.itemsize
         self.vector_table["weight"] = addresses[self.vector_owner]
-        self.tensors, self._weights = list(tensors), now
+        self.tensors, self.weights_seen = list(tensors), now
         self.version += 1
         return True
 
@@ -195,10 +205,10 @@ class Plan:
         except RuntimeError:  # a gradient without plain memory, which has no address
             self._check_grads(grads)
             raise
-        if (here, now) == self._grads:
+        if (here, now) == self.grads_seen:
             return
         whole = len(present) == len(grads)
-        like = self._weights if whole else memory_of([self.tensors[i] for i in here])
+        like = self.weights_seen if whole else memory_of([self.tensors[i] for i in here])
         addresses = np.zeros(len(grads), np.int64)
         addresses[list(here)] = now.address_array()
         # Gradients that lie like their weights need no closer look.
@@ -207,20 +217,22 @@ class Plan:
             self._check_grads(grads)
         owned = addresses[self.matrix_owner]
         if usual and self._grads_usual:
-            offsets = self._offsets * self.dtype.itemsize
+            offsets = self.offsets * self.dtype.itemsize
         else:
             offsets = self._describe_grads(grads)
         self.table["grad"] = np.where(owned, owned + offsets, 0)
         self.vector_table["grad"] = addresses[self.vector_owner]
-        self._grads, self._grads_usual = (here, now), usual
+        self.grads_seen, self._grads_usual = (here, now), usual
         self.grad_dtypes = [self.dtype] if usual else list(dict.fromkeys(g.dtype for g in present))
         self.version += 1
 
     def device_tables(self) -> DeviceTables:
-        """Return the tables on the device, up to date."""
+        """Return the tables of matrices, tiles and vectors on the device, up to date."""
         if self._device_tables is None:
-            self._device_tables = DeviceTables(self)
-        self._device_tables.refresh()
+            tables = self.table, self.tiles, self.vector_table
+            what = "an address of a weight or a gradient"
+            self._device_tables = DeviceTables(tables, self.device, what)
+        self._device_tables.refresh(self.version)
         return self._device_tables
 
     def _describe_grads(self, grads: Sequence[torch.Tensor | None]) -> np.ndarray:
@@ -228,7 +240,7 @@ class Plan:
         found = [self.dtype if g is None else g.dtype for g in grads]
         dtypes = np.array([DTYPES[dtype] for dtype in found], dtype=np.int64)
         sizes = np.array([dtype.itemsize for dtype in found], dtype=np.int64)
-        offsets, strides = self._offsets.copy(), self._strides.copy()
+        offsets, strides = self.offsets.copy(), self._strides.copy()
         for i, owner in enumerate(self.matrix_owner):
             grad = grads[owner]
             if grad is not None and grad.stride() != self.tensors[owner].stride():

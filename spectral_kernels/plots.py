@@ -17,6 +17,8 @@ _STYLES = {
     "none": {"color": "#D55E00", "marker": "o"},
     "L2": {"color": "#0072B2", "marker": "s"},
     "spectral": {"color": "#009E73", "marker": "^"},
+    # Its curve is that of "spectral" to rounding: on top of it, and does not hide it.
+    "SpectralAdamW": {"color": "#000000", "marker": "None", "linestyle": (0, (3, 3))},
 }
 _CHANCE = 0.1
 
@@ -39,6 +41,8 @@ def draw(results: Results, path: str | PathLike[str]) -> None:
         left.plot(tasks, [r.accuracy for r in done], **style)
         means = [sum(r.sigmas) / len(r.sigmas) for r in done]
         right.plot(tasks, means, **style)
+        if "linestyle" in style:  # its range would lie on that of the curve below it
+            continue
         low, high = [min(r.sigmas) for r in done], [max(r.sigmas) for r in done]
         color = _STYLES[arm]["color"]
         right.fill_between(tasks, low, high, color=color, alpha=0.12, linewidth=0)

@@ -145,6 +145,70 @@ def _put(grad: Tensor, value: Tensor, accumulate: bool) -> None:
         grad.copy_(value)
 
 
+def adamw(p: Tensor, g: Tensor, moments, step: Tensor, group) -> tuple[Tensor, list[Tensor]]:
+    """Return the next ``p`` and moments by torch.optim.AdamW's rule; ``group`` as in csrc/table.h.
+
+    m1 <- m1 + (1 - beta1) (g - m1), m2 <- beta2 m2 + (1 - beta2) g^2,
+    p <- (1 - lr weight_decay) p - lr m1 / (1 - beta1^step) / (sqrt(m2 / (1 - beta2^step)) + eps)
+    """
+    beta1, beta2 = float(group["option_1"]), float(group["option_2"])
+    m1 = moments[0] + (1 - beta1) * (g - moments[0])
+    m2 = beta2 * moments[1] + (1 - beta2) * g * g
+    corrections = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
+    root = (m2 / corrections[1]).sqrt() + float(group["eps"])
+    kept = (1 - float(group["lr"]) * float(group["weight_decay"])) * p
+    return kept - float(group["lr"]) * m1 / corrections[0] / root, [m1, m2]
+
+
+def sgd(p: Tensor, g: Tensor, moments, step: Tensor, group) -> tuple[Tensor, list[Tensor]]:
+    """Return the next ``p`` and moments by torch.optim.SGD's rule; ``group`` as in csrc/table.h.
+
+    g <- g + weight_decay p, m <- momentum m + (1 - dampening) g (no dampening at the first step),
+    p <- p - lr m, or with ``nesterov`` p - lr (g + momentum m)
+    """
+    lr, momentum, dampening = (float(group[name]) for name in ("lr", "option_1", "option_2"))
+    g = g + float(group["weight_decay"]) * p
+    if momentum == 0:
+        return p - lr * g, list(moments)
+    m = momentum * moments[0] + (1 - dampening * (step > 1).double()) * g
+    return p - lr * (g + momentum * m if group["nesterov"] else m), [m]
+
+
+def update(step) -> None:
+    """Take an optimizer's step, then the products of the new weights with ``v_next``.
+
+    See ``update.Update``; ``v`` and ``v_next`` are swapped by the caller.
+    """
+    bucket = step.bucket
+    penalty: list[Tensor] = []
+    if bucket is not None:
+        wide = bucket.plan.state_dtype
+        penalty = [torch.zeros_like(t, dtype=wide) for t in bucket.plan.tensors]
+        rank_one(bucket.plan, bucket.state, penalty, accumulate=False)
+    for i, (weight, grad) in enumerate(zip(step.weights, step.grads, strict=True)):
+        if not step.acts[i]:
+            continue
+        group = step.groups[step.group_of[i]]
+        p = weight.detach().double()
+        g = torch.zeros_like(p) if grad is None else grad.double()
+        if step.grad_scale is not None:
+            g = g / step.grad_scale
+        added = penalty[i].double() if i < len(penalty) else torch.zeros_like(p)
+        if not step.decoupled:
+            g = g + added
+        moments = [m.double() for m in step.moments[i]]
+        p, moments = step.rule.apply(p, g, moments, step.steps[i], group)
+        if step.decoupled:
+            p = p - float(group["lr"]) * added
+        weight.detach().copy_(p)
+        for kept, moment in zip(step.moments[i], moments, strict=True):
+            kept.copy_(moment)
+    if bucket is not None:
+        bucket.state.swap()
+        gram_matvec(bucket.plan, bucket.state)
+        bucket.state.swap()
+
+
 def differentiable_penalty(plan, state, weights) -> Tensor:
     """Return sum of strength * R at ``state``'s v as a function of ``weights`` (one per owner).
 

@@ -21,12 +21,12 @@ def disagreement(backend, device: torch.device, dtype: torch.dtype) -> str | Non
     One power iteration and the penalty's gradient added to gradients, at fresh random weights
     without any effect on torch's random numbers. Waits for the device.
     """
-    model = _model(device, dtype)
+    model = small_model(device, dtype)
     try:
-        found = _step(model, backend.min_tile_rows, backend.gram_matvec, backend.finish)
+        found = _step(model, backend.gram_matvec, backend.finish)
     except Exception as error:  # whatever a compiler or driver has to say
         return f"{type(error).__name__}: {error}"
-    truth = _step(model, backend.min_tile_rows, reference.gram_matvec, _finish)
+    truth = _step(model, reference.gram_matvec, _finish)
     for name, own in found.items():
         expected = truth[name].double()
         # Sums in another order, then one rounding to the gradient's type on either side.
@@ -37,7 +37,9 @@ def disagreement(backend, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-def _model(device: torch.device, dtype: torch.dtype) -> nn.Module:
+def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a model of those shapes, the same at every call, that takes no gradients."""
+
     def fresh(kind, *sizes):
         return nn.utils.skip_init(kind, *sizes, device=device, dtype=dtype)
 
@@ -56,12 +58,12 @@ def _finish(plan, state, grads, accumulate: bool) -> None:
     reference.rank_one(plan, state, grads, accumulate)
 
 
-def _step(model: nn.Module, min_tile_rows: int, gram_matvec, finish) -> dict[str, torch.Tensor]:
+def _step(model: nn.Module, gram_matvec, finish) -> dict[str, torch.Tensor]:
     """Return what a step makes, by name."""
     selection = select(model, trainable_only=False)
     owners = list(dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors)))
     tensors = [owner.get() for owner in owners]
-    plan = Plan(selection.matrices, selection.vectors, tensors, min_tile_rows=min_tile_rows)
+    plan = Plan(selection.matrices, selection.vectors, tensors)
     state = State.fresh(plan, EXPONENT)
     state.strength.fill_(STRENGTH)
     state.target.fill_(TARGET)

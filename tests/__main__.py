@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = ["pytest", "tests/test_triton.py", "tests/test_self_check.py",
-               "tests/test_backends.py", "-k", "triton", "-m", "not gpu"]  # fmt: skip
+               "tests/test_backends.py", "tests/test_optim.py", "-k", "triton",
+               "-m", "not gpu"]  # fmt: skip
 
 
 def main() -> int:

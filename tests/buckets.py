@@ -15,7 +15,7 @@ def bucket_of(tensors, backend="reference", exponent=2, target=1.0, strength=1.0
     owners = list(dict.fromkeys(x.owner for x in (*found.matrices, *found.vectors)))
     weights = [owner.get() for owner in owners]
     chosen = backends.choose(backend, weights[0].device, weights[0].dtype)
-    plan = Plan(found.matrices, found.vectors, weights, min_tile_rows=chosen.min_tile_rows)
+    plan = Plan(found.matrices, found.vectors, weights)
     bucket = Bucket(plan, chosen, exponent)
     bucket.state.target.fill_(target)
     bucket.state.strength.fill_(strength)

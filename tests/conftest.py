@@ -47,6 +47,14 @@ def at_level(level, name):
     cpu.set_level(before)
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request):
+    """The backends that have kernels for a GPU; yields the name."""
+    if (reason := backends.unavailable(request.param)) is not None:
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.fixture
 def threads():
     """Give torch.set_num_threads back what it was."""

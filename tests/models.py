@@ -37,6 +37,19 @@ def mixed(seed=0, dtype=torch.float32):
     return model
 
 
+def net(dtypes=(torch.float32, torch.float32)):
+    """Two layers and a norm on the GPU, the same at every call."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(300, 200), nn.Linear(200, 7)
+    return nn.Sequential(first.to(dtypes[0]), nn.LayerNorm(200), last.to(dtypes[1])).cuda()
+
+
+def with_gradients(model):
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.01)
+    return model
+
+
 def batch(dtype=torch.float32):
     return torch.randint(11, (3, 7)), torch.randn(3, 3, 6, 6, dtype=dtype)
 

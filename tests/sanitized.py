@@ -1,26 +1,46 @@
-"""A small step of a GPU backend, for compute-sanitizer: ``python -m tests.sanitized BACKEND``."""
+"""Small steps of a GPU backend, for compute-sanitizer: ``python -m tests.sanitized BACKEND``."""
 
 import sys
 
 import torch
+from torch import nn
+
+from spectral_kernels import SpectralAdamW, SpectralSGD
 
 from .buckets import bucket_of, gradients
 
 # Every kind of row: short, long, too long for registers, not aligned, in several tiles, empty.
 SHAPES = [(70, 64), (20, 1000), (5, 2048), (9, 4096), (3, 20000), (130, 31), (33, 7), (2, 9001),
-          (0, 8), (1, 1)]  # fmt: skip
+          (0, 8), (1, 1), (70,)]  # fmt: skip
 
 
 def main(backend: str) -> None:
-    """Take two steps in every dtype: both launches, and the two halves of the second one alone."""
+    """Take two steps in every dtype: both launches, and the two halves of the second one alone.
+
+    Then of both optimizers, the last one as a GradScaler skips it.
+    """
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weights = [torch.randn(s, device="cuda").to(dtype) for s in SHAPES]
-        bucket = bucket_of([*weights, torch.randn(70, device="cuda").to(dtype)], backend)
+        bucket = bucket_of(weights, backend)
         bucket.iterate(1)
         grads = gradients(bucket)
         bucket.iterate_and_add_gradient(1, grads)
         torch.cuda.synchronize()
         assert all(torch.isfinite(g).all() for g in grads)
+        for kind in (SpectralAdamW, SpectralSGD):
+            named = [(f"{i}.weight" if w.dim() > 1 else f"{i}.bias", nn.Parameter(w.clone()))
+                     for i, w in enumerate(weights)]  # fmt: skip
+            optimizer = kind([*named, ("other", nn.Parameter(weights[-1].clone()))], 1e-3,
+                             backend=backend)  # fmt: skip
+            parameters = optimizer.param_groups[0]["params"]
+            for found_inf in (0, 1):
+                for p in parameters:
+                    p.grad = torch.randn_like(p)
+                optimizer.grad_scale = torch.tensor(2.0, device="cuda")
+                optimizer.found_inf = torch.tensor(float(found_inf), device="cuda")
+                optimizer.step()
+            torch.cuda.synchronize()
+            assert all(torch.isfinite(p).all() for p in parameters)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
-from bench import baselines, gate, interleave, memory, report, traffic
+from bench import baselines, gate, interleave, memory, optimizers, report, traffic
 from spectral_kernels import backends
 from spectral_kernels.plan import SLOT, Plan
 from spectral_kernels.selection import select
@@ -90,6 +91,48 @@ def test_a_compiled_contender_never_falls_back_to_plain_python():
             step()
 
 
+def small_net():
+    return nn.Sequential(nn.Linear(40, 30), nn.LayerNorm(30), nn.Linear(30, 20))
+
+
+def layer_forgotten(model, strength):
+    optimizer = optimizers.SpectralAdamW(model, optimizers.LR, strength=strength, exclude=["2.*"])
+    return optimizers.Contender(model, optimizer, optimizer.step)
+
+
+def longer_step(model, strength):
+    found = optimizers.spectral_adamw(model, strength)
+    found.optimizer.param_groups[0]["lr"] *= 1.5
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_whose_step_is_wrong_is_not_timed(monkeypatch, dtype):
+    for wrong, said in (
+        (optimizers.torch_adamw, "the gradient of 0.weight"),
+        (layer_forgotten, "the gradient of 2.weight"),
+        # In 16 bits a step so small is hardly more than the rounding of a weight.
+        *([(longer_step, "the weights of 0.weight")] if dtype == torch.float32 else []),
+    ):
+        monkeypatch.setitem(optimizers.CONTENDERS, "spectral_adamw", wrong)
+        group = gate.Group(rounds=2, min_time=0)
+        optimizers.run(group, list(optimizers.CONTENDERS), small_net, dtype)
+        assert set(group.durations) == {"torch_adamw", "attach", "loop"}
+        assert set(group.wrong) == {"spectral_adamw"}
+        assert said in group.wrong["spectral_adamw"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_optimizers_are_timed_where_they_are_right(dtype):
+    group = gate.Group(rounds=2, min_time=0)
+    optimizers.run(group, list(optimizers.CONTENDERS), small_net, dtype)
+    assert not group.wrong
+    assert {name: len(found) for name, found in group.durations.items()} == {
+        name: 2 for name in optimizers.CONTENDERS
+    }
+    assert optimizers.n_parameters(small_net) == 41 * 30 + 2 * 30 + 31 * 20
+
+
 def test_input_sets_are_taken_in_turn():
     seen = []
     step = interleave.in_turn([lambda i=i: seen.append(i) for i in range(3)])
@@ -169,6 +212,19 @@ def test_the_report_of_memory_and_scaling(tmp_path):
     assert "| 1e+06 | 4 | 2 | 3 | 1 | 3.00 | 4.0 |" in text
 
 
+def test_the_report_of_optimizers_is_in_units_of_torchs_step(tmp_path):
+    medians = {"spectral_adamw": 3e-3, "torch_adamw": 2e-3, "attach": 5e-3, "loop": 17e-3}
+    files = [
+        result_file(tmp_path / f"{name}.json", suite="optimizer_step", contender=name,
+                    median=median)
+        for name, median in medians.items()
+    ]  # fmt: skip
+    text = report.tables(report.load(files))
+    assert "| mlp | 1.0 M | 2 | 3 | 1.50 | 2.50 | 8.50 |" in text
+    without_torch = report.tables(report.load([files[0], *files[2:]]))
+    assert "| mlp | 1.0 M |  | 3 |  |  |  |" in without_torch
+
+
 def test_the_report_refuses_to_mix_machines(tmp_path, capsys):
     files = [str(result_file(tmp_path / f"{d}.json", device=d)) for d in ("one", "other")]
     assert report.main(files) == 1
@@ -206,7 +262,7 @@ def test_traffic_counts_what_the_plan_lays_out():
     shapes = [(1000, 96), (64, 48), (3, 40), (9000, 20)]
     weights = cases.random_weights(shapes, torch.bfloat16)
     selection = select([(f"{i}.weight", w) for i, w in enumerate(weights)], trainable_only=False)
-    plan = Plan(selection.matrices, (), weights, min_tile_rows=64)
+    plan = Plan(selection.matrices, (), weights)
     counted = traffic.step(shapes, torch.bfloat16)
     assert counted.weights == 3 * plan.header[SLOT["n_bytes"]]
     rows, columns = sum(m for m, _ in shapes), sum(n for _, n in shapes)

@@ -15,7 +15,7 @@ TIMES = {"autograd_loop": 3e-3, "cpu": 1e-3, "stacked_bmm": 20e-3, "floor": 0.9e
          "floor_read": 0.3e-3}  # fmt: skip
 NETS = [("1e5", 50), ("1e6", 50), ("1e7", 50), ("1e7", 1), ("1e7", 500), ("1e7", 200)]
 BARS = ["bars_penalty_step_float32_cpu.png", "bars_penalty_step_bfloat16_cuda.png",
-        "bars_autograd_float32_cpu.png"]  # fmt: skip
+        "bars_autograd_float32_cpu.png", "bars_optimizer_step_bfloat16_cpu.png"]  # fmt: skip
 SCALING = ["scaling_weights_cpu.png", "scaling_layers_cpu.png"]
 MEMORY = ["memory_cpu.png"]
 
@@ -58,10 +58,16 @@ def training():
     return [result("training_step", "mlp", name, 0.1, batch=32) for name in ("without", "attach")]
 
 
+def optimizers():
+    times = {"torch_adamw": 0.9e-3, "spectral_adamw": 1e-3, "attach": 1.6e-3, "loop": 5e-3}
+    return [result("optimizer_step", "vit_b", name, 8.66 * time, "bfloat16", weights=86_600_000)
+            for name, time in times.items()]  # fmt: skip
+
+
 def everything():
     return [
         *training(), *memory(), *scaling(), *steps("autograd"), *steps("penalty_step"),
-        *steps("penalty_step", dtype="bfloat16", device="cuda"),
+        *steps("penalty_step", dtype="bfloat16", device="cuda"), *optimizers(),
     ]  # fmt: skip
 
 
@@ -114,7 +120,8 @@ def test_training_steps_alone_draw_nothing(tmp_path):
         pytest.param(lambda r: not r.contender.startswith("floor"), BARS + SCALING + MEMORY,
                      id="no floor"),
         pytest.param(lambda r: r.contender != "cpu", BARS + SCALING + MEMORY, id="no ours"),
-        pytest.param(lambda r: r.contender == "cpu", BARS + SCALING + MEMORY, id="ours alone"),
+        pytest.param(lambda r: r.contender in ("cpu", "spectral_adamw"), BARS + SCALING + MEMORY,
+                     id="ours alone"),
         pytest.param(lambda r: r.contender == "floor", SCALING, id="floor alone"),
         pytest.param(lambda r: (r.case, r.contender) != ("resnet18", "cpu"),
                      BARS + SCALING + MEMORY, id="ours not in every case"),
@@ -141,6 +148,14 @@ def test_bars_are_cut_at_eight_times_ours_and_carry_values():
     own, *others = (to_hex(bar.get_facecolor()) for bar in resnet.patches)
     assert own not in others
     assert len(set(others)) == 1
+
+
+def test_the_optimizers_bars_are_relative_to_ours():
+    panel, = visible(figure_of(BARS[3], optimizers()))  # fmt: skip
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert labels == ["ours, SpectralAdamW", "torch's fused AdamW alone", "ours, attached",
+                      "per-layer autograd loop, then torch's"]  # fmt: skip
+    assert texts(panel) == ["8.66 ms", "7.79 ms   0.9x", "13.9 ms   1.6x", "43.3 ms   5.0x"]
 
 
 def test_a_contender_that_one_case_lacks_is_marked():

@@ -109,11 +109,10 @@ def test_a_small_demo_prints_every_arm_and_writes_a_picture(extras, tmp_path):
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     table = done.stdout[done.stdout.index("singular") :]
-    assert [word for word in table.split() if word in ("none", "L2", "spectral")] == [
-        "none", "L2", "spectral",
-    ]  # fmt: skip
-    for arm in ("none", "L2", "spectral"):
-        assert f"{arm:8}  task 2/2" in done.stdout
+    arms = ["none", "L2", "spectral", "SpectralAdamW"]
+    assert [word for word in table.split() if word in arms] == arms
+    for arm in arms:
+        assert f"{arm:13}  task 2/2" in done.stdout
     assert str(path) in done.stdout
     assert png_size(path) == (1400, 600)
 

@@ -15,33 +15,13 @@ from torch import nn
 from bench import baselines, devices, gate, memory
 from spectral_kernels import SpectralRegularizer, backends
 
-from .models import close
+from .models import close, net, with_gradients
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 SHAPES = [(30, 40), (64, 16), (30, 40)]
-
-
-@pytest.fixture(params=["triton", "cuda"])
-def kernels(request):
-    """The backends that have kernels for a GPU; yields the name."""
-    if (reason := backends.unavailable(request.param)) is not None:
-        pytest.skip(reason)
-    return request.param
-
-
-def net(dtypes=(torch.float32, torch.float32)):
-    torch.manual_seed(0)
-    first, last = nn.Linear(300, 200), nn.Linear(200, 7)
-    return nn.Sequential(first.to(dtypes[0]), nn.LayerNorm(200), last.to(dtypes[1])).cuda()
-
-
-def with_gradients(model):
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 0.01)
-    return model
 
 
 def grads_of(model):

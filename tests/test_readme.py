@@ -4,17 +4,38 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PASTED = ("Quickstart", "Optimizers with the penalty in their step")
+
+
+def pasted(title):
+    """Run the only block of Python below a title."""
+    (section,) = re.findall(rf"\n## {title}\n(.*?)\n## ", README, re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
 
 
 def test_the_quickstart_works_when_pasted(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile(code, "README.md", "exec"), {})
+    pasted(PASTED[0])
     printed = capsys.readouterr().out
     assert "2 matrices" in printed
     assert "0.weight (128, 64)" in printed
+
+
+def test_the_optimizer_works_when_pasted(capsys):
+    names = pasted(PASTED[1])
+    assert "['0.weight', '2.weight'] tensor([" in capsys.readouterr().out
+    exact = torch.linalg.svdvals(names["model"][0].weight.detach())[0]
+    assert 0.95 * exact < names["optimizer"].sigma[0] <= 1.0001 * exact
+
+
+def test_no_other_block_of_python_is_there():
+    assert README.count("```python\n") == len(PASTED)
 
 
 def test_the_ci_runs_exactly_the_test_command():

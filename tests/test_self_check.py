@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
-from spectral_kernels import backends
+from spectral_kernels import SpectralAdamW, SpectralSGD, backends, optim_check
 from spectral_kernels.self_check import disagreement
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -66,6 +67,48 @@ def test_a_bug_is_found_and_named(bug, message):
     assert re.search(message, found), found
 
 
+@pytest.mark.parametrize("optimizer", [SpectralAdamW, SpectralSGD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_backend_passes_with_an_optimizer(backend, dtype, optimizer):
+    device = torch.get_default_device()
+    assert optim_check.disagreement(optimizer, backend, device, dtype) is None
+
+
+def move_a_row_twice(step):
+    step.weights[2][0] *= 1.01
+
+
+def forget_the_products(step):
+    step.bucket.state.s[-3:] *= 2
+
+
+def not_a_step(step):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (move_a_row_twice, r"2\.weight is wrong by \d\.\de-\d+ of its size"),
+        (forget_the_products, r"3\.weight is wrong"),
+        (not_a_step, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_bug_in_a_step_is_found_and_named(monkeypatch, bug, message):
+    class Planted(backends.Reference):
+        @staticmethod
+        def update(step):
+            backends.Reference.update(step)
+            bug(step)
+
+    monkeypatch.setattr(backends, "check_name", lambda name: None)
+    monkeypatch.setattr(
+        backends, "choose", lambda name, *_: Planted if name == "cuda" else backends.Reference
+    )
+    found = optim_check.disagreement(SpectralAdamW, "cuda", CPU, torch.float32)
+    assert re.search(message, found), found
+
+
 # ------------------------------------------------------------------------------ what auto does
 
 
@@ -114,3 +157,33 @@ def test_float64_goes_to_the_reference_without_a_word(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.choose("auto", GPU, torch.float64).name == "reference"
+
+
+def test_an_optimizer_says_once_that_it_takes_the_reference(gpu):
+    asked = []
+
+    def differs():
+        asked.append(1)
+        return "2.weight is wrong by 1.0e-01 of its size after two steps"
+
+    own = backends.choose("auto", GPU)
+    with pytest.warns(UserWarning, match="PyTorch reference: SpectralAdamW: 'triton' failed its "
+                                         "check on cuda:0 in torch.float32: 2.weight"):  # fmt: skip
+        assert backends.for_steps(own, "SpectralAdamW", GPU, torch.float32, differs).name == (
+            "reference"
+        )
+    backends.for_steps(own, "SpectralAdamW", GPU, torch.float32, differs)
+    assert len(asked) == 1
+    assert backends.for_steps(own, "SpectralSGD", GPU, torch.float32, lambda: None) is own
+    for serves, device in ((own, CPU), (backends.Reference, GPU)):
+        assert backends.for_steps(serves, "SpectralAdamW", device, torch.float32, differs) is serves
+    assert len(asked) == 1
+
+
+def test_an_optimizer_steps_by_the_backend_that_passed(monkeypatch):
+    monkeypatch.setattr(backends, "for_steps", lambda *_: backends.Reference)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = SpectralAdamW(model, exclude=["1.*"])
+    optimizer.step()
+    assert [b.backend for b in optimizer.regularizer._buckets.buckets] == [backends.Reference]
+    assert [u.backend for u in optimizer._updates] == [backends.Reference]

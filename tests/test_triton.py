@@ -28,6 +28,8 @@ def triton_backend():
          "GRAD_ROW_STRIDE GRAD_OUTER_STRIDE V_OFFSET S_OFFSET FIRST_TILE N_TILES", "MATRIX_FIELDS"),
         (plan.TILE, "TILE_MATRIX ROW_BEGIN ROW_END T_OFFSET", "TILE_FIELDS"),
         (plan.VECTOR, "WEIGHT GRAD GRAD_DTYPE SIZE KIND", "VECTOR_FIELDS"),
+        (plan.MOMENT, "FIRST SECOND OWNER GROUP", "MOMENT_FIELDS"),
+        (plan.GROUP, "LR WEIGHT_DECAY OPTION_1 OPTION_2 EPS NESTEROV", "GROUP_FIELDS"),
     ],
 )  # fmt: skip
 def test_the_kernels_know_the_tables(struct, names, fields):

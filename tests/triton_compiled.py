@@ -15,21 +15,27 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spectral_kernels._triton.backend import TYPES
+from spectral_kernels._triton.backend import FUSED, TYPES
 from spectral_kernels._triton.gram_matvec import gram_matvec
 from spectral_kernels._triton.rank_one import rank_one
 from spectral_kernels._triton.sizes import sizes
+from spectral_kernels._triton.update import update
 from spectral_kernels.plan import MAX_TILES
 
+KERNELS = {"gram_matvec": gram_matvec, "rank_one": rank_one, "update": update}
+RULES = ("adamw", "sgd")  # by their number
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 _POINTERS = {
     "matrices": "*i64", "tiles": "*i64", "vectors": "*i64", "t_partial": "*fp32",
     "norm_partial": "*fp64", "v": "*fp32", "v_next": "*fp32", "s": "*fp32", "scalars": "*fp32",
-    "scale": "*fp32", "k": "fp32",
+    "scale": "*fp32", "k": "fp32", "others": "*i64", "matrix_moments": "*i64",
+    "vector_moments": "*i64", "other_moments": "*i64", "groups": "*fp64", "steps": "*fp32",
+    "grad_scale": "*fp32", "found_inf": "*fp32",
 }  # fmt: skip
 
 
@@ -42,9 +48,11 @@ class Configuration(NamedTuple):
 
     def __str__(self) -> str:
         chosen = [n.lower() for n, value in self.constants if value is True]
-        grad = dict(self.constants).get("GRAD_TYPE")
-        return " ".join([self.kernel, str(self.dtype)[6:], *([f"to {grad}"] if grad else []),
-                         *chosen])  # fmt: skip
+        constants = dict(self.constants)
+        grad, moment = constants.get("GRAD_TYPE"), constants.get("MOMENT_TYPE")
+        rule = [RULES[constants["RULE"]]] if "RULE" in constants else []
+        return " ".join([self.kernel, *rule, str(self.dtype)[6:], *([f"to {grad}"] if grad else []),
+                         *([f"moments {moment}"] if moment else []), *chosen])  # fmt: skip
 
 
 class Compiled(NamedTuple):
@@ -79,12 +87,25 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
         *({"GRAD_TYPE": other} for other in TYPES.values() if other is not own),
     ):
         yield Configuration("rank_one", dtype, tuple((plain | changes).items()))
+    plain = {"K": 2, "WITH_T": True, "RULE": 0, "MOMENT_TYPE": own, "WITH_MOMENT": True,
+             "DECOUPLED": False, "WITH_SCALE": False, "WITH_GRAD_SCALE": False,
+             "WITH_FOUND_INF": False}  # fmt: skip
+    scaled = {"WITH_GRAD_SCALE": True, "WITH_FOUND_INF": True}
+    for changes in (
+        {},
+        scaled,
+        {"DECOUPLED": True, "WITH_SCALE": True},
+        {"RULE": 1},
+        {"RULE": 1, "WITH_MOMENT": False},
+        *([] if dtype == torch.float32 else [{"MOMENT_TYPE": tl.float32}]),
+    ):
+        yield Configuration("update", dtype, tuple((plain | changes).items()))
 
 
 def any_exponent(dtype: torch.dtype) -> list[Configuration]:
     """Return the main configurations at an exponent that is no integer."""
     found = [c for c in configurations(dtype) if dict(c.constants)["WITH_T"]]
-    firsts = [next(c for c in found if c.kernel == name) for name in ("gram_matvec", "rank_one")]
+    firsts = [next(c for c in found if c.kernel == name) for name in KERNELS]
     return [c._replace(constants=(("K", 0), *c.constants[1:])) for c in firsts]
 
 
@@ -92,20 +113,21 @@ def any_exponent(dtype: torch.dtype) -> list[Configuration]:
 def compiled(configuration: Configuration, capability: int) -> Compiled:
     """Compile for a compute capability (90 for 9.0)."""
     own = sizes(capability, configuration.dtype.itemsize)
-    kernel = {"gram_matvec": gram_matvec, "rank_one": rank_one}[configuration.kernel]
-    blocks, warps = (
-        (own.gram_matvec, own.gram_matvec_warps)
-        if kernel is gram_matvec
-        else ({**own.rank_one, "MAX_TILES": MAX_TILES}, own.rank_one_warps)
-    )
-    constants = {"DTYPE": TYPES[configuration.dtype], **dict(configuration.constants), **blocks}
+    name, kernel = configuration.kernel, KERNELS[configuration.kernel]
+    blocks, warps = getattr(own, name), getattr(own, f"{name}_warps")
+    constants = {"DTYPE": TYPES[configuration.dtype], "MAX_TILES": MAX_TILES,
+                 **dict(configuration.constants), **blocks}  # fmt: skip
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {
         name: "constexpr" if name in constants else _POINTERS.get(name, "i32")
         for name in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", capability, 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, **FUSED}
+    if name == "update":
+        options["maxnreg"] = own.update_registers
+    made = triton.compile(source, target=target, options=options)
     usage = _resource_usage(made.asm["cubin"])
     return Compiled(usage["REG"], usage["STACK"], made.metadata.shared, made.asm["ptx"])
 

@@ -42,19 +42,20 @@ const Level* best_level() {
 
 const Level* current = best_level();
 
-// Below this many bytes of weights a second thread costs more than it saves.
+// Below this many bytes to read a second thread costs more than it saves.
 constexpr int64_t kSerialBytes = 256 * 1024;
 
-int useful_threads(const Header& header, int threads) {
-  return header.n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
+int useful_threads(int64_t n_bytes, int threads) {
+  return n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
 }
 
-// One parallel region over all tiles and all vectors.
+// One parallel region over all tiles and all vectors, and what else is to be done after these.
 template <class OnTile, class OnVector>
-void for_each_task(const Header& header, int threads, OnTile on_tile, OnVector on_vector) {
+void for_each_task(const Header& header, int64_t n_bytes, int threads, OnTile on_tile,
+                   OnVector on_vector, int64_t n_others = 0) {
   const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
-  const int64_t n_tasks = header.n_tiles + header.n_vectors;
-  const int useful = useful_threads(header, threads);
+  const int64_t n_tasks = header.n_tiles + header.n_vectors + n_others;
+  const int useful = useful_threads(n_bytes, threads);
 #pragma omp parallel num_threads(useful)
   {
     const std::unique_ptr<double[]> scratch(new double[kScratchRows * header.scratch_size]);
@@ -102,7 +103,7 @@ bool has_openmp() {
 void gram_matvec(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
   for_each_task(
-      header, threads,
+      header, header.n_bytes, threads,
       [&](const Tile& tile, const Tile* next, double* scratch) {
         kernels.gram_matvec(header, tile, next, scratch);
       },
@@ -111,18 +112,33 @@ void gram_matvec(const Header& header, int threads) {
 
 void normalize(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header, threads))
+#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header.n_bytes, threads))
   for (int64_t i = 0; i < header.n_matrices; ++i) kernels.normalize(header, i);
 }
 
 void rank_one(const Header& header, bool accumulate, int threads) {
   const CpuKernels& kernels = *current->kernels;
   for_each_task(
-      header, threads,
+      header, header.n_bytes, threads,
       [&](const Tile& tile, const Tile*, double* scratch) {
         kernels.rank_one(header, tile, accumulate, scratch);
       },
       [&](int64_t vector) { kernels.vector_gradient(header, vector, accumulate); });
+}
+
+void update(const Header& header, const Update& update, int threads) {
+  const CpuKernels& kernels = *current->kernels;
+  constexpr int64_t kArrays = 4;  // weights, gradients and two moments
+  int64_t n_others = 0;
+  for (int64_t i = 0; i < update.n_others; ++i)
+    n_others += reinterpret_cast<const Vector*>(update.others)[i].size;
+  const int64_t n_bytes = kArrays * (header.n_bytes + n_others * (int64_t)sizeof(float));
+  for_each_task(
+      header, n_bytes, threads,
+      [&](const Tile& tile, const Tile* next, double* scratch) {
+        kernels.update_tile(header, update, tile, next, scratch);
+      },
+      [&](int64_t index) { kernels.update_vector(header, update, index); }, update.n_others);
 }
 
 }  // namespace cpu

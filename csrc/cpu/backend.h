@@ -17,6 +17,7 @@ bool has_openmp();
 void gram_matvec(const Header& header, int threads);
 void normalize(const Header& header, int threads);
 void rank_one(const Header& header, bool accumulate, int threads);
+void update(const Header& header, const Update& update, int threads);
 
 }  // namespace cpu
 }  // namespace spectral

@@ -20,17 +20,23 @@ struct CpuKernels {
   void (*rank_one)(const Header&, const Tile&, bool accumulate, double* scratch);
   // The same for one vector.
   void (*vector_gradient)(const Header&, int64_t vector, bool accumulate);
+  // An optimizer's step for the rows of one tile, then their products with v_next.
+  void (*update_tile)(const Header&, const Update&, const Tile&, const Tile* next, double* scratch);
+  // The same for one vector, then its norm and penalty; beyond n_vectors the other parameters.
+  void (*update_vector)(const Header&, const Update&, int64_t index);
 };
 
-#define SPECTRAL_DECLARE_LEVEL(level)                                                \
-  namespace level {                                                                  \
-  void gram_matvec(const Header&, const Tile&, const Tile* next, double* scratch);   \
-  void vector_norm(const Header&, int64_t vector);                                   \
-  void normalize(const Header&, int64_t matrix);                                     \
-  void rank_one(const Header&, const Tile&, bool accumulate, double* scratch);       \
-  void vector_gradient(const Header&, int64_t vector, bool accumulate);              \
-  inline constexpr CpuKernels kernels{gram_matvec, vector_norm, normalize, rank_one, \
-                                      vector_gradient};                              \
+#define SPECTRAL_DECLARE_LEVEL(level)                                                             \
+  namespace level {                                                                               \
+  void gram_matvec(const Header&, const Tile&, const Tile* next, double* scratch);                \
+  void vector_norm(const Header&, int64_t vector);                                                \
+  void normalize(const Header&, int64_t matrix);                                                  \
+  void rank_one(const Header&, const Tile&, bool accumulate, double* scratch);                    \
+  void vector_gradient(const Header&, int64_t vector, bool accumulate);                           \
+  void update_tile(const Header&, const Update&, const Tile&, const Tile* next, double* scratch); \
+  void update_vector(const Header&, const Update&, int64_t index);                                \
+  inline constexpr CpuKernels kernels{gram_matvec,     vector_norm, normalize,    rank_one,       \
+                                      vector_gradient, update_tile, update_vector};               \
   }
 
 SPECTRAL_DECLARE_LEVEL(baseline)

@@ -1,8 +1,8 @@
 // The products of a tile: s = W v and t = W^T s with one read of W from memory.
 //
 // Rows are taken in blocks of a few: their products with v read the block from memory, and adding
-// s_r times the rows to t finds it in the cache. Both passes prefetch half of the rows that come
-// some blocks later, so that memory does not idle.
+// s_r times the rows to t finds it in the cache. Both passes can prefetch half of the rows that
+// come some blocks later, so that memory does not idle.
 #pragma once
 
 #include "scalar_math.h"
@@ -14,8 +14,9 @@ namespace {
 
 constexpr int64_t kBlockBytes = 192 * 1024;  // a row block must stay in the second-level cache
 constexpr int kMaxRows = 4;
-constexpr int kLine = 64;                  // bytes
-constexpr int64_t kAheadBytes = 8 * 1024;  // how far at least the prefetching runs ahead
+constexpr int kProductRows = kMaxRows + 1;  // rows of scratch that the products of a tile take
+constexpr int kLine = 64;                   // bytes
+constexpr int64_t kAheadBytes = 8 * 1024;   // how far at least the prefetching runs ahead
 
 // Calls body(c, prefetch) for every full pair of vectors below n, and returns where it stopped;
 // prefetch is true once per cache line.
@@ -39,8 +40,8 @@ SPECTRAL_INLINE void prefetch_pair(const T* p) {
   for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch((const char*)p + i, 0, 3);
 }
 
-// out[r] = sum_c w[r][c] * v[c], prefetching the first half of the rows that come later
-template <int R, class T, class S>
+// out[r] = sum_c w[r][c] * v[c]; kPrefetch: of the first half of the rows that come later
+template <int R, bool kPrefetch, class T, class S>
 SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (&out)[R],
                               const T* const (&later)[R]) {
   using L = Simd<T>;
@@ -49,7 +50,7 @@ SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (
   int64_t c = for_pairs<T>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
     const V v0 = Simd<S>::load(v + c), v1 = Simd<S>::load(v + c + L::kLanes);
     for (int r = 0; r < R; ++r) {
-      if (prefetch && r < R / 2) prefetch_pair(later[r] + c);
+      if (kPrefetch && prefetch && r < R / 2) prefetch_pair(later[r] + c);
       V w0, w1;
       L::load_pair(w[r] + c, w0, w1);
       even[r] += w0 * v0;
@@ -69,8 +70,8 @@ SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (
   for (int r = 0; r < R; ++r) out[r] = sum_lanes(even[r] + odd[r]);
 }
 
-// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c], prefetching the other half
-template <int R, class T, class S>
+// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c]; kPrefetch: of the other half
+template <int R, bool kPrefetch, class T, class S>
 SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n, S* t, bool first,
                               const T* const (&later)[R]) {
   using L = Simd<T>;
@@ -78,7 +79,7 @@ SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n
   int64_t c = for_pairs<T>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
     V x0 = first ? V{} : Simd<S>::load(t + c), x1 = first ? V{} : Simd<S>::load(t + c + L::kLanes);
     for (int r = 0; r < R; ++r) {
-      if (prefetch && r >= R / 2) prefetch_pair(later[r] + c);
+      if (kPrefetch && prefetch && r >= R / 2) prefetch_pair(later[r] + c);
       V w0, w1;
       L::load_pair(w[r] + c, w0, w1);
       x0 += w0 * a[r];
@@ -111,7 +112,7 @@ const T* gather_row(const Matrix& m, int64_t row, T* scratch) {
 }
 
 // before(row) is called for every row before anything of it is read.
-template <class T, class S, class Before>
+template <class T, bool kPrefetch, class S, class Before>
 struct TileTask {
   const Matrix& m;
   const Tile& tile;
@@ -142,13 +143,13 @@ struct TileTask {
         later[r] = beyond >= 0 && next != nullptr ? next + beyond * n : w[r];
     }
     S product[R], scaled[R];
-    dot_rows<R>(w, v, n, product, later);
+    dot_rows<R, kPrefetch>(w, v, n, product, later);
     for (int r = 0; r < R; ++r) {
       s[row + r] = product[r];
       sum_of_squares += (double)product[r] * (double)product[r];
       scaled[r] = (S)(product[r] * scale);
     }
-    if (t != nullptr) add_rows<R>(w, scaled, n, t, row == tile.row_begin, later);
+    if (t != nullptr) add_rows<R, kPrefetch>(w, scaled, n, t, row == tile.row_begin, later);
   }
 
   void run() {
@@ -161,7 +162,7 @@ struct TileTask {
 };
 
 // Writes s, the partial t and the partial norm of a tile; v is one of the vectors of the header.
-template <class T, class S, class Before>
+template <class T, bool kPrefetch = true, class S, class Before>
 SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const Tile* next,
                                    const S* v, double* scratch, Before before) {
   const Matrix* matrices = reinterpret_cast<const Matrix*>(header.matrices);
@@ -171,9 +172,9 @@ SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const
   v += m.v_offset;
   S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
   S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
-  TileTask<T, S, Before> task{m,       tile,  n, inverse_power_of_two(sigma),
-                              v,       s,     t, reinterpret_cast<T*>(scratch),
-                              nullptr, before};
+  TileTask<T, kPrefetch, S, Before> task{m,       tile,  n, inverse_power_of_two(sigma),
+                                         v,       s,     t, reinterpret_cast<T*>(scratch),
+                                         nullptr, before};
   if (next != nullptr) {
     const Matrix& following = matrices[next->matrix];
     task.next =

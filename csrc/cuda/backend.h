@@ -27,5 +27,11 @@ void gram_matvec(const Header& header, int device, int64_t stream);
 void rank_one(const Header& header, int device, int64_t stream, bool finish, bool gradient,
               bool accumulate);
 
+// An optimizer's step that contains the penalty's gradient at v and the sigma, s and norms in the
+// state; then s, partial t and partial norms of the new weights with v_next, norms and penalties of
+// the new vectors. A step that found_inf skips takes the products with v and copies it to v_next.
+// The update itself is read on the host; every address in it is one on the device.
+void update(const Header& header, const Update& update, int device, int64_t stream);
+
 }  // namespace cuda
 }  // namespace spectral

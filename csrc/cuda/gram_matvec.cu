@@ -1,167 +1,12 @@
-// s = W v, t = W^T s per tile and the squares of s, with one read of W from memory.
-//
-// A block takes a tile: some rows of one matrix. Each thread owns columns and holds those of a few
-// rows in registers, as they lie in memory: from there they are multiplied by v, and when the sums
-// of the rows are known, by s into t, each giving way to what the next rows have in its place, so
-// that memory does not idle. Short rows belong to a warp, longer ones to the whole block; what of a
-// very long row does not fit into registers is read again from the second-level cache.
+// s = W v and t = W^T s per tile, the norms and penalties of vectors: see products.cuh.
 
 #include "backend.h"
-#include "launch.h"
-#include "rows.cuh"
+#include "penalty.cuh"
+#include "products.cuh"
 
 namespace spectral {
 namespace cuda {
 namespace {
-
-constexpr int64_t kSharedBytes = 64 * 1024;   // for t where the longest row is too long
-constexpr int64_t kReservedBytes = 4 * 1024;  // of shared memory, for everything else
-
-extern __shared__ float4 dynamic_shared[];
-
-// Rows of at most 32 * kPieces loads: kRows at a time belong to a warp. Returns the sum of the
-// squares of this thread's part of s.
-template <int kPieces, int kRows, class Source>
-__device__ __forceinline__ double short_rows(const Source& w, const Operands& o) {
-  constexpr int kWidth = Source::kWidth, kStep = kWarps * kRows, kLanes = 32 / kRows;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = (int)w.n;
-  const bool aligned = is_aligned(o.v);
-  float x[kPieces][kWidth] = {}, sum[kPieces][kWidth] = {};
-  typename Source::Bits held[kPieces][kRows] = {};
-#pragma unroll
-  for (int j = 0; j < kPieces; ++j) {
-    const int c = (lane + 32 * j) * kWidth;
-    if (c >= n) continue;
-    load_floats<kWidth>(o.v + c, aligned, x[j]);
-    w.template load<kRows>(warp * kRows, c, [&](int r, auto bits) { held[j][r] = bits; });
-  }
-  double squares = 0;
-  for (int row = warp * kRows; row < w.count; row += kStep) {
-    float product[kRows] = {};
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) product[r] += w.dot(held[j][r], x[j]);
-    const float own = sum_rows_over_warp(product);
-    if (lane % kLanes == 0 && row + lane / kLanes < w.count) {
-      o.s[row + lane / kLanes] = own;
-      squares += (double)own * (double)own;
-    }
-    const float scaled = o.scale(own);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) product[r] = __shfl_sync(0xffffffffu, scaled, r * kLanes);
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      const int c = (lane + 32 * j) * kWidth;
-      if (c >= n) continue;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) w.add(held[j][r], product[r], sum[j]);
-      w.template load<kRows>(row + kStep, c, [&](int r, auto bits) { held[j][r] = bits; });
-    }
-  }
-  if (o.t == nullptr) return squares;
-  float* t = reinterpret_cast<float*>(dynamic_shared);
-  for (int turn = 0; turn < kWarps; ++turn) {
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j)
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const int c = (lane + 32 * j) * kWidth + i;
-        if (warp == turn && c < n) t[c] = turn == 0 ? sum[j][i] : t[c] + sum[j][i];
-      }
-    __syncthreads();
-  }
-  for (int c = threadIdx.x; c < n; c += kThreads) o.t[c] = t[c];
-  return squares;
-}
-
-// The sum of one row over the warps, the same bits in every thread.
-__device__ __forceinline__ float sum_of(const float (&partial)[kWarps]) {
-  float total = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) total += partial[i];
-  return total;
-}
-
-// Longer rows: kRows at a time belong to the block, whose threads hold kPieces loads of each and
-// sum t up in shared memory. kRest: rows may be longer than what is held, and than that memory.
-template <int kPieces, int kRows, bool kRest, class Source>
-__device__ __forceinline__ double long_rows(const Source& w, const Operands& o,
-                                            int64_t shared_floats) {
-  constexpr int kWidth = Source::kWidth, kHeld = kPieces * kThreads * kWidth;
-  constexpr int kStride = kThreads * kWidth, kLanes = 32 / kRows;
-  __shared__ __align__(16) float partial[2][kRows][kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int n_held = kRest && w.n > kHeld ? kHeld : (int)w.n;
-  const bool aligned = is_aligned(o.v);
-  const bool in_shared = !kRest || w.n <= shared_floats;
-  float* const shared = reinterpret_cast<float*>(dynamic_shared);
-  float* const t = in_shared ? shared : o.t;
-  typename Source::Bits held[kPieces][kRows] = {};
-#pragma unroll
-  for (int j = 0; j < kPieces; ++j) {
-    const int c = threadIdx.x * kWidth + kStride * j;
-    if (c >= n_held) continue;
-    w.template load<kRows>(0, c, [&](int r, auto bits) { held[j][r] = bits; });
-  }
-  double squares = 0;
-  int turn = 0;
-  for (int row = 0; row < w.count; row += kRows, turn ^= 1) {
-    float product[kRows] = {};
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      const int c = threadIdx.x * kWidth + kStride * j;
-      if (c >= n_held) continue;
-      float x[kWidth];
-      load_floats<kWidth>(o.v + c, aligned, x);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) product[r] += w.dot(held[j][r], x);
-    }
-    if constexpr (kRest)
-#pragma unroll 1
-      for (int64_t c = kHeld + threadIdx.x * kWidth; c < w.n; c += kStride) {
-        float x[kWidth];
-        load_floats<kWidth>(o.v + c, aligned, x);
-        w.template load<kRows>(row, c, [&](int r, auto bits) { product[r] += w.dot(bits, x); });
-      }
-    // Warps without columns have nothing to sum. Two buffers in turn need one barrier per turn.
-    const float own = warp * 32 * kWidth < n_held ? sum_rows_over_warp(product) : 0;
-    if (lane % kLanes == 0) partial[turn][lane / kLanes][warp] = own;
-    __syncthreads();
-    if (threadIdx.x < kRows && row + (int)threadIdx.x < w.count) {
-      const float s = sum_of(partial[turn][threadIdx.x]);
-      o.s[row + threadIdx.x] = s;
-      squares += (double)s * (double)s;
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) product[r] = o.scale(sum_of(partial[turn][r]));
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      const int c = threadIdx.x * kWidth + kStride * j;
-      if (c >= n_held) continue;
-      if (o.t != nullptr) {
-        float sum[kWidth] = {};
-        if (row > 0) load_floats<kWidth>(t + c, in_shared, sum);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) w.add(held[j][r], product[r], sum);
-        store_floats<kWidth>(t + c, in_shared, sum);
-      }
-      w.template load<kRows>(row + kRows, c, [&](int r, auto bits) { held[j][r] = bits; });
-    }
-    if constexpr (kRest)
-#pragma unroll 1
-      for (int64_t c = kHeld + threadIdx.x * kWidth; c < w.n && o.t != nullptr; c += kStride) {
-        float sum[kWidth] = {};
-        if (row > 0) load_floats<kWidth>(t + c, in_shared, sum);
-        w.template load<kRows>(row, c, [&](int r, auto bits) { w.add(bits, product[r], sum); });
-        store_floats<kWidth>(t + c, in_shared, sum);
-      }
-  }
-  if (o.t == nullptr || !in_shared) return squares;
-  __syncthreads();
-  for (int64_t c = threadIdx.x; c < w.n; c += kThreads) o.t[c] = shared[c];
-  return squares;
-}
 
 template <class T>
 __device__ __forceinline__ double products(const Matrix& m, const Tile& tile, const Operands& o,
@@ -183,28 +28,6 @@ __device__ __forceinline__ double products(const Matrix& m, const Tile& tile, co
   return long_rows<16, 1, true>(w, o, shared_floats);
 }
 
-template <class T>
-__device__ __forceinline__ void vector_norm(const Header& header, int64_t index) {
-  const Vector vector = at<const Vector>(header.vectors)[index];
-  const T* x = at<const T>(vector.weight);
-  const double k = header.exponent;
-  double squares = 0, gains = 0;
-  for (int64_t i = threadIdx.x; i < vector.size; i += kThreads) {
-    const double value = to_float(x[i]);
-    squares += value * value;
-    if (vector.kind == kGain) {
-      const double excess = power(fabs(value), k) - 1;
-      gains += excess * excess;
-    }
-  }
-  squares = sum_over_block(squares);
-  gains = sum_over_block(gains);
-  if (threadIdx.x > 0) return;
-  at<float>(header.norm)[index] = (float)sqrt(squares);
-  at<float>(header.penalty)[header.n_matrices + index] =
-      (float)(vector.kind == kGain ? gains : power(squares, k));
-}
-
 // Block i < n_tiles takes tile i, the following n_vectors blocks a vector each.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -213,27 +36,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (block >= header.n_tiles) return vector_norm<T>(header, block - header.n_tiles);
   const Tile& tile = at<const Tile>(header.tiles)[block];
   const Matrix& m = at<const Matrix>(header.matrices)[tile.matrix];
-  const Operands operands{
-      at<const float>(header.v) + m.v_offset, at<float>(header.s) + m.s_offset + tile.row_begin,
-      header.t_partial == 0 ? nullptr : at<float>(header.t_partial) + tile.t_offset,
-      Scale(binary_exponent(at<const float>(header.sigma)[tile.matrix]))};
+  const Operands operands = operands_of(header, tile, m, header.v);
   const double squares = sum_over_block(products<T>(m, tile, operands, shared_floats));
   if (threadIdx.x == 0) at<double>(header.norm_partial)[block] = squares;
 }
 
-// Bytes for the longest row where the device has them.
-int64_t bytes_for_t(const Header& header, int device) {
-  if (header.t_partial == 0) return 0;
-  int limit = 0;
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "gram_matvec");
-  const int64_t wanted = header.scratch_size * (int64_t)sizeof(float);
-  return wanted <= limit - kReservedBytes ? wanted : kSharedBytes;
-}
-
 template <class T>
 void launch_gram_matvec(const Header& header, int device, int64_t stream) {
-  const int64_t bytes = bytes_for_t(header, device);
+  const int64_t bytes = bytes_for_t(header, device, "gram_matvec");
   launch<Header, int64_t>("gram_matvec", gram_matvec_kernel<T>, header.n_tiles + header.n_vectors,
                           kThreads, bytes, stream, header, bytes / (int64_t)sizeof(float));
 }

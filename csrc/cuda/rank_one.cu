@@ -11,6 +11,7 @@
 #include "backend.h"
 #include "common.cuh"
 #include "launch.h"
+#include "penalty.cuh"
 
 namespace spectral {
 namespace cuda {
@@ -21,14 +22,6 @@ constexpr int kRowsAhead = 8, kColumnsAhead = 4;  // whose loads a thread has un
 struct Parts {
   bool finish, accumulate;
 };
-
-// Of s over all tiles of a matrix; the same bits in every thread of every block.
-__device__ __forceinline__ double sum_of_squares(const Header& header, const Matrix& m) {
-  const double* partial = at<const double>(header.norm_partial) + m.first_tile;
-  double sum = 0;
-  for (int64_t i = threadIdx.x % 32; i < m.n_tiles; i += 32) sum += partial[i];
-  return sum_over_warp(sum);
-}
 
 // v_next = sum of t over the tiles; returns the sum of its squares. A matrix's partial sums lie one
 // after the other.
@@ -88,23 +81,6 @@ __device__ __forceinline__ void finish_matrix(const Header& header, int64_t inde
   const double excess = power(sigma, header.exponent) - power(target, header.exponent);
   at<float>(header.penalty)[index] = (float)(excess * excess);
   stored = (float)sigma;
-}
-
-__device__ __forceinline__ double strength_of(const Header& header, int64_t entry) {
-  const double scale = header.scale == 0 ? 1 : (double)*at<const float>(header.scale);
-  return scale * (double)at<const float>(header.strength)[entry];
-}
-
-// What s is multiplied by. At sigma = 0 there is no direction to move along: the gradient is zero.
-__device__ __forceinline__ double gradient_factor(const Header& header, const Matrix& m,
-                                                  int64_t index, bool finish) {
-  const double k = header.exponent, target = at<const float>(header.target)[index];
-  // As it is stored, so that the gradient is the same bits in two launches.
-  const double sigma =
-      finish ? (float)sqrt(sum_of_squares(header, m)) : at<const float>(header.sigma)[index];
-  if (sigma == 0) return 0;
-  return strength_of(header, index) * 2 * k * (power(sigma, k) - power(target, k)) *
-         power(sigma, k - 1) / sigma;
 }
 
 // grad = (accumulate ? grad : 0) + a[r] * x of kWidth columns in rows first, first + step, ...
@@ -181,18 +157,9 @@ __device__ __forceinline__ float load_element(int64_t address, int64_t dtype, in
 __device__ __forceinline__ void vector_gradient(const Header& header, int64_t index,
                                                 bool accumulate) {
   const Vector vector = at<const Vector>(header.vectors)[index];
-  const double k = header.exponent;
-  const double norm = at<const float>(header.norm)[index];
-  const double strength = strength_of(header, header.n_matrices + index) * 2 * k;
-  const double shift_factor = vector.kind == kShift ? strength * power(norm, 2 * k - 2) : 0;
+  const VectorGradient gradient(header, vector, index);
   for (int64_t i = threadIdx.x; i < vector.size; i += kThreads) {
-    const double x = load_element(vector.weight, header.weight_dtype, i), magnitude = fabs(x);
-    double value = shift_factor * x;
-    if (vector.kind == kGain)
-      value = x == 0 ? 0
-                     : strength * (power(magnitude, k) - 1) * power(magnitude, k - 1) *
-                           (x > 0 ? 1 : -1);
-    float sum = (float)value;
+    float sum = gradient.of(load_element(vector.weight, header.weight_dtype, i));
     if (accumulate) sum += load_element(vector.grad, vector.grad_dtype, i);
     with_dtype(vector.grad_dtype, [&](auto type) {
       using G = decltype(type);

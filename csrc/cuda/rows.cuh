@@ -12,6 +12,7 @@ namespace cuda {
 // element of others, which may also lie in pieces.
 template <class T, bool kAligned>
 struct Rows {
+  static constexpr bool kAhead = true;
   static constexpr int kWidth = kAligned ? kPerLoad<T> : 1;
   using Bits = std::conditional_t<kAligned, uint4, T>;
 
@@ -48,6 +49,12 @@ struct Rows {
       }
       use(r, bits);
     }
+  }
+
+  // What has been loaded before.
+  template <int kRows, class Use>
+  __device__ __forceinline__ void reload(int row, int64_t c, Use use) const {
+    load<kRows>(row, c, use);
   }
 
   __device__ __forceinline__ float dot(const Bits& bits, const float (&x)[kWidth]) const {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from ..plan import DTYPES, MAX_TILES, MIN_TILE_ROWS_ON_GPU
+from ..plan import DTYPES, MAX_TILES
 from .gram_matvec import gram_matvec
 from .rank_one import rank_one
 from .sizes import sizes
+from .update import update
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+FUSED = {"enable_fp_fusion": True}  # a * b + c rounded once; Triton's default from 3.10 on is False
 _SMALL = 16  # integers up to which a power is a product
 
 
@@ -23,7 +25,7 @@ class Triton:
     """All matrices and vectors of a plan in two launches per step."""
 
     name = "triton"
-    min_tile_rows = MIN_TILE_ROWS_ON_GPU
+    scalars_on_device = True  # an optimizer's step reads lr, grad_scale and found_inf there
 
     def gram_matvec(self, plan, state) -> None:
         """See :func:`reference.gram_matvec`."""
@@ -32,11 +34,11 @@ class Triton:
         tables, own = plan.device_tables(), self._sizes(plan)
         with_t = state.v_next is not None
         gram_matvec[(grid,)](
-            tables.matrices, tables.tiles, tables.vectors, plan.t_partial, plan.norm_partial,
+            *tables.views, plan.t_partial, plan.norm_partial,
             state.v, state.s, state.scalars,
             len(plan.matrices), len(plan.tiles), len(plan.vectors), float(state.exponent),
             DTYPE=TYPES[plan.dtype], K=integer_exponent(state.exponent), WITH_T=with_t,
-            **own.gram_matvec, num_warps=own.gram_matvec_warps,
+            **own.gram_matvec, num_warps=own.gram_matvec_warps, **FUSED,
         )  # fmt: skip
 
     def normalize(self, plan, state) -> None:
@@ -60,7 +62,7 @@ class Triton:
             if not grid:
                 continue
             rank_one[(grid,)](
-                tables.matrices, tables.tiles, tables.vectors, plan.t_partial, plan.norm_partial,
+                *tables.views, plan.t_partial, plan.norm_partial,
                 state.v, state.v if state.v_next is None else state.v_next, state.s, state.scalars,
                 state.scalars if state.scale is None else state.scale,
                 len(plan.matrices), len(plan.tiles), len(plan.vectors), DTYPES[dtype],
@@ -69,9 +71,39 @@ class Triton:
                 K=integer_exponent(state.exponent), FINISH=finishing > 0,
                 WITH_T=state.v_next is not None, GRADIENT=gradient, ACCUMULATE=accumulate,
                 WITH_SCALE=state.scale is not None, MAX_TILES=MAX_TILES,
-                **own.rank_one, num_warps=own.rank_one_warps,
+                **own.rank_one, num_warps=own.rank_one_warps, **FUSED,
             )  # fmt: skip
             finishing = 0
+
+    def update(self, step) -> None:
+        """See :func:`reference.update`; one pass over weights, gradients and moments."""
+        own, (groups,) = self._sizes(step), step.group_table.views
+        others, *moments = step.tables.views
+        if step.bucket is None:  # nothing is regularized: what the kernel does not look at
+            tables, n_matrices, n_tiles, n_vectors, k = (others,) * 3, 0, 0, 0, 1.0
+            buffers = (step.steps, groups.view(torch.float64), *(step.steps,) * 4)
+            scale = None
+        else:
+            plan, state = step.bucket.plan, step.bucket.state
+            tables, k, scale = plan.device_tables().views, float(state.exponent), state.scale
+            n_matrices, n_tiles, n_vectors = (len(x) for x in (plan.matrices, plan.tiles,
+                                                               plan.vectors))  # fmt: skip
+            buffers = (plan.t_partial, plan.norm_partial, state.v, state.v_next, state.s,
+                       state.scalars)  # fmt: skip
+        if not (grid := n_tiles + n_vectors + len(step.others)):
+            return
+        numbers = scale, step.grad_scale, step.found_inf
+        update[(grid,)](
+            *tables, others, *moments, groups.view(torch.float64), step.steps, *buffers,
+            *(step.steps if number is None else number for number in numbers),
+            n_matrices, n_tiles, n_vectors, k,
+            DTYPE=TYPES[step.dtype], MOMENT_TYPE=TYPES[step.moment_dtype], RULE=step.rule.number,
+            WITH_MOMENT=bool(step.moments[0]), DECOUPLED=bool(step.decoupled),
+            K=integer_exponent(k), WITH_SCALE=scale is not None,
+            WITH_GRAD_SCALE=step.grad_scale is not None,
+            WITH_FOUND_INF=step.found_inf is not None,
+            **own.update, num_warps=own.update_warps, maxnreg=own.update_registers, **FUSED,
+        )  # fmt: skip
 
     @staticmethod
     def _sizes(plan):

@@ -33,6 +33,36 @@ from .tables import (
 
 
 @triton.jit
+def products(rows, x, s, r, row_end, scale, WITH_T: tl.constexpr):
+    """Write s = rows x; return it as float64 [R], and its part of t [BN]."""
+    product = tl.sum(rows * x[None, :], 1)
+    tl.store(s + r, product, mask=r < row_end)
+    wide = product.to(tl.float64)
+    part = tl.zeros_like(x)
+    if WITH_T:
+        part = tl.sum(rows * (wide * scale).to(tl.float32)[:, None], 0)
+    return wide, part
+
+
+@triton.jit
+def add_long_rows(
+    w, row_stride, inner, outer_stride, n, r, row_end, scaled, t, is_first,
+    ALIGNED: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Add scaled^T W of the rows ``r``, read once more, to t, or write it where they are first."""
+    for first in range(0, n, BN):
+        c = first + tl.arange(0, BN)
+        columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+        mask = (r < row_end)[:, None] & (c < n)[None, :]
+        block = w + (r[:, None] * row_stride + columns[None, :])
+        rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+        part = tl.sum(rows * scaled[:, None], 0)
+        if not is_first:  # each thread finds what it wrote itself
+            part += tl.load(t + c, mask=c < n, other=0.0)
+        tl.store(t + c, part, mask=c < n)
+
+
+@triton.jit
 def _short_rows(
     m, tile, v, s, t_partial, scale,
     DTYPE: tl.constexpr, WITH_T: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr,
@@ -54,12 +84,9 @@ def _short_rows(
         block = w + (r[:, None] * row_stride + columns[None, :])
         mask = (r < row_end)[:, None] & inside[None, :]
         rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
-        product = tl.sum(rows * x[None, :], 1)
-        tl.store(s + r, product, mask=r < row_end)
-        wide = product.to(tl.float64)
+        wide, part = products(rows, x, s, r, row_end, scale, WITH_T)
         squares += wide * wide
-        if WITH_T:
-            total += tl.sum(rows * (wide * scale).to(tl.float32)[:, None], 0)
+        total += part
     if WITH_T:
         tl.store(t + c, total, mask=inside)
     return tl.sum(squares, 0)
@@ -91,17 +118,10 @@ def _long_rows(
         wide = product.to(tl.float64)
         squares += wide * wide
         if WITH_T:
-            scaled = (wide * scale).to(tl.float32)
-            for first in range(0, n, BN):
-                c = first + tl.arange(0, BN)
-                columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
-                mask = (r < row_end)[:, None] & (c < n)[None, :]
-                block = w + (r[:, None] * row_stride + columns[None, :])
-                rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
-                part = tl.sum(rows * scaled[:, None], 0)
-                if row > row_begin:  # each thread finds what it wrote itself
-                    part += tl.load(t + c, mask=c < n, other=0.0)
-                tl.store(t + c, part, mask=c < n)
+            add_long_rows(
+                w, row_stride, inner, outer_stride, n, r, row_end, (wide * scale).to(tl.float32), t,
+                row == row_begin, ALIGNED, BN,
+            )  # fmt: skip
     return tl.sum(squares, 0)
 
 

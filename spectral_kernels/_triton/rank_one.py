@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .penalty import matrix_factor, shift_factor, vector_gradient
 from .tables import (
     FIRST_TILE,
     GAIN,
@@ -125,21 +126,11 @@ def _vector_gradient(
     x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     grad = tl.load(vector + GRAD).to(tl.pointer_type(GRAD_TYPE))
     size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
-    length = tl.load(norm).to(tl.float64)
-    if K == 1:
-        shift_factor = 2 * k * strength
-    else:
-        shift_factor = 2 * k * strength * power(length * length, k - 1, K - 1)
+    factor = shift_factor(tl.load(norm), strength, k, K)
     for first in range(0, size, BN):
         c = first + tl.arange(0, BN)
         value = tl.load(x + c, mask=c < size, other=0.0).to(tl.float64)
-        magnitude = tl.abs(value)
-        slope = power(magnitude, k, K) - 1
-        if K != 1:
-            slope = slope * power(magnitude, k - 1, K - 1)
-        pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
-        pull = tl.where(value == 0, 0.0, pull)
-        result = tl.where(gain, pull, shift_factor * value).to(tl.float32)
+        result = vector_gradient(value, gain, factor, strength, k, K)
         if ACCUMULATE:
             result += tl.load(grad + c, mask=c < size, other=0.0).to(tl.float32)
         tl.store(grad + c, result.to(GRAD_TYPE), mask=c < size)
@@ -185,16 +176,11 @@ def rank_one(
                     first, count = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
                     squares = _sum_of_squares(norm_partial, first, count, MAX_TILES)
                     # As it is stored, so that the gradient is the same bits in two launches.
-                    sigma = tl.sqrt(squares).to(tl.float32).to(tl.float64)
+                    sigma = tl.sqrt(squares).to(tl.float32)
                 else:
-                    sigma = tl.load(sigmas + index).to(tl.float64)
-                target = tl.load(targets + index).to(tl.float64)
+                    sigma = tl.load(sigmas + index)
                 strength = multiplier * tl.load(strengths + index).to(tl.float64)
-                factor = strength * 2 * k * (power(sigma, k, K) - power(target, k, K))
-                if K != 1:
-                    factor = factor * power(sigma, k - 1, K - 1)
-                # At sigma = 0 there is no direction to move along: the gradient is zero.
-                factor = tl.where(sigma == 0, 0.0, factor / tl.where(sigma == 0, 1.0, sigma))
+                factor = matrix_factor(sigma, tl.load(targets + index), strength, k, K)
                 n = tl.load(m + OUTER) * tl.load(m + INNER)
                 if not is_aligned(m, GRAD, GRAD_ROW_STRIDE, GRAD_TYPE):
                     _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, False,

@@ -4,8 +4,10 @@ How they were chosen: a block of R rows x BN columns is held in registers as flo
 products, beside BN numbers of v and BN of t, so (R + 2) BN / threads registers of the 255 that a
 thread may have; tests/test_triton_compiled.py shows that none of them spills. Within that, R is as
 large as it can be, since each block costs two reductions over the program, and a block has about
-32 kB, so that a few programs per multiprocessor keep enough bytes in flight. None of the sizes has
-been timed yet.
+32 kB, so that a few programs per multiprocessor keep enough bytes in flight. An
+optimizer's step holds gradient and moments of a block too, so its blocks are smaller; told the
+registers that leave room for 12 or 16 warps, the compiler does without spills where it would aim
+for more warps with some. None of the sizes has been timed yet.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from typing import NamedTuple
 
 
 class Sizes(NamedTuple):
-    """Constants of the kernels, and warps per program."""
+    """Constants of the kernels, warps per program, and registers that a thread may have."""
 
     gram_matvec: dict[str, int]
     rank_one: dict[str, int]
+    update: dict[str, int]
     gram_matvec_warps: int
     rank_one_warps: int
+    update_warps: int
+    update_registers: int
 
 
 _GRAM_MATVEC = {
@@ -27,11 +32,21 @@ _GRAM_MATVEC = {
     "R_LONG": 2, "BN_LONG": 2048, "R_ODD": 8, "BN_ODD": 512,
 }  # fmt: skip
 _RANK_ONE = {"BN_SUM": 1024, "R": 4, "BN": 1024, "R_NARROW": 32, "BN_NARROW": 128}
-_DEFAULT = Sizes(_GRAM_MATVEC, _RANK_ONE, 8, 8)
-# (compute capability, bytes per element): sizes; the default where there is no entry.
-_SIZES = {(100, 4): _DEFAULT._replace(gram_matvec={**_GRAM_MATVEC, "R_LONG": 4})}
+_UPDATE = {
+    "R0": 8, "BN0": 128, "R1": 2, "BN1": 512, "R2": 1, "BN2": 1024,
+    "R_LONG": 1, "BN_LONG": 1024, "R_ODD": 4, "BN_ODD": 256,
+}  # fmt: skip
+_DEFAULT = Sizes(_GRAM_MATVEC, _RANK_ONE, _UPDATE, 8, 8, 4, 168)
+_WIDE = _DEFAULT._replace(
+    update={**_UPDATE, "BN2": 2048, "BN_ODD": 128}, update_warps=8, update_registers=128
+)
+# (compute capability, bytes per element): sizes; for any capability those of (0, bytes), if any.
+_SIZES = {
+    (0, 4): _WIDE,
+    (100, 4): _WIDE._replace(gram_matvec={**_GRAM_MATVEC, "R_LONG": 4}),
+}
 
 
 def sizes(capability: int, itemsize: int) -> Sizes:
     """Return the sizes for a compute capability (90 for 9.0) and an element size in bytes."""
-    return _SIZES.get((capability, itemsize), _DEFAULT)
+    return _SIZES.get((capability, itemsize), _SIZES.get((0, itemsize), _DEFAULT))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of plan.MATRIX, TILE and VECTOR; tests/test_triton.py compares them.
+# Columns of plan.MATRIX, TILE, VECTOR and MOMENT; tests/test_triton.py compares them.
 WEIGHT: tl.constexpr = tl.constexpr(0)
 GRAD: tl.constexpr = tl.constexpr(1)
 GRAD_DTYPE: tl.constexpr = tl.constexpr(2)
@@ -30,6 +30,20 @@ SIZE: tl.constexpr = tl.constexpr(3)
 KIND: tl.constexpr = tl.constexpr(4)
 VECTOR_FIELDS: tl.constexpr = tl.constexpr(5)
 GAIN: tl.constexpr = tl.constexpr(1)
+FIRST: tl.constexpr = tl.constexpr(0)
+SECOND: tl.constexpr = tl.constexpr(1)
+OWNER: tl.constexpr = tl.constexpr(2)
+GROUP: tl.constexpr = tl.constexpr(3)
+MOMENT_FIELDS: tl.constexpr = tl.constexpr(4)
+# Those of plan.GROUP, float64.
+LR: tl.constexpr = tl.constexpr(0)
+WEIGHT_DECAY: tl.constexpr = tl.constexpr(1)
+OPTION_1: tl.constexpr = tl.constexpr(2)  # beta1 or momentum
+OPTION_2: tl.constexpr = tl.constexpr(3)  # beta2 or dampening
+EPS: tl.constexpr = tl.constexpr(4)
+NESTEROV: tl.constexpr = tl.constexpr(5)
+GROUP_FIELDS: tl.constexpr = tl.constexpr(6)
+ADAMW: tl.constexpr = tl.constexpr(0)  # of csrc/table.h's rules
 
 ALIGNMENT: tl.constexpr = tl.constexpr(16)  # bytes that one load takes at most
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))

@@ -1,0 +1,370 @@
+// An optimizer's step that contains the penalty, in one pass over weights, gradients and moments.
+//
+// Rows go through registers as in products.cuh. On their way there they are updated with their
+// gradient and the penalty's, strength * dR/dW at the s and v that the launch before has left; the
+// new weights are multiplied by v_next, and by that into t, for the next step. AdamW and SGD are
+// rules of the same pass, in a file each: a rule changes p and the moments m1, m2 of an element by
+// gradient g as in torch.optim.
+#pragma once
+
+#include "backend.h"
+#include "penalty.cuh"
+#include "products.cuh"
+
+namespace spectral {
+namespace cuda {
+
+// What update() chooses between, by the rule.
+void adamw(const Header& header, const Update& update, int device, int64_t stream);
+void sgd(const Header& header, const Update& update, int device, int64_t stream);
+
+namespace {
+
+// Weights, gradients and moments, whose elements lie alike.
+template <class T, class M>
+struct Arrays {
+  T* p;
+  const T* g;  // null: zeros
+  M* m1;       // null: not stored
+  M* m2;       // null: the rule has none
+};
+
+template <class T, class M>
+__device__ __forceinline__ Arrays<T, M> arrays_at(int64_t weight, int64_t grad,
+                                                  const Moment& moment, int64_t first) {
+  Arrays<T, M> x{at<T>(weight), at<const T>(grad), at<M>(moment.first), at<M>(moment.second)};
+  x.p += first;
+  if (x.g != nullptr) x.g += first;
+  if (x.m1 != nullptr) x.m1 += first;
+  if (x.m2 != nullptr) x.m2 += first;
+  return x;
+}
+
+// What happens to the elements of a parameter: g / grad_scale + in_gradient * penalty's gradient
+// goes through the rule, beside_it * penalty's gradient straight to the weights.
+template <class Rule, class T, class M>
+struct Change {
+  Arrays<T, M> arrays;
+  bool acts;  // or all of it stays as it is, and nothing below has a value
+  Rule rule;
+  float inverse_scale, in_gradient, beside_it;
+};
+
+__device__ __forceinline__ bool is_skipped(const Update& update) {
+  return update.found_inf != 0 && *at<const float>(update.found_inf) > 0;
+}
+
+// Every thread of the block must call it, once; a barrier. One thread computes, since numbers of 64
+// bits are slow on many devices, and the result stays in shared memory, since registers are few.
+template <class Rule, class T, class M>
+__device__ __forceinline__ const Change<Rule, T, M>& change_of(const Update& update,
+                                                               const Moment& moment,
+                                                               const Arrays<T, M>& arrays) {
+  __shared__ Change<Rule, T, M> change;
+  if (threadIdx.x == 0) {
+    change.arrays = arrays;
+    change.acts = moment.group >= 0 && !is_skipped(update);
+    if (change.acts) {
+      const Group& group = at<const Group>(update.groups)[moment.group];
+      change.rule = Rule(group, at<const float>(update.steps)[moment.owner]);
+      change.inverse_scale = update.grad_scale == 0 ? 1 : 1 / *at<const float>(update.grad_scale);
+      change.in_gradient = update.decoupled ? 0 : 1;
+      change.beside_it = update.decoupled ? (float)-group.lr : 0;
+    }
+  }
+  __syncthreads();
+  return change;
+}
+
+// kWidth neighbouring elements as they lie in memory, in as few loads as there can be.
+template <class E, int kWidth>
+struct Elements {
+  static constexpr int kPerPart = kWidth == 1 ? 1 : kPerLoad<E>, kParts = kWidth / kPerPart;
+  using Bits = std::conditional_t<kWidth == 1, E, uint4>;
+  Bits part[kParts];
+
+  __device__ __forceinline__ void load(const E* p) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i)
+      part[i] = __ldcg(reinterpret_cast<const Bits*>(p + i * kPerPart));
+  }
+
+  __device__ __forceinline__ void store(E* p) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) __stcg(reinterpret_cast<Bits*>(p + i * kPerPart), part[i]);
+  }
+
+  __device__ __forceinline__ void get(float (&x)[kWidth]) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      float y[kPerPart];
+      unpack<E>(part[i], y);
+#pragma unroll
+      for (int j = 0; j < kPerPart; ++j) x[i * kPerPart + j] = y[j];
+    }
+  }
+
+  __device__ __forceinline__ void set(const float (&x)[kWidth]) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if constexpr (kWidth == 1) {
+        part[i] = from_float<E>(x[i]);
+      } else {
+        float y[kPerPart];
+#pragma unroll
+        for (int j = 0; j < kPerPart; ++j) y[j] = x[i * kPerPart + j];
+        part[i] = pack<E>(y);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ bool are_aligned(int64_t weight, int64_t grad, const Moment& moment) {
+  return (weight | grad | moment.first | moment.second) % kLoadBytes == 0;
+}
+
+// kWidth elements of each array on their way through registers.
+template <class Rule, class T, class M, int kWidth>
+struct Piece {
+  Elements<T, kWidth> p{}, g{};
+  Elements<M, kWidth> m1{}, m2{};
+
+  __device__ __forceinline__ void load(const Change<Rule, T, M>& change, int64_t i) {
+    const Arrays<T, M>& from = change.arrays;
+    p.load(from.p + i);
+    if (!change.acts) return;
+    if (from.g != nullptr) g.load(from.g + i);
+    if (from.m1 != nullptr) m1.load(from.m1 + i);
+    if (Rule::kMoments > 1) m2.load(from.m2 + i);
+  }
+
+  // The penalty's gradient is a * x(j, p) of element j, p.
+  template <class X>
+  __device__ __forceinline__ void step(const Change<Rule, T, M>& change, int64_t i, float a, X x) {
+    const Arrays<T, M>& to = change.arrays;
+    float weight[kWidth], gradient[kWidth], first[kWidth], second[kWidth];
+    p.get(weight), g.get(gradient), m1.get(first), m2.get(second);
+    const float in_gradient = change.in_gradient * a, beside_it = change.beside_it * a;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float factor = x(j, weight[j]);
+      change.rule(weight[j], gradient[j] * change.inverse_scale + factor * in_gradient, first[j],
+                  second[j]);
+      weight[j] += factor * beside_it;
+    }
+    p.set(weight);
+    p.store(to.p + i);
+    if (to.m1 != nullptr) m1.set(first), m1.store(to.m1 + i);
+    if (Rule::kMoments > 1) m2.set(second), m2.store(to.m2 + i);
+  }
+};
+
+// Rows that are updated when they are loaded.
+template <class Rule, class T, class M, bool kAligned>
+struct UpdatedRows : Rows<T, kAligned> {
+  using Base = Rows<T, kAligned>;
+  static constexpr int kWidth = Base::kWidth;
+  static constexpr bool kAhead = false;
+  // Pieces whose loads are under way.
+  static constexpr int kTogether = !kAligned ? 4 : sizeof(M) > sizeof(T) ? 1 : 2;
+
+  const Change<Rule, T, M>& change;  // whose arrays begin with the tile's first row
+  const double& factor;              // of s in the penalty's gradient
+  const float *v, *s;
+
+  __device__ __forceinline__ UpdatedRows(const Header& header, const Matrix& m, const Tile& tile,
+                                         const Change<Rule, T, M>& change, const double& factor)
+      : Base(m, tile),
+        change(change),
+        factor(factor),
+        v(at<const float>(header.v) + m.v_offset),
+        s(at<const float>(header.s) + m.s_offset + tile.row_begin) {}
+
+  __device__ __forceinline__ int64_t offset(int row, int64_t c) const {
+    const bool plain = kAligned || this->outer == 1;
+    return row * this->stride + (plain ? c : column_offset(c, this->inner, this->outer_stride));
+  }
+
+  // Calls use(j, r, bits) with columns c + j * step of kRows rows, as they are after the step.
+  template <int kPieces, int kRows, class Use>
+  __device__ __forceinline__ void load_pieces(int row, int64_t c, int64_t step, Use use) const {
+    constexpr int kAll = kPieces * kRows, kBatch = kAll < kTogether ? kAll : kTogether;
+    const bool v_aligned = is_aligned(v);
+#pragma unroll
+    for (int first = 0; first < kAll; first += kBatch) {
+      Piece<Rule, T, M, kWidth> piece[kBatch];
+      int64_t place[kBatch];
+      bool is_inside[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int j = (first + i) / kRows, r = (first + i) % kRows;
+        is_inside[i] = row + r < this->count && c + j * step < this->n;
+        place[i] = offset(row + r, c + j * step);
+        if (is_inside[i]) piece[i].load(change, place[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int j = (first + i) / kRows, r = (first + i) % kRows;
+        if (change.acts && is_inside[i]) {
+          float x[kWidth];
+          load_floats<kWidth>(v + c + j * step, v_aligned, x);
+          const float a = factor == 0 ? 0 : (float)(factor * s[row + r]);
+          piece[i].step(change, place[i], a, [&](int k, float) { return x[k]; });
+        }
+        use(j, r, piece[i].p.part[0]);
+      }
+    }
+  }
+
+  template <int kRows, class Use>
+  __device__ __forceinline__ void load(int row, int64_t c, Use use) const {
+    load_pieces<1, kRows>(row, c, 0, [&](int, int r, auto bits) { use(r, bits); });
+  }
+
+  // Ordinary loads: the compiler does not move them before the stores.
+  template <int kRows, class Use>
+  __device__ __forceinline__ void reload(int row, int64_t c, Use use) const {
+    using Bits = typename Base::Bits;
+    const T* p = change.arrays.p + offset(row, c);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r, p += this->stride)
+      use(r, row + r < this->count ? *reinterpret_cast<const Bits*>(p) : Bits{});
+  }
+};
+
+// Fewer rows at a time than gram_matvec takes, since moments want registers too, and the same bits:
+// a resumed run may begin with the products of the other kernel.
+template <class Rule, class T, class M>
+__device__ __forceinline__ double updated_products(const Header& header, const Matrix& m,
+                                                   const Tile& tile, const Moment& moment,
+                                                   const Change<Rule, T, M>& change,
+                                                   const double& factor, const Operands& o,
+                                                   int64_t shared_floats) {
+  if (!is_aligned<T>(m.weight, m.row_stride, m.outer * m.inner, m.outer) ||
+      !are_aligned(m.weight, m.grad, moment)) {
+    const UpdatedRows<Rule, T, M, false> w(header, m, tile, change, factor);
+    if (w.n <= 4 * 32) return short_rows<4, 2, 4>(w, o);
+    return long_rows<4, 2, true>(w, o, shared_floats);
+  }
+  const UpdatedRows<Rule, T, M, true> w(header, m, tile, change, factor);
+  constexpr int kWidth = kPerLoad<T>, kBlock = kThreads * kWidth, kMaxShort = 512;
+  constexpr int kPieces = kMaxShort / (32 * kWidth);
+  if (w.n <= 32 * kWidth) return short_rows<1, 4, 8>(w, o);
+  if (w.n <= kMaxShort) return short_rows<kPieces, 4 / kPieces, 8 / kPieces>(w, o);
+  if (w.n <= kBlock) return long_rows<1, 4, false>(w, o, shared_floats);
+  return long_rows<4, 1, true>(w, o, shared_floats);
+}
+
+template <class Rule, class T, class M>
+__device__ __forceinline__ void update_tile(const Header& header, const Update& update,
+                                            int64_t index, int64_t shared_floats) {
+  const Tile& tile = at<const Tile>(header.tiles)[index];
+  const Matrix& m = at<const Matrix>(header.matrices)[tile.matrix];
+  const Moment moment = at<const Moment>(update.matrix_moments)[tile.matrix];
+  __shared__ double factor;
+  if (threadIdx.x == kThreads - 1) factor = gradient_factor(header, m, tile.matrix, false);
+  const Change<Rule, T, M>& change = change_of<Rule, T, M>(
+      update, moment, arrays_at<T, M>(m.weight, m.grad, moment, tile.row_begin * m.row_stride));
+  // A step that is skipped leaves the state as it is: the products with v again, which the caller
+  // will take from v_next.
+  const bool skipped = is_skipped(update);
+  if (skipped && tile.row_begin == 0) {
+    const float* v = at<const float>(header.v) + m.v_offset;
+    float* v_next = at<float>(header.v_next) + m.v_offset;
+    for (int64_t c = threadIdx.x; c < m.outer * m.inner; c += kThreads) v_next[c] = v[c];
+  }
+  const Operands operands = operands_of(header, tile, m, skipped ? header.v : header.v_next);
+  const double squares = sum_over_block(updated_products<Rule, T, M>(
+      header, m, tile, moment, change, factor, operands, shared_floats));
+  if (threadIdx.x == 0) at<double>(header.norm_partial)[index] = squares;
+}
+
+// Elements begin to end, less than kWidth beyond which the last piece must not go. The penalty's
+// gradient is x(p).
+template <int kWidth, class Rule, class T, class M, class X>
+__device__ __forceinline__ void update_elements(const Change<Rule, T, M>& change, int64_t begin,
+                                                int64_t end, X x) {
+  constexpr int kTogether = 2;  // pieces whose loads are under way
+  constexpr int64_t kStride = kThreads * kWidth;
+  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kTogether * kStride) {
+    Piece<Rule, T, M, kWidth> piece[kTogether];
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r)
+      if (i + r * kStride < end) piece[r].load(change, i + r * kStride);
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r)
+      if (i + r * kStride < end)
+        piece[r].step(change, i + r * kStride, 1, [&](int, float p) { return x(p); });
+  }
+}
+
+template <class Rule, class T, class M>
+__device__ __forceinline__ void update_vector(const Header& header, const Update& update,
+                                              int64_t index) {
+  const Vector vector = at<const Vector>(header.vectors)[index];
+  const Moment moment = at<const Moment>(update.vector_moments)[index];
+  const Change<Rule, T, M>& change =
+      change_of<Rule, T, M>(update, moment, arrays_at<T, M>(vector.weight, vector.grad, moment, 0));
+  if (change.acts) {
+    const VectorGradient gradient(header, vector, index);
+    update_elements<1>(change, 0, vector.size, [&](float p) { return gradient.of(p); });
+  }
+  vector_norm<T>(header, index);  // whose threads read what they have written
+}
+
+template <class Rule, class T, class M>
+__device__ __forceinline__ void update_other(const Update& update, int64_t index) {
+  const Vector other = at<const Vector>(update.others)[index];
+  const Moment moment = at<const Moment>(update.other_moments)[index];
+  const Change<Rule, T, M>& change =
+      change_of<Rule, T, M>(update, moment, arrays_at<T, M>(other.weight, other.grad, moment, 0));
+  if (!change.acts) return;
+  const bool aligned = are_aligned(other.weight, other.grad, moment);
+  const int64_t wide = aligned ? other.size - other.size % kPerLoad<T> : 0;
+  const auto none = [](float) { return 0.0f; };
+  update_elements<kPerLoad<T>>(change, 0, wide, none);
+  update_elements<1>(change, wide, other.size, none);
+}
+
+// Block i < n_tiles takes tile i, the following n_vectors blocks a vector each, the n_others after
+// them one of the others.
+template <class Rule, class T, class M>
+__global__ void __launch_bounds__(kThreads, 2)
+    update_kernel(const Header header, const Update update, int64_t shared_floats) {
+  int64_t block = blockIdx.x;
+  if (block < header.n_tiles) return update_tile<Rule, T, M>(header, update, block, shared_floats);
+  block -= header.n_tiles;
+  if (block < header.n_vectors) return update_vector<Rule, T, M>(header, update, block);
+  update_other<Rule, T, M>(update, block - header.n_vectors);
+}
+
+template <class Rule, class T, class M>
+void launch_update(const Header& header, const Update& update, int device, int64_t stream) {
+  const int64_t bytes = bytes_for_t(header, device, "update");
+  launch<Header, Update, int64_t>("update", update_kernel<Rule, T, M>,
+                                  header.n_tiles + header.n_vectors + update.n_others, kThreads,
+                                  bytes, stream, header, update, bytes / (int64_t)sizeof(float));
+}
+
+template <class Rule, class T>
+void launch_narrow(const Header& header, const Update& update, int device, int64_t stream) {
+  if (update.moment_dtype == kFloat32)
+    launch_update<Rule, T, float>(header, update, device, stream);
+  else
+    launch_update<Rule, T, T>(header, update, device, stream);
+}
+
+template <class Rule>
+void launch_rule(const Header& header, const Update& update, int device, int64_t stream) {
+  if (header.weight_dtype == kFloat32)
+    launch_update<Rule, float, float>(header, update, device, stream);
+  else if (header.weight_dtype == kBFloat16)
+    launch_narrow<Rule, __nv_bfloat16>(header, update, device, stream);
+  else
+    launch_narrow<Rule, __half>(header, update, device, stream);
+}
+
+}  // namespace
+
+}  // namespace cuda
+}  // namespace spectral

@@ -1,0 +1,43 @@
+"""The penalty's gradient at one number: what a matrix's s, a shift or a gain is multiplied by."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tables import power
+
+
+@triton.jit
+def matrix_factor(sigma, target, strength, k, K: tl.constexpr):
+    """Return what s is multiplied by: strength * 2 k (sigma^k - tau^k) sigma^(k-1) / sigma.
+
+    At sigma = 0 there is no direction to move along: it is zero.
+    """
+    sigma, target = sigma.to(tl.float64), target.to(tl.float64)
+    factor = strength * 2 * k * (power(sigma, k, K) - power(target, k, K))
+    if K != 1:
+        factor = factor * power(sigma, k - 1, K - 1)
+    return tl.where(sigma == 0, 0.0, factor / tl.where(sigma == 0, 1.0, sigma))
+
+
+@triton.jit
+def shift_factor(norm, strength, k, K: tl.constexpr):
+    """Return what the elements of a shift of that norm are multiplied by, float64."""
+    norm = norm.to(tl.float64)
+    factor = 2 * k * strength
+    if K != 1:
+        factor = factor * power(norm * norm, k - 1, K - 1)
+    return factor
+
+
+@triton.jit
+def vector_gradient(value, gain, factor, strength, k, K: tl.constexpr):
+    """Return the gradient at elements ``value`` (float64) of a gain, or of a shift."""
+    magnitude = tl.abs(value)
+    slope = power(magnitude, k, K) - 1
+    if K != 1:
+        slope = slope * power(magnitude, k - 1, K - 1)
+    pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
+    pull = tl.where(value == 0, 0.0, pull)
+    return tl.where(gain, pull, factor * value).to(tl.float32)
