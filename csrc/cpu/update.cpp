@@ -104,9 +104,11 @@ struct Stretch {
     weight += x * beside_it;
   }
 
+  // Where a pair takes more than a line, fetching ahead made the step 3 to 5 % slower.
   template <class E>
   static SPECTRAL_INLINE void prefetch(const E* p) {
-    prefetch_pair((const E*)((const char*)p + kAheadInRow));
+    if (2 * kLanes * (int)sizeof(E) <= kLine)
+      __builtin_prefetch((const char*)p + kAheadInRow, 0, 3);
   }
 
   SPECTRAL_INLINE void pair(const Rule& rule, int64_t c, V x0, V x1) const {
