@@ -34,18 +34,19 @@ class Traffic(NamedTuple):
         return self.total / bandwidth
 
 
-def step(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Traffic:
+def step(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: str = "cuda") -> Traffic:
     """Count the bytes of one power iteration of every matrix and the gradient added to ``.grad``.
 
     Of (M, N) weights of b bytes in T tiles: W is read (M N b), .grad read and written (2 M N b). In
     float32, the first launch reads v once per tile (T N), writes s (M) and a partial t per tile
     (T N); the second reads the partial t (T N), v again per tile and once more to keep it where
     the next is not finite ((T + 1) N), writes, reads and writes the next v (3 N) and reads s (M).
-    Tables and sums per tile count too. What is read from a cache counts as if it were not.
+    Tables and sums per tile count too. What is read from a cache counts as if it were not. T depends
+    on the type of ``device``.
     """
     weights = vectors = 0
     for m, n in shapes:
-        tiles = -(-m // rows_of_a_tile(m))
+        tiles = -(-m // rows_of_a_tile(m, device))
         weights += 3 * m * n * dtype.itemsize
         vectors += 4 * (4 * tiles * n + 4 * n + 2 * m)
         vectors += 2 * (MATRIX.itemsize + tiles * (TILE.itemsize + 8))

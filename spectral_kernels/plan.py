@@ -43,7 +43,8 @@ HEADER = (
 SLOT = {name: i for i, name in enumerate(HEADER)}  # all of eight bytes, exponent a float64
 SCALARS = ("sigma", "residual", "norm", "penalty", "strength", "target")
 
-TILE_ROWS = 64  # at most, if MAX_TILES allows; a tile writes N numbers of t: 1/64 of what it reads
+# Rows of a tile at most, if MAX_TILES allows. A tile writes N numbers of t: 1/128 of what it reads.
+TILE_ROWS, TILE_ROWS_ON_GPU = 128, 64  # more programs, and 1/64
 MAX_TILES = 64  # per matrix, so that partial sums stay O(N)
 _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 
@@ -53,10 +54,14 @@ def address(array: np.ndarray) -> int:
     return array.view(np.int64).__array_interface__["data"][0]
 
 
-def rows_of_a_tile(rows: int) -> int:
-    """Return how many of a matrix's ``rows`` go into each of its tiles but the last, 4 n."""
-    n_tiles = min(-(-rows // TILE_ROWS), MAX_TILES)
-    return max(4, 4 * -(-rows // (4 * max(n_tiles, 1))))
+def rows_of_a_tile(rows: int, device_type: str) -> int:
+    """Return how many of a matrix's ``rows`` go into each of its tiles but the last, 4 n.
+
+    More than 64 rows make two tiles at least, or one thread would have most of a small model.
+    """
+    most = TILE_ROWS if device_type == "cpu" else TILE_ROWS_ON_GPU
+    n_tiles = max(-(-rows // most), 2 if rows > 64 else 1)
+    return max(4, 4 * -(-rows // (4 * min(n_tiles, MAX_TILES))))
 
 
 class Plan:
@@ -109,7 +114,7 @@ class Plan:
         tiles: list[tuple[int, int, int, int]] = []
         v_offset = s_offset = t_offset = 0
         for i, x in enumerate(self.layouts):
-            step = rows_of_a_tile(x.rows)
+            step = rows_of_a_tile(x.rows, self.device.type)
             starts = range(0, x.rows, step) if x.cols else ()
             table[i] = (
                 0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,

@@ -263,7 +263,7 @@ def test_traffic_counts_what_the_plan_lays_out():
     weights = cases.random_weights(shapes, torch.bfloat16)
     selection = select([(f"{i}.weight", w) for i, w in enumerate(weights)], trainable_only=False)
     plan = Plan(selection.matrices, (), weights)
-    counted = traffic.step(shapes, torch.bfloat16)
+    counted = traffic.step(shapes, torch.bfloat16, "cpu")
     assert counted.weights == 3 * plan.header[SLOT["n_bytes"]]
     rows, columns = sum(m for m, _ in shapes), sum(n for _, n in shapes)
     tables = plan.table.nbytes + plan.tiles.nbytes + plan.norm_partial.nbytes
