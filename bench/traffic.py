@@ -41,8 +41,8 @@ def step(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: str = "c
     float32, the first launch reads v once per tile (T N), writes s (M) and a partial t per tile
     (T N); the second reads the partial t (T N), v again per tile and once more to keep it where
     the next is not finite ((T + 1) N), writes, reads and writes the next v (3 N) and reads s (M).
-    Tables and sums per tile count too. What is read from a cache counts as if it were not. T depends
-    on the type of ``device``.
+    Tables and sums per tile count too. What is read from a cache counts as if it were not.
+    T depends on the type of ``device``.
     """
     weights = vectors = 0
     for m, n in shapes:

@@ -47,14 +47,25 @@ def test_the_ci_runs_exactly_the_test_command():
         assert f"\n{step}\n" in ci, step
 
 
-def test_the_table_of_figures_is_that_of_the_results():
+REPORTS = re.findall(r"\]\((bench/results/\S+)/report\.md\)", README)
+
+
+@pytest.mark.parametrize("path", REPORTS)
+def test_reports_are_those_of_the_results_beside_them(path):
     report = pytest.importorskip("bench.report", reason="needs the bench folder")
-    (path,) = re.findall(r"\]\((bench/results/\S+)/report\.md\)", README)
     run = report.load(sorted((ROOT / path).glob("*.json")))
-    assert report.summary(run) in README
     written = (ROOT / path / "report.md").read_text()
     assert written.startswith(report.tables(run))
     assert all((ROOT / path / name).exists() for name in re.findall(r"\]\((\S+)\)", written))
+
+
+def test_the_tables_of_figures_are_those_of_the_results():
+    report = pytest.importorskip("bench.report", reason="needs the bench folder")
+    step, optimizers = REPORTS[:2]
+    assert report.summary(report.load(sorted((ROOT / step).glob("*.json")))) in README
+    rows = re.findall(r"^\|.*", (ROOT / optimizers / "report.md").read_text(), re.M)
+    assert len(rows) == 12
+    assert all(f"\n{row}\n" in README for row in rows)
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
