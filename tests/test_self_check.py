@@ -10,6 +10,8 @@ from torch import nn
 from spectral_kernels import SpectralAdamW, SpectralSGD, backends, optim_check
 from spectral_kernels.self_check import disagreement
 
+from . import sanitized
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -17,6 +19,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def test_every_backend_passes(backend, dtype):
     own = backends.choose(backend, torch.get_default_device(), dtype)
     assert disagreement(own, torch.get_default_device(), dtype) is None
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])  # for Triton's interpreter it is too much
+def test_the_steps_for_compute_sanitizer_run(name):
+    if (reason := backends.unavailable(name)) is not None:
+        pytest.skip(reason)
+    sanitized.main(name, "cpu")
 
 
 def test_random_numbers_stay_as_they_were():
