@@ -192,6 +192,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}: got {group[name]!r}; accepted are finite numbers >= 0")
 
     def _row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return a group's hyperparameters in the order of GROUP; each optimizer has its own."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------------- what it has learnt

@@ -50,6 +50,19 @@ def with_gradients(model):
     return model
 
 
+def captured(step):
+    """A CUDA graph of ``step``, which runs once before that, in a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 def batch(dtype=torch.float32):
     return torch.randint(11, (3, 7)), torch.randn(3, 3, 6, 6, dtype=dtype)
 

@@ -15,7 +15,7 @@ from torch import nn
 from bench import baselines, devices, gate, memory
 from spectral_kernels import SpectralRegularizer, backends
 
-from .models import close, net, with_gradients
+from .models import captured, close, net, with_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,15 +108,8 @@ def test_a_captured_step_replays_bit_for_bit(kernels, iterations):
         SpectralRegularizer(m, strength, backend=kernels, n_power_iterations=iterations)
         for m in (model, twin)
     ]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        regs[0].accumulate_grad_()
-    torch.cuda.current_stream().wait_stream(stream)
+    graph = captured(regs[0].accumulate_grad_)
     regs[1].accumulate_grad_()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        regs[0].accumulate_grad_()
     for i in range(4):
         strength.fill_(0.1 * (i + 1))
         with torch.no_grad():

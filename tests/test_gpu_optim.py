@@ -10,7 +10,7 @@ import torch
 
 from spectral_kernels import SpectralAdamW, SpectralSGD
 
-from .models import net, with_gradients
+from .models import captured, net, with_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,15 +134,8 @@ def test_captured_steps_replay_bit_for_bit(kernels):
         SpectralAdamW(with_gradients(m), lr, strength=strength, backend=kernels)
         for m in (model, twin)
     ]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        optimizers[0].step()
-    torch.cuda.current_stream().wait_stream(stream)
+    graph = captured(optimizers[0].step)
     optimizers[1].step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizers[0].step()
     for i in range(4):
         lr.fill_(1e-2 / (i + 1))
         strength.fill_(0.1 * (i + 1))

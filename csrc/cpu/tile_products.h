@@ -40,7 +40,7 @@ SPECTRAL_INLINE void prefetch_pair(const T* p) {
   for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch((const char*)p + i, 0, 3);
 }
 
-// out[r] = sum_c w[r][c] * v[c]; kPrefetch: of the first half of the rows that come later
+// out[r] = sum_c w[r][c] * v[c]; kPrefetch: fetch the first half of the rows that come later
 template <int R, bool kPrefetch, class T, class S>
 SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (&out)[R],
                               const T* const (&later)[R]) {
@@ -70,7 +70,7 @@ SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (
   for (int r = 0; r < R; ++r) out[r] = sum_lanes(even[r] + odd[r]);
 }
 
-// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c]; kPrefetch: of the other half
+// t[c] = (first ? 0 : t[c]) + sum_r a[r] * w[r][c]; kPrefetch: fetch the other half
 template <int R, bool kPrefetch, class T, class S>
 SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n, S* t, bool first,
                               const T* const (&later)[R]) {
