@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .penalty import store_norm
 from .tables import (
     GAIN,
     INNER,
@@ -138,9 +139,7 @@ def _vector(vector, norm, penalty, k, DTYPE: tl.constexpr, K: tl.constexpr, BN: 
         squares += value * value
         excess = tl.where(c < size, power(tl.abs(value), k, K) - 1, 0.0)
         excesses += excess * excess
-    total = tl.sum(squares, 0)
-    tl.store(norm, tl.sqrt(total).to(tl.float32))
-    tl.store(penalty, tl.where(gain, tl.sum(excesses, 0), power(total, k, K)).to(tl.float32))
+    store_norm(norm, penalty, squares, excesses, gain, k, K)
 
 
 @triton.jit(do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k"])

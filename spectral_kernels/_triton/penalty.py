@@ -1,4 +1,4 @@
-"""The penalty's gradient at one number: what a matrix's s, a shift or a gain is multiplied by."""
+"""The penalty of a vector, and what a matrix's s, a shift or a gain is multiplied by."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def vector_gradient(value, gain, factor, strength, k, K: tl.constexpr):
     pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
     pull = tl.where(value == 0, 0.0, pull)
     return tl.where(gain, pull, factor * value).to(tl.float32)
+
+
+@triton.jit
+def store_norm(norm, penalty, squares, excesses, gain, k, K: tl.constexpr):
+    """Write norm and penalty of a vector from sums of x^2 and, for gains, of (|x|^k - 1)^2."""
+    total = tl.sum(squares, 0)
+    tl.store(norm, tl.sqrt(total).to(tl.float32))
+    tl.store(penalty, tl.where(gain, tl.sum(excesses, 0), power(total, k, K)).to(tl.float32))

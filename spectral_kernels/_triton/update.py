@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .gram_matvec import add_long_rows, products
-from .penalty import matrix_factor, shift_factor, vector_gradient
+from .penalty import matrix_factor, shift_factor, store_norm, vector_gradient
 from .tables import (
     ADAMW,
     ALIGNMENT,
@@ -215,9 +215,7 @@ def _elements(
             excess = tl.where(mask, power(tl.abs(value), k, K) - 1, 0.0)
             excesses += excess * excess
     if WITH_PENALTY:
-        total = tl.sum(squares, 0)
-        tl.store(norm, tl.sqrt(total).to(tl.float32))
-        tl.store(penalty, tl.where(gain, tl.sum(excesses, 0), power(total, k, K)).to(tl.float32))
+        store_norm(norm, penalty, squares, excesses, gain, k, K)
 
 
 @triton.jit
