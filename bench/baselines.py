@@ -17,6 +17,8 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 
 from spectral_kernels import SpectralRegularizer
+from spectral_kernels.plan import R
+from spectral_kernels.reference import orthonormal_rows
 
 Step = Callable[[], object]
 
@@ -25,9 +27,10 @@ Step = Callable[[], object]
 class Contender:
     """One way to compute a step.
 
-    ``at`` says for which vectors the gradient is right: "v" (those before the iteration), "next v"
-    (those after it), "svd" (the exact ones), or "nothing" for what computes no gradient at all and
-    is timed for orientation. ``most`` is the number of weights beyond which it is left out.
+    ``at`` says for which vectors the gradient is right: "v" (those before the iteration; of ``r``
+    vectors the Ritz vector), "next v" (those after it), "svd" (the exact ones), or "nothing" for
+    what computes no gradient at all and is timed for orientation. ``most`` is the number of weights
+    beyond which it is left out.
     """
 
     make: Callable[[list[torch.Tensor], float], Step]
@@ -36,6 +39,7 @@ class Contender:
     most: float = float("inf")
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    r: int = 1
 
     def enters(self, shapes, dtype: str, device: str) -> bool:
         """Tell whether it can be measured on weights of ``shapes`` at all."""
@@ -43,9 +47,12 @@ class Contender:
         return weights <= self.most and dtype in self.dtypes and device in self.devices
 
 
-def start_vectors(weights) -> list[torch.Tensor]:
-    """Random unit vectors, one per weight, the same at every call."""
+def start_vectors(weights, r: int = 1) -> list[torch.Tensor]:
+    """Random unit vectors, the same at every call: one per weight [N], or ``r`` of them [r, N]."""
     generator = torch.Generator().manual_seed(0)
+    if r > 1:
+        random = (torch.randn(r, w.shape[1], generator=generator) for w in weights)
+        return [orthonormal_rows(v).float() for v in random]
     vectors = (torch.randn(w.shape[1], generator=generator).to(w) for w in weights)
     return [v / v.norm() for v in vectors]
 
@@ -54,21 +61,19 @@ def _normalized(x: torch.Tensor) -> torch.Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def _regularizer(weights, strength, backend) -> SpectralRegularizer:
+def _regularizer(weights, strength, backend, r=1) -> SpectralRegularizer:
     named = [(f"{i}.weight", w) for i, w in enumerate(weights)]
-    reg = SpectralRegularizer(named, strength, backend=backend, warmup=0)
-    vectors = start_vectors(weights)
-    reg.load_state_dict(
-        {"vectors": {name: v[None] for (name, _), v in zip(named, vectors, strict=True)}}
-    )
+    reg = SpectralRegularizer(named, strength, backend=backend, n_vectors=r, warmup=0)
+    vectors = [torch.atleast_2d(v) for v in start_vectors(weights, r)]
+    reg.load_state_dict({"vectors": {name: v for (name, _), v in zip(named, vectors, strict=True)}})
     return reg
 
 
-def ours(backend: str):
-    """Return a maker of accumulate_grad_ on a backend."""
+def ours(backend: str, r: int = 1):
+    """Return a maker of accumulate_grad_ on a backend, with ``r`` vectors per matrix."""
 
     def make(weights, strength):
-        return _regularizer(weights, strength, backend).accumulate_grad_
+        return _regularizer(weights, strength, backend, r).accumulate_grad_
 
     return make
 
@@ -243,6 +248,17 @@ BY_AUTOGRAD = {
     "reference": Contender(ours_by_autograd("reference"), "ours (PyTorch reference)"),
     "autograd_loop": CONTENDERS["autograd_loop"],
 }
+SEVERAL = {
+    **{name: CONTENDERS[name] for name in ("triton", "cuda", "cpu")},
+    **{
+        f"{name}_{r}": Contender(
+            ours(name, r), CONTENDERS[name].label + f", {r} vectors",
+            devices=CONTENDERS[name].devices, r=r,
+        )
+        for name in ("triton", "cuda", "cpu")
+        for r in R[1:]
+    },
+}  # fmt: skip
 FLOORS = {
     "floor": "floor: read W, add to .grad",
     "floor_read": "read W alone",

@@ -31,9 +31,13 @@ def leaves(shapes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> li
 def true_gradient(weight: torch.Tensor, v: torch.Tensor, at: str) -> tuple[torch.Tensor, float]:
     """Return the gradient in float64, and its largest element had sigma^2 - 1 not cancelled.
 
-    ``at`` v, at W v and the next v, or at the exact singular vectors.
+    ``at`` v (of several the Ritz vector), at W v and the next v, or at the exact singular vectors.
     """
-    weight, v = weight.detach().double(), v.double()
+    weight = weight.detach().double()
+    v = v.to(weight)
+    if v.dim() > 1:
+        s = v @ weight.mT
+        v = torch.linalg.eigh(s @ s.mT)[1][:, -1] @ v
     if at == "svd":
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         u, sigma, v = u[:, 0], s[0], vh[0]
@@ -57,7 +61,7 @@ class FirstStep(NamedTuple):
 def first_step(contender: Contender, weights) -> FirstStep:
     """Make ``contender``, run one step, check the gradients and restore them."""
     before = [weight.grad.clone() for weight in weights]
-    vectors = start_vectors(weights)
+    vectors = start_vectors(weights, contender.r)
     start = time.perf_counter()
     contender.make(weights, STRENGTH)()
     if weights[0].is_cuda:

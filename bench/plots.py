@@ -26,6 +26,7 @@ _GREY = "0.35"
 _HEADINGS = {
     "penalty_step": "power iteration and gradient of every matrix",
     "autograd": "penalty() forward and backward",
+    "subspace": "power iteration and gradient with one vector per matrix and with several",
     "optimizer_step": "AdamW's step with the penalty and without",
 }
 _COLUMNS = 3

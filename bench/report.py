@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from .baselines import CONTENDERS, FLOORS
+from .baselines import CONTENDERS, FLOORS, SEVERAL
 
 # The first that was measured is "ours".
 OURS = ("spectral_adamw", "triton", "cuda", "cpu", "attach")
 LABELS = {
-    **{name: contender.label for name, contender in CONTENDERS.items()},
+    **{name: contender.label for name, contender in (CONTENDERS | SEVERAL).items()},
     **FLOORS,
     "without": "without the regularizer",
     "attach": "ours, attached",

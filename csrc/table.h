@@ -19,8 +19,8 @@ struct Matrix {
   int64_t rows, outer, inner;
   int64_t row_stride, outer_stride;
   int64_t grad_row_stride, grad_outer_stride;
-  int64_t v_offset;  // first element in v and v_next, outer * inner of them
-  int64_t s_offset;  // first element in s, rows of them
+  int64_t v_offset;  // first element in v and v_next, r times outer * inner of them
+  int64_t s_offset;  // first element in s, r times rows of them
   int64_t first_tile, n_tiles;
 };
 
@@ -28,7 +28,7 @@ struct Matrix {
 struct Tile {
   int64_t matrix;
   int64_t row_begin, row_end;
-  int64_t t_offset;  // first element of this tile's partial t in t_partial
+  int64_t t_offset;  // first element of this tile's partial t in t_partial, r times N of them
 };
 
 enum VectorKind : int64_t { kShift = 0, kGain = 1 };
@@ -75,19 +75,20 @@ struct Update {
   int64_t found_inf;   // one float32 number: above zero nothing moves; 0: everything does
 };
 
-// Everything one call needs. State arrays are float32, or float64 for float64 weights.
+// Everything one call needs. State arrays are float32, or float64 for float64 weights. A matrix has
+// r vectors, one after the other; sigma and residual have a row per vector, the largest first.
 struct Header {
   int64_t weight_dtype;
   int64_t matrices, n_matrices;
   int64_t tiles, n_tiles;
   int64_t vectors, n_vectors;
-  int64_t t_partial;     // per tile [N]; 0: only s is wanted
-  int64_t norm_partial;  // per tile, float64: sum of s_r^2
-  int64_t v;             // [sum of N] the vectors that the products are taken with
-  int64_t v_next;        // [sum of N] normalize writes the next ones here
-  int64_t s;             // [sum of M] W v
-  int64_t sigma;         // [n_matrices]
-  int64_t residual;      // [n_matrices]
+  int64_t t_partial;     // per tile [r, N]; 0: only s is wanted
+  int64_t gram_partial;  // per tile [r, r], float64: products of the rows' numbers in s, summed
+  int64_t v;             // [sum of r N] the vectors that the products are taken with
+  int64_t v_next;        // [sum of r N] normalize writes the next ones here
+  int64_t s;             // [sum of r M] W v
+  int64_t sigma;         // [r, n_matrices]
+  int64_t residual;      // [r, n_matrices]
   int64_t norm;          // [n_vectors] Euclidean norm
   int64_t penalty;       // [n_matrices + n_vectors] without strength
   int64_t strength;      // [n_matrices + n_vectors]
@@ -96,6 +97,10 @@ struct Header {
   double exponent;
   int64_t scratch_size;  // elements of the longest row
   int64_t n_bytes;       // size of the weights, to decide whether threads pay
+  int64_t r;             // vectors per matrix: 1, 2, 4, 8 or 16
+  // 0: all matrices take part. Above: those whose residual exceeds tolerance * sigma, with the
+  // products taken with v_next, which normalize copies to v; the others stay as they are.
+  double tolerance;
 };
 
 }  // namespace spectral

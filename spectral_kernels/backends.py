@@ -9,30 +9,13 @@ from collections.abc import Callable
 import torch
 
 from . import plan as plan_module
-from . import reference
+from .reference import Reference
 from .self_check import disagreement
 
 NAMES = ("triton", "cuda", "cpu", "reference")
 _AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by type of device, then the reference
 _said: set[str] = set()
-_checked: dict[tuple, str | None] = {}  # by name, device, dtype and perhaps optimizer
-
-
-class Reference:
-    """Plain PyTorch on any device."""
-
-    name = "reference"
-    scalars_on_device = False  # an optimizer's step needs numbers
-    gram_matvec = staticmethod(reference.gram_matvec)
-    normalize = staticmethod(reference.normalize)
-    rank_one = staticmethod(reference.rank_one)
-    update = staticmethod(reference.update)
-
-    @staticmethod
-    def finish(plan, state, grads, accumulate: bool) -> None:
-        """Do what normalize and rank_one do."""
-        reference.normalize(plan, state)
-        reference.rank_one(plan, state, grads, accumulate)
+_checked: dict[tuple, str | None] = {}  # by name, device, dtype, r and perhaps optimizer
 
 
 class Cpu:
@@ -162,23 +145,27 @@ def interpreted() -> bool:
     return importlib.import_module("triton").knobs.runtime.interpret
 
 
-def failed_check(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def failed_check(name: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> str | None:
     """Return how a backend that can run here differs from the reference on a small problem.
 
-    None if it does not. The problem is computed once per process, device and dtype.
+    None if it does not. The problem is computed once per process, device, dtype and number ``r`` of
+    vectors.
     """
-    return _check((name, device, dtype), lambda: disagreement(_make(name, dtype), device, dtype))
+    key = name, device, dtype, r
+    return _check(key, lambda: disagreement(_make(name, dtype), device, dtype, r))
 
 
-def for_steps(backend, optimizer: str, device: torch.device, dtype: torch.dtype, differs: Callable):
+def for_steps(
+    backend, optimizer: str, device: torch.device, dtype: torch.dtype, differs: Callable, r: int = 1
+):
     """Return ``backend``, or the reference where an optimizer's steps by it are wrong.
 
-    ``differs`` returns how they are, or None; it is called once per process, optimizer, device and
-    dtype, and only for a GPU.
+    ``differs`` returns how they are, or None; it is called once per process, optimizer, device,
+    dtype and number ``r`` of vectors, and only for a GPU.
     """
     if device.type != "cuda" or backend.name == "reference":
         return backend
-    reason = _check((backend.name, device, dtype, optimizer), differs)
+    reason = _check((backend.name, device, dtype, r, optimizer), differs)
     if reason is None:
         return backend
     _say(f"{optimizer}: {reason}", "reference")
@@ -202,12 +189,12 @@ def check_name(name: str) -> None:
         raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32):
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32, r: int = 1):
     """Return the backend for ``device``: the one asked for, or with "auto" the best there is.
 
     float64 weights on a GPU go to the reference. What "auto" finds for a GPU has to agree with the
-    reference on a small problem, once per process, device and dtype; where it does not, the next
-    one serves, with a warning.
+    reference on a small problem, once per process, device, dtype and number ``r`` of vectors; where
+    it does not, the next one serves, with a warning.
 
     Raises:
         ValueError: an unknown name.
@@ -226,7 +213,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32):
     for i, candidate in enumerate(candidates):
         reason = unavailable(candidate) or _refused(candidate, device)
         if reason is None and device.type == "cuda":
-            reason = failed_check(candidate, device, dtype)
+            reason = failed_check(candidate, device, dtype, r)
         if reason is None:
             return _make(candidate, dtype)
         _say(reason, (*candidates, "reference")[i + 1])

@@ -12,12 +12,16 @@ from .plan import Plan
 from .selection import Selection
 from .state import State
 
+# With "auto" power iterations, those matrices whose residual / sigma is above TOLERANCE get up to
+# MOST_FURTHER further ones per step. An estimate that is off by 1 % has a residual of 1 to 3 %.
+TOLERANCE, MOST_FURTHER = 0.01, 8
+
 
 class Bucket:
-    """One plan with its state and its backend."""
+    """One plan with its state and its backend, and how many ``further`` iterations may be run."""
 
-    def __init__(self, plan: Plan, backend, exponent: float):
-        self.plan, self.backend = plan, backend
+    def __init__(self, plan: Plan, backend, exponent: float, further: int = 0):
+        self.plan, self.backend, self.further = plan, backend, further
         self.state = State.fresh(plan, exponent)
         self.warm = self.measured = False
         self.ahead = False  # v, s and v_next belong to the next step already, weights unchanged
@@ -27,12 +31,17 @@ class Bucket:
         for _ in range(n):
             self._products()
             self.backend.normalize(self.plan, self.state)
+        self._catch_up()
 
     def iterate_and_add_gradient(self, n: int, grads) -> None:
         """Run ``n`` power iterations and add the gradient of the last to ``grads``."""
-        self.iterate(n - 1)
-        self._products()
-        self.backend.finish(self.plan, self.state, grads, accumulate=True)
+        if self.further:
+            self.iterate(n)
+            self.add_gradient(self.state, grads, accumulate=True)
+        else:
+            self.iterate(n - 1)
+            self._products()
+            self.backend.finish(self.plan, self.state, grads, accumulate=True)
         if n % 2 and self._capturing():
             # Replays read the vectors where this capture has read them.
             self.state.v.copy_(self.state.v_next)
@@ -42,6 +51,21 @@ class Bucket:
         self.state.swap()
         self.backend.gram_matvec(self.plan, self.state)
         self.measured = True
+
+    def _catch_up(self) -> None:
+        """Run further iterations for matrices that are stale.
+
+        On a GPU the kernels tell which these are, and all calls are made, so that nothing waits.
+        """
+        state = self.state
+        state.set_tolerance(TOLERANCE)
+        for _ in range(self.further):
+            on_host = self.plan.device.type == "cpu"
+            if on_host and not bool((state.residual > TOLERANCE * state.sigma).any()):
+                break
+            self.backend.gram_matvec(self.plan, state)
+            self.backend.normalize(self.plan, state)
+        state.set_tolerance(0)
 
     def look_ahead(self, changed: bool) -> None:
         """Have s, sigma and v_next of the weights as they are, ``changed`` from outside or not."""
@@ -57,6 +81,7 @@ class Bucket:
         state = self.state
         state.swap()
         self.backend.normalize(self.plan, state)
+        self._catch_up()
         if self._capturing():
             # Replays read the vectors where this capture has read them.
             held = state.v.clone()
@@ -98,6 +123,8 @@ class Buckets:
         exponent: k.
         warmup: iterations for vectors that start from random numbers.
         seed: of those random numbers; each matrix has its own stream, keyed by its name.
+        r: vectors per matrix.
+        further: iterations at most for stale matrices, after every other.
         fill: called with each new bucket, to write strength and target.
     """
 
@@ -108,10 +135,13 @@ class Buckets:
         exponent: float,
         warmup: int,
         seed: int,
+        r: int,
+        further: int,
         fill: Callable[[Bucket], None],
     ):
         self.selection, self.backend, self.exponent = selection, backend, exponent
         self.warmup, self.seed, self.fill = warmup, seed, fill
+        self.r, self.further = r, further
         self.buckets: list[Bucket] | None = None
         self._indices: list[list[int]] = []  # of each bucket's owners
         self.known: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
@@ -169,10 +199,10 @@ class Buckets:
             matrices = [m for m in self.selection.matrices if place[m.owner] in inside]
             vectors = [v for v in self.selection.vectors if place[v.owner] in inside]
             order = list(dict.fromkeys(place[x.owner] for x in (*matrices, *vectors)))
-            backend = backends.choose(self.backend, device, dtype)
+            backend = backends.choose(self.backend, device, dtype, self.r)
             own = [tensors[i] for i in order]
-            plan = Plan(matrices, vectors, own)
-            bucket = Bucket(plan, backend, self.exponent)
+            plan = Plan(matrices, vectors, own, self.r)
+            bucket = Bucket(plan, backend, self.exponent, self.further)
             bucket.warm = self._start(bucket)
             self.fill(bucket)
             buckets.append(bucket)
@@ -187,22 +217,25 @@ class Buckets:
         ):
             v = self.known.get(matrix.name)
             if v is not None and v.shape[-1] == matrix.shape_now()[1]:
-                v = layout.from_logical(v.to(state.v))
+                v = layout.from_logical(v[: self.r].to(state.v))
                 if layout.side == "left":
                     v = _unit(v @ reference.matrix(bucket.plan, i))
             else:
                 v = None
-            if v is None:
+            if v is None or len(v) < self.r:
                 all_known = False
-                v = self._random(matrix.name, layout.cols)
+                random = self._random(matrix.name, layout.cols)
+                if v is not None:
+                    random[: len(v)] = v
+                v = orthonormal(random)
             state.columns(i, state.v_next).copy_(v)
         return all_known
 
     def _random(self, name: str, cols: int) -> torch.Tensor:
         # torch's generator on a CPU has 32 bits of seed.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
-        v = torch.randn(1, cols, generator=generator, dtype=torch.float64, device="cpu")
-        return v / torch.linalg.vector_norm(v)
+        shape = self.r, cols
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def vectors(self) -> dict[str, torch.Tensor]:
         """Return right singular vectors to start from again: name -> [r, N], copies.
@@ -232,8 +265,15 @@ class Buckets:
         self.buckets = None
 
 
+def orthonormal(v: torch.Tensor) -> torch.Tensor:
+    """Return an orthonormal basis of the rows of ``v`` [r, N]; one row is divided by its norm."""
+    if len(v) == 1:
+        return (v / torch.linalg.vector_norm(v.double())).to(v.dtype)
+    return reference.orthonormal_rows(v).to(v.dtype)
+
+
 def _unit(v: torch.Tensor) -> torch.Tensor | None:
-    """Return ``v`` [r, N] over its norms, or None where that cannot be."""
-    norm = torch.linalg.vector_norm(v.double(), dim=-1, keepdim=True)
-    good = bool((torch.isfinite(norm) & (norm > 0)).all())
-    return (v / norm).to(v.dtype) if good else None
+    """Return an orthonormal basis of ``v`` [r, N], or None where its first row is zero."""
+    first = torch.linalg.vector_norm(v[0].double())
+    good = bool(torch.isfinite(v).all() & (first > 0) & torch.isfinite(first))
+    return orthonormal(v) if good else None

@@ -8,32 +8,41 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .arguments import one_of
 from .backends import check_name, choose
 from .buckets import Bucket
-from .plan import Plan
+from .plan import Plan, R
+from .reference import orthonormal_rows
 from .selection import Matrix, select
+
+SETTLED = 5  # iterations of several vectors after which singular values have to be the same
 
 
 def spectral_norms(
     model_or_named_tensors: nn.Module | Iterable[tuple[str, torch.Tensor]],
     rtol: float = 1e-4,
     *,
+    n_vectors: int = 1,
     backend: str = "auto",
     **selection,
-) -> dict[str, float]:
+) -> dict[str, float] | dict[str, tuple[float, ...]]:
     """Return the largest singular value of every matrix, within ``rtol`` of the SVD's.
 
     Lanczos iteration on W^T W with full reorthogonalization (Golub and Van Loan, "Matrix
-    Computations", section 10.1), with one read of W per step; frozen parameters are measured too.
+    Computations", section 10.1), for several singular values its block form (section 10.3.6), with
+    one read of W per step; frozen parameters are measured too.
 
     Args:
         model_or_named_tensors: a module, or an iterable of (name, tensor).
         rtol: relative error, at least 1e-5 (1e-12 for float64 weights).
+        n_vectors: how many singular values: 1, 2, 4, 8 or 16.
         backend: as for SpectralRegularizer.
         selection: ``include``, ``exclude``, ``splits``, ``stacked`` as for SpectralRegularizer.
 
     Returns:
-        name -> sigma_1; nan for a matrix with an element that is not finite.
+        name -> sigma_1; with several vectors name -> that many singular values, largest first, each
+        within ``rtol`` times the largest, 0 where a matrix has fewer. nan for a matrix with an
+        element that is not finite.
 
     Raises:
         ValueError: ``rtol`` out of range, a pattern that matches nothing, no matrix, a memory
@@ -41,33 +50,43 @@ def spectral_norms(
         RuntimeError: a backend that cannot run here, or no convergence.
     """
     check_name(backend)
+    one_of("n_vectors", n_vectors, R)
     unknown = set(selection) - {"include", "exclude", "splits", "stacked"}
     if unknown:
         raise TypeError(f"spectral_norms() got an unexpected argument {unknown.pop()!r}")
     matrices = select(
         model_or_named_tensors, biases=False, norms=False, trainable_only=False, **selection
     ).matrices
-    return {
-        matrix.name: largest_singular_value(matrix, matrix.owner.get().detach(), rtol, backend)
+    found = {
+        matrix.name: _largest(matrix, matrix.owner.get().detach(), rtol, backend, n_vectors)
         for matrix in matrices
     }
+    return {name: values[0] for name, values in found.items()} if n_vectors == 1 else found
 
 
 def largest_singular_value(
     matrix: Matrix, tensor: torch.Tensor, rtol: float, backend: str = "auto"
 ) -> float:
     """Return sigma_1 of one matrix of a parameter; see :func:`spectral_norms`."""
+    return _largest(matrix, tensor, rtol, backend, 1)[0]
+
+
+def _largest(
+    matrix: Matrix, tensor: torch.Tensor, rtol: float, backend: str, r: int
+) -> tuple[float, ...]:
     finest = 1e-12 if tensor.dtype == torch.float64 else 1e-5
     if not isinstance(rtol, float) or not finest <= rtol < 1:
         raise ValueError(
             f"rtol: got {rtol!r}; accepted for {tensor.dtype} are numbers from {finest} to 1"
         )
     if tensor.numel() == 0:
-        return 0.0
-    plan = Plan([matrix], [], [tensor])
-    bucket = Bucket(plan, choose(backend, plan.device), exponent=1)
+        return (0.0,) * r
+    plan = Plan([matrix], [], [tensor], r)
+    bucket = Bucket(plan, choose(backend, plan.device, r=r), exponent=1)
     bucket.state.target.zero_()
-    return _lanczos(bucket, rtol, matrix.name)
+    if r == 1:
+        return (_lanczos(bucket, rtol, matrix.name),)
+    return _block_lanczos(bucket, rtol, matrix.name)
 
 
 def _lanczos(bucket: Bucket, rtol: float, name: str) -> float:
@@ -116,6 +135,54 @@ def _lanczos(bucket: Bucket, rtol: float, name: str) -> float:
                 raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
         betas.append(beta)
         v = t / beta
+
+
+def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
+    """Return r singular values: the Ritz values of W on the space that all blocks of v span.
+
+    Each block comes with its s = W v, so that s s^T over all blocks is what W does there.
+    """
+    plan, state = bucket.plan, bucket.state
+    r, n = plan.r, plan.layouts[0].cols
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(r, n, generator=generator, dtype=torch.float64, device="cpu")
+    block = orthonormal_rows(start).to(plan.device)
+    # The first product only tells the magnitude, by which later ones are scaled.
+    state.columns(0, state.v_next).copy_(block)
+    bucket.iterate(1)
+    basis = torch.zeros(0, n, dtype=torch.float64, device=plan.device)
+    images = torch.zeros(0, plan.layouts[0].rows, dtype=torch.float64, device=plan.device)
+    history: list[torch.Tensor] = []
+    while True:
+        state.columns(0, state.v_next).copy_(block)
+        bucket.iterate(1)
+        if not torch.isfinite(state.sigma).all():
+            return (math.nan,) * r
+        basis = torch.cat((basis, state.columns(0, state.v).double()))
+        images = torch.cat((images, state.rows(0).double()))
+        squares = torch.linalg.eigvalsh(images @ images.mT).flip(0)[:r]
+        history.append(squares.clamp(min=0).sqrt())
+        block = _beside(basis, state.columns(0, state.v_next).double())
+        settled = len(history) > SETTLED and bool(
+            (history[-1] - history[-1 - SETTLED] <= 0.1 * rtol * history[-1][0]).all()
+        )
+        if settled or not block.any():
+            return tuple(history[-1].tolist())
+        if len(history) >= 2000:
+            raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
+
+
+def _beside(basis: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Return the rows of ``block`` orthonormal to ``basis`` and each other; zero if not new."""
+    eps = torch.finfo(torch.float32).eps
+    for i in range(len(block)):
+        row, others = block[i], torch.cat((basis, block[:i]))
+        for _ in range(2):
+            row = row - others.mT @ (others @ row)
+            norm = torch.linalg.vector_norm(row)
+            row = torch.where(norm > 10 * eps, row / norm, torch.zeros_like(row))
+        block[i] = row
+    return block
 
 
 def _top_ritz_value(alphas, betas, beta: float) -> tuple[float, float]:

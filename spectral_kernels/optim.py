@@ -40,6 +40,9 @@ class SpectralAdamW(SpectralOptimizer):
         exponent: k.
         target: tau.
         model: the module whose parameters ``params`` are: tells layers apart, and names them.
+        n_power_iterations: 1 or "auto", see :class:`SpectralRegularizer`; further ones are run
+            after the step.
+        n_vectors: singular vectors that are iterated per matrix, see there.
         decoupled: let the penalty act on the weights directly.
         state_dtype: torch.float32 for float32 moments of 16-bit parameters; None: the parameter's
             own, as in torch.
@@ -67,6 +70,8 @@ class SpectralAdamW(SpectralOptimizer):
         target: Target = 1.0,
         *,
         model: nn.Module | None = None,
+        n_power_iterations: int | str = 1,
+        n_vectors: int = 1,
         decoupled: bool = False,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
@@ -78,7 +83,8 @@ class SpectralAdamW(SpectralOptimizer):
         }  # fmt: skip
         super().__init__(
             params, defaults, strength, exponent, target, model=model, decoupled=decoupled,
-            state_dtype=state_dtype, backend=backend, **selection,
+            state_dtype=state_dtype, n_power_iterations=n_power_iterations, n_vectors=n_vectors,
+            backend=backend, **selection,
         )  # fmt: skip
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
@@ -114,6 +120,8 @@ class SpectralSGD(SpectralOptimizer):
         exponent: k.
         target: tau.
         model: see there.
+        n_power_iterations: see there.
+        n_vectors: see there.
         decoupled: let the penalty act on the weights directly.
         state_dtype: torch.float32 for float32 momentum of 16-bit parameters.
         backend: see there.
@@ -140,6 +148,8 @@ class SpectralSGD(SpectralOptimizer):
         target: Target = 1.0,
         *,
         model: nn.Module | None = None,
+        n_power_iterations: int | str = 1,
+        n_vectors: int = 1,
         decoupled: bool = False,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
@@ -151,7 +161,8 @@ class SpectralSGD(SpectralOptimizer):
         }  # fmt: skip
         super().__init__(
             params, defaults, strength, exponent, target, model=model, decoupled=decoupled,
-            state_dtype=state_dtype, backend=backend, **selection,
+            state_dtype=state_dtype, n_power_iterations=n_power_iterations, n_vectors=n_vectors,
+            backend=backend, **selection,
         )  # fmt: skip
 
     def _check_options(self, group: Mapping[str, Any]) -> None:

@@ -23,13 +23,17 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self, params, defaults, strength, exponent, target, *, model, decoupled, state_dtype,
-        backend, **selection,
+        n_power_iterations, backend, **selection,
     ):  # fmt: skip
         source, groups = _named_groups(params, model)
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")
+        if n_power_iterations not in (1, "auto"):
+            raise ValueError(
+                f"n_power_iterations: got {n_power_iterations!r}; accepted are 1 and 'auto'"
+            )
         self.regularizer = SpectralRegularizer(
-            source, strength, exponent, target, backend=backend, **selection
+            source, strength, exponent, target, n_power_iterations, backend=backend, **selection
         )
         self._backend, self._state_dtype, self._decoupled = backend, state_dtype, bool(decoupled)
         self._names = {id(p): name for group in groups for name, p in group["params"]}
@@ -128,7 +132,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self._updates, self._params = [], []
         for (device, dtype), params in parts.items():
             bucket = of.get((device, dtype))
-            backend = bucket.backend if bucket else backends.choose(self._backend, device, dtype)
+            r = self.regularizer.n_vectors
+            backend = bucket.backend if bucket else backends.choose(self._backend, device, dtype, r)
             if self._backend == "auto":
                 backend = self._checked(backend, device, dtype)
                 if bucket is not None:
@@ -148,10 +153,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def _checked(self, backend, device: torch.device, dtype: torch.dtype):
         """Return ``backend``, or the reference where a GPU's steps turn out to be wrong."""
-        kind = type(self)
+        kind, r = type(self), self.regularizer.n_vectors
         return backends.for_steps(
             backend, kind.__name__, device, dtype,
-            lambda: optim_check.disagreement(kind, backend.name, device, dtype),
+            lambda: optim_check.disagreement(kind, backend.name, device, dtype, r), r,
         )  # fmt: skip
 
     def _moments(self, p: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -215,6 +220,16 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def residual(self) -> torch.Tensor:
         """Some singular value of W lies within ``residual`` of ``sigma``; [n_matrices], a copy."""
         return self.regularizer.residual
+
+    @property
+    def singular_values(self) -> torch.Tensor:
+        """Estimates of the ``n_vectors`` largest ones of each matrix, [n_matrices, n_vectors]."""
+        return self.regularizer.singular_values
+
+    @property
+    def residuals(self) -> torch.Tensor:
+        """Their residuals, [n_matrices, n_vectors]; a copy."""
+        return self.regularizer.residuals
 
     @property
     def names(self) -> list[str]:

@@ -12,7 +12,9 @@ STRENGTH, STEPS = 0.5, 2
 LR, EPS = 0.1, 0.1
 
 
-def disagreement(optimizer: type, backend: str, device: torch.device, dtype: torch.dtype):
+def disagreement(
+    optimizer: type, backend: str, device: torch.device, dtype: torch.dtype, r: int = 1
+):
     """Return how the parameters or sigma differ after two steps by ``backend``, or None.
 
     Without any effect on torch's random numbers. Waits for the device.
@@ -22,12 +24,13 @@ def disagreement(optimizer: type, backend: str, device: torch.device, dtype: tor
         backend: name of the one to check.
         device: where.
         dtype: of the parameters.
+        r: vectors per matrix.
     """
     try:
-        found = _steps(optimizer, backend, device, dtype)
+        found = _steps(optimizer, backend, device, dtype, r)
     except Exception as error:  # whatever a compiler or driver has to say
         return f"{type(error).__name__}: {error}"
-    truth = _steps(optimizer, "reference", device, dtype)
+    truth = _steps(optimizer, "reference", device, dtype, r)
     for name, own in found.items():
         expected = truth[name].double()
         # A step may be rounded to the parameter's type one way or the other.
@@ -38,9 +41,9 @@ def disagreement(optimizer: type, backend: str, device: torch.device, dtype: tor
     return None
 
 
-def _steps(optimizer: type, backend: str, device, dtype) -> dict[str, torch.Tensor]:
+def _steps(optimizer: type, backend: str, device, dtype, r) -> dict[str, torch.Tensor]:
     model = small_model(device, dtype).requires_grad_(True)
-    own = optimizer(model, LR, strength=STRENGTH, backend=backend)
+    own = optimizer(model, LR, strength=STRENGTH, backend=backend, n_vectors=r)
     for group in own.param_groups:
         group.update({"eps": EPS} if "eps" in group else {"momentum": 0.9})
     for p in model.parameters():

@@ -37,14 +37,16 @@ UPDATE = (
 )  # fmt: skip
 HEADER = (
     "weight_dtype", "matrices", "n_matrices", "tiles", "n_tiles", "vectors", "n_vectors",
-    "t_partial", "norm_partial", "v", "v_next", "s", "sigma", "residual", "norm", "penalty",
-    "strength", "target", "scale", "exponent", "scratch_size", "n_bytes",
+    "t_partial", "gram_partial", "v", "v_next", "s", "sigma", "residual", "norm", "penalty",
+    "strength", "target", "scale", "exponent", "scratch_size", "n_bytes", "r", "tolerance",
 )  # fmt: skip
-SLOT = {name: i for i, name in enumerate(HEADER)}  # all of eight bytes, exponent a float64
-SCALARS = ("sigma", "residual", "norm", "penalty", "strength", "target")
+# All of eight bytes, exponent and tolerance float64.
+SLOT = {name: i for i, name in enumerate(HEADER)}
+SCALARS = ("sigmas", "residuals", "norm", "penalty", "strength", "target")
 
 # Rows of a tile at most, if MAX_TILES allows. A tile writes N numbers of t: 1/128 of what it reads.
 TILE_ROWS, TILE_ROWS_ON_GPU = 128, 64  # more programs, and 1/64
+R = (1, 2, 4, 8, 16)  # vectors per matrix that the kernels are made for
 MAX_TILES = 64  # per matrix, so that partial sums stay O(N)
 _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 
@@ -54,12 +56,13 @@ def address(array: np.ndarray) -> int:
     return array.view(np.int64).__array_interface__["data"][0]
 
 
-def rows_of_a_tile(rows: int, device_type: str) -> int:
+def rows_of_a_tile(rows: int, device_type: str, r: int = 1) -> int:
     """Return how many of a matrix's ``rows`` go into each of its tiles but the last, 4 n.
 
-    More than 64 rows make two tiles at least, or one thread would have most of a small model.
+    More than 64 rows make two tiles at least, or one thread would have most of a small model. With
+    ``r`` vectors a tile writes r N numbers of t, so it is higher: up to 256 rows on a CPU.
     """
-    most = TILE_ROWS if device_type == "cpu" else TILE_ROWS_ON_GPU
+    most = TILE_ROWS * min(r, 2) if device_type == "cpu" else TILE_ROWS_ON_GPU * r
     n_tiles = max(-(-rows // most), 2 if rows > 64 else 1)
     return max(4, 4 * -(-rows // (4 * min(n_tiles, MAX_TILES))))
 
@@ -75,7 +78,7 @@ class Plan:
         vectors: the biases, gains and shifts, in order.
         tensors: the parameter of each distinct owner, in the order in which ``matrices`` and then
             ``vectors`` first name them; all on one device and of one dtype.
-        r: vectors per matrix that the state has room for.
+        r: vectors per matrix, one of R.
 
     Raises:
         ValueError: a parameter that cannot be used in place.
@@ -98,7 +101,7 @@ class Plan:
         self.device, self.dtype = tensors[0].device, tensors[0].dtype
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         nm, nv = len(self.matrices), len(self.vectors)
-        self.scalar_sizes = (nm, nm, nv, nm + nv, nm + nv, nm)  # of SCALARS
+        self.scalar_sizes = (r * nm, r * nm, nv, nm + nv, nm + nv, nm)  # of SCALARS
         self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
         self.layouts = [layout_of(m, tensors[by_owner[m.owner]]) for m in matrices]
         self._build_tables()
@@ -114,7 +117,7 @@ class Plan:
         tiles: list[tuple[int, int, int, int]] = []
         v_offset = s_offset = t_offset = 0
         for i, x in enumerate(self.layouts):
-            step = rows_of_a_tile(x.rows, self.device.type)
+            step = rows_of_a_tile(x.rows, self.device.type, self.r)
             starts = range(0, x.rows, step) if x.cols else ()
             table[i] = (
                 0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,
@@ -122,16 +125,17 @@ class Plan:
             )  # fmt: skip
             for start in starts:
                 tiles.append((i, start, min(start + step, x.rows), t_offset))
-                t_offset += x.cols
-            v_offset, s_offset = v_offset + x.cols, s_offset + x.rows
+                t_offset += self.r * x.cols
+            v_offset, s_offset = v_offset + self.r * x.cols, s_offset + self.r * x.rows
         vector_table = np.zeros(len(self.vectors), VECTOR)
         for i, vector in enumerate(self.vectors):
             tensor = self.tensors[self.vector_owner[i]]
             vector_table[i] = (0, 0, DTYPES[self.dtype], tensor.numel(), KINDS[vector.kind])
         self.table, self.vector_table = table, vector_table
         self.tiles = np.array(tiles, TILE)
-        self.t_partial = torch.empty(self.r * t_offset, dtype=self.state_dtype, device=self.device)
-        self.norm_partial = torch.empty(len(tiles), dtype=torch.float64, device=self.device)
+        self.t_partial = torch.empty(t_offset, dtype=self.state_dtype, device=self.device)
+        n_products = self.r * self.r * len(tiles)
+        self.gram_partial = torch.empty(n_products, dtype=torch.float64, device=self.device)
         elements = sum(x.rows * x.cols for x in self.layouts)
         self.header = np.zeros(len(HEADER), np.int64)
         fields = {
@@ -139,9 +143,9 @@ class Plan:
             "matrices": address(table), "n_matrices": len(table),
             "tiles": address(self.tiles), "n_tiles": len(self.tiles),
             "vectors": address(vector_table), "n_vectors": len(vector_table),
-            "t_partial": self.t_partial.data_ptr(), "norm_partial": self.norm_partial.data_ptr(),
+            "t_partial": self.t_partial.data_ptr(), "gram_partial": self.gram_partial.data_ptr(),
             "scratch_size": max((x.cols for x in self.layouts), default=0),
-            "n_bytes": elements * self.dtype.itemsize,
+            "n_bytes": elements * self.dtype.itemsize, "r": self.r,
         }  # fmt: skip
         for name, value in fields.items():
             self.header[SLOT[name]] = value

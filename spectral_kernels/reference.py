@@ -6,8 +6,12 @@ gradient are (Lewandowski et al., arXiv 2406.06811, with the choices of the READ
     sigma = ||W v||        u = W v / sigma        R = (sigma^k - tau^k)^2
     dR/dW = 2 k (sigma^k - tau^k) sigma^(k-1) u v^T
 
-and one power iteration on W^T W takes v to W^T W v / ||W^T W v||. A bias or shift b has
-R = ||b||^(2k), a gain g, whose singular values are |g_i|, has R = sum_i (|g_i|^k - 1)^2.
+and one power iteration on W^T W takes v to W^T W v / ||W^T W v||. With r vectors, the rows of
+V [r, N], it is subspace iteration with Rayleigh-Ritz (Golub and Van Loan, "Matrix Computations",
+sections 7.3 and 8.2): S = V W^T, the eigenvectors of S S^T turn the rows of V and S into estimates
+of the r largest singular values and their vectors, and the next V is an orthonormal basis of S W.
+A bias or shift b has R = ||b||^(2k), a gain g, whose singular values are |g_i|, has
+R = sum_i (|g_i|^k - 1)^2.
 
 The functions above the line are that mathematics; those below take a plan and a state as every
 backend does, in place, on any device.
@@ -17,6 +21,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+ZERO = 1e-6  # times sigma_1: a smaller Ritz value is rounding
 
 
 def penalty(weight: Tensor, v: Tensor, exponent: float, target: float | Tensor) -> Tensor:
@@ -50,6 +56,37 @@ def power_iteration(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(s), t / torch.linalg.vector_norm(t)
 
 
+def rayleigh_ritz(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Ritz values [r] of ``s`` = V W^T [r, M], largest first, and what turns s and V.
+
+    The rows of the product of the second [r, r] with s are orthogonal and as long as the values.
+    Values below ZERO times the largest are rounding errors and count as 0. Where ``s`` is zero or
+    not finite, so are the values, and nothing is turned.
+    """
+    gram, eye = s @ s.mT, torch.eye(len(s), dtype=s.dtype, device=s.device)
+    finite = torch.isfinite(gram).all()
+    some = finite & (gram.trace() > 0)
+    squares, vectors = torch.linalg.eigh(torch.where(some, gram, eye))
+    squares = squares.flip(0)
+    squares = torch.where(squares > ZERO**2 * squares[0], squares, torch.zeros_like(squares))
+    squares = torch.where(some, squares, gram.trace())
+    return squares.sqrt(), torch.where(some, vectors.flip(1).mT, eye)
+
+
+def orthonormal_rows(x: Tensor) -> Tensor:
+    """Return an orthonormal basis of the span of the rows of ``x`` [r, N], in their order, float64.
+
+    Row i of it has a product >= 0 with row i of x. A row that depends on those before it is
+    replaced by some other direction, or by zeros where there is none (r > N).
+    """
+    length = torch.linalg.vector_norm(x.double(), dim=1, keepdim=True)
+    q, upper = torch.linalg.qr((x.double() / torch.where(length > 0, length, 1.0)).mT)
+    sign = torch.where(upper.diagonal() < 0, -1.0, 1.0)
+    found = torch.zeros_like(x, dtype=torch.float64)
+    found[: len(sign)] = (q * sign).mT
+    return found
+
+
 # ------------------------------------------------------------------ the same calls as a backend
 
 
@@ -76,14 +113,27 @@ def _inverse_power_of_two(sigma: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(sigma), 1 - exponent)
 
 
+def _stale(state) -> Tensor:
+    """Tell which matrices a call is about, [n_matrices]."""
+    if state.tolerance == 0:
+        return torch.ones_like(state.sigma, dtype=torch.bool)
+    return state.residual > state.tolerance * state.sigma
+
+
 def gram_matvec(plan, state) -> None:
-    """Write s = W v, the norms of the vectors, and W^T s (scaled) to ``v_next`` if it is there."""
-    scales = _inverse_power_of_two(state.sigma)
+    """Write s = W v, the norms of the vectors, and W^T s (scaled) to ``v_next`` if it is there.
+
+    With a tolerance, for stale matrices alone: v is then ``v_next`` first.
+    """
+    scales, stale = _inverse_power_of_two(state.sigma), _stale(state)
     for i in range(len(plan.matrices)):
-        weight = matrix(plan, i)
-        s = state.rows(i).copy_(state.columns(i, state.v) @ weight.mT)
+        weight, s, v = matrix(plan, i), state.rows(i), state.columns(i, state.v)
+        if state.tolerance > 0:
+            v.copy_(torch.where(stale[i], state.columns(i, state.v_next), v))
+        s.copy_(torch.where(stale[i], v @ weight.mT, s))
         if state.v_next is not None:
-            state.columns(i, state.v_next).copy_((s * scales[i]) @ weight)
+            t = state.columns(i, state.v_next)
+            t.copy_(torch.where(stale[i], (s * scales[i]) @ weight, t))
     for i, owner in enumerate(plan.vector_owner):
         vector = plan.tensors[owner].detach().to(plan.state_dtype)
         state.norm[i] = torch.linalg.vector_norm(vector.double())
@@ -91,24 +141,45 @@ def gram_matvec(plan, state) -> None:
 
 
 def normalize(plan, state) -> None:
-    """Write sigma, residual, penalty and the normalized ``v_next`` of every matrix."""
-    k = state.exponent
+    """Write sigmas, residuals, penalty and the orthonormal ``v_next`` of every matrix.
+
+    With several vectors, v and s are turned to the Ritz vectors unless there is no ``v_next``. With
+    a tolerance, all this for stale matrices alone.
+    """
+    k, stale = state.exponent, _stale(state)
     scales = _inverse_power_of_two(state.sigma).double()
+    sigmas, residuals = (x.view(plan.r, -1) for x in (state.sigmas, state.residuals))
+
+    def put(where: Tensor, value: Tensor) -> None:
+        where.copy_(torch.where(stale[i], value, where.to(value)))
+
     for i in range(len(plan.matrices)):
-        sigma = torch.linalg.vector_norm(state.rows(i)[0].double())
-        state.sigma[i] = sigma
-        state.penalty[i] = (sigma**k - state.target[i].double() ** k) ** 2
+        s, v = state.rows(i), state.columns(i, state.v)
+        if plan.r == 1:
+            sigma, turn = torch.linalg.vector_norm(s.double())[None], None
+        else:
+            sigma, turn = rayleigh_ritz(s.double())
+        put(sigmas[:, i], sigma)
+        put(state.penalty[i], (sigma[0] ** k - state.target[i].double() ** k) ** 2)
         if state.v_next is None:
             continue
-        v, v_next = state.columns(i, state.v), state.columns(i, state.v_next)
-        t_norm = torch.linalg.vector_norm(v_next.double())
-        good = torch.isfinite(t_norm) & (t_norm > 0) & torch.isfinite(sigma)
-        v_next.copy_(torch.where(good, v_next / t_norm, v))
+        v_next = state.columns(i, state.v_next)
+        if turn is None:
+            t_norm = torch.linalg.vector_norm(v_next.double())
+            following, t_norm = v_next / t_norm, t_norm[None]
+        else:
+            t = turn @ v_next.double()
+            put(s, turn @ s.double())
+            put(v, turn @ v.double())
+            t_norm = torch.linalg.vector_norm(t, dim=1)
+            following = orthonormal_rows(t)
+        good = torch.isfinite(t_norm).all() & (t_norm[0] > 0) & torch.isfinite(sigma[0])
+        put(v_next, torch.where(good, following, v))
         # ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
         wtu = t_norm / (scales[i] * sigma)
         residual = ((wtu - sigma) * (wtu + sigma)).clamp(min=0).sqrt()
         unknown = ~torch.isfinite(sigma) | (sigma == 0)
-        state.residual[i] = torch.where(unknown, sigma, residual)
+        put(residuals[:, i], torch.where(unknown, sigma, residual))
 
 
 def rank_one(plan, state, grads, accumulate: bool) -> None:
@@ -227,3 +298,20 @@ def differentiable_penalty(plan, state, weights) -> Tensor:
         vector = weights[owner].to(plan.state_dtype)
         total = total + state.strength[n + i] * _vector_penalty(plan, i, vector, k)
     return total
+
+
+class Reference:
+    """Plain PyTorch on any device."""
+
+    name = "reference"
+    scalars_on_device = False  # an optimizer's step needs numbers
+    gram_matvec = staticmethod(gram_matvec)
+    normalize = staticmethod(normalize)
+    rank_one = staticmethod(rank_one)
+    update = staticmethod(update)
+
+    @staticmethod
+    def finish(plan, state, grads, accumulate: bool) -> None:
+        """Do what normalize and rank_one do."""
+        normalize(plan, state)
+        rank_one(plan, state, grads, accumulate)

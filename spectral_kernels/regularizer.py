@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from . import autograd, backends
+from . import autograd, backends, checkpoint
+from .arguments import count, number, one_of
 from .attach import Attachment, attach
-from .buckets import Bucket, Buckets
+from .buckets import MOST_FURTHER, Bucket, Buckets
 from .diagnostics import largest_singular_value
-from .selection import Matrix, check_patterns, match, select
+from .plan import R
+from .selection import check_patterns, match, select
 
 Strength = float | torch.Tensor | Mapping[str, float]
 Target = float | str | Mapping[str, float | str]
@@ -26,13 +27,6 @@ class Row(NamedTuple):
     shape: tuple[int, int]
     sigma: float
     residual: float
-
-
-class LoadResult(NamedTuple):
-    """What :meth:`SpectralRegularizer.load_state_dict` did not find, and what it did not use."""
-
-    missing: list[str]
-    unexpected: list[str]
 
 
 class SpectralRegularizer:
@@ -57,7 +51,12 @@ class SpectralRegularizer:
         exponent: k, at least 1.
         target: tau; a number, "initial" (sigma_1 of each matrix when the regularizer is built), or
             a mapping from name patterns to these.
-        n_power_iterations: per step; each reads every weight once.
+        n_power_iterations: per step; each reads every weight once. "auto": one, and up to 8
+            further ones for those matrices whose residual is more than 1 % of sigma, so that a
+            sudden change of the weights is caught up in a few steps.
+        n_vectors: singular vectors that are iterated per matrix: 1, 2, 4, 8 or 16. More are
+            sharper where the largest singular values are close together, which the penalty brings
+            about; the penalty is about the largest one all the same.
         biases: regularize biases.
         norms: regularize the gains and shifts of normalization layers.
         include: glob patterns; when given, only parameters whose name matches one are taken, and
@@ -82,8 +81,9 @@ class SpectralRegularizer:
         strength: Strength = 1e-3,
         exponent: float = 2,
         target: Target = 1.0,
-        n_power_iterations: int = 1,
+        n_power_iterations: int | str = 1,
         *,
+        n_vectors: int = 1,
         biases: bool = True,
         norms: bool = True,
         include: Sequence[str] | None = None,
@@ -95,16 +95,20 @@ class SpectralRegularizer:
         seed: int = 0,
     ):
         backends.check_name(backend)
-        self.exponent = _number("exponent", exponent, at_least=1)
-        self.n_power_iterations = _count("n_power_iterations", n_power_iterations, 1)
+        self.exponent = number("exponent", exponent, at_least=1)
+        auto = n_power_iterations == "auto"
+        if not auto:
+            count("n_power_iterations", n_power_iterations, 1, words=("auto",))
+        self.n_power_iterations = n_power_iterations
+        self.n_vectors = one_of("n_vectors", n_vectors, R)
         self._selection = select(
             model, biases=biases, norms=norms, include=include, exclude=exclude,
             splits=splits, stacked=stacked,
         )  # fmt: skip
         self._entries = [*self._selection.matrices, *self._selection.vectors]
         self._buckets = Buckets(
-            self._selection, backend, self.exponent, _count("warmup", warmup, 0),
-            _count("seed", seed, 0), self._fill,
+            self._selection, backend, self.exponent, count("warmup", warmup, 0),
+            count("seed", seed, 0), n_vectors, MOST_FURTHER if auto else 0, self._fill,
         )  # fmt: skip
         self._attached: list[Attachment] = []
         self.strength = strength
@@ -130,7 +134,7 @@ class SpectralRegularizer:
             RuntimeError: a parameter that is gone or on the meta device.
             ValueError: a parameter whose memory layout cannot be used in place.
         """
-        return autograd.penalty(self._ready(), self.n_power_iterations)
+        return autograd.penalty(self._ready(), self._iterations)
 
     def accumulate_grad_(self, grad_scale: float | torch.Tensor | None = None) -> None:
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
@@ -148,8 +152,8 @@ class SpectralRegularizer:
                 memory layout that does not go with its weight.
         """
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
-            number = _number("grad_scale", grad_scale)
-            grad_scale = torch.tensor(number, dtype=torch.float64, device="cpu")
+            factor = number("grad_scale", grad_scale)
+            grad_scale = torch.tensor(factor, dtype=torch.float64, device="cpu")
         buckets = self._ready()
         grads = [[tensor.grad for tensor in bucket.plan.tensors] for bucket in buckets]
         for bucket, own in zip(buckets, grads, strict=True):
@@ -158,7 +162,7 @@ class SpectralRegularizer:
             if type(None) in set(map(type, own)):
                 _make_missing(bucket, own)
             bucket.state.set_scale(grad_scale)
-            bucket.iterate_and_add_gradient(self.n_power_iterations, own)
+            bucket.iterate_and_add_gradient(self._iterations, own)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
         """Call :meth:`accumulate_grad_` at the start of every ``optimizer.step()``.
@@ -214,12 +218,26 @@ class SpectralRegularizer:
     @property
     def sigma(self) -> torch.Tensor:
         """Estimates of sigma_1, [n_matrices], in the order of ``names``, on the device; a copy."""
-        return self._gather("sigma")
+        return self.singular_values[:, 0]
 
     @property
     def residual(self) -> torch.Tensor:
         """Some singular value of W lies within ``residual`` of ``sigma``; [n_matrices], a copy."""
-        return self._gather("residual")
+        return self.residuals[:, 0]
+
+    @property
+    def singular_values(self) -> torch.Tensor:
+        """Estimates of the ``n_vectors`` largest ones of each matrix, [n_matrices, n_vectors].
+
+        Largest first, in the order of ``names``; a copy. None is above the singular value that it
+        stands for. What a matrix has fewer of, or is below a millionth of the largest, is 0.
+        """
+        return self._gather("sigmas")
+
+    @property
+    def residuals(self) -> torch.Tensor:
+        """Some singular value of W lies within each of them; [n_matrices, n_vectors], a copy."""
+        return self._gather("residuals")
 
     def report(self) -> list[Row]:
         """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
@@ -233,7 +251,7 @@ class SpectralRegularizer:
         lines = [
             f"SpectralRegularizer(strength={self.strength}, exponent={self.exponent:g}, "
             f"target={self.target}, n_power_iterations={self.n_power_iterations}, "
-            f"backend={self._buckets.backend!r})",
+            f"n_vectors={self.n_vectors}, backend={self._buckets.backend!r})",
             f"{len(self._selection.matrices)} matrices",
         ]
         width = max((len(e.name) for e in self._entries), default=0)
@@ -253,13 +271,19 @@ class SpectralRegularizer:
     # --------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the vectors of every matrix ([1, N], copies) and the measured targets, by name."""
+        """Return the vectors of every matrix and the measured targets, by name.
+
+        Copies, [n_vectors, N].
+        """
         if self._buckets.buckets is None and not self._buckets.known:
             self._buckets.fresh()
         return {"vectors": self._buckets.vectors(), "initial": dict(self._initial)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> LoadResult:
+    def load_state_dict(self, state: Mapping[str, Any]) -> checkpoint.LoadResult:
         """Continue from a :meth:`state_dict`; vectors are normalized, missing names warmed up.
+
+        If it has more vectors than ``n_vectors``, the first ones count; if fewer, random ones are
+        added and warmed up.
 
         Returns:
             The names that ``state`` lacks and those it has in addition.
@@ -268,27 +292,19 @@ class SpectralRegularizer:
             TypeError: not such a dict.
             ValueError: a vector of the wrong shape, or one that is zero or not finite.
         """
-        if not isinstance(state, Mapping) or not isinstance(state.get("vectors"), Mapping):
-            raise TypeError('state: accepted is the dict that state_dict() returns, with "vectors"')
-        matrices = {matrix.name: matrix for matrix in self._selection.matrices}
-        found = {
-            name: _checked_vector(matrices[name], v)
-            for name, v in state["vectors"].items()
-            if name in matrices
-        }
+        found, result = checkpoint.vectors_of(state, self._selection.matrices)
         self._initial.update({n: float(x) for n, x in state.get("initial", {}).items()})
         self._buckets.restart(found)
-        return LoadResult(
-            [name for name in matrices if name not in found],
-            [name for name in state["vectors"] if name not in matrices],
-        )
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses and attachments; copies and pickles carry the vectors."""
         state = self.__dict__.copy()
         del state["_buckets"], state["_attached"]
         b = self._buckets
-        state["_buckets_arguments"] = (b.selection, b.backend, b.exponent, b.warmup, b.seed)
+        state["_buckets_arguments"] = (
+            b.selection, b.backend, b.exponent, b.warmup, b.seed, b.r, b.further
+        )  # fmt: skip
         state["_vectors"] = b.vectors()
         return state
 
@@ -301,6 +317,10 @@ class SpectralRegularizer:
         self._buckets.known = vectors
 
     # ------------------------------------------------------------------------------ internals
+
+    @property
+    def _iterations(self) -> int:
+        return 1 if self.n_power_iterations == "auto" else self.n_power_iterations
 
     def _ready(self) -> list[Bucket]:
         buckets = self._buckets.fresh()
@@ -331,7 +351,7 @@ class SpectralRegularizer:
         """Return the value of ``argument`` for every matrix and vector by name."""
         if not isinstance(value, Mapping):
             if value not in words:
-                _number(argument, value, at_least=0, words=words)
+                number(argument, value, at_least=0, words=words)
             return {entry.name: value for entry in self._entries}
         owned = [entry.owner.name for entry in self._entries]
         check_patterns(argument, value, [*owned, *(name for name, _ in self._selection.skipped)])
@@ -343,7 +363,7 @@ class SpectralRegularizer:
                     f"{argument}: no pattern matches {name!r}; end the mapping with a '*' entry"
                 )
             if value[pattern] not in words:
-                _number(f"{argument}[{pattern!r}]", value[pattern], at_least=0, words=words)
+                number(f"{argument}[{pattern!r}]", value[pattern], at_least=0, words=words)
             found[entry.name] = value[pattern]
         return found
 
@@ -361,9 +381,9 @@ class SpectralRegularizer:
         device = buckets[0].plan.device
         for bucket in buckets:
             bucket.measure()
-            values = getattr(bucket.state, field)
+            values = getattr(bucket.state, field).view(self.n_vectors, -1).mT
             if len(buckets) == 1:
-                return values.clone()
+                return values.clone(memory_format=torch.contiguous_format)
             by_name.update(
                 zip((m.name for m in bucket.plan.matrices), values.unbind(), strict=True)
             )
@@ -384,35 +404,3 @@ def _make_missing(bucket: Bucket, grads: list[torch.Tensor | None]) -> None:
                 )
             grads[i] = tensor.grad = torch.zeros_like(tensor, requires_grad=False)
     bucket.plan.bind_grads(grads)
-
-
-def _number(argument: str, value, at_least: float = 0.0, words: Sequence[str] = ()) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        accepted = "".join(f" or {word!r}" for word in words)
-        raise TypeError(f"{argument}: got {value!r}; accepted is a number{accepted}")
-    if not math.isfinite(value) or value < at_least:
-        raise ValueError(f"{argument}: got {value!r}; accepted are finite numbers >= {at_least}")
-    return value
-
-
-def _count(argument: str, value, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: got {value!r}; accepted is an integer")
-    if value < at_least:
-        raise ValueError(f"{argument}: got {value!r}; accepted are integers >= {at_least}")
-    return value
-
-
-def _checked_vector(matrix: Matrix, v) -> torch.Tensor:
-    rows, cols = matrix.shape_now()
-    if not isinstance(v, torch.Tensor) or tuple(v.shape) != (1, cols):
-        raise ValueError(
-            f"state: the vector of {matrix.name!r} has shape {tuple(getattr(v, 'shape', ()))}; "
-            f"accepted is (1, {cols}) for this matrix of {rows} x {cols}"
-        )
-    norm = float(torch.linalg.vector_norm(v.double()))
-    if not math.isfinite(norm) or (norm == 0 and v.numel()):
-        raise ValueError(f"state: the vector of {matrix.name!r} has norm {norm}")
-    # A vector that is normalized already keeps its bits.
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return v.detach().clone() if abs(norm - 1) < 1e-6 else (v.double() / norm).to(wide)

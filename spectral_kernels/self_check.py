@@ -15,18 +15,19 @@ SHAPES = ((70, 64), (5, 2048), (130, 31), (3, 9000))
 EXPONENT, STRENGTH, TARGET = 2.0, 0.5, 0.7
 
 
-def disagreement(backend, device: torch.device, dtype: torch.dtype) -> str | None:
+def disagreement(backend, device: torch.device, dtype: torch.dtype, r: int = 1) -> str | None:
     """Return how ``backend`` differs from the reference on ``device``, or None if it agrees.
 
-    One power iteration and the penalty's gradient added to gradients, at fresh random weights
-    without any effect on torch's random numbers. Waits for the device.
+    Two power iterations with ``r`` vectors per matrix, the penalty's gradient added to gradients
+    after the first, at fresh random weights without any effect on torch's random numbers. Waits for
+    the device.
     """
     model = small_model(device, dtype)
     try:
-        found = _step(model, backend.gram_matvec, backend.finish)
+        found = _steps(model, backend, r)
     except Exception as error:  # whatever a compiler or driver has to say
         return f"{type(error).__name__}: {error}"
-    truth = _step(model, reference.gram_matvec, _finish)
+    truth = _steps(model, reference.Reference, r)
     for name, own in found.items():
         expected = truth[name].double()
         # Sums in another order, then one rounding to the gradient's type on either side.
@@ -53,27 +54,30 @@ def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _finish(plan, state, grads, accumulate: bool) -> None:
-    reference.normalize(plan, state)
-    reference.rank_one(plan, state, grads, accumulate)
-
-
-def _step(model: nn.Module, gram_matvec, finish) -> dict[str, torch.Tensor]:
-    """Return what a step makes, by name."""
+def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
+    """Return what two iterations make, by name."""
     selection = select(model, trainable_only=False)
     owners = list(dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors)))
     tensors = [owner.get() for owner in owners]
-    plan = Plan(selection.matrices, selection.vectors, tensors)
+    plan = Plan(selection.matrices, selection.vectors, tensors, r)
     state = State.fresh(plan, EXPONENT)
     state.strength.fill_(STRENGTH)
     state.target.fill_(TARGET)
+    generator = torch.Generator().manual_seed(1)
     for i, layout in enumerate(plan.layouts):
-        state.columns(i, state.v).fill_(layout.cols**-0.5)
+        x = torch.randn(r, layout.cols, generator=generator, dtype=torch.float64, device="cpu")
+        state.columns(i, state.v).copy_(reference.orthonormal_rows(x))
     grads = [0.1 * t.flip(0) for t in tensors]
     plan.bind_grads(grads)
-    gram_matvec(plan, state)
-    finish(plan, state, grads, True)
-    made = {"sigma": state.sigma, "the residual": state.residual, "the penalty": state.penalty,
-            "the next v": state.v_next}  # fmt: skip
-    return {**made, **{f"the gradient of {owner.name}": grad
-                       for owner, grad in zip(owners, grads, strict=True)}}  # fmt: skip
+    backend.gram_matvec(plan, state)
+    backend.finish(plan, state, grads, True)
+    made = {"sigma": state.sigma.clone(), "the residual": state.residual.clone(),
+            "the penalty": state.penalty.clone()}  # fmt: skip
+    if r == 1:
+        made["the next v"] = state.v_next.clone()
+    made.update({f"the gradient of {owner.name}": grad
+                 for owner, grad in zip(owners, grads, strict=True)})  # fmt: skip
+    state.swap()
+    backend.gram_matvec(plan, state)
+    backend.normalize(plan, state)
+    return {**made, "the next sigmas": state.sigmas}  # whatever basis v_next was

@@ -15,15 +15,18 @@ _ADDRESSES = slice(SLOT["v"], SLOT["target"] + 1)
 class State:
     """Vectors and scalars of one plan, with the header through which kernels find them.
 
-    ``v`` [sum of r * N] made ``s`` [sum of r * M] and ``sigma``; ``v_next`` is what the next
-    iteration starts from (None in a copy from which there is no next one). ``scalars`` holds sigma,
-    residual and target of every matrix, norm of every vector, penalty and strength of both.
+    ``v`` [sum of r * N] made ``s`` [sum of r * M] and ``sigmas`` [r * n_matrices], all largest
+    values first; ``v_next`` is what the next iteration starts from (None in a copy from which there
+    is no next one). ``scalars`` holds sigmas, residuals and target of every matrix, norm of every
+    vector, penalty and strength of both. With a ``tolerance`` above 0, calls are about the matrices
+    whose residual is more than that times sigma alone, and start from ``v_next``.
     """
 
     def __init__(self, plan: Plan, v, v_next, s, scalars, exponent: float):
         self.plan, self.v, self.v_next, self.s, self.scalars = plan, v, v_next, s, scalars
         self.exponent = exponent
         self.scale: torch.Tensor | None = None
+        self.tolerance = 0.0
         self.header = plan.header.copy()
         self.address = address(self.header)
         self.header.view(np.float64)[SLOT["exponent"]] = exponent
@@ -56,6 +59,20 @@ class State:
         self.__dict__[name] = part
         return part
 
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Estimates of sigma_1, [n_matrices], a view."""
+        return self.sigmas[: len(self.plan.matrices)]
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """Their residuals, [n_matrices], a view."""
+        return self.residuals[: len(self.plan.matrices)]
+
+    def set_tolerance(self, tolerance: float) -> None:
+        """Let calls be about the matrices alone whose residual / sigma is more (0: all)."""
+        self.tolerance = self.header.view(np.float64)[SLOT["tolerance"]] = tolerance
+
     def swap(self) -> None:
         """Make ``v_next`` the vectors that the next iteration reads."""
         self.v, self.v_next = self.v_next, self.v
@@ -84,9 +101,9 @@ class State:
     def columns(self, i: int, v: torch.Tensor) -> torch.Tensor:
         """Return the part of a flat v buffer that belongs to matrix ``i``, [r, N]."""
         r, start, n = self.plan.r, int(self.plan.table["v_offset"][i]), self.plan.layouts[i].cols
-        return v[r * start : r * (start + n)].view(r, n)
+        return v[start : start + r * n].view(r, n)
 
     def rows(self, i: int) -> torch.Tensor:
         """Return the part of s that belongs to matrix ``i``, [r, M]."""
         r, start, m = self.plan.r, int(self.plan.table["s_offset"][i]), self.plan.layouts[i].rows
-        return self.s[r * start : r * (start + m)].view(r, m)
+        return self.s[start : start + r * m].view(r, m)

@@ -3,27 +3,29 @@
 import torch
 
 from spectral_kernels import backends
-from spectral_kernels.buckets import Bucket
+from spectral_kernels.buckets import Bucket, orthonormal
 from spectral_kernels.plan import Plan
 from spectral_kernels.selection import select
 
 
-def bucket_of(tensors, backend="reference", exponent=2, target=1.0, strength=1.0, seed=0, **kw):
+def bucket_of(
+    tensors, backend="reference", exponent=2, target=1.0, strength=1.0, seed=0, r=1, further=0, **kw
+):
     """A bucket with random unit vectors and poisoned scratch; tensors become leaf parameters."""
     named = tensors if isinstance(tensors, torch.nn.Module) else list(named_weights(tensors))
     found = select(named, trainable_only=False, **kw)
     owners = list(dict.fromkeys(x.owner for x in (*found.matrices, *found.vectors)))
     weights = [owner.get() for owner in owners]
-    chosen = backends.choose(backend, weights[0].device, weights[0].dtype)
-    plan = Plan(found.matrices, found.vectors, weights)
-    bucket = Bucket(plan, chosen, exponent)
+    chosen = backends.choose(backend, weights[0].device, weights[0].dtype, r)
+    plan = Plan(found.matrices, found.vectors, weights, r)
+    bucket = Bucket(plan, chosen, exponent, further)
     bucket.state.target.fill_(target)
     bucket.state.strength.fill_(strength)
     generator = torch.Generator().manual_seed(seed)
     for i in range(len(plan.matrices)):
         v = bucket.state.columns(i, bucket.state.v_next)
         x = torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu")
-        v.copy_(x / x.norm())
+        v.copy_(orthonormal(x))
     poison(plan)
     return bucket
 
@@ -36,7 +38,7 @@ def named_weights(tensors):
 def poison(plan):
     """Fill scratch with NaN, so that a read of something nobody wrote shows."""
     plan.t_partial.fill_(float("nan"))
-    plan.norm_partial.fill_(float("nan"))
+    plan.gram_partial.fill_(float("nan"))
 
 
 def gradients(bucket, accumulate=False, grads=None):

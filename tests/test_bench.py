@@ -13,19 +13,20 @@ from spectral_kernels.selection import select
 from tests import cases
 
 SHAPES = [(30, 40), (64, 16), (30, 40)]
+EVERY = baselines.CONTENDERS | baselines.SEVERAL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name",
-    [n for n, c in baselines.CONTENDERS.items() if n != "compiled_loop" and "cpu" in c.devices],
+    [n for n, c in EVERY.items() if n != "compiled_loop" and "cpu" in c.devices],
 )
 def test_every_contender_passes_the_gate_and_leaves_the_gradients_alone(name, dtype):
     if (name, dtype) == ("exact_svd", torch.bfloat16):
         pytest.skip("there is no SVD in 16 bits")
     weights = gate.leaves(SHAPES, dtype)
     before = [weight.grad.clone() for weight in weights]
-    first = gate.first_step(baselines.CONTENDERS[name], weights)
+    first = gate.first_step(EVERY[name], weights)
     assert first.problem is None
     assert first.seconds > 0
     assert all(torch.equal(a, w.grad) for a, w in zip(before, weights, strict=True))
@@ -266,6 +267,6 @@ def test_traffic_counts_what_the_plan_lays_out():
     counted = traffic.step(shapes, torch.bfloat16, "cpu")
     assert counted.weights == 3 * plan.header[SLOT["n_bytes"]]
     rows, columns = sum(m for m, _ in shapes), sum(n for _, n in shapes)
-    tables = plan.table.nbytes + plan.tiles.nbytes + plan.norm_partial.nbytes
+    tables = plan.table.nbytes + plan.tiles.nbytes + plan.gram_partial.nbytes
     assert counted.vectors == 4 * (4 * plan.t_partial.numel() + 4 * columns + 2 * rows) + 2 * tables
     assert counted.seconds(1e9) == pytest.approx(counted.total / 1e9)

@@ -50,6 +50,41 @@ def test_random_matrices_of_any_dtype(backend, dtype):
         assert found[name] == pytest.approx(top(weight), rel=1e-4), name
 
 
+@pytest.mark.parametrize("n_vectors", [2, 4, 16])
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_several_singular_values_of_clusters(cluster, n_vectors):
+    for shape in [(60, 90), (300, 200), (64, 700)]:
+        weight = with_singular_values(CLUSTERS[cluster](min(shape)), *shape)
+        found = spectral_norms([("w", weight)], n_vectors=n_vectors)["w"]
+        truth = torch.linalg.svdvals(weight.double())[:n_vectors].tolist()
+        assert found == pytest.approx(truth, abs=1e-4 * truth[0]), shape
+
+
+@pytest.mark.parametrize("n_vectors", [2, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_several_singular_values_of_any_dtype(backend, dtype, n_vectors):
+    named = [
+        (f"{m}x{n}", torch.randn(m, n).to(dtype)) for m, n in [(1, 1), (1, 50), (7, 9), (65, 30)]
+    ]
+    named += [
+        ("low", torch.outer(torch.randn(9), torch.randn(7)).to(dtype)),
+        ("zero", torch.zeros(5, 6)),
+    ]
+    found = spectral_norms(named, backend=backend, n_vectors=n_vectors)
+    for name, weight in named:
+        truth = torch.zeros(n_vectors, dtype=torch.float64)
+        values = torch.linalg.svdvals(weight.double())[:n_vectors]
+        truth[: len(values)] = values
+        expected = pytest.approx(truth.tolist(), abs=1e-4 * float(truth[0]))
+        assert list(found[name]) == expected, name
+
+
+def test_several_singular_values_to_a_finer_tolerance_in_float64():
+    weight = torch.randn(80, 120, dtype=torch.float64)
+    found = spectral_norms([("w", weight)], rtol=1e-10, n_vectors=4)["w"]
+    assert found == pytest.approx(torch.linalg.svdvals(weight)[:4].tolist(), rel=1e-10)
+
+
 def test_finer_tolerance_in_float64():
     weight = torch.randn(80, 120, dtype=torch.float64)
     assert spectral_norms([("w", weight)], rtol=1e-10)["w"] == pytest.approx(top(weight), rel=1e-10)

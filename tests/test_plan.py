@@ -189,7 +189,9 @@ def native_table_sizes():
 
 def rows_of(name):
     if name.lower() == "header":
-        return np.dtype([(n, "f8" if n == "exponent" else "i8") for n in plan.HEADER])
+        return np.dtype(
+            [(n, "f8" if n in ("exponent", "tolerance") else "i8") for n in plan.HEADER]
+        )
     return getattr(plan, name.upper())
 
 
@@ -231,7 +233,7 @@ def test_tiles_cover_every_row_once():
         for tile in tiles:
             claimed[int(tile["t_offset"]) : int(tile["t_offset"]) + layout.cols] += 1
     assert (claimed == 1).all()
-    assert plan_.table["n_tiles"].sum() == len(plan_.tiles) == plan_.norm_partial.numel()
+    assert plan_.table["n_tiles"].sum() == len(plan_.tiles) == plan_.gram_partial.numel()
 
 
 def test_tiles_do_not_depend_on_the_number_of_threads(threads):
@@ -290,7 +292,7 @@ def test_state_is_float32_or_as_wide_as_the_weights(dtype, state_dtype):
     assert plan_.state_dtype == state_dtype
     for tensor in (state.v, state.v_next, state.s, state.scalars, plan_.t_partial):
         assert tensor.dtype == state_dtype
-    assert plan_.norm_partial.dtype == torch.float64
+    assert plan_.gram_partial.dtype == torch.float64
 
 
 def allocated(*owners):

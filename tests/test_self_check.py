@@ -132,9 +132,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(
         backends, "_make", lambda name, dtype: type("Backend", (), {"name": name})()
     )
-    monkeypatch.setattr(
-        backends, "disagreement", lambda backend, device, dtype: problems.get(backend.name)
-    )
+    monkeypatch.setattr(backends, "disagreement", lambda backend, *_: problems.get(backend.name))
     return problems
 
 

@@ -32,7 +32,7 @@ CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 _POINTERS = {
     "matrices": "*i64", "tiles": "*i64", "vectors": "*i64", "t_partial": "*fp32",
-    "norm_partial": "*fp64", "v": "*fp32", "v_next": "*fp32", "s": "*fp32", "scalars": "*fp32",
+    "gram_partial": "*fp64", "v": "*fp32", "v_next": "*fp32", "s": "*fp32", "scalars": "*fp32",
     "scale": "*fp32", "k": "fp32", "others": "*i64", "matrix_moments": "*i64",
     "vector_moments": "*i64", "other_moments": "*i64", "groups": "*fp64", "steps": "*fp32",
     "grad_scale": "*fp32", "found_inf": "*fp32",

@@ -58,7 +58,8 @@ void for_each_task(const Header& header, int64_t n_bytes, int threads, OnTile on
   const int useful = useful_threads(n_bytes, threads);
 #pragma omp parallel num_threads(useful)
   {
-    const std::unique_ptr<double[]> scratch(new double[kScratchRows * header.scratch_size]);
+    const std::unique_ptr<double[]> scratch(
+        new double[scratch_rows(header.r) * header.scratch_size]);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < n_tasks; ++i) {
       if (i < header.n_tiles)

@@ -1,6 +1,7 @@
-// s = W v and t = W^T s of every tile, and the stage that adds up the tiles.
+// s = W v and t = W^T s of every tile, and the stage that makes sigma and the next v of them.
 
 #include "isa.h"
+#include "ritz.h"
 #include "tile_products.h"
 #include "vector_norm.h"
 
@@ -8,12 +9,11 @@ namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-// v_next = sum over tiles of t; returns the sum of its squares.
+// to = sum over tiles of t, n columns from the given one on; returns the sum of its squares.
 template <class S>
-double reduce_tiles(const Header& header, const Matrix& m, S* v_next, int64_t n) {
-  constexpr int kBlock = 16;
+double reduce_tiles(const Header& header, const Matrix& m, int64_t first, S* to, int64_t n) {
   const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles) + m.first_tile;
-  const S* t = reinterpret_cast<const S*>(header.t_partial);
+  const S* t = reinterpret_cast<const S*>(header.t_partial) + first;
   double squares[kBlock] = {};
   for (int64_t c = 0; c < n; c += kBlock) {
     const int width = n - c < kBlock ? (int)(n - c) : kBlock;
@@ -26,49 +26,127 @@ double reduce_tiles(const Header& header, const Matrix& m, S* v_next, int64_t n)
         for (int j = 0; j < width; ++j) sum[j] += part[j];
     }
     for (int j = 0; j < kBlock; ++j) squares[j] += (double)sum[j] * (double)sum[j];
-    for (int j = 0; j < width; ++j) v_next[c + j] = sum[j];
+    for (int j = 0; j < width; ++j) to[c + j] = sum[j];
   }
   double total = 0;
   for (int j = 0; j < kBlock; ++j) total += squares[j];
   return total;
 }
 
+// What normalize finds out about a matrix: r values each, the largest first.
+struct Estimates {
+  double sigma[kMaxVectors];
+  double t_norm[kMaxVectors];  // of the t that belong to them
+};
+
+// The next v is t / ||t||.
+template <class S>
+void next_vector(const Header& header, const Matrix& m, double squares, Estimates& found) {
+  const int64_t n = m.outer * m.inner;
+  found.sigma[0] = __builtin_sqrt(squares);
+  if (header.t_partial == 0) return;
+  const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
+  S* v_next = reinterpret_cast<S*>(header.v_next) + m.v_offset;
+  const double t_norm = __builtin_sqrt(reduce_tiles(header, m, 0, v_next, n));
+  const bool good = is_finite(t_norm) && t_norm > 0 && is_finite(found.sigma[0]);
+  const double inverse = 1 / t_norm;
+  for (int64_t c = 0; c < n; ++c) v_next[c] = good ? (S)(v_next[c] * inverse) : v[c];
+  found.t_norm[0] = t_norm;
+}
+
+// v and s become those of the Ritz values, and the next v an orthonormal basis of the t.
+template <class S>
+void next_vectors(const Header& header, const Matrix& m, Small& products, double scale,
+                  Estimates& found) {
+  const int64_t n = m.outer * m.inner;
+  const int r = (int)header.r;
+  double trace = 0, squares[kMaxVectors];
+  for (int i = 0; i < r; ++i) trace += products[i][i];
+  const bool finite = is_finite(trace);
+  Small q;
+  if (finite) eigen(products, r, squares, q);
+  for (int i = 0; i < r; ++i) {
+    if (!finite) squares[i] = trace, q[i][i] = 1;
+    const bool is_rounding = finite && squares[i] <= kZero * squares[0];
+    found.sigma[i] = is_rounding ? 0 : __builtin_sqrt(squares[i]);
+  }
+  if (header.t_partial == 0) return;
+
+  S* v = reinterpret_cast<S*>(header.v) + m.v_offset;
+  S* v_next = reinterpret_cast<S*>(header.v_next) + m.v_offset;
+  for (int j = 0; j < r; ++j) reduce_tiles(header, m, j * n, v_next + j * n, n);
+  Small gram, none, ct, cv;
+  gram_of(v_next, n, r, gram);
+  bool good = finite;
+  for (int j = 0; j < r; ++j) {
+    double square = 0;
+    for (int i = 0; i < r; ++i)
+      for (int k = 0; k < r; ++k) square += q[j][i] * gram[i][k] * q[j][k];
+    found.t_norm[j] = square > 0 ? __builtin_sqrt(square) : square <= 0 ? 0 : square;
+    good = good && is_finite(square);
+  }
+  good = good && found.t_norm[0] > 0;
+  if (finite) {
+    S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
+    combine<S>(q, v, none, nullptr, n, r, v);
+    combine<S>(q, s, none, nullptr, m.rows, r, s);
+  }
+  if (good) {
+    new_basis(q, squares, gram, found.t_norm, scale, r, ct, cv);
+    combine<S>(ct, v_next, cv, v, n, r, v_next);
+    orthonormalize(v_next, n, r);
+  } else {
+    for (int64_t c = 0; c < r * n; ++c) v_next[c] = v[c];
+  }
+}
+
 template <class S>
 void normalize_matrix(const Header& header, int64_t index) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[index];
-  const int64_t n = m.outer * m.inner;
-  S* sigmas = reinterpret_cast<S*>(header.sigma);
-  double squares = 0;
-  for (int64_t i = 0; i < m.n_tiles; ++i)
-    squares += reinterpret_cast<const double*>(header.norm_partial)[m.first_tile + i];
-  const double sigma = __builtin_sqrt(squares);
-  const double scale = inverse_power_of_two(sigmas[index]);
-  const double target = reinterpret_cast<const S*>(header.target)[index];
-  const double excess = power(sigma, header.exponent) - power(target, header.exponent);
-  sigmas[index] = (S)sigma;
-  reinterpret_cast<S*>(header.penalty)[index] = (S)(excess * excess);
-  if (header.t_partial == 0) return;
-
-  const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
-  S* v_next = reinterpret_cast<S*>(header.v_next) + m.v_offset;
-  const double t_norm = __builtin_sqrt(reduce_tiles(header, m, v_next, n));
-  const bool good = is_finite(t_norm) && t_norm > 0 && is_finite(sigma);
-  const double inverse = 1 / t_norm;
-  for (int64_t c = 0; c < n; ++c) v_next[c] = good ? (S)(v_next[c] * inverse) : v[c];
-  // ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
-  double residual = sigma;
-  if (is_finite(sigma) && sigma > 0) {
-    const double wtu = t_norm / (scale * sigma);
-    const double squared = (wtu - sigma) * (wtu + sigma);
-    residual = squared > 0 ? __builtin_sqrt(squared) : squared <= 0 ? 0 : squared;
+  const int64_t r = header.r;
+  S* sigmas = reinterpret_cast<S*>(header.sigma) + index;
+  S* residuals = reinterpret_cast<S*>(header.residual) + index;
+  if (!takes_part<S>(header, index)) return;
+  if (header.tolerance > 0) {
+    const int64_t size = r * m.outer * m.inner;
+    S* v = reinterpret_cast<S*>(header.v) + m.v_offset;
+    const S* v_next = reinterpret_cast<const S*>(header.v_next) + m.v_offset;
+    for (int64_t c = 0; c < size; ++c) v[c] = v_next[c];
   }
-  reinterpret_cast<S*>(header.residual)[index] = (S)residual;
+  Small products;
+  for (int64_t i = 0; i < m.n_tiles; ++i)
+    for (int64_t j = 0; j < r * r; ++j)
+      products[j / r][j % r] +=
+          reinterpret_cast<const double*>(header.gram_partial)[(m.first_tile + i) * r * r + j];
+  const double scale = inverse_power_of_two(sigmas[0]);
+  const double target = reinterpret_cast<const S*>(header.target)[index];
+  Estimates found;
+  if (r == 1)
+    next_vector<S>(header, m, products[0][0], found);
+  else
+    next_vectors<S>(header, m, products, scale, found);
+  const double excess = power(found.sigma[0], header.exponent) - power(target, header.exponent);
+  reinterpret_cast<S*>(header.penalty)[index] = (S)(excess * excess);
+  for (int64_t j = 0; j < r; ++j) {
+    const double sigma = found.sigma[j];
+    sigmas[j * header.n_matrices] = (S)sigma;
+    if (header.t_partial == 0) continue;
+    // ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
+    double residual = sigma;
+    if (is_finite(sigma) && sigma > 0) {
+      const double wtu = found.t_norm[j] / (scale * sigma);
+      const double squared = (wtu - sigma) * (wtu + sigma);
+      residual = squared > 0 ? __builtin_sqrt(squared) : squared <= 0 ? 0 : squared;
+    }
+    residuals[j * header.n_matrices] = (S)residual;
+  }
 }
 
 template <class T, class S = typename Simd<T>::Accumulator>
 void gram_matvec_tile(const Header& header, const Tile& tile, const Tile* next, double* scratch) {
-  tile_products<T>(header, tile, next, reinterpret_cast<const S*>(header.v), scratch,
-                   [](int64_t) {});
+  if (!takes_part<S>(header, tile.matrix)) return;
+  const int64_t v = header.tolerance > 0 ? header.v_next : header.v;
+  tile_products<T>(header, tile, next, reinterpret_cast<const S*>(v), scratch, [](int64_t) {});
 }
 
 }  // namespace

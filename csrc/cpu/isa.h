@@ -6,7 +6,12 @@
 
 namespace spectral {
 
-constexpr int kScratchRows = 6;
+constexpr int kMaxVectors = 16;  // per matrix
+constexpr int kMaxRows = 4;      // of a matrix that are worked on together
+
+// What the products of a tile take, with r vectors per matrix.
+constexpr int64_t product_rows(int64_t r) { return kMaxRows + r; }
+constexpr int64_t scratch_rows(int64_t r) { return product_rows(r) + 1; }
 
 struct CpuKernels {
   // s, partial t and partial norm of one tile; scratch as for rank_one.
@@ -16,7 +21,7 @@ struct CpuKernels {
   // Adds up the partial results of one matrix: sigma, residual, penalty, v_next.
   void (*normalize)(const Header&, int64_t matrix);
   // The penalty's gradient for the rows of one tile, added to grad or written over it. scratch has
-  // room for kScratchRows rows of header.scratch_size elements of any type.
+  // room for scratch_rows(r) rows of header.scratch_size elements of any type.
   void (*rank_one)(const Header&, const Tile&, bool accumulate, double* scratch);
   // The same for one vector.
   void (*vector_gradient)(const Header&, int64_t vector, bool accumulate);

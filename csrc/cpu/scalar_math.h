@@ -1,6 +1,7 @@
 // Scalar formulas shared by the kernels of one instruction-set level.
 #pragma once
 
+#include "../table.h"
 #include "simd.h"
 
 namespace spectral {
@@ -25,6 +26,14 @@ SPECTRAL_INLINE double inverse_power_of_two(double sigma) {
   double scale;
   __builtin_memcpy(&scale, &bits, 8);
   return scale;
+}
+
+// Tells whether a call is about a matrix; see Header.tolerance.
+template <class S>
+SPECTRAL_INLINE bool takes_part(const Header& header, int64_t matrix) {
+  return header.tolerance == 0 ||
+         reinterpret_cast<const S*>(header.residual)[matrix] >
+             header.tolerance * (double)reinterpret_cast<const S*>(header.sigma)[matrix];
 }
 
 }  // namespace

@@ -6,39 +6,15 @@
 #pragma once
 
 #include "scalar_math.h"
-#include "simd.h"
+#include "subspace_products.h"
+#include "tile_rows.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
 constexpr int64_t kBlockBytes = 192 * 1024;  // a row block must stay in the second-level cache
-constexpr int kMaxRows = 4;
-constexpr int kProductRows = kMaxRows + 1;  // rows of scratch that the products of a tile take
-constexpr int kLine = 64;                   // bytes
-constexpr int64_t kAheadBytes = 8 * 1024;   // how far at least the prefetching runs ahead
-
-// Calls body(c, prefetch) for every full pair of vectors below n, and returns where it stopped;
-// prefetch is true once per cache line.
-template <class T, class Body>
-SPECTRAL_INLINE int64_t for_pairs(int64_t n, Body body) {
-  constexpr int kPair = 2 * Simd<T>::kLanes, kBytes = kPair * (int)sizeof(T);
-  int64_t c = 0;
-  if (kBytes < kLine)
-    for (; c + kLine / (int)sizeof(T) <= n; c += kLine / (int)sizeof(T)) {
-      body(c, true);
-      for (int i = kPair; i < kLine / (int)sizeof(T); i += kPair) body(c + i, false);
-    }
-  for (; c + kPair <= n; c += kPair) body(c, kBytes >= kLine);
-  return c;
-}
-
-// Fetches the lines of one pair of vectors at p.
-template <class T>
-SPECTRAL_INLINE void prefetch_pair(const T* p) {
-  constexpr int kBytes = 2 * Simd<T>::kLanes * (int)sizeof(T);
-  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch((const char*)p + i, 0, 3);
-}
+constexpr int64_t kAheadBytes = 8 * 1024;    // how far at least the prefetching runs ahead
 
 // out[r] = sum_c w[r][c] * v[c]; kPrefetch: fetch the first half of the rows that come later
 template <int R, bool kPrefetch, class T, class S>
@@ -102,15 +78,6 @@ SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n
   }
 }
 
-// A matrix whose rows lie in pieces (outer > 1) is gathered a row block at a time.
-template <class T>
-const T* gather_row(const Matrix& m, int64_t row, T* scratch) {
-  const T* source = reinterpret_cast<const T*>(m.weight) + row * m.row_stride;
-  for (int64_t a = 0; a < m.outer; ++a)
-    __builtin_memcpy(scratch + a * m.inner, source + a * m.outer_stride, m.inner * sizeof(T));
-  return scratch;
-}
-
 // before(row) is called for every row before anything of it is read.
 template <class T, bool kPrefetch, class S, class Before>
 struct TileTask {
@@ -161,25 +128,29 @@ struct TileTask {
   }
 };
 
-// Writes s, the partial t and the partial norm of a tile; v is one of the vectors of the header.
+// Writes s, the partial t and the partial Gram matrix of a tile; v is one of those of the header.
 template <class T, bool kPrefetch = true, class S, class Before>
 SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const Tile* next,
                                    const S* v, double* scratch, Before before) {
   const Matrix* matrices = reinterpret_cast<const Matrix*>(header.matrices);
   const Matrix& m = matrices[tile.matrix];
+  const T* following = nullptr;
+  if (next != nullptr) {
+    const Matrix& its = matrices[next->matrix];
+    following = reinterpret_cast<const T*>(its.weight) + next->row_begin * its.row_stride;
+  }
+  if (header.r == 2)
+    return subspace_products<2, T, kPrefetch>(header, tile, following, v, scratch, before);
+  if (header.r > 2)
+    return subspace_products<4, T, kPrefetch>(header, tile, following, v, scratch, before);
   const int64_t n = m.outer * m.inner;
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
   v += m.v_offset;
   S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
   S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
-  TileTask<T, kPrefetch, S, Before> task{m,       tile,  n, inverse_power_of_two(sigma),
-                                         v,       s,     t, reinterpret_cast<T*>(scratch),
-                                         nullptr, before};
-  if (next != nullptr) {
-    const Matrix& following = matrices[next->matrix];
-    task.next =
-        reinterpret_cast<const T*>(following.weight) + next->row_begin * following.row_stride;
-  }
+  TileTask<T, kPrefetch, S, Before> task{m,         tile,  n, inverse_power_of_two(sigma),
+                                         v,         s,     t, reinterpret_cast<T*>(scratch),
+                                         following, before};
   if (Simd<T>::kSplits) {
     S* split_v = reinterpret_cast<S*>(scratch + kMaxRows * n);
     split_order<T>(v, split_v, n);
@@ -189,7 +160,7 @@ SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const
   task.run();
   if (task.t != t) memory_order<T>(task.t, t, n);
   const int64_t index = &tile - reinterpret_cast<const Tile*>(header.tiles);
-  reinterpret_cast<double*>(header.norm_partial)[index] = task.sum_of_squares;
+  reinterpret_cast<double*>(header.gram_partial)[index] = task.sum_of_squares;
 }
 
 }  // namespace

@@ -248,7 +248,7 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<RuleOf<S>, T, M, S>;
   if (Piece::kSplits) {
-    S* split_v = reinterpret_cast<S*>(scratch + kProductRows * m.outer * m.inner);
+    S* split_v = reinterpret_cast<S*>(scratch + product_rows(header.r) * m.outer * m.inner);
     for (int64_t o = 0; o < m.outer; ++o)
       split_order<T>(v + o * m.inner, split_v + o * m.inner, m.inner);
     v = split_v;

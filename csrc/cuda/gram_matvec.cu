@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Matrix& m = at<const Matrix>(header.matrices)[tile.matrix];
   const Operands operands = operands_of(header, tile, m, header.v);
   const double squares = sum_over_block(products<T>(m, tile, operands, shared_floats));
-  if (threadIdx.x == 0) at<double>(header.norm_partial)[block] = squares;
+  if (threadIdx.x == 0) at<double>(header.gram_partial)[block] = squares;
 }
 
 template <class T>

@@ -8,7 +8,7 @@ namespace cuda {
 
 // Of s over all tiles of a matrix; the same bits in every thread of every block.
 __device__ __forceinline__ double sum_of_squares(const Header& header, const Matrix& m) {
-  const double* partial = at<const double>(header.norm_partial) + m.first_tile;
+  const double* partial = at<const double>(header.gram_partial) + m.first_tile;
   double sum = 0;
   for (int64_t i = threadIdx.x % 32; i < m.n_tiles; i += 32) sum += partial[i];
   return sum_over_warp(sum);

@@ -276,7 +276,7 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
   const Operands operands = operands_of(header, tile, m, skipped ? header.v : header.v_next);
   const double squares = sum_over_block(updated_products<Rule, T, M>(
       header, m, tile, moment, change, factor, operands, shared_floats));
-  if (threadIdx.x == 0) at<double>(header.norm_partial)[index] = squares;
+  if (threadIdx.x == 0) at<double>(header.gram_partial)[index] = squares;
 }
 
 // Elements begin to end, less than kWidth beyond which the last piece must not go. The penalty's

@@ -34,7 +34,7 @@ class Triton:
         tables, own = plan.device_tables(), self._sizes(plan)
         with_t = state.v_next is not None
         gram_matvec[(grid,)](
-            *tables.views, plan.t_partial, plan.norm_partial,
+            *tables.views, plan.t_partial, plan.gram_partial,
             state.v, state.s, state.scalars,
             len(plan.matrices), len(plan.tiles), len(plan.vectors), float(state.exponent),
             DTYPE=TYPES[plan.dtype], K=integer_exponent(state.exponent), WITH_T=with_t,
@@ -62,7 +62,7 @@ class Triton:
             if not grid:
                 continue
             rank_one[(grid,)](
-                *tables.views, plan.t_partial, plan.norm_partial,
+                *tables.views, plan.t_partial, plan.gram_partial,
                 state.v, state.v if state.v_next is None else state.v_next, state.s, state.scalars,
                 state.scalars if state.scale is None else state.scale,
                 len(plan.matrices), len(plan.tiles), len(plan.vectors), DTYPES[dtype],
@@ -88,7 +88,7 @@ class Triton:
             tables, k, scale = plan.device_tables().views, float(state.exponent), state.scale
             n_matrices, n_tiles, n_vectors = (len(x) for x in (plan.matrices, plan.tiles,
                                                                plan.vectors))  # fmt: skip
-            buffers = (plan.t_partial, plan.norm_partial, state.v, state.v_next, state.s,
+            buffers = (plan.t_partial, plan.gram_partial, state.v, state.v_next, state.s,
                        state.scalars)  # fmt: skip
         if not (grid := n_tiles + n_vectors + len(step.others)):
             return

@@ -144,7 +144,7 @@ def _vector(vector, norm, penalty, k, DTYPE: tl.constexpr, K: tl.constexpr, BN: 
 
 @triton.jit(do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k"])
 def gram_matvec(
-    matrices, tiles, vectors, t_partial, norm_partial, v, s, scalars,
+    matrices, tiles, vectors, t_partial, gram_partial, v, s, scalars,
     n_matrices, n_tiles, n_vectors, k,
     DTYPE: tl.constexpr, K: tl.constexpr, WITH_T: tl.constexpr,
     R0: tl.constexpr, BN0: tl.constexpr, R1: tl.constexpr, BN1: tl.constexpr,
@@ -186,4 +186,4 @@ def gram_matvec(
         else:
             squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True,
                                  R_LONG, BN_LONG)  # fmt: skip
-        tl.store(norm_partial + program, squares)
+        tl.store(gram_partial + program, squares)

@@ -41,19 +41,19 @@ from .tables import (
 
 
 @triton.jit
-def _sum_of_squares(norm_partial, first, n_tiles, MAX_TILES: tl.constexpr):
+def _sum_of_squares(gram_partial, first, n_tiles, MAX_TILES: tl.constexpr):
     i = tl.arange(0, MAX_TILES)
-    return tl.sum(tl.load(norm_partial + first + i, mask=i < n_tiles, other=0.0), 0)
+    return tl.sum(tl.load(gram_partial + first + i, mask=i < n_tiles, other=0.0), 0)
 
 
 @triton.jit
 def _finish_matrix(
-    m, tiles, t_partial, norm_partial, v, v_next, sigma, residual, penalty, target, k,
+    m, tiles, t_partial, gram_partial, v, v_next, sigma, residual, penalty, target, k,
     K: tl.constexpr, WITH_T: tl.constexpr, MAX_TILES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write sigma, penalty, and with t the residual and v_next of one matrix."""
     first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
-    value = tl.sqrt(_sum_of_squares(norm_partial, first, n_tiles, MAX_TILES))
+    value = tl.sqrt(_sum_of_squares(gram_partial, first, n_tiles, MAX_TILES))
     excess = power(value, k, K) - power(tl.load(target).to(tl.float64), k, K)
     scale = inverse_power_of_two(tl.load(sigma))
     tl.store(sigma, value.to(tl.float32))
@@ -138,7 +138,7 @@ def _vector_gradient(
 
 @triton.jit(do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "grad_dtype", "k"])
 def rank_one(
-    matrices, tiles, vectors, t_partial, norm_partial, v, v_next, s, scalars, scale,
+    matrices, tiles, vectors, t_partial, gram_partial, v, v_next, s, scalars, scale,
     n_matrices, n_tiles, n_vectors, grad_dtype, k,
     DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, K: tl.constexpr,
     FINISH: tl.constexpr, WITH_T: tl.constexpr, GRADIENT: tl.constexpr,
@@ -159,7 +159,7 @@ def rank_one(
     if FINISH:
         if program < n_matrices:
             m = matrices + program.to(tl.int64) * MATRIX_FIELDS
-            _finish_matrix(m, tiles, t_partial, norm_partial, v, v_next, sigmas + program,
+            _finish_matrix(m, tiles, t_partial, gram_partial, v, v_next, sigmas + program,
                            sigmas + n_matrices + program, penalties + program, targets + program,
                            k, K, WITH_T, MAX_TILES, BN_SUM)  # fmt: skip
         tile_index = program - n_matrices
@@ -174,7 +174,7 @@ def rank_one(
             if (tl.load(m + GRAD) != 0) & (tl.load(m + GRAD_DTYPE) == grad_dtype):
                 if FINISH:
                     first, count = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
-                    squares = _sum_of_squares(norm_partial, first, count, MAX_TILES)
+                    squares = _sum_of_squares(gram_partial, first, count, MAX_TILES)
                     # As it is stored, so that the gradient is the same bits in two launches.
                     sigma = tl.sqrt(squares).to(tl.float32)
                 else:

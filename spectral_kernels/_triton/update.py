@@ -242,7 +242,7 @@ def _others_are_aligned(m, moment):
 @triton.jit(do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k"])
 def update(
     matrices, tiles, vectors, others, matrix_moments, vector_moments, other_moments, groups, steps,
-    t_partial, norm_partial, v, v_next, s, scalars, scale, grad_scale, found_inf,
+    t_partial, gram_partial, v, v_next, s, scalars, scale, grad_scale, found_inf,
     n_matrices, n_tiles, n_vectors, k,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
     WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, K: tl.constexpr,
@@ -320,4 +320,4 @@ def update(
             squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                             acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
                             True, True, R_LONG, BN_LONG)  # fmt: skip
-        tl.store(norm_partial + program, squares)
+        tl.store(gram_partial + program, squares)

@@ -1,0 +1,46 @@
+// How the rows of a tile are walked through: pairs of vectors, prefetching, rows in pieces.
+#pragma once
+
+#include "isa.h"
+#include "simd.h"
+
+namespace spectral {
+namespace SPECTRAL_LEVEL {
+namespace {
+
+constexpr int kLine = 64;  // bytes
+
+// Calls body(c, prefetch) for every full pair of vectors below n, and returns where it stopped;
+// prefetch is true once per cache line.
+template <class T, class Body>
+SPECTRAL_INLINE int64_t for_pairs(int64_t n, Body body) {
+  constexpr int kPair = 2 * Simd<T>::kLanes, kBytes = kPair * (int)sizeof(T);
+  int64_t c = 0;
+  if (kBytes < kLine)
+    for (; c + kLine / (int)sizeof(T) <= n; c += kLine / (int)sizeof(T)) {
+      body(c, true);
+      for (int i = kPair; i < kLine / (int)sizeof(T); i += kPair) body(c + i, false);
+    }
+  for (; c + kPair <= n; c += kPair) body(c, kBytes >= kLine);
+  return c;
+}
+
+// Fetches the lines of one pair of vectors at p.
+template <class T>
+SPECTRAL_INLINE void prefetch_pair(const T* p) {
+  constexpr int kBytes = 2 * Simd<T>::kLanes * (int)sizeof(T);
+  for (int i = 0; i < kBytes; i += kLine) __builtin_prefetch((const char*)p + i, 0, 3);
+}
+
+// A matrix whose rows lie in pieces (outer > 1) is gathered a row block at a time.
+template <class T>
+const T* gather_row(const Matrix& m, int64_t row, T* scratch) {
+  const T* source = reinterpret_cast<const T*>(m.weight) + row * m.row_stride;
+  for (int64_t a = 0; a < m.outer; ++a)
+    __builtin_memcpy(scratch + a * m.inner, source + a * m.outer_stride, m.inner * sizeof(T));
+  return scratch;
+}
+
+}  // namespace
+}  // namespace SPECTRAL_LEVEL
+}  // namespace spectral
