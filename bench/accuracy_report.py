@@ -60,9 +60,9 @@ def table(data: dict) -> str:
         lines += [
             "", f"**{problem}, strength {strength:g}** ({seeds} seeds; sigma_2 / sigma_1 = "
             f"{ratio:.3f} on average)", "",
-            "| estimator | mean | p99 | largest | r-th | reads | "
-            + " | ".join(f"cost, {shapes}" for shapes in data["costs"])
-            + f" | {SCORES[problem]} |",
+            "| estimator | mean | p99 | largest | r-th | reads "
+            + "".join(f"| cost, {shapes} " for shapes in data["costs"])
+            + f"| {SCORES[problem]} |",
             "|---" * (7 + len(data["costs"])) + "|",
         ]  # fmt: skip
         for estimator, runs in of.items():

@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = ["pytest", "tests/test_triton.py", "tests/test_self_check.py",
-               "tests/test_backends.py", "tests/test_optim.py", "-k", "triton",
-               "-m", "not gpu"]  # fmt: skip
+               "tests/test_backends.py", "tests/test_subspace.py", "tests/test_optim.py",
+               "-k", "triton", "-m", "not gpu"]  # fmt: skip
 
 
 def main() -> int:
@@ -27,9 +27,11 @@ def main() -> int:
             ["spectral_kernels", "env"],
             ["spectral_kernels", "demo", "--tasks", "2", "--epochs", "1", "--out", picture],
             ["pytest", "bench", "--smoke", "-q", "--benchmark-columns=median,rounds"],
+            ["bench.accuracy", "--smoke", "--estimators", "1/4, auto", "--strengths", "1e-3",
+             "--out", str(Path(folder) / "accuracy")],
             ["pytest", "-m", "not gpu"],
             *([INTERPRETED] if importlib.util.find_spec("triton") else []),
-        ):
+        ):  # fmt: skip
             extra = {"TRITON_INTERPRET": "1"} if arguments is INTERPRETED else {}
             print("$", *(f"{k}={v}" for k, v in extra.items()), "python -m", *arguments, flush=True)
             command = [sys.executable, "-m", *arguments]
