@@ -23,9 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from pytest_benchmark.utils import get_commit_info
 from torch import nn
 
-import spectral_kernels
 from spectral_kernels import SpectralRegularizer, demo
 from spectral_kernels.cli import processor
 from tests import cases
@@ -278,6 +278,11 @@ class _Weights(nn.Module):
             self.add_module(str(i), layer)
 
 
+def _commit() -> str:
+    found = get_commit_info()
+    return found["id"][:9] + (" with changes" if found["dirty"] else "")
+
+
 def _key(run: dict) -> tuple:
     return run["problem"], run["estimator"], run["strength"], run["seed"]
 
@@ -307,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     data = json.loads(known.read_text()) if known.exists() else {"runs": [], "costs": {}}
     data.update({
         "device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "version": spectral_kernels.__version__, "date": date.today().isoformat(),
+        "date": date.today().isoformat(), "commits": sorted({*data.get("commits", ()), _commit()}),
     })  # fmt: skip
     sizes = {"demo": {"tasks": 2, "epochs": 2}, "transformer": {"tasks": 1, "steps": 12}}
     wanted = itertools.product(

@@ -48,7 +48,7 @@ def table(data: dict) -> str:
     lines = [
         "Errors of sigma_1 relative to the SVD, in percent, over all matrices and over steps after "
         f"the first tenth. {data['device']}, torch {data['torch']}, {data['date']}, "
-        f"{data['threads']} threads for the cost.",
+        f"commit {', '.join(data['commits'])}; {data['threads']} threads for the cost.",
         "",
         "*reads*: of W per step, on average. *r-th*: mean error of the last of the r values, "
         "relative to sigma_1. *cost*: time of a step of the penalty, in units of one vector.",
