@@ -31,7 +31,7 @@ from spectral_kernels.cli import processor
 from tests import cases
 
 from . import gate, interleave
-from .accuracy_report import draw, table
+from .accuracy_report import draw, label, table
 
 
 class TorchIteration:
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
             data["runs"].append(last)
             data["runs"].sort(key=_order)
             _save(folder, data)
-            print(f"{i}/{len(runs)}  {last['problem']}, {last['estimator']} vectors, "
+            print(f"{i}/{len(runs)}  {last['problem']}, {label(last['estimator'])}, "
                   f"strength {last['strength']:g}, seed {last['seed']}: "
                   f"score {last['scores'][-1]:.3f}", flush=True)  # fmt: skip
     if options.rounds > 0:

@@ -15,7 +15,7 @@ from .plan import Plan, R
 from .reference import orthonormal_rows
 from .selection import Matrix, select
 
-SETTLED = 5  # iterations of several vectors after which singular values have to be the same
+BETWEEN = 5  # blocks of several vectors from one look at their singular values to the next
 
 
 def spectral_norms(
@@ -152,7 +152,8 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
     bucket.iterate(1)
     basis = torch.zeros(0, n, dtype=torch.float64, device=plan.device)
     images = torch.zeros(0, plan.layouts[0].rows, dtype=torch.float64, device=plan.device)
-    history: list[torch.Tensor] = []
+    history: list[torch.Tensor] = []  # of every BETWEEN-th block
+    n_blocks = 0
     while True:
         state.columns(0, state.v_next).copy_(block)
         bucket.iterate(1)
@@ -160,29 +161,52 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
             return (math.nan,) * r
         basis = torch.cat((basis, state.columns(0, state.v).double()))
         images = torch.cat((images, state.rows(0).double()))
+        block = _beside(basis, state.columns(0, state.v_next).double(), generator)
+        n_blocks += 1
+        complete = not block.any()
+        if not complete and n_blocks % BETWEEN:
+            continue
         squares = torch.linalg.eigvalsh(images @ images.mT).flip(0)[:r]
         history.append(squares.clamp(min=0).sqrt())
-        block = _beside(basis, state.columns(0, state.v_next).double())
-        settled = len(history) > SETTLED and bool(
-            (history[-1] - history[-1 - SETTLED] <= 0.1 * rtol * history[-1][0]).all()
+        settled = len(history) > 1 and bool(
+            (history[-1] - history[-2] <= 0.1 * rtol * history[-1][0]).all()
         )
-        if settled or not block.any():
+        if settled or complete:
             return tuple(history[-1].tolist())
-        if len(history) >= 2000:
+        if n_blocks >= 2000:
             raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
 
 
-def _beside(basis: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Return the rows of ``block`` orthonormal to ``basis`` and each other; zero if not new."""
-    eps = torch.finfo(torch.float32).eps
-    for i in range(len(block)):
-        row, others = block[i], torch.cat((basis, block[:i]))
-        for _ in range(2):
-            row = row - others.mT @ (others @ row)
-            norm = torch.linalg.vector_norm(row)
-            row = torch.where(norm > 10 * eps, row / norm, torch.zeros_like(row))
-        block[i] = row
-    return block
+def _beside(basis: torch.Tensor, block: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return the rows of ``block`` orthonormal to ``basis`` and each other.
+
+    Where a row holds nothing new, as that of a singular value far below the largest may after
+    rounding, a random one takes its place, and zeros where the basis is complete.
+    """
+    least = 10 * torch.finfo(torch.float32).eps
+    found = basis[torch.linalg.vector_norm(basis, dim=1) > 0.5]
+    following = torch.zeros_like(block)
+    for i, row in enumerate(block):
+        random = torch.randn(len(row), generator=generator, dtype=torch.float64, device="cpu")
+        for candidate in (row, random.to(row.device)):
+            if len(found) == len(row) or (unit := _unit_beside(found, candidate, least)) is None:
+                continue
+            following[i] = unit
+            found = torch.cat((found, unit[None]))
+            break
+    return following
+
+
+def _unit_beside(basis: torch.Tensor, row: torch.Tensor, least: float) -> torch.Tensor | None:
+    """Return the part of ``row`` orthogonal to ``basis`` as a unit, None if all but ``least``."""
+    length = torch.linalg.vector_norm(row)
+    for _ in range(2):
+        row = row - basis.mT @ (basis @ row)
+        norm = torch.linalg.vector_norm(row)
+        if not norm > least * length:
+            return None
+        row, length = row / norm, 1.0
+    return row
 
 
 def _top_ritz_value(alphas, betas, beta: float) -> tuple[float, float]:

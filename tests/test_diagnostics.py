@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from spectral_kernels import spectral_norms
+from spectral_kernels.buckets import Bucket
 
 from . import models
 
@@ -77,6 +78,25 @@ def test_several_singular_values_of_any_dtype(backend, dtype, n_vectors):
         truth[: len(values)] = values
         expected = pytest.approx(truth.tolist(), abs=1e-4 * float(truth[0]))
         assert list(found[name]) == expected, name
+
+
+def test_blocks_reach_the_largest_values_before_they_are_everything(monkeypatch):
+    blocks = []
+    iterate = Bucket.iterate
+    monkeypatch.setattr(Bucket, "iterate", lambda *a: (blocks.append(1), iterate(*a)))
+    weight = with_singular_values(0.9 ** torch.arange(200), 300, 900)
+    found = spectral_norms([("w", weight)], n_vectors=4)["w"]
+    assert found == pytest.approx([0.9**i for i in range(4)], abs=1e-4)
+    assert len(blocks) <= 21
+
+
+@pytest.mark.parametrize("n_vectors", [2, 4])
+def test_singular_values_far_below_the_largest(backend, n_vectors):
+    values = [1.0, 9e-4, 5e-4, 3e-4, 2e-4, 1e-4, 5e-5]
+    for _ in range(5):
+        weight = with_singular_values(values, 9, 7)
+        found = spectral_norms([("w", weight)], backend=backend, n_vectors=n_vectors)["w"]
+        assert found == pytest.approx(values[:n_vectors], abs=2e-5)
 
 
 def test_several_singular_values_to_a_finer_tolerance_in_float64():
