@@ -152,11 +152,12 @@ __device__ __forceinline__ void tile_products(const Header& header, int64_t inde
   // By row and vector, of a slice after the other: what warps found; then the first slice has S.
   __shared__ float product[kMaxChunk][kMost];
   __shared__ __align__(16) float scaled[kMaxChunk][kMost];
+  __shared__ double grams[kThreads];
+  __shared__ Task<T> task;  // registers are few
   constexpr int kNumbers = kRows * kVectors, kLanes = 32 / kNumbers, kWidth = kPerLoad<T>;
   const Tile tile = at<const Tile>(header.tiles)[index];
   if (!takes_part(header, tile.matrix)) return;
   const Matrix m = at<const Matrix>(header.matrices)[tile.matrix];
-  __shared__ Task<T> task;
   if (threadIdx.x == 0) task = Task<T>(header, m, tile);
   __syncthreads();
   const Scale scale(binary_exponent(at<const float>(header.sigma)[tile.matrix]));
@@ -166,7 +167,10 @@ __device__ __forceinline__ void tile_products(const Header& header, int64_t inde
          (chunk * task.n * (int64_t)sizeof(T) > kChunkBytes || chunk >= 2 * task.count))
     chunk /= 2;
   const int groups = chunk / kRows, slices = groups < kWarps ? kWarps / groups : 1;
+  const int64_t pieces = (task.n + kWidth - 1) / kWidth;  // of a row
   float* const s = at<float>(header.s) + m.s_offset + tile.row_begin;
+  // Several threads have the same pair of vectors, and different rows.
+  const int pairs = r * r, pair = threadIdx.x % pairs;
   double gram = 0;
   for (int begin = 0; begin < task.count; begin += chunk) {
     const int rows = task.count - begin < chunk ? task.count - begin : chunk;
@@ -193,16 +197,19 @@ __device__ __forceinline__ void tile_products(const Header& header, int64_t inde
       scaled[row][j] = scale(sum);
     }
     __syncthreads();
-    if (threadIdx.x < r * r)
-      for (int row = 0; row < rows; ++row)
-        gram += (double)product[row][threadIdx.x / r] * (double)product[row][threadIdx.x % r];
+    for (int row = threadIdx.x / pairs; row < rows; row += kThreads / pairs)
+      gram += (double)product[row][pair / r] * (double)product[row][pair % r];
     if (task.t != nullptr)
-      for (int64_t c = threadIdx.x * kWidth; c < task.n; c += kThreads * kWidth)
-        for (int first = 0; first < r; first += kVectors)
-          add_rows<kVectors>(task, scaled, begin, rows, first, c, begin == 0);
+      for (int64_t i = threadIdx.x; i < pieces * (r / kVectors); i += kThreads)
+        add_rows<kVectors>(task, scaled, begin, rows, (int)(i / pieces) * kVectors,
+                           i % pieces * kWidth, begin == 0);
     __syncthreads();
   }
-  if (threadIdx.x < r * r) at<double>(header.gram_partial)[index * r * r + threadIdx.x] = gram;
+  grams[threadIdx.x] = gram;
+  __syncthreads();
+  if (threadIdx.x >= pairs) return;
+  for (int i = pair + pairs; i < kThreads; i += pairs) gram += grams[i];
+  at<double>(header.gram_partial)[index * pairs + pair] = gram;
 }
 
 // Block i < n_tiles takes tile i, the following n_vectors blocks a vector each.
