@@ -25,8 +25,8 @@ class Entry(NamedTuple):
     code: tuple[str, ...]  # instructions
 
 
-# Kernels per dtype of the weights, one for all, per dtypes of weights and moments; those for several
-# vectors per number of vectors that a thread takes, and per dtype or for all. 5 KiB are
+# Kernels per dtype of the weights, one for all, per dtypes of weights and moments; for several
+# vectors, per dtype and how many a thread takes at a time, and per number of vectors. 5 KiB are
 # products.cuh's kReservedBytes and the driver's.
 ENTRIES = {
     "gram_matvec": Entry(3, 5 * KIB, (LOAD,)),

@@ -130,7 +130,6 @@ struct Basis {
     const double inverse = pivot > kSmallestPivot ? 1 / sqrt(pivot) : 0;
     c[j][lane] = row * inverse;
     with[j][lane] = row_with * inverse;
-    __syncwarp();
     return inverse > 0;
   }
 };
