@@ -1,7 +1,6 @@
 // The stage that finishes a matrix with several vectors: Rayleigh-Ritz and the next V. A block
 // takes a matrix, its threads columns; sums of vectors are float64.
 
-#include "backend.h"
 #include "finish.cuh"
 #include "launch.h"
 #include "ritz.cuh"

@@ -5,7 +5,6 @@
 // When the chunk's S is known, its rows are read again: each thread adds them to its columns of T,
 // in memory. Every sum has one order, so that results are the same bits in every run.
 
-#include "backend.h"
 #include "launch.h"
 #include "penalty.cuh"
 #include "rows.cuh"
