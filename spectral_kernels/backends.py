@@ -53,7 +53,7 @@ class Cpu:
 
 
 class Cuda:
-    """The CUDA C++ kernels, in the current stream: two launches per step."""
+    """The CUDA C++ kernels, in the current stream: two launches per step, three with r > 1."""
 
     name = "cuda"
     scalars_on_device = True  # an optimizer's step reads lr, grad_scale and found_inf there
@@ -76,11 +76,11 @@ class Cuda:
         self._rank_one(*self._where(plan, state), False, True, accumulate)
 
     def finish(self, plan, state, grads, accumulate: bool) -> None:
-        """Do what normalize and rank_one do, in one launch."""
+        """Do what normalize and rank_one do, with one vector per matrix in one launch."""
         self._rank_one(*self._where(plan, state), True, True, accumulate)
 
     def update(self, step) -> None:
-        """See :func:`reference.update`; one launch over weights, gradients and moments."""
+        """See :func:`reference.update`; one launch, with several vectors one more for products."""
         tables = (0, 0, 0) if step.bucket is None else step.bucket.plan.device_tables().addresses
         self._update(step.header_address, *tables, step.address, *_stream(step.device))
 

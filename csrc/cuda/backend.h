@@ -1,4 +1,5 @@
-// The CUDA backend: two launches per step over all matrices and vectors of a table.
+// The CUDA backend: two launches per step over all matrices and vectors of a table, three where
+// matrices have several vectors.
 //
 // The header itself is read on the host. Every address in it is one on the device, the tables'
 // too; state arrays and scale are float32. A call puts its launch into the stream (a cudaStream_t
@@ -19,17 +20,18 @@ namespace cuda {
 // Why the kernels cannot run on a device, in CUDA's words; empty: they can.
 std::string problem(int device);
 
-// s, partial t and partial norms of every tile; norm and penalty of every vector.
+// s, partial t and the products of s of every tile; norm and penalty of every vector.
 void gram_matvec(const Header& header, int device, int64_t stream);
 
-// finish: sigma, penalty, residual and v_next of every matrix. gradient: the penalty's gradient,
-// added to grad or written over it; with finish it uses the new sigma, else the one in the state.
+// finish: sigma, penalty, residual and v_next of every matrix, and several vectors turned.
+// gradient: the penalty's gradient, added to grad or written over it; with finish it uses the new
+// sigma, else the one in the state.
 void rank_one(const Header& header, int device, int64_t stream, bool finish, bool gradient,
               bool accumulate);
 
 // An optimizer's step that contains the penalty's gradient at v and the sigma, s and norms in the
-// state; then s, partial t and partial norms of the new weights with v_next, norms and penalties of
-// the new vectors. A step that found_inf skips takes the products with v and copies it to v_next.
+// state; then s, partial t and products of the new weights with v_next, norms and penalties of the
+// new vectors. A step that found_inf skips takes the products with v and copies it to v_next.
 // The update itself is read on the host; every address in it is one on the device.
 void update(const Header& header, const Update& update, int device, int64_t stream);
 

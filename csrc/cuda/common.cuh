@@ -57,6 +57,7 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ uint32_t bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
 __device__ __forceinline__ uint32_t bits_of(__half x) { return __half_as_ushort(x); }
 
@@ -193,6 +194,12 @@ __device__ __forceinline__ int binary_exponent(float sigma) {
 
 __device__ __forceinline__ double power_of_two(int e) {
   return __longlong_as_double((int64_t)(1023 + e) << 52);
+}
+
+// Tells whether a call is about a matrix; see Header.tolerance.
+__device__ __forceinline__ bool takes_part(const Header& header, int64_t matrix) {
+  return header.tolerance == 0 || at<const float>(header.residual)[matrix] >
+                                      header.tolerance * at<const float>(header.sigma)[matrix];
 }
 
 }  // namespace cuda

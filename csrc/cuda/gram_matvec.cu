@@ -3,6 +3,7 @@
 #include "backend.h"
 #include "penalty.cuh"
 #include "products.cuh"
+#include "subspace.h"
 
 namespace spectral {
 namespace cuda {
@@ -35,6 +36,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t block = blockIdx.x;
   if (block >= header.n_tiles) return vector_norm<T>(header, block - header.n_tiles);
   const Tile& tile = at<const Tile>(header.tiles)[block];
+  if (!takes_part(header, tile.matrix)) return;
   const Matrix& m = at<const Matrix>(header.matrices)[tile.matrix];
   const Operands operands = operands_of(header, tile, m, header.v);
   const double squares = sum_over_block(products<T>(m, tile, operands, shared_floats));
@@ -67,12 +69,16 @@ void gram_matvec(const Header& header, int device, int64_t stream) {
   check_dtype(header, "gram_matvec");
   if (header.n_tiles + header.n_vectors == 0) return;
   const DeviceGuard guard(device, "gram_matvec");
-  if (header.weight_dtype == kFloat32)
-    launch_gram_matvec<float>(header, device, stream);
+  Header now = header;
+  if (header.tolerance > 0) now.v = header.v_next;
+  if (header.r > 1)
+    subspace_products("gram_matvec", now, stream);
+  else if (header.weight_dtype == kFloat32)
+    launch_gram_matvec<float>(now, device, stream);
   else if (header.weight_dtype == kBFloat16)
-    launch_gram_matvec<__nv_bfloat16>(header, device, stream);
+    launch_gram_matvec<__nv_bfloat16>(now, device, stream);
   else
-    launch_gram_matvec<__half>(header, device, stream);
+    launch_gram_matvec<__half>(now, device, stream);
 }
 
 }  // namespace cuda

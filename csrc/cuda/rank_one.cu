@@ -4,54 +4,34 @@
 // Both in one launch: the first blocks take a matrix each and finish its sums, the next take a tile
 // each and add strength * 2 k (sigma^k - tau^k) sigma^(k-1) u v^T with u = s / sigma to the
 // gradient, the last ones the vectors. The blocks of tiles do not wait for those of matrices: they
-// add the few squares up themselves.
+// add the few squares up themselves. With several vectors per matrix or a tolerance, v and s change
+// as well, so that there are two launches; see ritz.cu for the first.
 
 #include <type_traits>
 
 #include "backend.h"
 #include "common.cuh"
+#include "finish.cuh"
 #include "launch.h"
 #include "penalty.cuh"
+#include "subspace.h"
 
 namespace spectral {
 namespace cuda {
 namespace {
 
-constexpr int kRowsAhead = 8, kColumnsAhead = 4;  // whose loads a thread has under way
+constexpr int kRowsAhead = 8;  // whose loads a thread has under way
 
 struct Parts {
   bool finish, accumulate;
 };
-
-// v_next = sum of t over the tiles; returns the sum of its squares. A matrix's partial sums lie one
-// after the other.
-__device__ __forceinline__ double reduce_tiles(const float* t, int64_t n_tiles, int64_t n,
-                                               float* v_next) {
-  double squares = 0;
-  for (int64_t c = threadIdx.x; c < n; c += kColumnsAhead * kThreads) {
-    float sum[kColumnsAhead] = {};
-#pragma unroll 8
-    for (int64_t i = 0; i < n_tiles; ++i)
-#pragma unroll
-      for (int j = 0; j < kColumnsAhead; ++j)
-        if (c + j * kThreads < n) sum[j] += t[i * n + c + j * kThreads];
-#pragma unroll
-    for (int j = 0; j < kColumnsAhead; ++j) {
-      squares += (double)sum[j] * (double)sum[j];
-      if (c + j * kThreads < n) v_next[c + j * kThreads] = sum[j];
-    }
-  }
-  return sum_over_block(squares);
-}
 
 // Writes v_next of one matrix and returns the norm of the sum of t.
 __device__ __forceinline__ double normalize(const Header& header, const Matrix& m, double sigma) {
   const int64_t n = m.outer * m.inner;
   const float* v = at<const float>(header.v) + m.v_offset;
   float* v_next = at<float>(header.v_next) + m.v_offset;
-  const float* t = at<const float>(header.t_partial);
-  if (m.n_tiles > 0) t += at<const Tile>(header.tiles)[m.first_tile].t_offset;
-  const double t_norm = sqrt(reduce_tiles(t, m.n_tiles, n, v_next));
+  const double t_norm = sqrt(reduce_tiles(header, m, n, v_next));
   const bool good = isfinite(t_norm) && t_norm > 0 && isfinite(sigma);
   const double inverse = 1 / t_norm;
   for (int64_t c = threadIdx.x; c < n; c += kThreads)
@@ -61,25 +41,15 @@ __device__ __forceinline__ double normalize(const Header& header, const Matrix& 
 
 __device__ __forceinline__ void finish_matrix(const Header& header, int64_t index) {
   const Matrix m = at<const Matrix>(header.matrices)[index];
+  if (!begins(header, m, index)) return;
   const double sigma = sqrt(sum_of_squares(header, m));
   const bool with_t = header.t_partial != 0;
   const double t_norm = with_t ? normalize(header, m, sigma) : 0;
   if (threadIdx.x > 0) return;
   float& stored = at<float>(header.sigma)[index];
-  if (with_t) {
-    // ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
-    double residual = sigma;
-    if (isfinite(sigma) && sigma > 0) {
-      const double scale = power_of_two(-binary_exponent(stored));  // that t was made with
-      const double wtu = t_norm / (scale * sigma);
-      const double squared = (wtu - sigma) * (wtu + sigma);
-      residual = squared > 0 ? sqrt(squared) : squared <= 0 ? 0 : squared;
-    }
-    at<float>(header.residual)[index] = (float)residual;
-  }
-  const double target = at<const float>(header.target)[index];
-  const double excess = power(sigma, header.exponent) - power(target, header.exponent);
-  at<float>(header.penalty)[index] = (float)(excess * excess);
+  if (with_t)
+    at<float>(header.residual)[index] = (float)residual_of(sigma, t_norm, binary_exponent(stored));
+  put_penalty(header, index, sigma);
   stored = (float)sigma;
 }
 
@@ -195,11 +165,18 @@ __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header head
 
 void rank_one(const Header& header, int device, int64_t stream, bool finish, bool gradient,
               bool accumulate) {
+  check_dtype(header, "rank_one");
+  const bool turns = header.r > 1;
+  if (finish && gradient && (turns || header.tolerance > 0)) {
+    // The gradient reads the v, s and sigma that the first launch writes.
+    rank_one(header, device, stream, true, false, accumulate);
+    return rank_one(header, device, stream, false, true, accumulate);
+  }
   const int64_t blocks =
       (finish ? header.n_matrices : 0) + (gradient ? header.n_tiles + header.n_vectors : 0);
-  check_dtype(header, "rank_one");
   if (blocks == 0) return;
   const DeviceGuard guard(device, "rank_one");
+  if (finish && turns) return ritz("rank_one", header, stream);
   launch<Header, Parts>("rank_one", rank_one_kernel, blocks, kThreads, 0, stream, header,
                         Parts{finish, accumulate});
 }

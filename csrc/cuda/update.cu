@@ -1,5 +1,6 @@
 // An optimizer's step by its rule.
 
+#include "subspace.h"
 #include "update.cuh"
 
 namespace spectral {
@@ -12,7 +13,16 @@ void update(const Header& header, const Update& update, int device, int64_t stre
   if (header.n_tiles + header.n_vectors + update.n_others == 0) return;
   const DeviceGuard guard(device, "update");
   const auto step = update.rule == kAdamW ? adamw : sgd;
-  step(header, update, device, stream);
+  if (header.r <= 1) return step(header, update, device, stream);
+  // One pass cannot hold moments and several vectors: the weights are read again. The first launch
+  // does without t, and the second writes s of all vectors.
+  Header now = header;
+  now.t_partial = 0;
+  step(now, update, device, stream);
+  now.t_partial = header.t_partial;
+  now.v = header.v_next;
+  now.n_vectors = 0;
+  if (now.n_tiles > 0) subspace_products("update", now, stream);
 }
 
 }  // namespace cuda

@@ -271,7 +271,8 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
   if (skipped && tile.row_begin == 0) {
     const float* v = at<const float>(header.v) + m.v_offset;
     float* v_next = at<float>(header.v_next) + m.v_offset;
-    for (int64_t c = threadIdx.x; c < m.outer * m.inner; c += kThreads) v_next[c] = v[c];
+    const int64_t size = header.r * m.outer * m.inner;
+    for (int64_t c = threadIdx.x; c < size; c += kThreads) v_next[c] = v[c];
   }
   const Operands operands = operands_of(header, tile, m, skipped ? header.v : header.v_next);
   const double squares = sum_over_block(updated_products<Rule, T, M>(
