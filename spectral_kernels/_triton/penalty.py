@@ -5,7 +5,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tables import power
+from .tables import INFINITY, power
+
+
+@triton.jit
+def matrix_penalty(sigma, target, k, K: tl.constexpr):
+    """Return (sigma^k - tau^k)^2 of a float64 sigma, as it is stored."""
+    excess = power(sigma, k, K) - power(target.to(tl.float64), k, K)
+    return (excess * excess).to(tl.float32)
+
+
+@triton.jit
+def residual_of(sigma, t_norm, scale):
+    """Return ||W^T u - sigma v||, float64, from the norm of scale * W^T s."""
+    # ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
+    known = (sigma > 0) & (sigma < INFINITY)
+    wtu = t_norm / (scale * tl.where(known, sigma, 1.0))
+    squared = (wtu - sigma) * (wtu + sigma)
+    root = tl.where(squared <= 0, 0.0, tl.sqrt(tl.where(squared <= 0, 0.0, squared)))
+    return tl.where(known, root, sigma)
 
 
 @triton.jit

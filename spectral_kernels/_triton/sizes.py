@@ -25,6 +25,10 @@ class Sizes(NamedTuple):
     rank_one_warps: int
     update_warps: int
     update_registers: int
+    subspace_products: dict[str, int] = {}
+    ritz: dict[str, int] = {}
+    subspace_products_warps: int = 8
+    ritz_warps: int = 8
 
 
 _GRAM_MATVEC = {
@@ -47,6 +51,34 @@ _SIZES = {
 }
 
 
-def sizes(capability: int, itemsize: int) -> Sizes:
-    """Return the sizes for a compute capability (90 for 9.0) and an element size in bytes."""
-    return _SIZES.get((capability, itemsize), _SIZES.get((0, itemsize), _DEFAULT))
+# r: those of subspace_products and of ritz.
+_SEVERAL = {
+    2: ({"R0": 16, "BN0": 256, "R1": 4, "BN1": 1024, "R2": 2, "BN2": 4096,
+         "R_LONG": 2, "BN_LONG": 2048, "R_ODD": 8, "BN_ODD": 256, "BN_GRAM": 128}, 512, 512),
+    4: ({"R0": 16, "BN0": 256, "R1": 4, "BN1": 1024, "R2": 2, "BN2": 4096,
+         "R_LONG": 2, "BN_LONG": 2048, "R_ODD": 8, "BN_ODD": 256, "BN_GRAM": 64}, 256, 128),
+    8: ({"R0": 16, "BN0": 256, "R1": 4, "BN1": 1024, "R2": 2, "BN2": 2048,
+         "R_LONG": 2, "BN_LONG": 2048, "R_ODD": 8, "BN_ODD": 256, "BN_GRAM": 64}, 64, 64),
+    16: ({"R0": 16, "BN0": 128, "R1": 8, "BN1": 512, "R2": 4, "BN2": 1024,
+          "R_LONG": 4, "BN_LONG": 1024, "R_ODD": 8, "BN_ODD": 256, "BN_GRAM": 16}, 16, 16),
+}  # fmt: skip
+# Where Triton interprets, what counts is the number of operations on blocks.
+_INTERPRETED = (
+    {"R0": 64, "BN0": 64, "R1": 64, "BN1": 512, "R2": 32, "BN2": 2048,
+     "R_LONG": 32, "BN_LONG": 4096, "R_ODD": 64, "BN_ODD": 2048, "BN_GRAM": 256}, 4096, 1024
+)  # fmt: skip
+
+
+def sizes(capability: int, itemsize: int, r: int = 1) -> Sizes:
+    """Return the sizes for a compute capability (90 for 9.0) and an element size in bytes.
+
+    With several vectors, ``r``, those of their kernels too.
+    """
+    found = _SIZES.get((capability, itemsize), _SIZES.get((0, itemsize), _DEFAULT))
+    if r > 1:
+        products, columns, gram = _SEVERAL[r] if capability else _INTERPRETED
+        found = found._replace(
+            subspace_products={**products, "BN_VECTOR": 1024},
+            ritz={"BN_SUM": 1024, "BN": columns, "BN_GRAM": gram},
+        )
+    return found
