@@ -10,7 +10,7 @@ from .gram_matvec import gram_matvec
 from .rank_one import rank_one
 from .ritz import ritz
 from .sizes import sizes
-from .subspace_products import subspace_products
+from .subspace_products import subspace_grams, subspace_products
 from .update import update
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -24,7 +24,7 @@ def integer_exponent(k: float) -> int:
 
 
 class Triton:
-    """All matrices and vectors of a plan in two launches per step, or three with several vectors."""
+    """All matrices and vectors of a plan in two launches per step, or up to four with several."""
 
     name = "triton"
     scalars_on_device = True  # an optimizer's step reads lr, grad_scale and found_inf there
@@ -32,25 +32,38 @@ class Triton:
     def gram_matvec(self, plan, state) -> None:
         """See :func:`reference.gram_matvec`."""
         v = state.v_next if state.tolerance > 0 else state.v
-        self._products(plan, state, v, len(plan.tiles) + len(plan.vectors))
+        self._products(plan, state, v, len(plan.vectors))
 
-    def _products(self, plan, state, v, grid) -> None:
-        """Take the products of ``v`` with the matrices, in that many programs."""
-        if not grid:
-            return
-        own, several = self._sizes(plan, plan.r), plan.r > 1
-        kernel, name = (
-            (subspace_products, "subspace_products") if several else (gram_matvec, "gram_matvec")
-        )
-        kernel[(grid,)](
-            *plan.device_tables().views, plan.t_partial, plan.gram_partial,
-            v, state.s, state.scalars,
-            len(plan.matrices), len(plan.tiles), len(plan.vectors), float(state.exponent),
-            DTYPE=TYPES[plan.dtype], K=integer_exponent(state.exponent),
-            WITH_T=state.v_next is not None, TOLERANCE=state.tolerance,
-            **({"VECTORS": plan.r} if several else {}),
-            **getattr(own, name), num_warps=getattr(own, f"{name}_warps"), **FUSED,
+    def _products(self, plan, state, v, n_vectors) -> None:
+        """Take the products of ``v`` with the matrices, and norms of the first vectors."""
+        own, tables, n_tiles = self._sizes(plan, plan.r), plan.device_tables(), len(plan.tiles)
+        arguments = (
+            *tables.views, plan.t_partial, plan.gram_partial, v, state.s, state.scalars,
+            len(plan.matrices), n_tiles, len(plan.vectors), float(state.exponent),
         )  # fmt: skip
+        constants = {
+            "DTYPE": TYPES[plan.dtype], "K": integer_exponent(state.exponent),
+            "WITH_T": state.v_next is not None, "TOLERANCE": state.tolerance, **FUSED,
+        }  # fmt: skip
+        if plan.r == 1:
+            if grid := n_tiles + n_vectors:
+                gram_matvec[(grid,)](
+                    *arguments, **constants, **own.gram_matvec, num_warps=own.gram_matvec_warps
+                )
+            return
+        groups = plan.r // own.subspace_products["GROUP"]
+        if grid := groups * n_tiles + n_vectors:
+            subspace_products[(grid,)](
+                *arguments, **constants, VECTORS=plan.r,
+                **own.subspace_products, num_warps=own.subspace_products_warps,
+            )  # fmt: skip
+        if groups > 1 and n_tiles:
+            matrices, tiles, _ = tables.views
+            subspace_grams[(n_tiles,)](
+                matrices, tiles, plan.gram_partial, state.s, state.scalars, len(plan.matrices),
+                VECTORS=plan.r, TOLERANCE=state.tolerance,
+                **own.subspace_grams, num_warps=own.subspace_grams_warps, **FUSED,
+            )  # fmt: skip
 
     def normalize(self, plan, state) -> None:
         """See :func:`reference.normalize`."""
@@ -136,7 +149,7 @@ class Triton:
             **own.update, num_warps=own.update_warps, maxnreg=own.update_registers, **FUSED,
         )  # fmt: skip
         if r > 1:
-            self._products(plan, state, state.v_next, n_tiles)
+            self._products(plan, state, state.v_next, 0)
 
     @staticmethod
     def _sizes(plan, r: int = 1):

@@ -144,7 +144,7 @@ def rank_one(
     BN_SUM: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     R_NARROW: tl.constexpr, BN_NARROW: tl.constexpr,
 ):  # fmt: skip
-    """FINISH, of one vector: n_matrices programs; GRADIENT: n_tiles and then n_vectors further ones.
+    """FINISH, of one vector: n_matrices programs; GRADIENT: n_tiles and then n_vectors more.
 
     Gradients of other types than GRAD_TYPE (grad_dtype in the tables) are left to other launches.
     """

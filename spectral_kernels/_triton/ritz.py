@@ -24,6 +24,7 @@ from .tables import (
     V_OFFSET,
     inverse_power_of_two,
     is_stale,
+    whole_loads,
 )
 
 MAX_SWEEPS: tl.constexpr = tl.constexpr(20)
@@ -168,6 +169,8 @@ def _reduce_tiles(
 ):
     """Let v_next become the sum over tiles of t, after v has become v_next if that was used."""
     size = VECTORS * n
+    if VECTORS % 4 == 0:
+        size = whole_loads(size, tl.float32)
     for first in range(0, size, BN):
         c = first + tl.arange(0, BN)
         if TOLERANCE > 0:
@@ -180,9 +183,7 @@ def _reduce_tiles(
 
 
 @triton.jit
-def _new_vectors(
-    ct, cv, q, v, v_next, n, good, VECTORS: tl.constexpr, BN: tl.constexpr
-):
+def _new_vectors(ct, cv, q, v, v_next, n, good, VECTORS: tl.constexpr, BN: tl.constexpr):
     """Let v_next become ct v_next + cv v, where ``good``, else q v, and v become q v."""
     i = tl.arange(0, VECTORS)
     n_sound = tl.where(good, n, 0)
@@ -211,10 +212,12 @@ def _iterate(
     i = tl.arange(0, VECTORS)
     eye = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tl.float64)
     n = tl.load(m + OUTER) * tl.load(m + INNER)
-    v += tl.load(m + V_OFFSET)
-    v_next += tl.load(m + V_OFFSET)
+    v_offset = tl.load(m + V_OFFSET)
     # A matrix without rows or columns has no tile, and tiles may be an empty table.
-    t = t_partial + tl.load(tiles + first * TILE_FIELDS + T_OFFSET, mask=n_tiles > 0, other=0)
+    t_offset = tl.load(tiles + first * TILE_FIELDS + T_OFFSET, mask=n_tiles > 0, other=0)
+    if VECTORS % 4 == 0:  # they are multiples of four elements: loads may be wide
+        v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)
+    v, v_next, t = v + v_offset, v_next + v_offset, t_partial + t_offset
     _reduce_tiles(t, n_tiles, v, v_next, n, VECTORS, TOLERANCE, BN_SUM)
     gram = gram_of(v_next, n, 0, n, VECTORS, BN_GRAM)
     half = _product(q, gram)
