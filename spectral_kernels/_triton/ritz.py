@@ -101,45 +101,42 @@ def _eigen(h, VECTORS: tl.constexpr):
 
 
 @triton.jit
-def _basis(gram, usable, mixed, VECTORS: tl.constexpr, WITH_SPARE: tl.constexpr):
+def _basis(gram, mixed, VECTORS: tl.constexpr, WITH_SPARE: tl.constexpr):
     """Return coefficients over candidates of an orthonormal basis of them, by Gram-Schmidt.
 
-    The candidates are known by their products alone, units or zero where not ``usable``: ``gram``.
-    WITH_SPARE: where one of them depends on those before it, an orthonormal spare vector takes its
-    place, if it can; ``mixed`` are the products of candidate and spare j, all others zero. Rows are
-    zero where nothing is left. The coefficients over candidates, and those over spares.
+    The candidates, units or zero, are known by their products ``gram`` alone. WITH_SPARE: where one
+    of them depends on those before it, one of as many orthonormal spare vectors takes its place, if
+    it can; ``mixed`` are the products of candidate and spare j, all others zero. Where nothing is
+    left, a row is zero. Second come the coefficients over spares.
+
+    A basis is off by up to 1e-16 / SMALLEST_PIVOT; one of what it makes is off by rounding alone.
     """
     i = tl.arange(0, VECTORS)
     c = tl.zeros([VECTORS, VECTORS], tl.float64)
-    products = tl.zeros([VECTORS, VECTORS], tl.float64)
+    products = tl.zeros([VECTORS, VECTORS], tl.float64)  # of the basis with the candidates
     c_spare = tl.zeros([VECTORS, VECTORS], tl.float64)
     products_spare = tl.zeros([VECTORS, VECTORS], tl.float64)
     for j in range(0, VECTORS):
+        here = (i == j)[:, None]
+        unit = tl.where(i == j, 1.0, 0.0).to(tl.float64)
         missing = tl.full([], 1, tl.int32)
         for turn in tl.static_range(2 if WITH_SPARE else 1):
-            tried = tl.sum(tl.where((i == j) & usable, 1, 0), 0) > 0 if turn == 0 else missing > 0
-            if tried:
-                unit = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-                x = unit if turn == 0 else tl.zeros_like(unit)
-                y = tl.zeros_like(unit) if turn == 0 else unit
-                for _ in tl.static_range(2):  # the second time removes what rounding has left
-                    along = tl.sum(products * x[None, :], 1)
-                    if WITH_SPARE:
-                        along += tl.sum(products_spare * y[None, :], 1)
-                    x -= tl.sum(along[:, None] * c, 0)
-                    if WITH_SPARE:
-                        y -= tl.sum(along[:, None] * c_spare, 0)
-                x_products = tl.sum(gram * x[None, :], 1)
-                y_products = y
+            if missing > 0:
+                tried = products if turn == 0 else products_spare
+                along = tl.sum(tried * unit[None, :], 1)
+                x = -tl.sum(along[:, None] * c, 0)
+                y = tl.zeros_like(x)
                 if WITH_SPARE:
-                    x_products += mixed * y
-                    y_products += mixed * x
-                pivot = tl.sum(x * x_products, 0)
-                if WITH_SPARE:
-                    pivot += tl.sum(y * y_products, 0)
+                    y = -tl.sum(along[:, None] * c_spare, 0)
+                if turn == 0:
+                    x += unit
+                else:
+                    y += unit
+                x_products = tl.sum(gram * x[None, :], 1) + mixed * y
+                y_products = mixed * x + y
+                pivot = tl.sum(x * x_products + y * y_products, 0)
                 found = pivot > SMALLEST_PIVOT
                 inverse = tl.where(found, 1 / tl.sqrt(tl.where(found, pivot, 1.0)), 0.0)
-                here = (i == j)[:, None]
                 c = tl.where(here, (x * inverse)[None, :], c)
                 products = tl.where(here, (x_products * inverse)[None, :], products)
                 if WITH_SPARE:
@@ -234,7 +231,7 @@ def _iterate(
         inverse = tl.where(usable, 1 / tl.where(usable, t_norms, 1.0), 0.0)
         products = tl.sum(half[:, None, :] * q[None, :, :], 2)
         products = products * inverse[:, None] * inverse[None, :]
-        ct, cv = _basis(products, usable, scale * squares * inverse, VECTORS, True)
+        ct, cv = _basis(products, scale * squares * inverse, VECTORS, True)
         ct = _product(ct * inverse[None, :], q)
         cv = _product(cv, q)
     _new_vectors(ct, cv, q, v, v_next, n, good, VECTORS, BN)
@@ -243,7 +240,7 @@ def _iterate(
         if good:
             # Rounded to float32, and where t was a small difference, they are not quite orthogonal.
             gram = gram_of(v_next, n, 0, n, VECTORS, BN_GRAM)
-            c, _ = _basis(gram, i >= 0, t_norms, VECTORS, False)
+            c, _ = _basis(gram, tl.zeros_like(squares), VECTORS, False)
             _combine(c, v_next, n, VECTORS, BN)
     return t_norms
 
