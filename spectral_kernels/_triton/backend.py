@@ -43,7 +43,7 @@ class Triton:
         )  # fmt: skip
         constants = {
             "DTYPE": TYPES[plan.dtype], "K": integer_exponent(state.exponent),
-            "WITH_T": state.v_next is not None, "TOLERANCE": state.tolerance, **FUSED,
+            "WITH_T": state.v_next is not None, "TOLERANCE": float(state.tolerance), **FUSED,
         }  # fmt: skip
         if plan.r == 1:
             if grid := n_tiles + n_vectors:
@@ -61,7 +61,7 @@ class Triton:
             matrices, tiles, _ = tables.views
             subspace_grams[(n_tiles,)](
                 matrices, tiles, plan.gram_partial, state.s, state.scalars, len(plan.matrices),
-                VECTORS=plan.r, TOLERANCE=state.tolerance,
+                VECTORS=plan.r, TOLERANCE=float(state.tolerance),
                 **own.subspace_grams, num_warps=own.subspace_grams_warps, **FUSED,
             )  # fmt: skip
 
@@ -77,7 +77,7 @@ class Triton:
                 state.v, state.v if state.v_next is None else state.v_next, state.s, state.scalars,
                 len(plan.matrices), len(plan.vectors), float(state.exponent),
                 K=integer_exponent(state.exponent), VECTORS=plan.r,
-                WITH_T=state.v_next is not None, TOLERANCE=state.tolerance,
+                WITH_T=state.v_next is not None, TOLERANCE=float(state.tolerance),
                 **own.ritz, num_warps=own.ritz_warps, **FUSED,
             )  # fmt: skip
 
@@ -109,8 +109,8 @@ class Triton:
                 DTYPE=TYPES[plan.dtype], GRAD_TYPE=TYPES[dtype],
                 K=integer_exponent(state.exponent), FINISH=finishing > 0,
                 WITH_T=state.v_next is not None, GRADIENT=gradient, ACCUMULATE=accumulate,
-                WITH_SCALE=state.scale is not None, VECTORS=plan.r, TOLERANCE=state.tolerance,
-                MAX_TILES=MAX_TILES,
+                WITH_SCALE=state.scale is not None, VECTORS=plan.r,
+                TOLERANCE=float(state.tolerance), MAX_TILES=MAX_TILES,
                 **own.rank_one, num_warps=own.rank_one_warps, **FUSED,
             )  # fmt: skip
             finishing = 0

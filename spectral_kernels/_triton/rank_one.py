@@ -159,6 +159,7 @@ def rank_one(
             takes_part = TOLERANCE == 0
             if TOLERANCE > 0:
                 takes_part = is_stale(scalars, n_matrices, program, 1, TOLERANCE)
+                tl.debug_barrier()  # all threads know before one writes the new sigma
             if takes_part:
                 m = matrices + program.to(tl.int64) * MATRIX_FIELDS
                 _finish_matrix(m, tiles, t_partial, gram_partial, v, v_next, sigmas + program,
