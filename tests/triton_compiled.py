@@ -121,9 +121,9 @@ def several_vectors(dtype: torch.dtype, capability: int) -> Iterator[Configurati
     }
     for changes in several[dtype]:
         yield Configuration("subspace_products", dtype, tuple((plain | changes).items()))
-    main = next(c for c in configurations(dtype) if c.kernel == "update")
-    yield main._replace(constants=(*main.constants, ("VECTORS", 4)))
     if dtype == torch.float32:
+        main = next(c for c in configurations(dtype) if c.kernel == "update")
+        yield main._replace(constants=(*main.constants, ("VECTORS", 4)))
         yield Configuration("gram_matvec", dtype, tuple((plain | {"TOLERANCE": TOLERANCE}).items()))
         finish = next(c for c in configurations(dtype) if ("GRADIENT", False) in c.constants)
         yield finish._replace(constants=(*finish.constants, ("TOLERANCE", TOLERANCE)))
