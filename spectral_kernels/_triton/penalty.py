@@ -9,10 +9,9 @@ from .tables import INFINITY, power
 
 
 @triton.jit
-def matrix_penalty(sigma, target, k, K: tl.constexpr):
-    """Return (sigma^k - tau^k)^2 of a float64 sigma, as it is stored."""
-    excess = power(sigma, k, K) - power(target.to(tl.float64), k, K)
-    return (excess * excess).to(tl.float32)
+def excess_of(sigma, target, k, K: tl.constexpr):
+    """Return sigma^k - tau^k of a float64 sigma, whose square is the penalty."""
+    return power(sigma, k, K) - power(tl.load(target).to(tl.float64), k, K)
 
 
 @triton.jit

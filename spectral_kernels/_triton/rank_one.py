@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .penalty import matrix_factor, matrix_penalty, residual_of, shift_factor, vector_gradient
+from .penalty import excess_of, matrix_factor, residual_of, shift_factor, vector_gradient
 from .tables import (
     FIRST_TILE,
     GAIN,
@@ -55,9 +55,10 @@ def _finish_matrix(
     """Write sigma, penalty, and with t the residual and v_next of one matrix."""
     first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
     value = tl.sqrt(_sum_of_squares(gram_partial, first, n_tiles, MAX_TILES))
+    excess = excess_of(value, target, k, K)
     scale = inverse_power_of_two(tl.load(sigma))
     tl.store(sigma, value.to(tl.float32))
-    tl.store(penalty, matrix_penalty(value, tl.load(target), k, K))
+    tl.store(penalty, (excess * excess).to(tl.float32))
     if WITH_T:
         n = tl.load(m + OUTER) * tl.load(m + INNER)
         v += tl.load(m + V_OFFSET)

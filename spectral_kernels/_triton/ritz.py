@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .penalty import matrix_penalty, residual_of
+from .penalty import excess_of, residual_of
 from .tables import (
     FIRST_TILE,
     INFINITY,
@@ -278,7 +278,8 @@ def ritz(
         where = scalars + index + i * n_matrices
         tl.store(where, sigma.to(tl.float32))
         largest = tl.sum(tl.where(i == 0, sigma, 0.0), 0)
-        tl.store(penalties + index, matrix_penalty(largest, tl.load(targets + index), k, K))
+        excess = excess_of(largest, targets + index, k, K)
+        tl.store(penalties + index, (excess * excess).to(tl.float32))
         if WITH_T:
             t_norms = _iterate(m, tiles, first, n_tiles, t_partial, v, v_next, s, squares, q, scale,
                                finite, VECTORS, TOLERANCE, BN_SUM, BN, BN_GRAM)  # fmt: skip
