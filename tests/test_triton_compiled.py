@@ -16,16 +16,17 @@ from .triton_compiled import (  # noqa: E402
     any_exponent,
     compiled,
     configurations,
+    several_vectors,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
+NARROW = ("ritz", "subspace_grams")  # nothing shows the compiler here that vectors are aligned
 
 CASES = [
     (sm, c)
     for sm in CAPABILITIES
     for dtype in DTYPES
-    for c in (*configurations(dtype), *any_exponent(dtype))
+    for c in (*configurations(dtype), *any_exponent(dtype), *several_vectors(dtype, sm))
 ]
 
 
@@ -41,8 +42,9 @@ def test_nothing_spills_and_aligned_rows_are_read_128_bits_at_a_time(
     compilation, capability, configuration
 ):
     found = compilation[capability, configuration].result()
+    constants = dict(configuration.constants)
     assert found.stack == 0
     assert found.registers <= 255
     assert found.shared <= SHARED_LIMIT[capability]
-    if dict(configuration.constants).get("ACCUMULATE", True):
+    if configuration.kernel not in NARROW and constants.get("ACCUMULATE", True):
         assert found.loads(128) > 0

@@ -22,11 +22,15 @@ from triton.compiler import ASTSource
 from spectral_kernels._triton.backend import FUSED, TYPES
 from spectral_kernels._triton.gram_matvec import gram_matvec
 from spectral_kernels._triton.rank_one import rank_one
+from spectral_kernels._triton.ritz import ritz
 from spectral_kernels._triton.sizes import sizes
+from spectral_kernels._triton.subspace_products import subspace_grams, subspace_products
 from spectral_kernels._triton.update import update
-from spectral_kernels.plan import MAX_TILES
+from spectral_kernels.buckets import TOLERANCE
+from spectral_kernels.plan import MAX_TILES, R
 
 KERNELS = {"gram_matvec": gram_matvec, "rank_one": rank_one, "update": update}
+SEVERAL = {"subspace_products": subspace_products, "subspace_grams": subspace_grams, "ritz": ritz}
 RULES = ("adamw", "sgd")  # by their number
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
@@ -49,6 +53,8 @@ class Configuration(NamedTuple):
     def __str__(self) -> str:
         chosen = [n.lower() for n, value in self.constants if value is True]
         constants = dict(self.constants)
+        chosen += [f"r={constants['VECTORS']}"] if "VECTORS" in constants else []
+        chosen += ["tolerance"] if constants.get("TOLERANCE") else []
         grad, moment = constants.get("GRAD_TYPE"), constants.get("MOMENT_TYPE")
         rule = [RULES[constants["RULE"]]] if "RULE" in constants else []
         return " ".join([self.kernel, *rule, str(self.dtype)[6:], *([f"to {grad}"] if grad else []),
@@ -102,6 +108,31 @@ def configurations(dtype: torch.dtype) -> Iterator[Configuration]:
         yield Configuration("update", dtype, tuple((plain | changes).items()))
 
 
+def several_vectors(dtype: torch.dtype, capability: int) -> Iterator[Configuration]:
+    """Yield the main ones with several vectors, and with a tolerance; few, for the time they take.
+
+    Numbers of vectors above four differ little in the products, and dtypes not at all in the rest.
+    """
+    plain = {"K": 2, "WITH_T": True, "TOLERANCE": 0.0}
+    several = {
+        torch.float32: [{"VECTORS": 4}, {"VECTORS": 16}],
+        torch.bfloat16: [{"VECTORS": 2}, {"VECTORS": 8, "TOLERANCE": TOLERANCE}],
+        torch.float16: [{"VECTORS": 4, "WITH_T": False}] if capability == 90 else [],
+    }
+    for changes in several[dtype]:
+        yield Configuration("subspace_products", dtype, tuple((plain | changes).items()))
+    if dtype == torch.float32:
+        main = next(c for c in configurations(dtype) if c.kernel == "update")
+        yield main._replace(constants=(*main.constants, ("VECTORS", 4)))
+        yield Configuration("gram_matvec", dtype, tuple((plain | {"TOLERANCE": TOLERANCE}).items()))
+        finish = next(c for c in configurations(dtype) if ("GRADIENT", False) in c.constants)
+        yield finish._replace(constants=(*finish.constants, ("TOLERANCE", TOLERANCE)))
+        for r in R[1:]:
+            changes = {"VECTORS": r, "TOLERANCE": TOLERANCE if r == 8 else 0.0}
+            yield Configuration("ritz", dtype, tuple((plain | changes).items()))
+        yield Configuration("subspace_grams", dtype, (("VECTORS", 16), ("TOLERANCE", 0.0)))
+
+
 def any_exponent(dtype: torch.dtype) -> list[Configuration]:
     """Return the main configurations at an exponent that is no integer."""
     found = [c for c in configurations(dtype) if dict(c.constants)["WITH_T"]]
@@ -112,11 +143,12 @@ def any_exponent(dtype: torch.dtype) -> list[Configuration]:
 @lru_cache
 def compiled(configuration: Configuration, capability: int) -> Compiled:
     """Compile for a compute capability (90 for 9.0)."""
-    own = sizes(capability, configuration.dtype.itemsize)
-    name, kernel = configuration.kernel, KERNELS[configuration.kernel]
+    given = {"VECTORS": 1, "TOLERANCE": 0.0, **dict(configuration.constants)}
+    own = sizes(capability, configuration.dtype.itemsize, given["VECTORS"])
+    name, kernel = configuration.kernel, (KERNELS | SEVERAL)[configuration.kernel]
     blocks, warps = getattr(own, name), getattr(own, f"{name}_warps")
     constants = {"DTYPE": TYPES[configuration.dtype], "MAX_TILES": MAX_TILES,
-                 **dict(configuration.constants), **blocks}  # fmt: skip
+                 **given, **blocks}  # fmt: skip
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {
         name: "constexpr" if name in constants else _POINTERS.get(name, "i32")
@@ -147,8 +179,9 @@ if __name__ == "__main__":
         f"{'kernel':58} {'sm':>4} {'registers':>9} {'stack':>5} {'shared':>6} {'128-bit loads':>13}"
     )
     for dtype in TYPES:
-        for chosen in (*configurations(dtype), *any_exponent(dtype)):
-            for sm in CAPABILITIES:
+        for sm in CAPABILITIES:
+            for chosen in (*configurations(dtype), *any_exponent(dtype),
+                           *several_vectors(dtype, sm)):  # fmt: skip
                 c = compiled(chosen, sm)
                 print(f"{chosen!s:58} {sm:4} {c.registers:9} {c.stack:5} {c.shared:6} "
                       f"{c.loads(128):13}", flush=True)  # fmt: skip

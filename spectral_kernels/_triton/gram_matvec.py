@@ -28,6 +28,7 @@ from .tables import (
     elements_of,
     inverse_power_of_two,
     is_aligned,
+    is_stale,
     parts_of,
     power,
 )
@@ -127,7 +128,7 @@ def _long_rows(
 
 
 @triton.jit
-def _vector(vector, norm, penalty, k, DTYPE: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
+def vector_norm(vector, norm, penalty, k, DTYPE: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
     """Write norm and penalty of the vector that a row of the table describes."""
     x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
@@ -146,7 +147,7 @@ def _vector(vector, norm, penalty, k, DTYPE: tl.constexpr, K: tl.constexpr, BN: 
 def gram_matvec(
     matrices, tiles, vectors, t_partial, gram_partial, v, s, scalars,
     n_matrices, n_tiles, n_vectors, k,
-    DTYPE: tl.constexpr, K: tl.constexpr, WITH_T: tl.constexpr,
+    DTYPE: tl.constexpr, K: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
     R0: tl.constexpr, BN0: tl.constexpr, R1: tl.constexpr, BN1: tl.constexpr,
     R2: tl.constexpr, BN2: tl.constexpr, R3: tl.constexpr, BN3: tl.constexpr,
     R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_ODD: tl.constexpr, BN_ODD: tl.constexpr,
@@ -161,29 +162,33 @@ def gram_matvec(
         i = program - n_tiles
         norm = scalars + 2 * n_matrices + i
         penalty = scalars + 3 * n_matrices + n_vectors + i
-        _vector(vectors + i * VECTOR_FIELDS, norm, penalty, k, DTYPE, K, BN0)
+        vector_norm(vectors + i * VECTOR_FIELDS, norm, penalty, k, DTYPE, K, BN0)
     else:
         tile = tiles + program.to(tl.int64) * TILE_FIELDS
         index = tl.load(tile + TILE_MATRIX)
-        m = matrices + index * MATRIX_FIELDS
-        scale = inverse_power_of_two(tl.load(scalars + index))
-        n = tl.load(m + OUTER) * tl.load(m + INNER)
-        if not is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE):
-            if n <= BN_ODD:
-                squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, False,
-                                      R_ODD, BN_ODD)  # fmt: skip
+        takes_part = TOLERANCE == 0
+        if TOLERANCE > 0:
+            takes_part = is_stale(scalars, n_matrices, index, 1, TOLERANCE)
+        if takes_part:
+            m = matrices + index * MATRIX_FIELDS
+            scale = inverse_power_of_two(tl.load(scalars + index))
+            n = tl.load(m + OUTER) * tl.load(m + INNER)
+            if not is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE):
+                if n <= BN_ODD:
+                    squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, False,
+                                          R_ODD, BN_ODD)  # fmt: skip
+                else:
+                    squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, False,
+                                         R_ODD, BN_ODD)  # fmt: skip
+            elif n <= BN0:
+                squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True, R0, BN0)
+            elif n <= BN1:
+                squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True, R1, BN1)
+            elif n <= BN2:
+                squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True, R2, BN2)
+            elif n <= BN3:
+                squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True, R3, BN3)
             else:
-                squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, False,
-                                     R_ODD, BN_ODD)  # fmt: skip
-        elif n <= BN0:
-            squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True, R0, BN0)
-        elif n <= BN1:
-            squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True, R1, BN1)
-        elif n <= BN2:
-            squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True, R2, BN2)
-        elif n <= BN3:
-            squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True, R3, BN3)
-        else:
-            squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True,
-                                 R_LONG, BN_LONG)  # fmt: skip
-        tl.store(gram_partial + program, squares)
+                squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, True,
+                                     R_LONG, BN_LONG)  # fmt: skip
+            tl.store(gram_partial + program, squares)

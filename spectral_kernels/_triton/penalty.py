@@ -5,7 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tables import power
+from .tables import INFINITY, power
+
+
+@triton.jit
+def excess_of(sigma, target, k, K: tl.constexpr):
+    """Return sigma^k - tau^k of a float64 sigma, whose square is the penalty."""
+    return power(sigma, k, K) - power(tl.load(target).to(tl.float64), k, K)
+
+
+@triton.jit
+def residual_of(sigma, t_norm, scale):
+    """Return ||W^T u - sigma v||, float64, from the norm of scale * W^T s."""
+    # ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
+    known = (sigma > 0) & (sigma < INFINITY)
+    wtu = t_norm / (scale * tl.where(known, sigma, 1.0))
+    squared = (wtu - sigma) * (wtu + sigma)
+    root = tl.where(squared <= 0, 0.0, tl.sqrt(tl.where(squared <= 0, 0.0, squared)))
+    return tl.where(known, root, sigma)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .penalty import matrix_factor, shift_factor, vector_gradient
+from .penalty import excess_of, matrix_factor, residual_of, shift_factor, vector_gradient
 from .tables import (
     FIRST_TILE,
     GAIN,
@@ -35,8 +35,8 @@ from .tables import (
     elements_of,
     inverse_power_of_two,
     is_aligned,
+    is_stale,
     parts_of,
-    power,
 )
 
 
@@ -49,12 +49,13 @@ def _sum_of_squares(gram_partial, first, n_tiles, MAX_TILES: tl.constexpr):
 @triton.jit
 def _finish_matrix(
     m, tiles, t_partial, gram_partial, v, v_next, sigma, residual, penalty, target, k,
-    K: tl.constexpr, WITH_T: tl.constexpr, MAX_TILES: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr, MAX_TILES: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Write sigma, penalty, and with t the residual and v_next of one matrix."""
     first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
     value = tl.sqrt(_sum_of_squares(gram_partial, first, n_tiles, MAX_TILES))
-    excess = power(value, k, K) - power(tl.load(target).to(tl.float64), k, K)
+    excess = excess_of(value, target, k, K)
     scale = inverse_power_of_two(tl.load(sigma))
     tl.store(sigma, value.to(tl.float32))
     tl.store(penalty, (excess * excess).to(tl.float32))
@@ -70,6 +71,8 @@ def _finish_matrix(
             total = tl.zeros([BN], tl.float32)
             for i in range(0, n_tiles):
                 total += tl.load(t + i * n + c, mask=c < n, other=0.0)
+            if TOLERANCE > 0:  # it is what the products were taken with
+                tl.store(v + c, tl.load(v_next + c, mask=c < n, other=0.0), mask=c < n)
             tl.store(v_next + c, total, mask=c < n)
             wide = total.to(tl.float64)
             squares += wide * wide
@@ -83,12 +86,7 @@ def _finish_matrix(
             unit = tl.load(v_next + c, mask=c < n, other=0.0).to(tl.float64) * inverse
             old = tl.load(v + c, mask=c < n, other=0.0)
             tl.store(v_next + c, tl.where(good, unit.to(tl.float32), old), mask=c < n)
-        # ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
-        known = (value > 0) & (value < INFINITY)
-        wtu = t_norm / (scale * tl.where(known, value, 1.0))
-        squared = (wtu - value) * (wtu + value)
-        root = tl.where(squared <= 0, 0.0, tl.sqrt(tl.where(squared <= 0, 0.0, squared)))
-        tl.store(residual, tl.where(known, root, value).to(tl.float32))
+        tl.store(residual, residual_of(value, t_norm, scale).to(tl.float32))
 
 
 @triton.jit
@@ -142,26 +140,33 @@ def rank_one(
     n_matrices, n_tiles, n_vectors, grad_dtype, k,
     DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, K: tl.constexpr,
     FINISH: tl.constexpr, WITH_T: tl.constexpr, GRADIENT: tl.constexpr,
-    ACCUMULATE: tl.constexpr, WITH_SCALE: tl.constexpr, MAX_TILES: tl.constexpr,
+    ACCUMULATE: tl.constexpr, WITH_SCALE: tl.constexpr, VECTORS: tl.constexpr,
+    TOLERANCE: tl.constexpr, MAX_TILES: tl.constexpr,
     BN_SUM: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     R_NARROW: tl.constexpr, BN_NARROW: tl.constexpr,
 ):  # fmt: skip
-    """FINISH: n_matrices programs; GRADIENT: n_tiles and then n_vectors further ones.
+    """FINISH, of one vector: n_matrices programs; GRADIENT: n_tiles and then n_vectors more.
 
     Gradients of other types than GRAD_TYPE (grad_dtype in the tables) are left to other launches.
     """
     program = tl.program_id(0)
-    sigmas, norms = scalars, scalars + 2 * n_matrices
+    sigmas, norms = scalars, scalars + 2 * VECTORS * n_matrices
     penalties = norms + n_vectors
     strengths = penalties + n_matrices + n_vectors
     targets = strengths + n_matrices + n_vectors
     tile_index = program
     if FINISH:
         if program < n_matrices:
-            m = matrices + program.to(tl.int64) * MATRIX_FIELDS
-            _finish_matrix(m, tiles, t_partial, gram_partial, v, v_next, sigmas + program,
-                           sigmas + n_matrices + program, penalties + program, targets + program,
-                           k, K, WITH_T, MAX_TILES, BN_SUM)  # fmt: skip
+            takes_part = TOLERANCE == 0
+            if TOLERANCE > 0:
+                takes_part = is_stale(scalars, n_matrices, program, 1, TOLERANCE)
+                tl.debug_barrier()  # all threads know before one writes the new sigma
+            if takes_part:
+                m = matrices + program.to(tl.int64) * MATRIX_FIELDS
+                _finish_matrix(m, tiles, t_partial, gram_partial, v, v_next, sigmas + program,
+                               sigmas + n_matrices + program, penalties + program,
+                               targets + program, k, K, WITH_T, TOLERANCE, MAX_TILES,
+                               BN_SUM)  # fmt: skip
         tile_index = program - n_matrices
     if GRADIENT and tile_index >= 0:
         multiplier = tl.full([], 1.0, tl.float64)

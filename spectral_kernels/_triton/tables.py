@@ -75,6 +75,13 @@ def inverse_power_of_two(sigma):
 
 
 @triton.jit
+def is_stale(scalars, n_matrices, index, VECTORS: tl.constexpr, TOLERANCE: tl.constexpr):
+    """Tell whether a call with a tolerance is about a matrix; see Header in csrc/table.h."""
+    sigma = tl.load(scalars + index).to(tl.float64)
+    return tl.load(scalars + VECTORS * n_matrices + index).to(tl.float64) > TOLERANCE * sigma
+
+
+@triton.jit
 def column_offsets(c, inner, outer_stride):
     """Return where columns ``c`` lie in a row that consists of pieces of ``inner`` elements."""
     return (c // inner) * outer_stride + c % inner

@@ -3,6 +3,8 @@
 A program takes a tile as in gram_matvec.py: what is loaded there goes here through the optimizer's
 rule, with the penalty's gradient at the s and v of the step before, and is stored before it is
 multiplied by v_next. The last programs take vectors and parts of parameters without a penalty.
+With several vectors per matrix the products are left to subspace_products.py: the weights are read
+once more, an eighth more memory traffic for AdamW, and no blocks of theirs are short of registers.
 """
 
 from __future__ import annotations
@@ -120,10 +122,13 @@ def _next(
 def _rows(
     m, tile, moment, groups, steps, v, x, s, t_partial, scale, factor, acts, inverse_scale,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
-    WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, ALIGNED: tl.constexpr,
-    LONG: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, VECTORS: tl.constexpr,
+    ALIGNED: tl.constexpr, LONG: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Take blocks of R rows, BN columns at a time (all of them if not LONG); return sum of s^2."""
+    """Take blocks of R rows, BN columns at a time (all of them if not LONG); return sum of s^2.
+
+    The products are taken of one vector; several have a launch of their own.
+    """
     w, row_stride, inner, outer_stride, n = elements_of(
         m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
     )
@@ -144,7 +149,8 @@ def _rows(
         r = row + tl.arange(0, R)
         old_s = tl.load(s + r, mask=r < row_end, other=0.0).to(tl.float64)
         a = tl.where(factor == 0, 0.0, old_s * factor).to(tl.float32)
-        tl.debug_barrier()  # a thread may write the new s where another one reads the old
+        if VECTORS == 1:
+            tl.debug_barrier()  # a thread may write the new s where another one reads the old
         if LONG:
             product = tl.zeros([R], tl.float32)
             for begin in range(0, n, BN):
@@ -156,14 +162,17 @@ def _rows(
                 rows = _next(w, grad, first, second, offsets, mask, acts, has_grad, penalty,
                              inverse_scale, options, DTYPE, RULE, WITH_MOMENT,
                              DECOUPLED)  # fmt: skip
-                product += tl.sum(rows * tl.load(x + c, mask=c < n, other=0.0)[None, :], 1)
-            tl.store(s + r, product, mask=r < row_end)
-            wide = product.to(tl.float64)
-            tl.debug_barrier()  # what is read next, another thread may have written
-            add_long_rows(
-                w, row_stride, inner, outer_stride, n, r, row_end, (wide * scale).to(tl.float32), t,
-                row == row_begin, ALIGNED, BN,
-            )  # fmt: skip
+                if VECTORS == 1:
+                    product += tl.sum(rows * tl.load(x + c, mask=c < n, other=0.0)[None, :], 1)
+            if VECTORS == 1:
+                tl.store(s + r, product, mask=r < row_end)
+                wide = product.to(tl.float64)
+                tl.debug_barrier()  # what is read next, another thread may have written
+                add_long_rows(
+                    w, row_stride, inner, outer_stride, n, r, row_end,
+                    (wide * scale).to(tl.float32), t, row == row_begin, ALIGNED, BN,
+                )  # fmt: skip
+                squares += wide * wide
         else:
             c = tl.arange(0, BN)
             columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
@@ -172,11 +181,12 @@ def _rows(
             offsets = r[:, None] * row_stride + columns[None, :]
             rows = _next(w, grad, first, second, offsets, mask, acts, has_grad, penalty,
                          inverse_scale, options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
-            factors = tl.load(x + c, mask=c < n, other=0.0)
-            wide, part = products(rows, factors, s, r, row_end, scale, True)
-            total += part
-        squares += wide * wide
-    if not LONG:
+            if VECTORS == 1:
+                factors = tl.load(x + c, mask=c < n, other=0.0)
+                wide, part = products(rows, factors, s, r, row_end, scale, True)
+                total += part
+                squares += wide * wide
+    if VECTORS == 1 and not LONG:
         c = tl.arange(0, BN)
         tl.store(t + c, total, mask=c < n)
     return tl.sum(squares, 0)
@@ -220,7 +230,7 @@ def _elements(
 
 @triton.jit
 def _factors(m, tile, v, v_next, n, stopped, BN: tl.constexpr):
-    """Return v_next; or v where all has stopped, and the first tile copies it to v_next."""
+    """Return v_next; or v where all has stopped, and the first tile copies n of it to v_next."""
     x = v_next
     if stopped:
         x = v
@@ -246,7 +256,8 @@ def update(
     n_matrices, n_tiles, n_vectors, k,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
     WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, K: tl.constexpr,
-    WITH_SCALE: tl.constexpr, WITH_GRAD_SCALE: tl.constexpr, WITH_FOUND_INF: tl.constexpr,
+    VECTORS: tl.constexpr, WITH_SCALE: tl.constexpr, WITH_GRAD_SCALE: tl.constexpr,
+    WITH_FOUND_INF: tl.constexpr,
     R0: tl.constexpr, BN0: tl.constexpr, R1: tl.constexpr, BN1: tl.constexpr,
     R2: tl.constexpr, BN2: tl.constexpr,
     R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_ODD: tl.constexpr, BN_ODD: tl.constexpr,
@@ -267,7 +278,7 @@ def update(
     multiplier = tl.full([], 1.0, tl.float64)
     if WITH_SCALE:
         multiplier = tl.load(scale).to(tl.float64)
-    norms = scalars + 2 * n_matrices
+    norms = scalars + 2 * VECTORS * n_matrices
     penalties = norms + n_vectors
     strengths = penalties + n_matrices + n_vectors
     targets = strengths + n_matrices + n_vectors
@@ -299,25 +310,26 @@ def update(
         n = tl.load(m + OUTER) * tl.load(m + INNER)
         x = v_next
         if WITH_FOUND_INF:
-            x = _factors(m, tile, v, v_next, n, stopped, BN_LONG)
+            x = _factors(m, tile, v, v_next, VECTORS * n, stopped, BN_LONG)
         if not (is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE) & _others_are_aligned(m, moment)):
             squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                             acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            False, True, R_ODD, BN_ODD)  # fmt: skip
+                            VECTORS, False, True, R_ODD, BN_ODD)  # fmt: skip
         elif n <= BN0:
             squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                             acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            True, False, R0, BN0)  # fmt: skip
+                            VECTORS, True, False, R0, BN0)  # fmt: skip
         elif n <= BN1:
             squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                             acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            True, False, R1, BN1)  # fmt: skip
+                            VECTORS, True, False, R1, BN1)  # fmt: skip
         elif n <= BN2:
             squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                             acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            True, False, R2, BN2)  # fmt: skip
+                            VECTORS, True, False, R2, BN2)  # fmt: skip
         else:
             squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                             acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            True, True, R_LONG, BN_LONG)  # fmt: skip
-        tl.store(gram_partial + program, squares)
+                            VECTORS, True, True, R_LONG, BN_LONG)  # fmt: skip
+        if VECTORS == 1:
+            tl.store(gram_partial + program, squares)

@@ -1,0 +1,203 @@
+"""S = V W^T and T = S W per tile for several vectors V, and the products S S^T.
+
+As in gram_matvec.py, with one read of W from memory: where a row with the vectors and their t fits
+into the registers of a program, a block of rows is loaded once; of longer rows the second read
+finds the block in the second-level cache. A program takes GROUP of the VECTORS; the programs of a
+tile's other vectors run beside it, so that they find its rows in that cache too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .gram_matvec import vector_norm
+from .ritz import gram_of
+from .tables import (
+    INNER,
+    MATRIX_FIELDS,
+    OUTER,
+    OUTER_STRIDE,
+    ROW_STRIDE,
+    ROWS,
+    TILE_FIELDS,
+    TILE_MATRIX,
+    VECTOR_FIELDS,
+    WEIGHT,
+    column_offsets,
+    elements_of,
+    inverse_power_of_two,
+    is_aligned,
+    is_stale,
+    parts_of,
+)
+
+
+@triton.jit
+def _short_rows(
+    m, tile, first_vector, v, s, t_partial, scale,
+    DTYPE: tl.constexpr, WITH_T: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Take blocks of R rows of n <= BN columns."""
+    w, row_stride, inner, outer_stride, n = elements_of(
+        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+    )
+    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
+    n_rows = tl.load(m + ROWS)
+    v, t, s = v + first_vector * n, t + first_vector * n, s + first_vector * n_rows
+    c = tl.arange(0, BN)
+    inside = c < n
+    columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+    x, totals = (), ()
+    for j in tl.static_range(GROUP):
+        x += (tl.load(v + j * n + c, mask=inside, other=0.0),)
+        totals += (tl.zeros([BN], tl.float32),)
+    for row in range(row_begin, row_end, R):
+        r = row + tl.arange(0, R)
+        block = w + (r[:, None] * row_stride + columns[None, :])
+        mask = (r < row_end)[:, None] & inside[None, :]
+        rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+        sums = ()
+        for j in tl.static_range(GROUP):
+            product = tl.sum(rows * x[j][None, :], 1)
+            tl.store(s + j * n_rows + r, product, mask=r < row_end)
+            total = totals[j]
+            if WITH_T:
+                scaled = (product.to(tl.float64) * scale).to(tl.float32)
+                total += tl.sum(rows * scaled[:, None], 0)
+            sums += (total,)
+        totals = sums
+    if WITH_T:
+        for j in tl.static_range(GROUP):
+            tl.store(t + j * n + c, totals[j], mask=inside)
+
+
+@triton.jit
+def _long_rows(
+    m, tile, first_vector, v, s, t_partial, scale,
+    DTYPE: tl.constexpr, WITH_T: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Take blocks of R rows, BN columns at a time, twice."""
+    w, row_stride, inner, outer_stride, n = elements_of(
+        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+    )
+    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
+    n_rows = tl.load(m + ROWS)
+    v, t, s = v + first_vector * n, t + first_vector * n, s + first_vector * n_rows
+    for row in range(row_begin, row_end, R):
+        r = row + tl.arange(0, R)
+        products = ()
+        for _ in tl.static_range(GROUP):
+            products += (tl.zeros([R], tl.float32),)
+        for first in range(0, n, BN):
+            c = first + tl.arange(0, BN)
+            columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+            mask = (r < row_end)[:, None] & (c < n)[None, :]
+            block = w + (r[:, None] * row_stride + columns[None, :])
+            rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+            sums = ()
+            for j in tl.static_range(GROUP):
+                x = tl.load(v + j * n + c, mask=c < n, other=0.0)
+                sums += (products[j] + tl.sum(rows * x[None, :], 1),)
+            products = sums
+        scaled = ()
+        for j in tl.static_range(GROUP):
+            tl.store(s + j * n_rows + r, products[j], mask=r < row_end)
+            scaled += ((products[j].to(tl.float64) * scale).to(tl.float32),)
+        if WITH_T:
+            for first in range(0, n, BN):
+                c = first + tl.arange(0, BN)
+                columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+                mask = (r < row_end)[:, None] & (c < n)[None, :]
+                block = w + (r[:, None] * row_stride + columns[None, :])
+                rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+                for j in tl.static_range(GROUP):
+                    part = tl.sum(rows * scaled[j][:, None], 0)
+                    if row != row_begin:  # each thread finds what it wrote itself
+                        part += tl.load(t + j * n + c, mask=c < n, other=0.0)
+                    tl.store(t + j * n + c, part, mask=c < n)
+
+
+@triton.jit
+def _store_gram(
+    m, tile, s, gram_partial, tile_index, VECTORS: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    _, s, _, row_begin, row_end = parts_of(m, tile, s, s, s)
+    gram = gram_of(s, tl.load(m + ROWS), row_begin, row_end, VECTORS, BN)
+    i, j = tl.arange(0, VECTORS)[:, None], tl.arange(0, VECTORS)[None, :]
+    tl.store(gram_partial + (tile_index * VECTORS + i) * VECTORS + j, gram)
+
+
+@triton.jit(do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k"])
+def subspace_products(
+    matrices, tiles, vectors, t_partial, gram_partial, v, s, scalars,
+    n_matrices, n_tiles, n_vectors, k,
+    DTYPE: tl.constexpr, K: tl.constexpr, VECTORS: tl.constexpr, WITH_T: tl.constexpr,
+    TOLERANCE: tl.constexpr, GROUP: tl.constexpr,
+    R0: tl.constexpr, BN0: tl.constexpr, R1: tl.constexpr, BN1: tl.constexpr,
+    R2: tl.constexpr, BN2: tl.constexpr, R_LONG: tl.constexpr, BN_LONG: tl.constexpr,
+    R_ODD: tl.constexpr, BN_ODD: tl.constexpr, BN_GRAM: tl.constexpr, BN_VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Programs take tiles, each by groups of vectors, the last ones the vectors of the plan.
+
+    Sizes of blocks as in gram_matvec.
+    """
+    groups: tl.constexpr = VECTORS // GROUP
+    program = tl.program_id(0)
+    if program >= n_tiles * groups:
+        i = program - n_tiles * groups
+        norm = scalars + 2 * VECTORS * n_matrices + i
+        penalty = norm + n_vectors + n_matrices
+        vector_norm(vectors + i * VECTOR_FIELDS, norm, penalty, k, DTYPE, K, BN_VECTOR)
+    else:
+        tile_index = (program // groups).to(tl.int64)
+        first = program % groups * GROUP
+        tile = tiles + tile_index * TILE_FIELDS
+        index = tl.load(tile + TILE_MATRIX)
+        takes_part = TOLERANCE == 0
+        if TOLERANCE > 0:
+            takes_part = is_stale(scalars, n_matrices, index, VECTORS, TOLERANCE)
+        if takes_part:
+            m = matrices + index * MATRIX_FIELDS
+            scale = inverse_power_of_two(tl.load(scalars + index))
+            n = tl.load(m + OUTER) * tl.load(m + INNER)
+            if not is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE):
+                _long_rows(m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, False,
+                           R_ODD, BN_ODD)  # fmt: skip
+            elif n <= BN0:
+                _short_rows(
+                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, True, R0, BN0
+                )
+            elif n <= BN1:
+                _short_rows(
+                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, True, R1, BN1
+                )
+            elif n <= BN2:
+                _short_rows(
+                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, True, R2, BN2
+                )
+            else:
+                _long_rows(m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, True,
+                           R_LONG, BN_LONG)  # fmt: skip
+            if GROUP == VECTORS:
+                tl.debug_barrier()  # what is read next, another thread may have written
+                _store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
+
+
+@triton.jit(do_not_specialize=["n_matrices"])
+def subspace_grams(
+    matrices, tiles, gram_partial, s, scalars, n_matrices,
+    VECTORS: tl.constexpr, TOLERANCE: tl.constexpr, BN_GRAM: tl.constexpr,
+):  # fmt: skip
+    """Write S S^T of each tile, where several programs have made its S."""
+    tile_index = tl.program_id(0).to(tl.int64)
+    tile = tiles + tile_index * TILE_FIELDS
+    index = tl.load(tile + TILE_MATRIX)
+    takes_part = TOLERANCE == 0
+    if TOLERANCE > 0:
+        takes_part = is_stale(scalars, n_matrices, index, VECTORS, TOLERANCE)
+    if takes_part:
+        m = matrices + index * MATRIX_FIELDS
+        _store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
