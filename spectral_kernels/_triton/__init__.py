@@ -1,1 +1,1 @@
-"""Triton kernels for all matrices and vectors of a plan: two launches per step."""
+"""Triton kernels for all matrices and vectors of a plan: two launches per step, or a few."""

@@ -3,8 +3,8 @@
 A program takes a tile as in gram_matvec.py: what is loaded there goes here through the optimizer's
 rule, with the penalty's gradient at the s and v of the step before, and is stored before it is
 multiplied by v_next. The last programs take vectors and parts of parameters without a penalty.
-With several vectors per matrix the products are left to subspace_products.py: the weights are read
-once more, an eighth more memory traffic for AdamW, and no blocks of theirs are short of registers.
+With several vectors per matrix the products have a launch of their own, subspace_products.py: the
+weights are read once more, a seventh more memory traffic for AdamW.
 """
 
 from __future__ import annotations
