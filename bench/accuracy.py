@@ -182,7 +182,8 @@ def run(problem: str, estimator: str, strength: float, seed: int, sizes: dict[st
     """Train, and return what the estimates were beside the SVD.
 
     Errors are relative to sigma_1 and positive where the estimate is too small: "first" of sigma_1
-    and "least" of the r-th singular value, [measurements, matrices].
+    and "least" of the r-th singular value, [measurements, matrices]; "ratio" of sigma_2 to sigma_1,
+    mean over the matrices.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -205,7 +206,7 @@ def run(problem: str, estimator: str, strength: float, seed: int, sizes: dict[st
         if before is not None:
             values = own.singular_values.double()
             for name, errors in _errors(before, values).items():
-                found[name].append([round(e, 6) for e in errors])
+                found[name].append([round(e, 5) for e in errors])
         if batch.last:
             found["scores"].append(made.score())
     return {
@@ -220,7 +221,7 @@ def _errors(weights, values: torch.Tensor) -> dict[str, list[float]]:
     first = [float(1 - values[i, 0] / t[0]) for i, t in enumerate(truth)]
     least = [float((t[r - 1] - values[i, r - 1]) / t[0]) for i, t in enumerate(truth)]
     ratio = [float(t[1] / t[0]) for t in truth]
-    return {"first": first, "least": least, "ratio": ratio}
+    return {"first": first, "least": least, "ratio": [sum(ratio) / len(ratio)]}
 
 
 def _count_reads(estimator) -> list[float]:

@@ -84,9 +84,9 @@ def table(data: dict) -> str:
 def draw(data: dict, path: Path) -> None:
     """Write the PNG: mean error over the matrices against steps, per problem and strength."""
     found = groups(data)
-    columns = len({strength for _, strength in found})
+    columns = min(len(found), 3)
     rows = -(-len(found) // columns)
-    figure = Figure(figsize=(5.2 * columns + 2.2, 3.4 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows + 0.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     handles: dict = {}
@@ -108,7 +108,10 @@ def draw(data: dict, path: Path) -> None:
         ax.set_xlabel("training step")
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
+    for ax in axes.flat[len(found) :]:
+        ax.set_axis_off()
     for row in axes:
         row[0].set_ylabel("estimate below $\\sigma_1$, mean")
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False,
+                  ncols=min(4, len(handles)))  # fmt: skip
     figure.savefig(path, format="png")

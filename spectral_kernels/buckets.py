@@ -57,6 +57,8 @@ class Bucket:
 
         On a GPU the kernels tell which these are, and all calls are made, so that nothing waits.
         """
+        if not self.further:
+            return
         state = self.state
         state.set_tolerance(TOLERANCE)
         for _ in range(self.further):

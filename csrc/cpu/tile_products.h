@@ -128,6 +128,17 @@ struct TileTask {
   }
 };
 
+// Apart, so that one vector's code is compiled as if there was nothing else.
+template <class T, bool kPrefetch, class S, class Before>
+__attribute__((noinline)) void products_of_several(const Header& header, const Tile& tile,
+                                                   const T* next, const S* v, double* scratch,
+                                                   Before before) {
+  if (header.r == 2)
+    subspace_products<2, T, kPrefetch>(header, tile, next, v, scratch, before);
+  else
+    subspace_products<4, T, kPrefetch>(header, tile, next, v, scratch, before);
+}
+
 // Writes s, the partial t and the partial Gram matrix of a tile; v is one of those of the header.
 template <class T, bool kPrefetch = true, class S, class Before>
 SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const Tile* next,
@@ -139,10 +150,8 @@ SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const
     const Matrix& its = matrices[next->matrix];
     following = reinterpret_cast<const T*>(its.weight) + next->row_begin * its.row_stride;
   }
-  if (header.r == 2)
-    return subspace_products<2, T, kPrefetch>(header, tile, following, v, scratch, before);
-  if (header.r > 2)
-    return subspace_products<4, T, kPrefetch>(header, tile, following, v, scratch, before);
+  if (header.r > 1)
+    return products_of_several<T, kPrefetch>(header, tile, following, v, scratch, before);
   const int64_t n = m.outer * m.inner;
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
   v += m.v_offset;
