@@ -17,11 +17,13 @@ SHAPES = [(70, 64), (20, 1000), (5, 2048), (9, 4096), (3, 20000), (130, 31), (33
 def main(backend: str, device: str) -> None:
     """Take two steps in every dtype: both launches, and the two halves of the second one alone.
 
-    Then of both optimizers, the last one as a GradScaler skips it.
+    Then of both optimizers, the last one as a GradScaler skips it. With several vectors, matrices
+    that are stale get two iterations more.
     """
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype, r in ((torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 1),
+                     (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 16)):  # fmt: skip
         weights = [(torch.randn(s, device=device) / s[-1] ** 0.5).to(dtype) for s in SHAPES]
-        bucket = bucket_of(weights, backend)
+        bucket = bucket_of(weights, backend, r=r, further=2 if r > 1 else 0)
         bucket.iterate(1)
         grads = gradients(bucket)
         bucket.iterate_and_add_gradient(1, grads)
@@ -30,7 +32,7 @@ def main(backend: str, device: str) -> None:
             named = [(f"{i}.weight" if w.dim() > 1 else f"{i}.bias", nn.Parameter(w.clone()))
                      for i, w in enumerate(weights)]  # fmt: skip
             optimizer = kind([*named, ("other", nn.Parameter(weights[-1].clone()))], 1e-3,
-                             backend=backend)  # fmt: skip
+                             n_vectors=r, backend=backend)  # fmt: skip
             parameters = optimizer.param_groups[0]["params"]
             for found_inf in (0, 1):
                 for p in parameters:

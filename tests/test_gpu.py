@@ -22,6 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 SHAPES = [(30, 40), (64, 16), (30, 40)]
+SEVERAL = pytest.mark.parametrize(
+    ("n_vectors", "iterations"), [(1, 1), (1, 2), (1, "auto"), (4, 1), (4, "auto"), (16, 1)]
+)
 
 
 def grads_of(model):
@@ -52,14 +55,17 @@ def test_several_dtypes_in_a_model(kernels):
     close(*found, rtol=2e-2, atol=1e-4)
 
 
-def test_same_bits_on_ten_runs(kernels):
+@SEVERAL
+def test_same_bits_on_ten_runs(kernels, n_vectors, iterations):
     runs = []
     for _ in range(10):
         model = with_gradients(net())
-        reg = SpectralRegularizer(model, 0.1, backend=kernels)
+        reg = SpectralRegularizer(
+            model, 0.1, n_power_iterations=iterations, n_vectors=n_vectors, backend=kernels
+        )
         for _ in range(3):
             reg.accumulate_grad_()
-        runs.append([*grads_of(model), reg.sigma, reg.residual])
+        runs.append([*grads_of(model), reg.singular_values, reg.residuals])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -83,9 +89,12 @@ def test_a_step_runs_in_the_current_stream(kernels):
     assert all(torch.equal(a, b) for a, b in zip(grads_of(expected), grads_of(model), strict=True))
 
 
-def test_a_step_with_static_addresses_neither_waits_nor_allocates(kernels):
+@SEVERAL
+def test_a_step_with_static_addresses_neither_waits_nor_allocates(kernels, n_vectors, iterations):
     model = with_gradients(net())
-    reg = SpectralRegularizer(model, 0.1, backend=kernels)
+    reg = SpectralRegularizer(
+        model, 0.1, n_power_iterations=iterations, n_vectors=n_vectors, backend=kernels
+    )
     for _ in range(2):
         reg.accumulate_grad_()
     torch.cuda.synchronize()
@@ -99,13 +108,15 @@ def test_a_step_with_static_addresses_neither_waits_nor_allocates(kernels):
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
-def test_a_captured_step_replays_bit_for_bit(kernels, iterations):
+@SEVERAL
+def test_a_captured_step_replays_bit_for_bit(kernels, n_vectors, iterations):
     strength = torch.tensor(0.1, device="cuda")
     model = with_gradients(net())
     twin = copy.deepcopy(model)
     regs = [
-        SpectralRegularizer(m, strength, backend=kernels, n_power_iterations=iterations)
+        SpectralRegularizer(
+            m, strength, n_power_iterations=iterations, n_vectors=n_vectors, backend=kernels
+        )
         for m in (model, twin)
     ]
     graph = captured(regs[0].accumulate_grad_)
@@ -119,7 +130,7 @@ def test_a_captured_step_replays_bit_for_bit(kernels, iterations):
         regs[1].accumulate_grad_()
         own, expected = grads_of(model), grads_of(twin)
         assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True)), i
-        assert torch.equal(regs[0].sigma, regs[1].sigma)
+        assert torch.equal(regs[0].singular_values, regs[1].singular_values)
 
 
 def test_a_stale_address_or_a_missing_gradient_is_an_error_during_capture(kernels):

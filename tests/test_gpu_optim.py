@@ -16,6 +16,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+SEVERAL = pytest.mark.parametrize(
+    ("n_vectors", "iterations"), [(1, 1), (1, "auto"), (4, 1), (4, "auto"), (16, 1)]
+)
 
 
 def adamw(model, kernels, **options):
@@ -76,8 +79,9 @@ def test_a_step_runs_in_the_current_stream(kernels):
     assert same_bits(*(state_of(*pair) for pair in zip(models, optimizers, strict=True)))
 
 
-def test_a_step_with_static_addresses_neither_waits_nor_allocates(kernels):
-    optimizer = adamw(net(), kernels)
+@SEVERAL
+def test_a_step_with_static_addresses_neither_waits_nor_allocates(kernels, n_vectors, iterations):
+    optimizer = adamw(net(), kernels, n_vectors=n_vectors, n_power_iterations=iterations)
     for _ in range(2):
         optimizer.step()
     torch.cuda.synchronize()
@@ -125,13 +129,21 @@ def test_a_step_that_found_inf_leaves_everything(kernels):
     assert not torch.equal(before[0], model[0].weight)
 
 
-def test_captured_steps_replay_bit_for_bit(kernels):
+@SEVERAL
+def test_captured_steps_replay_bit_for_bit(kernels, n_vectors, iterations):
     """With a learning rate and a strength that change between replays."""
     lr, strength = torch.tensor([1e-2, 0.1], dtype=torch.float32, device="cuda")
     model = net()
     twin = copy.deepcopy(model)
     optimizers = [
-        SpectralAdamW(with_gradients(m), lr, strength=strength, backend=kernels)
+        SpectralAdamW(
+            with_gradients(m),
+            lr,
+            strength=strength,
+            n_vectors=n_vectors,
+            n_power_iterations=iterations,
+            backend=kernels,
+        )
         for m in (model, twin)
     ]
     graph = captured(optimizers[0].step)
