@@ -12,7 +12,7 @@ from . import autograd, backends, checkpoint
 from .arguments import count, number, one_of
 from .attach import Attachment, attach
 from .buckets import MOST_FURTHER, Bucket, Buckets
-from .diagnostics import largest_singular_value
+from .lanczos import singular_values
 from .plan import R
 from .selection import check_patterns, match, select
 
@@ -371,7 +371,7 @@ class SpectralRegularizer:
         for matrix in self._selection.matrices:
             if self._targets[matrix.name] == "initial" and matrix.name not in self._initial:
                 tensor = matrix.owner.get().detach()
-                self._initial[matrix.name] = largest_singular_value(
+                (self._initial[matrix.name],) = singular_values(
                     matrix, tensor, rtol=1e-4, backend=self._buckets.backend
                 )
 

@@ -15,9 +15,9 @@ PACKAGE = Path(spectral_kernels.__file__).parent
 # A module may import those below it; the leaves import nothing of the package.
 ORDER = [
     "__main__", "cli", "demo", "plots", "__init__", "optim", "optim_base", "optim_check",
-    "regularizer", "attach", "autograd", "checkpoint", "diagnostics", "update", "buckets",
-    "backends", "self_check", "reference", "state", "plan", "device_tables", "memory", "layout",
-    "selection", "arguments", "_version",
+    "regularizer", "attach", "autograd", "checkpoint", "diagnostics", "lanczos", "update",
+    "buckets", "backends", "self_check", "reference", "state", "plan", "device_tables", "memory",
+    "layout", "selection", "arguments", "_version",
 ]  # fmt: skip
 
 

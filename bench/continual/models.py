@@ -1,0 +1,106 @@
+"""Small networks, with and without normalization."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import nn
+
+WIDTH = 128
+
+
+def mlp(shape: tuple[int, ...], outputs: int, norm: bool = False) -> nn.Sequential:
+    """Return three hidden layers of 128 units with ReLU; with LayerNorm before it if ``norm``."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    widths = math.prod(shape), WIDTH, WIDTH, WIDTH
+    for fan_in, fan_out in itertools.pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), *([nn.LayerNorm(fan_out)] * norm), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, outputs))
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut (He et al., arXiv 1512.03385)."""
+
+    def __init__(self, channels: int, out: int, stride: int, norm: bool):
+        super().__init__()
+
+        def normed(layer: nn.Module) -> nn.Module:
+            return nn.Sequential(layer, nn.BatchNorm2d(out)) if norm else layer
+
+        self.first = normed(nn.Conv2d(channels, out, 3, stride, 1, bias=not norm))
+        self.second = normed(nn.Conv2d(out, out, 3, 1, 1, bias=not norm))
+        self.act, self.act_out = nn.ReLU(), nn.ReLU()
+        same = stride == 1 and channels == out
+        self.shortcut = nn.Identity() if same else normed(
+            nn.Conv2d(channels, out, 1, stride, bias=not norm)
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, out, height / stride, width / stride]."""
+        return self.act_out(self.second(self.act(self.first(x))) + self.shortcut(x))
+
+
+def resnet(shape: tuple[int, ...], outputs: int, norm: bool = True) -> nn.Sequential:
+    """Return a ResNet of three blocks with 16, 32 and 64 channels, with BatchNorm if ``norm``."""
+    stem = nn.Conv2d(shape[0], 16, 3, padding=1, bias=not norm)
+    return nn.Sequential(
+        stem, *([nn.BatchNorm2d(16)] * norm), nn.ReLU(),
+        Block(16, 16, 1, norm), Block(16, 32, 2, norm), Block(32, 64, 2, norm),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs),
+    )  # fmt: skip
+
+
+class Layer(nn.Module):
+    """Attention and an MLP, each on what LayerNorm makes of its input."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, tokens, width]."""
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Vit(nn.Module):
+    """A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on 16 patches."""
+
+    def __init__(self, shape: tuple[int, ...], outputs: int, width: int = 64, layers: int = 3):
+        super().__init__()
+        patch = shape[-1] // 4
+        self.patches = nn.Conv2d(shape[0], width, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 16, width))
+        self.layers = nn.Sequential(*(Layer(width, 4) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [n, outputs]."""
+        tokens = self.patches(x).flatten(2).mT + self.positions
+        return self.head(self.norm(self.layers(tokens)).mean(1))
+
+
+# A transformer without normalization hardly learns, so there is none.
+MODELS = {
+    "mlp": mlp,
+    "mlp_norm": lambda shape, outputs: mlp(shape, outputs, norm=True),
+    "resnet": resnet,
+    "resnet_plain": lambda shape, outputs: resnet(shape, outputs, norm=False),
+    "vit": Vit,
+}
+
+
+def build(name: str, shape: tuple[int, ...], outputs: int, generator: torch.Generator) -> nn.Module:
+    """Return a model by its name with initial weights drawn from ``generator``."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](shape, outputs)

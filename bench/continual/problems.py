@@ -1,0 +1,127 @@
+"""Streams of tasks: what changes from one task to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .data import CLASSES, DATA
+
+
+class Task(NamedTuple):
+    """Examples to learn from, and held-out ones where labels say something about them."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    x_test: torch.Tensor | None = None
+    y_test: torch.Tensor | None = None
+
+
+class Problem(NamedTuple):
+    """A stream of tasks; ``score`` is "accuracy", or "mse" where outputs are numbers."""
+
+    shape: tuple[int, ...]  # of an input
+    outputs: int
+    score: str
+    tasks: Iterator[Task]
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss that is minimized."""
+        if self.score == "mse":
+            return nn.functional.mse_loss(outputs, targets)
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+Changes = Callable[[torch.Generator, int, str], Iterator[Task]]
+
+
+def random_labels(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
+    """Fresh random labels for the same images: all that can be done is to memorize them."""
+    images = DATA[data](generator)
+    for _ in range(tasks):
+        yield Task(images.x, torch.randint(CLASSES, (len(images.x),), generator=generator))
+
+
+def permuted_pixels(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
+    """The pixels of all images in another order."""
+    images = DATA[data](generator)
+    for _ in range(tasks):
+        order = torch.randperm(images.x[0].numel(), generator=generator)
+        x, x_test = (i.flatten(1)[:, order].view_as(i) for i in (images.x, images.x_test))
+        yield Task(x, images.y, x_test, images.y_test)
+
+
+def label_flips(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
+    """Every class gets another class's label."""
+    images = DATA[data](generator)
+    for _ in range(tasks):
+        labels = torch.randperm(CLASSES, generator=generator)
+        yield Task(images.x, labels[images.y], images.x_test, labels[images.y_test])
+
+
+def class_incremental(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
+    """Two more classes in every task; when all are there, two others are the first again."""
+    images = DATA[data](generator)
+    for task in range(tasks):
+        place = task % (CLASSES // 2)
+        if place == 0:
+            order = torch.randperm(CLASSES, generator=generator)
+        shown = order[: 2 * (place + 1)]
+        train, test = (torch.isin(y, shown) for y in (images.y, images.y_test))
+        yield Task(images.x[train], images.y[train], images.x_test[test], images.y_test[test])
+
+
+def label_noise(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
+    """Three of four labels are random at first, fewer and fewer, at last none.
+
+    What was learnt from noise must not keep a network from learning what is right.
+    """
+    images = DATA[data](generator)
+    for task in range(tasks):
+        share = 0.75 * (1 - task / max(tasks - 1, 1))
+        noisy = torch.rand(len(images.y), generator=generator) < share
+        drawn = torch.randint(CLASSES, (len(images.y),), generator=generator)
+        yield Task(images.x, torch.where(noisy, drawn, images.y), images.x_test, images.y_test)
+
+
+def bit_flipping(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
+    """A random network of thresholds on 20 bits, 15 of which one flips per task.
+
+    The slowly-changing regression of Dohare et al., "Loss of plasticity in deep continual
+    learning", Nature 2024: the other bits are random in every example, the target has 100 hidden
+    units that fire above 0.7 of their largest input, and weights of +-1.
+    """
+    bits, slow, hidden, examples = 20, 15, 100, 1280
+
+    def signs(*shape: int) -> torch.Tensor:
+        return 2 * torch.randint(2, shape, generator=generator).float() - 1
+
+    weights, outputs = signs(hidden, bits + 1), signs(hidden) / hidden**0.5
+    threshold = 0.7 * (bits + 1) - (weights < 0).sum(1)
+    state = torch.randint(2, (slow,), generator=generator).float()
+    for _ in range(tasks):
+        flipped = int(torch.randint(slow, (), generator=generator))
+        state[flipped] = 1 - state[flipped]
+        fast = torch.randint(2, (2 * examples, bits - slow), generator=generator).float()
+        ones = torch.ones(len(fast), 1)
+        x = torch.cat((state.expand(len(fast), -1), fast, ones), dim=1)
+        y = ((x @ weights.mT > threshold).float() @ outputs)[:, None]
+        yield Task(x[:examples], y[:examples], x[examples:], y[examples:])
+
+
+PROBLEMS: dict[str, Changes] = {
+    f.__name__: f
+    for f in (random_labels, permuted_pixels, label_flips, class_incremental, label_noise,
+              bit_flipping)
+}  # fmt: skip
+
+
+def build(name: str, data: str, tasks: int, generator: torch.Generator) -> Problem:
+    """Return a problem by its name, on a data set by its name (bit_flipping has its own)."""
+    stream = PROBLEMS[name](generator, tasks, data)
+    if name == "bit_flipping":
+        return Problem((21,), 1, "mse", stream)
+    return Problem((1, 8, 8) if data == "digits" else (3, 16, 16), CLASSES, "accuracy", stream)

@@ -1,0 +1,215 @@
+"""Tables with confidence intervals, and figures, of the runs in a folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+from .methods import METHODS
+from .runner import load
+
+LAST = 5  # tasks that "at the end" means
+COLORS = {
+    "none": "#000000", "l2": "#E69F00", "l2_init": "#56B4E9", "shrink_perturb": "#CC79A7",
+    "spectral_norm": "#999999", "layer_norm": "#8B6914", "redo": "#F0E442", "spectral": "#0072B2",
+    "spectral_k1": "#66B2E0", "spectral_k4": "#00507D", "spectral_k8": "#002B44",
+    "spectral_sharp": "#D55E00", "spectral_adamw": "#009E73",
+}  # fmt: skip
+
+
+class Setting(NamedTuple):
+    """What a table and a row of figures is about."""
+
+    problem: str
+    data: str
+    model: str
+    tasks: int
+    epochs: int
+
+    def __str__(self) -> str:
+        where = "" if self.data == "none" else f" of {self.data}"
+        return f"{self.problem}{where}, {self.model}, {self.tasks} tasks of {self.epochs} epochs"
+
+
+class Arm(NamedTuple):
+    """A method at a strength."""
+
+    method: str
+    strength: float
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.strength:g}" if self.strength else self.method
+
+
+Arms = dict[Arm, list[dict]]
+
+
+def settings(runs: Iterable[dict]) -> dict[Setting, Arms]:
+    """Return the runs by setting and arm, in the order of METHODS and of strengths."""
+    found: dict[Setting, Arms] = {}
+    order = list(METHODS)
+    for run in sorted(runs, key=lambda r: (order.index(r["method"]), r["strength"], r["seed"])):
+        setting = Setting(*(run[name] for name in Setting._fields))
+        arm = Arm(run["method"], run["strength"])
+        found.setdefault(setting, {}).setdefault(arm, []).append(run)
+    return dict(sorted(found.items()))
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """Return mean and half of the 95 % confidence interval (nan for one value)."""
+    x = np.array(list(values), dtype=float)
+    if len(x) < 2:
+        return float(x.mean()), math.nan
+    t = stats.t.ppf(0.975, len(x) - 1)
+    return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
+
+
+def ended(run: dict, name: str) -> float:
+    """Return the mean of a measurement over the last tasks (and over matrices)."""
+    return float(np.mean([np.mean(value) for value in run[name][-LAST:]]))
+
+
+def scores(setting: Setting) -> tuple[str, bool]:
+    """Return what a setting's score is called, and whether lower is better."""
+    known = {"bit_flipping": ("mean squared error", True), "cartpole": ("return", False)}
+    return known.get(setting.problem, ("accuracy", False))
+
+
+def best(arms: Arms, lower: bool) -> dict[str, Arm]:
+    """Return of each method the arm that is best at the end."""
+    found: dict[str, tuple[float, Arm]] = {}
+    for arm, runs in arms.items():
+        score = np.mean([ended(run, "train") for run in runs])
+        score = -score if lower else score
+        if arm.method not in found or score > found[arm.method][0]:
+            found[arm.method] = (score, arm)
+    return {method: arm for method, (_, arm) in found.items()}
+
+
+def table(setting: Setting, arms: Arms) -> str:
+    """Return the Markdown of one setting."""
+    words, _ = scores(setting)
+    has_test = all(run["test"][0] is not None for runs in arms.values() for run in runs)
+    head = ["method", "seeds", f"{words}, first task", f"{words}, last {LAST}",
+            f"online, last {LAST}", *([f"held out, last {LAST}"] * has_test), "sigma_1, largest",
+            "stable rank", "gradient diversity", "dormant", "weight norm",
+            "CPU s"]  # fmt: skip
+    lines = [f"**{setting}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for arm, runs in arms.items():
+
+        def cell(values, digits=3):
+            mean, half = interval(values)
+            return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+        largest = [float(np.mean([max(s) for s in run["sigma_max"][-LAST:]])) for run in runs]
+        cells = [
+            str(arm), str(len(runs)), cell(run["train"][0] for run in runs),
+            cell(ended(run, "train") for run in runs), cell(ended(run, "online") for run in runs),
+            *([cell(ended(run, "test") for run in runs)] if has_test else []),
+            cell(largest, 2), cell((ended(run, "stable_rank") for run in runs), 1),
+            cell((ended(run, "gradient_diversity") for run in runs), 1),
+            cell((ended(run, "dormant") for run in runs), 2),
+            cell((ended(run, "weight_norm") for run in runs), 1),
+            f"{np.mean([sum(run['seconds']) for run in runs]):.0f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(setting: Setting, arms: Arms, path: Path) -> None:
+    """Write the PNG of one setting: over tasks with each method at its best, and by strength."""
+    score, lower = scores(setting)
+    figure = Figure(figsize=(14, 7.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3)
+    chosen = best(arms, lower).values()
+    panels = [
+        (axes[0, 0], "train", f"{score} at the end of each task", np.mean),
+        (axes[0, 1], "online", f"{score} while learning (online)", np.mean),
+        (axes[1, 0], "sigma_max", "largest sigma_1 of all layers", np.max),
+        (axes[1, 1], "gradient_diversity", "effective rank of per-example gradients", np.mean),
+    ]
+    if all(run["test"][0] is not None for runs in arms.values() for run in runs):
+        panels.append((axes[1, 2], "test", f"{score} on held-out data", np.mean))
+    else:
+        panels.append((axes[1, 2], "dormant", "share of dormant units", np.mean))
+    for ax, name, title, over in panels:
+        for arm in chosen:
+            curves = np.array([[over(v) for v in run[name]] for run in arms[arm]])
+            _band(ax, curves, arm)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("task")
+    axes[1, 0].set_yscale("log")
+    axes[1, 0].axhline(1, color="0.6", linewidth=1, linestyle=":")
+    _sensitivity(axes[0, 2], arms, score)
+    for ax in axes.flat:
+        ax.grid(color="0.92")
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7),
+                  frameon=False)  # fmt: skip
+    figure.suptitle(f"{setting}: each method at its best strength", fontsize=12)
+    figure.savefig(path, format="png")
+
+
+def _band(ax: Axes, curves: np.ndarray, arm: Arm) -> None:
+    tasks = np.arange(1, curves.shape[1] + 1)
+    mean = curves.mean(0)
+    color = COLORS[arm.method]
+    ax.plot(tasks, mean, color=color, linewidth=1.6, label=str(arm))
+    if len(curves) > 1:
+        half = np.array([interval(column)[1] for column in curves.T])
+        ax.fill_between(tasks, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+
+
+def _sensitivity(ax: Axes, arms: Arms, score: str) -> None:
+    """Final score against strength; methods without one as horizontal lines."""
+    for method in dict.fromkeys(arm.method for arm in arms):
+        own = {arm.strength: [ended(run, "train") for run in runs]
+               for arm, runs in arms.items() if arm.method == method}  # fmt: skip
+        means, halves = zip(*(interval(values) for values in own.values()), strict=True)
+        if list(own) == [0.0]:
+            ax.axhline(means[0], color=COLORS[method], linewidth=1.2, linestyle="--")
+        else:
+            ax.errorbar(list(own), means, halves, color=COLORS[method], marker="o", markersize=4,
+                        capsize=2, linewidth=1.6)  # fmt: skip
+    if any(arm.strength for arm in arms):
+        ax.set_xscale("log")
+    ax.set_title(f"{score} of the last {LAST} tasks by strength", fontsize=10)
+    ax.set_xlabel("strength (dashed: methods without one)")
+
+
+def write(folder: Path) -> list[Path]:
+    """Write report.md and a figure per setting; return their paths.
+
+    Raises:
+        ValueError: a folder without runs.
+    """
+    runs = load(folder)
+    found = settings(runs)
+    if not found:
+        raise ValueError(f"{folder}: no finished run in it")
+    lines, written = [], []
+    total = 0.0
+    for setting, arms in found.items():
+        name = "-".join(map(str, setting)).replace(" ", "_") + ".png"
+        draw(setting, arms, folder / name)
+        total += sum(sum(run["seconds"]) for runs in arms.values() for run in runs)
+        lines += [table(setting, arms), f"![{setting}]({name})", ""]
+        written.append(folder / name)
+    places = [", ".join(sorted({run[name] for run in runs}))
+              for name in ("processor", "torch", "commit", "date")]  # fmt: skip
+    lines += ["± half of the 95 % confidence interval over seeds. Time of all runs on one core "
+              f"each: {total / 3600:.1f} hours. {'; torch '.join(places[:2])}; commit {places[2]}; "
+              f"{places[3]}.", ""]  # fmt: skip
+    (folder / "report.md").write_text("\n".join(lines))
+    return [folder / "report.md", *written]

@@ -1,0 +1,142 @@
+"""Runs over the cores, one line of a file each: stopped at any time, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from datetime import date
+from pathlib import Path
+
+import torch
+from pytest_benchmark.utils import get_commit_info
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spectral_kernels.cli import processor
+
+from .train import Key
+
+FILE = "runs.jsonl"
+_reports = None  # in a worker: where it says how far it is
+
+
+def load(folder: Path) -> list[dict]:
+    """Return the runs in a folder.
+
+    Raises:
+        ValueError: a line that is no run; the last one may be cut off and is then left out.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().split(b"\n")
+    del rest  # what a kill has cut off
+    found = []
+    for i, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {i}: {error}") from None
+    return found
+
+
+def key_of(run: dict) -> Key:
+    """Return what tells a run from others."""
+    return Key(**{field: run[field] for field in Key._fields})
+
+
+def where() -> dict[str, str]:
+    """Return what a reader needs to know of where runs were made."""
+    commit = get_commit_info()
+    return {
+        "commit": commit["id"][:9] + (" with changes" if commit["dirty"] else ""),
+        "torch": torch.__version__, "processor": processor(), "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -> int:
+    """Run what is not in the folder yet; return how many runs that were.
+
+    A line is written when its run is finished, with one call, so that a kill loses the runs that
+    are under way and nothing else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {key_of(found) for found in load(folder)}
+    todo = [key for key in keys if key not in done]
+    if not todo:
+        return 0
+    _cut_off(folder / FILE)
+    context = multiprocessing.get_context("spawn")
+    reports = context.Queue()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with (
+        (folder / FILE).open("ab", buffering=0) as file,
+        Progress(*columns, console=console) as bars,
+        ProcessPoolExecutor(workers, context, _start, (reports,)) as pool,
+    ):
+        every = bars.add_task("runs", total=len(keys), completed=len(keys) - len(todo))
+        shown: dict[Key, int | None] = {}
+        futures = {pool.submit(_work, key): key for key in todo}
+        waiting, place = set(futures), where()
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                _show(reports, bars, shown)
+                for future in finished:
+                    line = json.dumps(future.result() | place, separators=(",", ":"))
+                    file.write(line.encode() + b"\n")
+                    os.fsync(file.fileno())
+                    bars.advance(every)
+                    if (bar := shown.get(futures[future])) is not None:
+                        bars.remove_task(bar)
+                    shown[futures[future]] = None  # what comes late is not shown
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+    return len(todo)
+
+
+def _cut_off(path: Path) -> None:
+    """Remove a last line that a kill has left unfinished."""
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _start(reports) -> None:
+    global _reports
+    _reports = reports
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(key: Key) -> dict:
+    if key.problem == "cartpole":
+        from .control import run  # what it imports is not needed elsewhere
+    else:
+        from .train import run
+    return run(key, lambda epochs: _reports.put((key, epochs)))
+
+
+def _show(reports, bars: Progress, shown: dict[Key, int | None]) -> None:
+    while True:
+        try:
+            key, epochs = reports.get_nowait()
+        except queue.Empty:
+            return
+        if key not in shown:
+            what = f"{key.problem} {key.model} {key.method} {key.strength:g} seed {key.seed}"
+            shown[key] = bars.add_task(what, total=key.tasks * key.epochs)
+        if shown[key] is not None:
+            bars.update(shown[key], completed=epochs)

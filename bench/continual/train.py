@@ -1,0 +1,147 @@
+"""One run: a model that a method trains on task after task, and what is measured at their ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from spectral_kernels import diagnostics
+
+from . import models, problems
+from .methods import METHODS
+
+LR = 1e-3
+BATCH = 64
+MEASURED = 128  # examples for gradient diversity and dormant units
+
+
+class Key(NamedTuple):
+    """What tells a run from others; two runs of one key give the same figures."""
+
+    problem: str
+    data: str
+    model: str
+    method: str
+    strength: float  # 0 where a method has none
+    seed: int
+    tasks: int
+    epochs: int
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown name or a method that does not suit the model."""
+        known = [("problem", (*problems.PROBLEMS, "cartpole")), ("method", METHODS)]
+        if self.problem == "cartpole":
+            known += [("data", ("none",)), ("model", ("ppo",))]
+        elif self.problem == "bit_flipping":
+            known += [("data", ("none",)), ("model", ("mlp", "mlp_norm"))]
+        else:
+            known += [("data", problems.DATA), ("model", models.MODELS)]
+        for name, accepted in known:
+            if (got := getattr(self, name)) not in accepted:
+                accepted = ", ".join(map(repr, accepted))
+                where = "" if name in ("problem", "method") else f" for {self.problem!r}"
+                raise ValueError(f"{name}: got {got!r}; accepted{where} are {accepted}")
+        if self.problem == "cartpole":
+            if self.method in ("layer_norm", "redo", "spectral_norm"):
+                raise ValueError(f"method: got {self.method!r}, which changes the network: PPO has "
+                                 "its own")  # fmt: skip
+            return
+        generator = torch.Generator().manual_seed(0)
+        METHODS[self.method](models.build(self.model, (1, 8, 8), 10, generator), 0.1, LR)
+
+
+def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
+    """Train and return the key and, per task, what was measured: lists of one length.
+
+    online: mean score of the batches before each step, over the task; train, test: score on the
+    task's examples and on held-out ones at its end (None where labels say nothing about those);
+    and, at the same time, per matrix sigma_max, sigma_min and stable_rank, gradient_diversity,
+    dormant (a share of all units) and weight_norm; seconds of the training alone.
+
+    Images, initial weights, tasks and batches of one seed are the same for every method. Progress
+    is told the epochs done.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(key.seed)
+    generator = torch.Generator().manual_seed(key.seed)
+    problem = problems.build(key.problem, key.data, key.tasks, generator)
+    model = models.build(key.model, problem.shape, problem.outputs, generator)
+    method = METHODS[key.method](model, key.strength, LR)
+    found: dict[str, list] = {}
+    done = 0
+    for task in problem.tasks:
+        online, start = 0.0, time.perf_counter()
+        for _ in range(key.epochs):
+            online += epoch(method, problem, task, generator)
+            done += 1
+            progress(done)
+        seconds = time.perf_counter() - start
+        measured = {"online": online / key.epochs, "seconds": seconds}
+        measured |= measure(method.model, problem, task)
+        for name, value in measured.items():
+            found.setdefault(name, []).append(value)
+    return {**key._asdict(), **found}
+
+
+def epoch(
+    method, problem: problems.Problem, task: problems.Task, generator: torch.Generator
+) -> float:
+    """Take a step per batch; return the mean score of the batches before their steps."""
+    order = torch.randperm(len(task.x), generator=generator)
+    total = 0.0
+    method.model.train()
+    for chosen in order.split(BATCH):
+        x, y = task.x[chosen], task.y[chosen]
+        outputs = method.model(x)
+        loss = problem.loss(outputs, y)
+        method.optimizer.zero_grad()
+        loss.backward()
+        method.before_step()
+        method.optimizer.step()
+        method.after_step(x)
+        with torch.no_grad():
+            total += len(x) * float(
+                loss if problem.score == "mse" else (outputs.argmax(1) == y).double().mean()
+            )
+    return total / len(task.x)
+
+
+def measure(model: nn.Module, problem: problems.Problem, task: problems.Task) -> dict:
+    """Return what is measured at the end of a task."""
+    spectra = diagnostics.spectra(_weights(model))
+    dormant = diagnostics.dormant_units(model, task.x[:MEASURED]).values()
+    return {
+        "train": _score(model, problem, task.x, task.y),
+        "test": None if task.x_test is None else _score(model, problem, task.x_test, task.y_test),
+        "sigma_max": [s.sigma_max for s in spectra.values()],
+        "sigma_min": [s.sigma_min for s in spectra.values()],
+        "stable_rank": [s.stable_rank for s in spectra.values()],
+        "gradient_diversity": diagnostics.gradient_diversity(
+            model, task.x[:MEASURED], task.y[:MEASURED], problem.loss
+        ),
+        "dormant": sum(d.dormant for d in dormant) / sum(d.units for d in dormant),
+        "weight_norm": diagnostics.weight_norm(model),
+    }
+
+
+def _weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the matrices that the layers multiply by, after any parametrization."""
+    found = []
+    for module_name, module in model.named_modules():
+        for name in ("weight", "in_proj_weight"):
+            weight = getattr(module, name, None)
+            if isinstance(weight, torch.Tensor) and weight.dim() > 1:
+                found.append((f"{module_name}.{name}", weight.detach()))
+    return found
+
+
+@torch.no_grad()
+def _score(model: nn.Module, problem: problems.Problem, x, y) -> float:
+    if problem.score == "accuracy":
+        return diagnostics.accuracy(model, x, y)
+    model.eval()
+    return float(problem.loss(model(x), y))
