@@ -20,7 +20,7 @@ LAST = 5  # tasks that "at the end" means
 COLORS = {
     "none": "#000000", "l2": "#E69F00", "l2_init": "#56B4E9", "shrink_perturb": "#CC79A7",
     "spectral_norm": "#999999", "layer_norm": "#8B6914", "redo": "#F0E442", "spectral": "#0072B2",
-    "spectral_k1": "#66B2E0", "spectral_k4": "#00507D", "spectral_k8": "#002B44",
+    "spectral_k1": "#882255", "spectral_k4": "#332288", "spectral_k8": "#117733",
     "spectral_sharp": "#D55E00", "spectral_adamw": "#009E73",
 }  # fmt: skip
 
@@ -142,9 +142,15 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
     else:
         panels.append((axes[1, 2], "dormant", "share of dormant units", np.mean))
     for ax, name, title, over in panels:
+        means: list[np.ndarray] = []
         for arm in chosen:
             curves = np.array([[over(v) for v in run[name]] for run in arms[arm]])
             _band(ax, curves, arm)
+            means.append(curves.mean(0))
+        # Intervals of few seeds are wide: they may leave the picture, the means do not.
+        low, high = np.min(means), np.max(means)
+        margin = 0.06 * (high - low) or 0.05
+        ax.set_ylim(low - margin if low > margin else low * 0.9, high + margin)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("task")
     axes[1, 0].set_yscale("log")
