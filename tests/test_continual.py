@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from bench.continual import __main__ as cli
 from bench.continual import data, methods, models, problems, report, runner, train
 
+pytestmark = pytest.mark.usefixtures("seeded")
 ROOT = Path(__file__).parent.parent
 KEY = train.Key("random_labels", "digits", "mlp", "none", 0.0, 0, 2, 1)
 
@@ -166,6 +167,8 @@ def test_l2_shrinks_and_l2_init_holds():
 def test_shrink_and_perturb_goes_to_what_weights_were_like():
     method, initial = stepped("shrink_perturb", 0.05, 1, lr=0.0)
     for p, start in zip(method.model.parameters(), initial, strict=True):
+        if p.numel() < 100:  # too few numbers to tell
+            continue
         rest = (p.detach() - 0.95 * start) / 0.05
         assert float(rest.std()) == pytest.approx(float(start.std()), rel=0.3)
 
