@@ -32,6 +32,7 @@ from tests import cases
 
 from . import gate, interleave
 from .accuracy_report import draw, label, table
+from .report import commit_name
 
 
 class TorchIteration:
@@ -279,11 +280,6 @@ class _Weights(nn.Module):
             self.add_module(str(i), layer)
 
 
-def _commit() -> str:
-    found = get_commit_info()
-    return found["id"][:9] + (" with changes" if found["dirty"] else "")
-
-
 def _key(run: dict) -> tuple:
     return run["problem"], run["estimator"], run["strength"], run["seed"]
 
@@ -313,7 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     data = json.loads(known.read_text()) if known.exists() else {"runs": [], "costs": {}}
     data.update({
         "device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "date": date.today().isoformat(), "commits": sorted({*data.get("commits", ()), _commit()}),
+        "date": date.today().isoformat(),
+        "commits": sorted({*data.get("commits", ()), commit_name(get_commit_info())}),
     })  # fmt: skip
     sizes = {"demo": {"tasks": 2, "epochs": 2}, "transformer": {"tasks": 1, "steps": 12}}
     wanted = itertools.product(

@@ -50,6 +50,11 @@ class Run(NamedTuple):
     results: list[Result]
 
 
+def commit_name(info: dict) -> str:
+    """Return what a result says of a commit that pytest-benchmark describes."""
+    return info["id"][:9] + (" with changes" if info["dirty"] else "")
+
+
 def load(paths: Iterable[str | Path]) -> Run:
     """Read result files.
 
@@ -68,9 +73,8 @@ def load(paths: Iterable[str | Path]) -> Run:
             results.append(Result(**known, median=b["stats"]["median"], info=info))
         if not results:
             raise ValueError(f"{path}: no benchmark in it")
-        dirty = " with changes" if commit["dirty"] else ""
         runs.append(
-            Run(machine["device"], machine["versions"], commit["id"][:9] + dirty,
+            Run(machine["device"], machine["versions"], commit_name(commit),
                 data["datetime"][:10], results)
         )  # fmt: skip
     kinds = sorted({(run.machine, run.versions, run.commit) for run in runs})

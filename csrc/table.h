@@ -75,6 +75,8 @@ struct Update {
   int64_t found_inf;   // one float32 number: above zero nothing moves; 0: everything does
 };
 
+constexpr int kMaxVectors = 16;  // per matrix
+
 // Everything one call needs. State arrays are float32, or float64 for float64 weights. A matrix has
 // r vectors, one after the other; sigma and residual have a row per vector, the largest first.
 struct Header {

@@ -82,15 +82,18 @@ class WorkerError(RuntimeError):
 
 
 def digits(generator: torch.Generator) -> torch.Tensor:
-    """Return 1,280 digits of 8 x 8 pixels, standardized per pixel, [1280, 64].
-
-    A pixel that is the same in all images stays 0.
-    """
+    """Return 1,280 digits of 8 x 8 pixels, standardized per pixel, [1280, 64]."""
     pixels = torch.from_numpy(load_digits().data)
-    pixels = pixels[torch.randperm(len(pixels), generator=generator)[:N_IMAGES]]
+    return standardized(pixels[torch.randperm(len(pixels), generator=generator)[:N_IMAGES]])
+
+
+def standardized(pixels: torch.Tensor) -> torch.Tensor:
+    """Return images [n, pixels] with mean 0 and deviation 1 per pixel, float32.
+
+    A pixel that is the same in all images becomes 0.
+    """
     std = pixels.std(dim=0)
-    centred = pixels - pixels.mean(dim=0)
-    return torch.where(std > 0, centred / std, 0.0).float()
+    return torch.where(std > 0, (pixels - pixels.mean(dim=0)) / std, 0.0).float()
 
 
 def build_model(generator: torch.Generator) -> nn.Sequential:

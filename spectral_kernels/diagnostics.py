@@ -165,11 +165,7 @@ def gradient_diversity(
     Raises:
         ValueError: no examples, or different numbers of inputs and targets.
     """
-    if len(inputs) == 0 or len(inputs) != len(targets):
-        raise ValueError(
-            f"inputs, targets: got {len(inputs)} and {len(targets)} examples; accepted are equally "
-            "many, one or more"
-        )
+    _check_examples(inputs, targets)
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     rest = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
     rest |= dict(model.named_buffers())
@@ -277,17 +273,21 @@ def accuracy(
     Raises:
         ValueError: no examples, or different numbers of inputs and targets.
     """
-    if len(inputs) == 0 or len(inputs) != len(targets):
-        raise ValueError(
-            f"inputs, targets: got {len(inputs)} and {len(targets)} examples; accepted are equally "
-            "many, one or more"
-        )
+    _check_examples(inputs, targets)
     with _evaluating(model):
         right = sum(
             int((model(x).argmax(1) == y).sum())
             for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
         )
     return right / len(inputs)
+
+
+def _check_examples(inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    if len(inputs) == 0 or len(inputs) != len(targets):
+        raise ValueError(
+            f"inputs, targets: got {len(inputs)} and {len(targets)} examples; accepted are equally "
+            "many, one or more"
+        )
 
 
 def _matrices(caller: str, model_or_named_tensors, selection: dict) -> list[Matrix]:

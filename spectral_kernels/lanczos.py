@@ -12,7 +12,7 @@ from .plan import Plan
 from .reference import orthonormal_rows
 from .selection import Matrix
 
-BETWEEN = 5  # blocks of several vectors from one look at their singular values to the next
+BETWEEN = 5  # iterations from one look at the singular values to the next
 
 
 def singular_values(
@@ -72,7 +72,7 @@ def _lanczos(bucket: Bucket, rtol: float, name: str) -> float:
         for _ in range(2):
             t = t - stacked.mT @ (stacked @ t)
         beta = float(torch.linalg.vector_norm(t))
-        if len(basis) % 5 == 0 or len(basis) >= limit or beta <= 1e-14 * alphas[0]:
+        if len(basis) % BETWEEN == 0 or len(basis) >= limit or beta <= 1e-14 * alphas[0]:
             ritz, rest = _top_ritz_value(alphas, betas, beta)
             history.append(math.sqrt(max(ritz, 0.0)))
             # sigma is half as wrong as its square; the margin is for clustered singular values.
@@ -135,13 +135,15 @@ def _beside(basis: torch.Tensor, block: torch.Tensor, generator: torch.Generator
     found = basis[torch.linalg.vector_norm(basis, dim=1) > 0.5]
     following = torch.zeros_like(block)
     for i, row in enumerate(block):
-        random = torch.randn(len(row), generator=generator, dtype=torch.float64, device="cpu")
-        for candidate in (row, random.to(row.device)):
-            if len(found) == len(row) or (unit := _unit_beside(found, candidate, least)) is None:
-                continue
+        if len(found) == len(row):
+            break
+        unit = _unit_beside(found, row, least)
+        if unit is None:
+            random = torch.randn(len(row), generator=generator, dtype=torch.float64, device="cpu")
+            unit = _unit_beside(found, random.to(row.device), least)
+        if unit is not None:
             following[i] = unit
             found = torch.cat((found, unit[None]))
-            break
     return following
 
 

@@ -13,11 +13,8 @@ from rich.console import Console
 from . import report
 from .methods import METHODS
 from .models import MODELS
-from .problems import PROBLEMS
 from .runner import run_all
-from .train import Key
-
-OWN_DATA = ("bit_flipping", "cartpole")  # problems that take no data set
+from .train import NAMES, OWN_DATA, Key
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -25,8 +22,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.continual", description=__doc__)
     parser.add_argument("--out", default="continual", type=Path,
                         help="folder; what is there is not run again")  # fmt: skip
-    every = *PROBLEMS, "cartpole"
-    parser.add_argument("--problem", default="random_labels", help=", ".join(every))
+    parser.add_argument("--problem", default="random_labels", help=", ".join(NAMES))
     parser.add_argument("--data", default="digits", help="digits, textures")
     parser.add_argument("--model", default="mlp", help=", ".join((*MODELS, "ppo (of cartpole)")))
     parser.add_argument("--methods", default="none,l2,spectral", help=", ".join(METHODS))

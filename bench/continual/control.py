@@ -23,13 +23,13 @@ from torch import nn
 from spectral_kernels import diagnostics
 
 from .methods import METHODS
+from .train import plasticity
 
 ENVIRONMENTS = 8
 ROLLOUT = 128  # steps of each environment before PPO learns; those of all of them are one epoch
 LR = 1e-3
 PHYSICS = "gravity", "masscart", "masspole", "length", "force_mag"
 LAST_EPISODES = 20
-MEASURED = 128  # observations for gradient diversity and dormant units
 
 
 class ChangingPole(gymnasium.Wrapper):
@@ -125,24 +125,16 @@ def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
             learner.learn(ROLLOUT * ENVIRONMENTS, callback=episodes, reset_num_timesteps=False)
             progress(task * key.epochs + epoch + 1)
         seconds = time.perf_counter() - start
-        actor = _Actor(learner.policy)
-        seen = learner.rollout_buffer.observations.reshape(-1, 4)[:MEASURED]
-        x = torch.from_numpy(seen)
-        done = learner.rollout_buffer.actions.reshape(-1)[:MEASURED]
-        spectra = diagnostics.spectra(learner.policy).values()
-        dormant = diagnostics.dormant_units(actor, x).values()
+        x = torch.from_numpy(learner.rollout_buffer.observations.reshape(-1, 4))
+        actions = torch.from_numpy(learner.rollout_buffer.actions.reshape(-1)).long()
         measured = {
             "train": float(np.mean(episodes.returns[-LAST_EPISODES:])),
             "online": float(np.mean(episodes.returns)), "test": None,
-            "sigma_max": [s.sigma_max for s in spectra],
-            "sigma_min": [s.sigma_min for s in spectra],
-            "stable_rank": [s.stable_rank for s in spectra],
-            "gradient_diversity": diagnostics.gradient_diversity(
-                actor, x, torch.from_numpy(done).long()
-            ),
-            "dormant": sum(d.dormant for d in dormant) / sum(d.units for d in dormant),
             "weight_norm": diagnostics.weight_norm(learner.policy), "seconds": seconds,
         }  # fmt: skip
+        measured |= plasticity(
+            _Actor(learner.policy), learner.policy, x, actions, nn.functional.cross_entropy
+        )
         for name, value in measured.items():
             found.setdefault(name, []).append(value)
     return {**key._asdict(), **found}

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from sklearn.datasets import load_digits
 
+from spectral_kernels import demo
+
 CLASSES = 10
 
 
@@ -25,9 +27,8 @@ def digits(generator: torch.Generator) -> Images:
     Standardized per pixel; a pixel that is the same in all images is 0.
     """
     found = load_digits()
-    x, y = torch.from_numpy(found.data), torch.from_numpy(found.target).long()
-    std = x.std(dim=0)
-    x = torch.where(std > 0, (x - x.mean(dim=0)) / std, 0.0).float().view(-1, 1, 8, 8)
+    x = demo.standardized(torch.from_numpy(found.data)).view(-1, 1, 8, 8)
+    y = torch.from_numpy(found.target).long()
     order = torch.randperm(len(x), generator=generator)
     return Images(x[order[:1280]], y[order[:1280]], x[order[1280:]], y[order[1280:]])
 

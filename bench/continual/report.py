@@ -101,27 +101,27 @@ def table(setting: Setting, arms: Arms) -> str:
     head = ["method", "seeds", f"{words}, first task", f"{words}, last {LAST}",
             f"online, last {LAST}", *([f"held out, last {LAST}"] * has_test), "sigma_1, largest",
             "stable rank", "gradient diversity", "dormant", "weight norm",
-            "CPU s"]  # fmt: skip
+            "s, one core"]  # fmt: skip
     lines = [f"**{setting}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for arm, runs in arms.items():
-
-        def cell(values, digits=3):
-            mean, half = interval(values)
-            return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-
         largest = [float(np.mean([max(s) for s in run["sigma_max"][-LAST:]])) for run in runs]
         cells = [
-            str(arm), str(len(runs)), cell(run["train"][0] for run in runs),
-            cell(ended(run, "train") for run in runs), cell(ended(run, "online") for run in runs),
-            *([cell(ended(run, "test") for run in runs)] if has_test else []),
-            cell(largest, 2), cell((ended(run, "stable_rank") for run in runs), 1),
-            cell((ended(run, "gradient_diversity") for run in runs), 1),
-            cell((ended(run, "dormant") for run in runs), 2),
-            cell((ended(run, "weight_norm") for run in runs), 1),
+            str(arm), str(len(runs)), _cell(run["train"][0] for run in runs),
+            _cell(ended(run, "train") for run in runs), _cell(ended(run, "online") for run in runs),
+            *([_cell(ended(run, "test") for run in runs)] if has_test else []),
+            _cell(largest, 2), _cell((ended(run, "stable_rank") for run in runs), 1),
+            _cell((ended(run, "gradient_diversity") for run in runs), 1),
+            _cell((ended(run, "dormant") for run in runs), 2),
+            _cell((ended(run, "weight_norm") for run in runs), 1),
             f"{np.mean([sum(run['seconds']) for run in runs]):.0f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(values: Iterable[float], digits: int = 3) -> str:
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def draw(setting: Setting, arms: Arms, path: Path) -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from spectral_kernels.cli import processor
 
+from ..report import commit_name
 from .train import Key
 
 FILE = "runs.jsonl"
@@ -34,8 +35,7 @@ def load(folder: Path) -> list[dict]:
     path = folder / FILE
     if not path.exists():
         return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    del rest  # what a kill has cut off
+    lines = path.read_bytes().split(b"\n")[:-1]  # the last is empty, or what a kill has cut off
     found = []
     for i, line in enumerate(lines, 1):
         try:
@@ -52,9 +52,8 @@ def key_of(run: dict) -> Key:
 
 def where() -> dict[str, str]:
     """Return what a reader needs to know of where runs were made."""
-    commit = get_commit_info()
     return {
-        "commit": commit["id"][:9] + (" with changes" if commit["dirty"] else ""),
+        "commit": commit_name(get_commit_info()),
         "torch": torch.__version__, "processor": processor(), "date": date.today().isoformat(),
     }  # fmt: skip
 

@@ -17,6 +17,9 @@ from .methods import METHODS
 LR = 1e-3
 BATCH = 64
 MEASURED = 128  # examples for gradient diversity and dormant units
+NAMES = (*problems.PROBLEMS, "cartpole")
+# Problems that take no data set, and the models that they are for.
+OWN_DATA = {"bit_flipping": ("mlp", "mlp_norm"), "cartpole": ("ppo",)}
 
 
 class Key(NamedTuple):
@@ -33,11 +36,9 @@ class Key(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for an unknown name or a method that does not suit the model."""
-        known = [("problem", (*problems.PROBLEMS, "cartpole")), ("method", METHODS)]
-        if self.problem == "cartpole":
-            known += [("data", ("none",)), ("model", ("ppo",))]
-        elif self.problem == "bit_flipping":
-            known += [("data", ("none",)), ("model", ("mlp", "mlp_norm"))]
+        known = [("problem", NAMES), ("method", METHODS)]
+        if self.problem in OWN_DATA:
+            known += [("data", ("none",)), ("model", OWN_DATA[self.problem])]
         else:
             known += [("data", problems.DATA), ("model", models.MODELS)]
         for name, accepted in known:
@@ -112,19 +113,25 @@ def epoch(
 
 def measure(model: nn.Module, problem: problems.Problem, task: problems.Task) -> dict:
     """Return what is measured at the end of a task."""
-    spectra = diagnostics.spectra(_weights(model))
-    dormant = diagnostics.dormant_units(model, task.x[:MEASURED]).values()
-    return {
+    scores = {
         "train": _score(model, problem, task.x, task.y),
         "test": None if task.x_test is None else _score(model, problem, task.x_test, task.y_test),
-        "sigma_max": [s.sigma_max for s in spectra.values()],
-        "sigma_min": [s.sigma_min for s in spectra.values()],
-        "stable_rank": [s.stable_rank for s in spectra.values()],
-        "gradient_diversity": diagnostics.gradient_diversity(
-            model, task.x[:MEASURED], task.y[:MEASURED], problem.loss
-        ),
-        "dormant": sum(d.dormant for d in dormant) / sum(d.units for d in dormant),
         "weight_norm": diagnostics.weight_norm(model),
+    }
+    return scores | plasticity(model, _weights(model), task.x, task.y, problem.loss)
+
+
+def plasticity(model: nn.Module, matrices, x: torch.Tensor, y: torch.Tensor, loss) -> dict:
+    """Return what ``matrices`` and the first examples tell about whether ``model`` can learn."""
+    x, y = x[:MEASURED], y[:MEASURED]
+    spectra = diagnostics.spectra(matrices).values()
+    dormant = diagnostics.dormant_units(model, x).values()
+    return {
+        "sigma_max": [s.sigma_max for s in spectra],
+        "sigma_min": [s.sigma_min for s in spectra],
+        "stable_rank": [s.stable_rank for s in spectra],
+        "gradient_diversity": diagnostics.gradient_diversity(model, x, y, loss),
+        "dormant": sum(d.dormant for d in dormant) / sum(d.units for d in dormant),
     }
 
 

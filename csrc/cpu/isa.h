@@ -6,8 +6,7 @@
 
 namespace spectral {
 
-constexpr int kMaxVectors = 16;  // per matrix
-constexpr int kMaxRows = 4;      // of a matrix that are worked on together
+constexpr int kMaxRows = 4;  // of a matrix that are worked on together
 
 // What the products of a tile take, with r vectors per matrix.
 constexpr int64_t product_rows(int64_t r) { return kMaxRows + r; }

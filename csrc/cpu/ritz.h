@@ -4,6 +4,7 @@
 // after the other.
 #pragma once
 
+#include "../rounding.h"
 #include "scalar_math.h"
 #include "simd.h"
 
@@ -18,10 +19,7 @@ struct Small {
   SPECTRAL_INLINE const double* operator[](int64_t i) const { return a[i]; }
 };
 
-constexpr double kZero = 1e-12;           // of the largest eigenvalue: a smaller one is rounding
-constexpr double kMaxAmplified = 1e5;     // of the rounding errors of a sum of vectors
-constexpr double kSmallestPivot = 1e-10;  // of a unit vector's square, beside those before it
-constexpr int64_t kBlock = 16;            // columns
+constexpr int64_t kBlock = 16;  // columns
 
 // x x^T of vectors x.
 template <class S>

@@ -3,14 +3,11 @@
 // block side by side.
 #pragma once
 
+#include "../rounding.h"
 #include "common.cuh"
 
 namespace spectral {
 namespace cuda {
-
-constexpr double kZero = 1e-12;           // of the largest eigenvalue: a smaller one is rounding
-constexpr double kMaxAmplified = 1e5;     // of the rounding errors of a sum of vectors
-constexpr double kSmallestPivot = 1e-10;  // of a unit vector's square, beside those before it
 
 template <int R>
 using Small = double[R][R];

@@ -14,7 +14,6 @@ namespace spectral {
 namespace cuda {
 namespace {
 
-constexpr int kMost = 16;                    // vectors
 constexpr int kRows = 4;                     // that go through registers together
 constexpr int kMaxChunk = 64;                // rows
 constexpr int64_t kChunkBytes = 128 * 1024;  // of W: two blocks per multiprocessor share the cache
@@ -109,7 +108,7 @@ __device__ __forceinline__ float dot_rows(const Task<T>& task, int row, int firs
 // Adds the rows of a chunk, times the factors of kVectors vectors, to kWidth columns of T; `fresh`:
 // writes them over it.
 template <int kVectors, class T>
-__device__ __forceinline__ void add_rows(const Task<T>& task, const float (*factor)[kMost],
+__device__ __forceinline__ void add_rows(const Task<T>& task, const float (*factor)[kMaxVectors],
                                          int begin, int rows, int first, int64_t c, bool fresh) {
   constexpr int kWidth = Task<T>::kWidth;
   float sum[kVectors][kWidth] = {};
@@ -149,8 +148,8 @@ __device__ __forceinline__ void add_rows(const Task<T>& task, const float (*fact
 template <class T, int kVectors>
 __device__ __forceinline__ void tile_products(const Header& header, int64_t index) {
   // By row and vector, of a slice after the other: what warps found; then the first slice has S.
-  __shared__ float product[kMaxChunk][kMost];
-  __shared__ __align__(16) float scaled[kMaxChunk][kMost];
+  __shared__ float product[kMaxChunk][kMaxVectors];
+  __shared__ __align__(16) float scaled[kMaxChunk][kMaxVectors];
   __shared__ double grams[kThreads];
   __shared__ Task<T> task;  // registers are few
   constexpr int kNumbers = kRows * kVectors, kLanes = 32 / kNumbers, kWidth = kPerLoad<T>;

@@ -28,9 +28,9 @@ from .tables import (
     elements_of,
     inverse_power_of_two,
     is_aligned,
-    is_stale,
     parts_of,
     power,
+    takes_part,
 )
 
 
@@ -166,10 +166,7 @@ def gram_matvec(
     else:
         tile = tiles + program.to(tl.int64) * TILE_FIELDS
         index = tl.load(tile + TILE_MATRIX)
-        takes_part = TOLERANCE == 0
-        if TOLERANCE > 0:
-            takes_part = is_stale(scalars, n_matrices, index, 1, TOLERANCE)
-        if takes_part:
+        if takes_part(scalars, n_matrices, index, 1, TOLERANCE):
             m = matrices + index * MATRIX_FIELDS
             scale = inverse_power_of_two(tl.load(scalars + index))
             n = tl.load(m + OUTER) * tl.load(m + INNER)

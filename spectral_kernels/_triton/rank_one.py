@@ -35,8 +35,8 @@ from .tables import (
     elements_of,
     inverse_power_of_two,
     is_aligned,
-    is_stale,
     parts_of,
+    takes_part,
 )
 
 
@@ -157,11 +157,10 @@ def rank_one(
     tile_index = program
     if FINISH:
         if program < n_matrices:
-            takes_part = TOLERANCE == 0
+            begins = takes_part(scalars, n_matrices, program, 1, TOLERANCE)
             if TOLERANCE > 0:
-                takes_part = is_stale(scalars, n_matrices, program, 1, TOLERANCE)
                 tl.debug_barrier()  # all threads know before one writes the new sigma
-            if takes_part:
+            if begins:
                 m = matrices + program.to(tl.int64) * MATRIX_FIELDS
                 _finish_matrix(m, tiles, t_partial, gram_partial, v, v_next, sigmas + program,
                                sigmas + n_matrices + program, penalties + program,

@@ -23,7 +23,7 @@ from .tables import (
     TILE_FIELDS,
     V_OFFSET,
     inverse_power_of_two,
-    is_stale,
+    takes_part,
     whole_loads,
 )
 
@@ -257,10 +257,7 @@ def ritz(
     penalties = scalars + 2 * VECTORS * n_matrices + n_vectors
     targets = penalties + 2 * (n_matrices + n_vectors)
     i = tl.arange(0, VECTORS)
-    takes_part = TOLERANCE == 0
-    if TOLERANCE > 0:
-        takes_part = is_stale(scalars, n_matrices, index, VECTORS, TOLERANCE)
-    if takes_part:
+    if takes_part(scalars, n_matrices, index, VECTORS, TOLERANCE):
         first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
         part = gram_partial + first * VECTORS * VECTORS + i[:, None] * VECTORS + i[None, :]
         h = tl.zeros([VECTORS, VECTORS], tl.float64)

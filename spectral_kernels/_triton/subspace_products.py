@@ -28,9 +28,23 @@ from .tables import (
     elements_of,
     inverse_power_of_two,
     is_aligned,
-    is_stale,
     parts_of,
+    takes_part,
 )
+
+
+@triton.jit
+def _operands(
+    m, tile, first_vector, v, s, t_partial, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Return what elements_of and parts_of tell, from the first vector of a group on, and M."""
+    w, row_stride, inner, outer_stride, n = elements_of(
+        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+    )
+    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
+    n_rows = tl.load(m + ROWS)
+    v, t, s = v + first_vector * n, t + first_vector * n, s + first_vector * n_rows
+    return w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end
 
 
 @triton.jit
@@ -40,12 +54,9 @@ def _short_rows(
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns."""
-    w, row_stride, inner, outer_stride, n = elements_of(
-        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+    w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = _operands(
+        m, tile, first_vector, v, s, t_partial, DTYPE, ALIGNED
     )
-    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
-    n_rows = tl.load(m + ROWS)
-    v, t, s = v + first_vector * n, t + first_vector * n, s + first_vector * n_rows
     c = tl.arange(0, BN)
     inside = c < n
     columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
@@ -80,12 +91,9 @@ def _long_rows(
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time, twice."""
-    w, row_stride, inner, outer_stride, n = elements_of(
-        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+    w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = _operands(
+        m, tile, first_vector, v, s, t_partial, DTYPE, ALIGNED
     )
-    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
-    n_rows = tl.load(m + ROWS)
-    v, t, s = v + first_vector * n, t + first_vector * n, s + first_vector * n_rows
     for row in range(row_begin, row_end, R):
         r = row + tl.arange(0, R)
         products = ()
@@ -156,10 +164,7 @@ def subspace_products(
         first = program % groups * GROUP
         tile = tiles + tile_index * TILE_FIELDS
         index = tl.load(tile + TILE_MATRIX)
-        takes_part = TOLERANCE == 0
-        if TOLERANCE > 0:
-            takes_part = is_stale(scalars, n_matrices, index, VECTORS, TOLERANCE)
-        if takes_part:
+        if takes_part(scalars, n_matrices, index, VECTORS, TOLERANCE):
             m = matrices + index * MATRIX_FIELDS
             scale = inverse_power_of_two(tl.load(scalars + index))
             n = tl.load(m + OUTER) * tl.load(m + INNER)
@@ -195,9 +200,6 @@ def subspace_grams(
     tile_index = tl.program_id(0).to(tl.int64)
     tile = tiles + tile_index * TILE_FIELDS
     index = tl.load(tile + TILE_MATRIX)
-    takes_part = TOLERANCE == 0
-    if TOLERANCE > 0:
-        takes_part = is_stale(scalars, n_matrices, index, VECTORS, TOLERANCE)
-    if takes_part:
+    if takes_part(scalars, n_matrices, index, VECTORS, TOLERANCE):
         m = matrices + index * MATRIX_FIELDS
         _store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)

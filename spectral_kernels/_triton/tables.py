@@ -75,10 +75,13 @@ def inverse_power_of_two(sigma):
 
 
 @triton.jit
-def is_stale(scalars, n_matrices, index, VECTORS: tl.constexpr, TOLERANCE: tl.constexpr):
-    """Tell whether a call with a tolerance is about a matrix; see Header in csrc/table.h."""
-    sigma = tl.load(scalars + index).to(tl.float64)
-    return tl.load(scalars + VECTORS * n_matrices + index).to(tl.float64) > TOLERANCE * sigma
+def takes_part(scalars, n_matrices, index, VECTORS: tl.constexpr, TOLERANCE: tl.constexpr):
+    """Tell whether a call is about a matrix: all are without a tolerance; see csrc/table.h."""
+    stale = TOLERANCE == 0
+    if TOLERANCE > 0:
+        sigma = tl.load(scalars + index).to(tl.float64)
+        stale = tl.load(scalars + VECTORS * n_matrices + index).to(tl.float64) > TOLERANCE * sigma
+    return stale
 
 
 @triton.jit
