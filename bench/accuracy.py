@@ -33,6 +33,7 @@ from tests import cases
 from . import gate, interleave
 from .accuracy_report import draw, label, table
 from .report import commit_name
+from .workers import end_with_parent
 
 
 class TorchIteration:
@@ -320,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     done = {_key(run) for run in data["runs"]}
     runs = [key for key in wanted if key not in done]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(options.workers, context, end_with_parent) as pool:
         pending = [pool.submit(run, *key, sizes[key[0]] if options.smoke else {}) for key in runs]
         for i, finished in enumerate(as_completed(pending), 1):
             last = finished.result()

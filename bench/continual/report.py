@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,20 +127,20 @@ def _cell(values: Iterable[float], digits: int = 3) -> str:
 def draw(setting: Setting, arms: Arms, path: Path) -> None:
     """Write the PNG of one setting: over tasks with each method at its best, and by strength."""
     score, lower = scores(setting)
-    figure = Figure(figsize=(14, 7.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(17, 7.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(2, 4)
     chosen = best(arms, lower).values()
+    held_out = all(run["test"][0] is not None for runs in arms.values() for run in runs)
+    third = ("test", f"{score} on held-out data") if held_out else ("weight_norm", "weight norm")
     panels = [
         (axes[0, 0], "train", f"{score} at the end of each task", np.mean),
         (axes[0, 1], "online", f"{score} while learning (online)", np.mean),
+        (axes[0, 2], *third, np.mean),
         (axes[1, 0], "sigma_max", "largest sigma_1 of all layers", np.max),
         (axes[1, 1], "gradient_diversity", "effective rank of per-example gradients", np.mean),
+        (axes[1, 2], "dormant", "share of dormant units", np.mean),
     ]
-    if all(run["test"][0] is not None for runs in arms.values() for run in runs):
-        panels.append((axes[1, 2], "test", f"{score} on held-out data", np.mean))
-    else:
-        panels.append((axes[1, 2], "dormant", "share of dormant units", np.mean))
     for ax, name, title, over in panels:
         means: list[np.ndarray] = []
         for arm in chosen:
@@ -155,7 +155,9 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
         ax.set_xlabel("task")
     axes[1, 0].set_yscale("log")
     axes[1, 0].axhline(1, color="0.6", linewidth=1, linestyle=":")
-    _sensitivity(axes[0, 2], arms, score)
+    last, first = f"{score} of the last {LAST} tasks", f"{score} after the first task"
+    _sensitivity(axes[0, 3], arms, f"{last} by strength", lambda run: ended(run, "train"))
+    _sensitivity(axes[1, 3], arms, f"{first} by strength", lambda run: run["train"][0])
     for ax in axes.flat:
         ax.grid(color="0.92")
         for side in ("top", "right"):
@@ -174,13 +176,13 @@ def _band(ax: Axes, curves: np.ndarray, arm: Arm) -> None:
     ax.plot(tasks, mean, color=color, linewidth=1.6, label=str(arm))
     if len(curves) > 1:
         half = np.array([interval(column)[1] for column in curves.T])
-        ax.fill_between(tasks, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(tasks, mean - half, mean + half, color=color, alpha=0.1, linewidth=0)
 
 
-def _sensitivity(ax: Axes, arms: Arms, score: str) -> None:
-    """Final score against strength; methods without one as horizontal lines."""
+def _sensitivity(ax: Axes, arms: Arms, title: str, score: Callable[[dict], float]) -> None:
+    """Draw a score against strength; methods without one as horizontal lines."""
     for method in dict.fromkeys(arm.method for arm in arms):
-        own = {arm.strength: [ended(run, "train") for run in runs]
+        own = {arm.strength: [score(run) for run in runs]
                for arm, runs in arms.items() if arm.method == method}  # fmt: skip
         means, halves = zip(*(interval(values) for values in own.values()), strict=True)
         if list(own) == [0.0]:
@@ -190,7 +192,7 @@ def _sensitivity(ax: Axes, arms: Arms, score: str) -> None:
                         capsize=2, linewidth=1.6)  # fmt: skip
     if any(arm.strength for arm in arms):
         ax.set_xscale("log")
-    ax.set_title(f"{score} of the last {LAST} tasks by strength", fontsize=10)
+    ax.set_title(title, fontsize=10)
     ax.set_xlabel("strength (dashed: methods without one)")
 
 

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import queue
-import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import date
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spectral_kernels.cli import processor
 
 from ..report import commit_name
+from ..workers import end_with_parent
 from .train import Key
 
 FILE = "runs.jsonl"
@@ -112,12 +112,7 @@ def _cut_off(path: Path) -> None:
 def _start(reports) -> None:
     global _reports
     _reports = reports
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _work(key: Key) -> dict:
