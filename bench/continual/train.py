@@ -67,6 +67,7 @@ def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     is told the epochs done.
     """
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # weights that L2 lets die would make steps slow
     torch.manual_seed(key.seed)
     generator = torch.Generator().manual_seed(key.seed)
     problem = problems.build(key.problem, key.data, key.tasks, generator)
