@@ -41,6 +41,25 @@ void bind_cuda(py::module_ cuda) {
       py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
       py::arg("device"), py::arg("stream"));
   cuda.def(
+      "transposed",
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
+         int64_t stream) {
+        py::gil_scoped_release unlocked;
+        spectral::cuda::transposed(device_header(header, matrices, tiles, vectors), device, stream);
+      },
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("device"), py::arg("stream"));
+  cuda.def(
+      "collect",
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
+         int64_t stream, int64_t t, int64_t gram) {
+        py::gil_scoped_release unlocked;
+        spectral::cuda::collect(device_header(header, matrices, tiles, vectors), t, gram, device,
+                                stream);
+      },
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("device"), py::arg("stream"), py::arg("t"), py::arg("gram"));
+  cuda.def(
       "rank_one",
       [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
          int64_t stream, bool finish, bool gradient, bool accumulate) {
@@ -94,6 +113,20 @@ PYBIND11_MODULE(_native, m) {
         spectral::cpu::gram_matvec(header_at(header), threads);
       },
       py::arg("header"), py::arg("threads"));
+  cpu.def(
+      "transposed",
+      [](int64_t header, int threads) {
+        py::gil_scoped_release unlocked;
+        spectral::cpu::transposed(header_at(header), threads);
+      },
+      py::arg("header"), py::arg("threads"));
+  cpu.def(
+      "collect",
+      [](int64_t header, int64_t t, int64_t gram, int threads) {
+        py::gil_scoped_release unlocked;
+        spectral::cpu::collect(header_at(header), t, gram, threads);
+      },
+      py::arg("header"), py::arg("t"), py::arg("gram"), py::arg("threads"));
   cpu.def(
       "normalize",
       [](int64_t header, int threads) {

@@ -26,6 +26,8 @@ class Cpu:
 
     def __init__(self, native):
         self._gram_matvec = native.gram_matvec
+        self._transposed = native.transposed
+        self._collect = native.collect
         self._normalize = native.normalize
         self._rank_one = native.rank_one
         self._update = native.update
@@ -33,6 +35,15 @@ class Cpu:
     def gram_matvec(self, plan, state) -> None:
         """See :func:`reference.gram_matvec`."""
         self._gram_matvec(state.address, torch.get_num_threads())
+
+    def transposed(self, plan, state) -> None:
+        """See :func:`reference.transposed`."""
+        self._transposed(state.address, torch.get_num_threads())
+
+    def collect(self, plan, state, t, gram) -> None:
+        """See :func:`reference.collect`."""
+        where = 0 if t is None else t.data_ptr()
+        self._collect(state.address, where, gram.data_ptr(), torch.get_num_threads())
 
     def normalize(self, plan, state) -> None:
         """See :func:`reference.normalize`."""
@@ -60,12 +71,23 @@ class Cuda:
 
     def __init__(self, native):
         self._gram_matvec = native.gram_matvec
+        self._transposed = native.transposed
+        self._collect = native.collect
         self._rank_one = native.rank_one
         self._update = native.update
 
     def gram_matvec(self, plan, state) -> None:
         """See :func:`reference.gram_matvec`."""
         self._gram_matvec(*self._where(plan, state))
+
+    def transposed(self, plan, state) -> None:
+        """See :func:`reference.transposed`."""
+        self._transposed(*self._where(plan, state))
+
+    def collect(self, plan, state, t, gram) -> None:
+        """See :func:`reference.collect`."""
+        where = 0 if t is None else t.data_ptr()
+        self._collect(*self._where(plan, state), where, gram.data_ptr())
 
     def normalize(self, plan, state) -> None:
         """See :func:`reference.normalize`."""

@@ -56,14 +56,14 @@ def power_iteration(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(s), t / torch.linalg.vector_norm(t)
 
 
-def rayleigh_ritz(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Ritz values [r] of ``s`` = V W^T [r, M], largest first, and what turns s and V.
+def rayleigh_ritz(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Ritz values [r], largest first, and what turns S and V, [r, r].
 
-    The rows of the product of the second [r, r] with s are orthogonal and as long as the values.
-    Values below ZERO times the largest are rounding errors and count as 0. Where ``s`` is zero or
-    not finite, so are the values, and nothing is turned.
+    ``gram`` [r, r] is S S^T of S = V W^T [r, M]. The rows of the product of the second with S are
+    orthogonal and as long as the values. Values below ZERO times the largest are rounding errors
+    and count as 0. Where S is zero or not finite, so are the values, and nothing is turned.
     """
-    gram, eye = s @ s.mT, torch.eye(len(s), dtype=s.dtype, device=s.device)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     finite = torch.isfinite(gram).all()
     some = finite & (gram.trace() > 0)
     squares, vectors = torch.linalg.eigh(torch.where(some, gram, eye))
@@ -120,66 +120,117 @@ def _stale(state) -> Tensor:
     return state.residual > state.tolerance * state.sigma
 
 
-def gram_matvec(plan, state) -> None:
-    """Write s = W v, the norms of the vectors, and W^T s (scaled) to ``v_next`` if it is there.
+def _put(where: Tensor, value: Tensor, acts: Tensor) -> None:
+    """Write ``value``, where ``acts`` (0-d) is true."""
+    where.copy_(torch.where(acts, value, where.to(value)))
 
-    With a tolerance, for stale matrices alone: v is then ``v_next`` first.
+
+def _parts(plan, i: int) -> tuple[Tensor, Tensor]:
+    """Return the partial t [n_tiles, r, N] and products [n_tiles, r, r] of matrix ``i``, views."""
+    own, r = plan.table[i], plan.r
+    first, n_tiles, n = (
+        int(x) for x in (own["first_tile"], own["n_tiles"], own["outer"] * own["inner"])
+    )
+    start = int(plan.tiles["t_offset"][first]) if n_tiles else 0
+    t = plan.t_partial[start : start + n_tiles * r * n].view(n_tiles, r, n)
+    return t, plan.gram_partial.view(-1, r, r)[first : first + n_tiles]
+
+
+def _put_parts(plan, state, i: int, weight: Tensor, scale: Tensor, acts: Tensor) -> None:
+    """Write W^T s (scaled) and s s^T of matrix ``i`` as those of its first tile, others zero."""
+    s, (t, gram) = state.rows(i), _parts(plan, i)
+    if not len(gram):
+        return
+    _put(gram[0], s.double() @ s.double().mT, acts)
+    _put(gram[1:], torch.zeros_like(gram[1:]), acts)
+    if state.v_next is not None:
+        _put(t[0], (s * scale) @ weight, acts)
+        _put(t[1:], torch.zeros_like(t[1:]), acts)
+
+
+def gram_matvec(plan, state) -> None:
+    """Write s = W v, the partial W^T s (scaled) and s s^T, and the norms of the vectors.
+
+    No W^T s if there is no ``v_next``. With a tolerance, the products of stale matrices alone, with
+    ``v_next``.
     """
     scales, stale = _inverse_power_of_two(state.sigma), _stale(state)
+    vectors = state.v_next if state.tolerance > 0 else state.v
     for i in range(len(plan.matrices)):
-        weight, s, v = matrix(plan, i), state.rows(i), state.columns(i, state.v)
-        if state.tolerance > 0:
-            v.copy_(torch.where(stale[i], state.columns(i, state.v_next), v))
-        s.copy_(torch.where(stale[i], v @ weight.mT, s))
-        if state.v_next is not None:
-            t = state.columns(i, state.v_next)
-            t.copy_(torch.where(stale[i], (s * scales[i]) @ weight, t))
+        weight, s, v = matrix(plan, i), state.rows(i), state.columns(i, vectors)
+        _put(s, v @ weight.mT, stale[i])
+        _put_parts(plan, state, i, weight, scales[i], stale[i])
     for i, owner in enumerate(plan.vector_owner):
         vector = plan.tensors[owner].detach().to(plan.state_dtype)
         state.norm[i] = torch.linalg.vector_norm(vector.double())
         state.penalty[len(plan.matrices) + i] = _vector_penalty(plan, i, vector, state.exponent)
 
 
+def transposed(plan, state) -> None:
+    """Write the partial W^T s (scaled) and s s^T of the s that ``state`` holds.
+
+    No W^T s if there is no ``v_next``. With a tolerance, those of stale matrices alone.
+    """
+    scales, stale = _inverse_power_of_two(state.sigma), _stale(state)
+    for i in range(len(plan.matrices)):
+        _put_parts(plan, state, i, matrix(plan, i), scales[i], stale[i])
+
+
+def collect(plan, state, t: Tensor | None, gram: Tensor) -> None:
+    """Write the sums of the partial W^T s and s s^T over the tiles of every matrix.
+
+    ``t`` [sum of r N] is of the state's dtype and laid out like ``v``; None if there is no
+    ``v_next``. ``gram`` [n_matrices r r] is float64. A matrix without rows or columns has zeros.
+    """
+    products = gram.view(-1, plan.r, plan.r)
+    for i in range(len(plan.matrices)):
+        t_parts, gram_parts = _parts(plan, i)
+        products[i] = gram_parts.sum(0)
+        if t is not None:
+            state.columns(i, t).copy_(t_parts.sum(0))
+
+
 def normalize(plan, state) -> None:
     """Write sigmas, residuals, penalty and the orthonormal ``v_next`` of every matrix.
 
-    With several vectors, v and s are turned to the Ritz vectors unless there is no ``v_next``. With
-    a tolerance, all this for stale matrices alone.
+    From the partial W^T s and s s^T in ``plan``, without a look at weights. With several vectors, v
+    and s are turned to the Ritz vectors unless there is no ``v_next``. With a tolerance, all this
+    for stale matrices alone, whose v is ``v_next`` first.
     """
     k, stale = state.exponent, _stale(state)
     scales = _inverse_power_of_two(state.sigma).double()
     sigmas, residuals = (x.view(plan.r, -1) for x in (state.sigmas, state.residuals))
-
-    def put(where: Tensor, value: Tensor) -> None:
-        where.copy_(torch.where(stale[i], value, where.to(value)))
-
     for i in range(len(plan.matrices)):
-        s, v = state.rows(i), state.columns(i, state.v)
+        s, v, (t_parts, gram_parts) = state.rows(i), state.columns(i, state.v), _parts(plan, i)
+        gram = gram_parts.sum(0)
         if plan.r == 1:
-            sigma, turn = torch.linalg.vector_norm(s.double())[None], None
+            sigma, turn = gram[0].sqrt(), None
         else:
-            sigma, turn = rayleigh_ritz(s.double())
-        put(sigmas[:, i], sigma)
-        put(state.penalty[i], (sigma[0] ** k - state.target[i].double() ** k) ** 2)
+            sigma, turn = rayleigh_ritz(gram)
+        _put(sigmas[:, i], sigma, stale[i])
+        excess = sigma[0] ** k - state.target[i].double() ** k
+        _put(state.penalty[i], excess**2, stale[i])
         if state.v_next is None:
             continue
-        v_next = state.columns(i, state.v_next)
+        v_next, t = state.columns(i, state.v_next), t_parts.sum(0)
+        if state.tolerance > 0:
+            _put(v, v_next, stale[i])
         if turn is None:
-            t_norm = torch.linalg.vector_norm(v_next.double())
-            following, t_norm = v_next / t_norm, t_norm[None]
+            t_norm = torch.linalg.vector_norm(t.double())
+            following, t_norm = t / t_norm, t_norm[None]
         else:
-            t = turn @ v_next.double()
-            put(s, turn @ s.double())
-            put(v, turn @ v.double())
+            t = turn @ t.double()
+            _put(s, turn @ s.double(), stale[i])
+            _put(v, turn @ v.double(), stale[i])
             t_norm = torch.linalg.vector_norm(t, dim=1)
             following = orthonormal_rows(t)
         good = torch.isfinite(t_norm).all() & (t_norm[0] > 0) & torch.isfinite(sigma[0])
-        put(v_next, torch.where(good, following, v))
+        _put(v_next, torch.where(good, following, v), stale[i])
         # ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
         wtu = t_norm / (scales[i] * sigma)
         residual = ((wtu - sigma) * (wtu + sigma)).clamp(min=0).sqrt()
         unknown = ~torch.isfinite(sigma) | (sigma == 0)
-        put(residuals[:, i], torch.where(unknown, sigma, residual))
+        _put(residuals[:, i], torch.where(unknown, sigma, residual), stale[i])
 
 
 def rank_one(plan, state, grads, accumulate: bool) -> None:
@@ -197,7 +248,8 @@ def rank_one(plan, state, grads, accumulate: bool) -> None:
             continue
         u = (coefficient[i] * state.rows(i)[0]).to(plan.state_dtype)
         view = stored(plan, i, grads[owner].detach())
-        _put(view, torch.outer(u, state.columns(i, state.v)[0]).reshape(view.shape), accumulate)
+        value = torch.outer(u, state.columns(i, state.v)[0]).reshape(view.shape)
+        _put_gradient(view, value, accumulate)
     for i, owner in enumerate(plan.vector_owner):
         if grads[owner] is None:
             continue
@@ -206,10 +258,10 @@ def rank_one(plan, state, grads, accumulate: bool) -> None:
             value = 2 * k * (x.abs() ** k - 1) * x.abs() ** (k - 1) * x.sign()
         else:
             value = 2 * k * norm[i] ** (2 * k - 2) * x
-        _put(grads[owner].detach(), strength[n + i] * value, accumulate)
+        _put_gradient(grads[owner].detach(), strength[n + i] * value, accumulate)
 
 
-def _put(grad: Tensor, value: Tensor, accumulate: bool) -> None:
+def _put_gradient(grad: Tensor, value: Tensor, accumulate: bool) -> None:
     if accumulate:
         grad.copy_(grad.to(value.dtype) + value)
     else:
@@ -306,6 +358,8 @@ class Reference:
     name = "reference"
     scalars_on_device = False  # an optimizer's step needs numbers
     gram_matvec = staticmethod(gram_matvec)
+    transposed = staticmethod(transposed)
+    collect = staticmethod(collect)
     normalize = staticmethod(normalize)
     rank_one = staticmethod(rank_one)
     update = staticmethod(update)

@@ -35,6 +35,8 @@ ENTRIES = {
     "sgd": Entry(5, 5 * KIB, (LOAD, STORE)),
     "subspace": Entry(7, 12 * KIB, ("LDG.E.128.CONSTANT",)),  # the cache keeps it for a second use
     "ritz": Entry(4, 32 * KIB, ()),
+    "transposed": Entry(10, 22 * KIB, (LOAD,)),
+    "collect": Entry(1, 2 * KIB, ()),
 }
 REGISTERS = 128  # of a thread, so that a multiprocessor holds two blocks of 256
 # Of the stack. Where registers are few, two are kept there while lanes that have diverged shuffle,
@@ -114,6 +116,10 @@ def test_without_a_device_a_launch_is_an_exception(native):
         header[plan.SLOT["r"]] = r
         with pytest.raises(RuntimeError, match="gram_matvec: CUDA error"):
             native.cuda.gram_matvec(*addresses, device=0, stream=0)
+        with pytest.raises(RuntimeError, match="transposed: CUDA error"):
+            native.cuda.transposed(*addresses, device=0, stream=0)
+        with pytest.raises(RuntimeError, match="collect: CUDA error"):
+            native.cuda.collect(*addresses, device=0, stream=0, t=0, gram=0)
         with pytest.raises(RuntimeError, match="rank_one: CUDA error"):
             native.cuda.rank_one(
                 *addresses, device=0, stream=0, finish=True, gradient=True, accumulate=True
@@ -126,5 +132,7 @@ def test_without_a_device_a_launch_is_an_exception(native):
     header[plan.SLOT["weight_dtype"]] = plan.DTYPES[torch.float64]
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
         native.cuda.gram_matvec(*addresses, device=0, stream=0)
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        native.cuda.transposed(*addresses, device=0, stream=0)
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
         native.cuda.update(*addresses, **step)

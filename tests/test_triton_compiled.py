@@ -16,17 +16,24 @@ from .triton_compiled import (  # noqa: E402
     any_exponent,
     compiled,
     configurations,
+    partials,
     several_vectors,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NARROW = ("ritz", "subspace_grams")  # nothing shows the compiler here that vectors are aligned
+# Nothing shows the compiler here that vectors are aligned.
+NARROW = ("ritz", "subspace_grams", "collect")
 
 CASES = [
     (sm, c)
     for sm in CAPABILITIES
     for dtype in DTYPES
-    for c in (*configurations(dtype), *any_exponent(dtype), *several_vectors(dtype, sm))
+    for c in (
+        *configurations(dtype),
+        *any_exponent(dtype),
+        *several_vectors(dtype, sm),
+        *partials(dtype),
+    )
 ]
 
 

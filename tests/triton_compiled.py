@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from spectral_kernels._triton.backend import FUSED, TYPES
 from spectral_kernels._triton.gram_matvec import gram_matvec
+from spectral_kernels._triton.partials import collect, transposed
 from spectral_kernels._triton.rank_one import rank_one
 from spectral_kernels._triton.ritz import ritz
 from spectral_kernels._triton.sizes import sizes
@@ -31,6 +32,7 @@ from spectral_kernels.plan import MAX_TILES, R
 
 KERNELS = {"gram_matvec": gram_matvec, "rank_one": rank_one, "update": update}
 SEVERAL = {"subspace_products": subspace_products, "subspace_grams": subspace_grams, "ritz": ritz}
+PARTIALS = {"transposed": transposed, "collect": collect}
 RULES = ("adamw", "sgd")  # by their number
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
@@ -39,7 +41,7 @@ _POINTERS = {
     "gram_partial": "*fp64", "v": "*fp32", "v_next": "*fp32", "s": "*fp32", "scalars": "*fp32",
     "scale": "*fp32", "k": "fp32", "others": "*i64", "matrix_moments": "*i64",
     "vector_moments": "*i64", "other_moments": "*i64", "groups": "*fp64", "steps": "*fp32",
-    "grad_scale": "*fp32", "found_inf": "*fp32",
+    "grad_scale": "*fp32", "found_inf": "*fp32", "t": "*fp32", "gram": "*fp64",
 }  # fmt: skip
 
 
@@ -133,6 +135,15 @@ def several_vectors(dtype: torch.dtype, capability: int) -> Iterator[Configurati
         yield Configuration("subspace_grams", dtype, (("VECTORS", 16), ("TOLERANCE", 0.0)))
 
 
+def partials(dtype: torch.dtype) -> Iterator[Configuration]:
+    """Yield the kernels of partial results: for all numbers of vectors with float32, else four."""
+    for r in R if dtype == torch.float32 else (4,):
+        constants = {"VECTORS": r, "WITH_T": True, "TOLERANCE": TOLERANCE if r == 8 else 0.0}
+        yield Configuration("transposed", dtype, tuple(constants.items()))
+        if dtype == torch.float32:
+            yield Configuration("collect", dtype, (("VECTORS", r), ("WITH_T", r != 2)))
+
+
 def any_exponent(dtype: torch.dtype) -> list[Configuration]:
     """Return the main configurations at an exponent that is no integer."""
     found = [c for c in configurations(dtype) if dict(c.constants)["WITH_T"]]
@@ -145,7 +156,7 @@ def compiled(configuration: Configuration, capability: int) -> Compiled:
     """Compile for a compute capability (90 for 9.0)."""
     given = {"VECTORS": 1, "TOLERANCE": 0.0, **dict(configuration.constants)}
     own = sizes(capability, configuration.dtype.itemsize, given["VECTORS"])
-    name, kernel = configuration.kernel, (KERNELS | SEVERAL)[configuration.kernel]
+    name, kernel = configuration.kernel, (KERNELS | SEVERAL | PARTIALS)[configuration.kernel]
     blocks, warps = getattr(own, name), getattr(own, f"{name}_warps")
     constants = {"DTYPE": TYPES[configuration.dtype], "MAX_TILES": MAX_TILES,
                  **given, **blocks}  # fmt: skip
@@ -181,7 +192,7 @@ if __name__ == "__main__":
     for dtype in TYPES:
         for sm in CAPABILITIES:
             for chosen in (*configurations(dtype), *any_exponent(dtype),
-                           *several_vectors(dtype, sm)):  # fmt: skip
+                           *several_vectors(dtype, sm), *partials(dtype)):  # fmt: skip
                 c = compiled(chosen, sm)
                 print(f"{chosen!s:58} {sm:4} {c.registers:9} {c.stack:5} {c.shared:6} "
                       f"{c.loads(128):13}", flush=True)  # fmt: skip

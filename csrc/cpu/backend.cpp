@@ -111,6 +111,25 @@ void gram_matvec(const Header& header, int threads) {
       [&](int64_t vector) { kernels.vector_norm(header, vector); });
 }
 
+void transposed(const Header& header, int threads) {
+  const CpuKernels& kernels = *current->kernels;
+  Header now = header;
+  now.n_vectors = 0;
+  for_each_task(
+      now, header.n_bytes, threads,
+      [&](const Tile& tile, const Tile*, double* scratch) {
+        kernels.transposed(header, tile, scratch);
+      },
+      [](int64_t) {});
+}
+
+void collect(const Header& header, int64_t t, int64_t gram, int threads) {
+  const CpuKernels& kernels = *current->kernels;
+  const int64_t n_tasks = header.n_tiles + header.n_matrices;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header.n_bytes, threads))
+  for (int64_t i = 0; i < n_tasks; ++i) kernels.collect(header, i, t, gram);
+}
+
 void normalize(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header.n_bytes, threads))

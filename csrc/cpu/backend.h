@@ -15,6 +15,8 @@ void set_level(const std::string& name);  // throws std::invalid_argument
 bool has_openmp();
 
 void gram_matvec(const Header& header, int threads);
+void transposed(const Header& header, int threads);
+void collect(const Header& header, int64_t t, int64_t gram, int threads);
 void normalize(const Header& header, int threads);
 void rank_one(const Header& header, bool accumulate, int threads);
 void update(const Header& header, const Update& update, int threads);

@@ -15,6 +15,11 @@ constexpr int64_t scratch_rows(int64_t r) { return product_rows(r) + 1; }
 struct CpuKernels {
   // s, partial t and partial norm of one tile; scratch as for rank_one.
   void (*gram_matvec)(const Header&, const Tile&, const Tile* next, double* scratch);
+  // Partial t and partial products of one tile from the s that is given; scratch as for rank_one.
+  void (*transposed)(const Header&, const Tile&, double* scratch);
+  // Below n_tiles a part of the sums of t over the tiles of a matrix, at the address t unless that
+  // is 0; then the sums of products of one matrix, at the address gram.
+  void (*collect)(const Header&, int64_t index, int64_t t, int64_t gram);
   // Norm and penalty of one vector.
   void (*vector_norm)(const Header&, int64_t vector);
   // Adds up the partial results of one matrix: sigma, residual, penalty, v_next.
@@ -33,13 +38,16 @@ struct CpuKernels {
 #define SPECTRAL_DECLARE_LEVEL(level)                                                             \
   namespace level {                                                                               \
   void gram_matvec(const Header&, const Tile&, const Tile* next, double* scratch);                \
+  void transposed(const Header&, const Tile&, double* scratch);                                   \
+  void collect(const Header&, int64_t index, int64_t t, int64_t gram);                            \
   void vector_norm(const Header&, int64_t vector);                                                \
   void normalize(const Header&, int64_t matrix);                                                  \
   void rank_one(const Header&, const Tile&, bool accumulate, double* scratch);                    \
   void vector_gradient(const Header&, int64_t vector, bool accumulate);                           \
   void update_tile(const Header&, const Update&, const Tile&, const Tile* next, double* scratch); \
   void update_vector(const Header&, const Update&, int64_t index);                                \
-  inline constexpr CpuKernels kernels{gram_matvec,     vector_norm, normalize,    rank_one,       \
+  inline constexpr CpuKernels kernels{gram_matvec,     transposed,  collect,                      \
+                                      vector_norm,     normalize,   rank_one,                     \
                                       vector_gradient, update_tile, update_vector};               \
   }
 

@@ -7,6 +7,7 @@
 #include "../rounding.h"
 #include "scalar_math.h"
 #include "simd.h"
+#include "tile_sums.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
@@ -18,8 +19,6 @@ struct Small {
   SPECTRAL_INLINE double* operator[](int64_t i) { return a[i]; }
   SPECTRAL_INLINE const double* operator[](int64_t i) const { return a[i]; }
 };
-
-constexpr int64_t kBlock = 16;  // columns
 
 // x x^T of vectors x.
 template <class S>

@@ -23,6 +23,13 @@ std::string problem(int device);
 // s, partial t and the products of s of every tile; norm and penalty of every vector.
 void gram_matvec(const Header& header, int device, int64_t stream);
 
+// Partial t and products of every tile from the s that is given.
+void transposed(const Header& header, int device, int64_t stream);
+
+// Sums of these over the tiles of every matrix: t [sum of r N], at an address that may be 0, laid
+// out like v; gram [n_matrices, r, r] of float64. Zeros where a matrix has no rows or columns.
+void collect(const Header& header, int64_t t, int64_t gram, int device, int64_t stream);
+
 // finish: sigma, penalty, residual and v_next of every matrix, and several vectors turned.
 // gradient: the penalty's gradient, added to grad or written over it; with finish it uses the new
 // sigma, else the one in the state.

@@ -12,6 +12,7 @@ namespace cuda {
 // element of others, which may also lie in pieces.
 template <class T, bool kAligned>
 struct Rows {
+  using Element = T;
   static constexpr bool kAhead = true;
   static constexpr int kWidth = kAligned ? kPerLoad<T> : 1;
   using Bits = std::conditional_t<kAligned, uint4, T>;

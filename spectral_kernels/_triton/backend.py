@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ..plan import DTYPES, MAX_TILES
 from .gram_matvec import gram_matvec
+from .partials import collect, transposed
 from .rank_one import rank_one
 from .ritz import ritz
 from .sizes import sizes
@@ -63,6 +64,27 @@ class Triton:
                 matrices, tiles, plan.gram_partial, state.s, state.scalars, len(plan.matrices),
                 VECTORS=plan.r, TOLERANCE=float(state.tolerance),
                 **own.subspace_grams, num_warps=own.subspace_grams_warps, **FUSED,
+            )  # fmt: skip
+
+    def transposed(self, plan, state) -> None:
+        """See :func:`reference.transposed`."""
+        own, (matrices, tiles, _) = self._sizes(plan, plan.r), plan.device_tables().views
+        if grid := plan.r // own.transposed["GROUP"] * len(plan.tiles):
+            transposed[(grid,)](
+                matrices, tiles, plan.t_partial, plan.gram_partial, state.s, state.scalars,
+                len(plan.matrices), DTYPE=TYPES[plan.dtype], VECTORS=plan.r,
+                WITH_T=state.v_next is not None, TOLERANCE=float(state.tolerance),
+                **own.transposed, num_warps=own.transposed_warps, **FUSED,
+            )  # fmt: skip
+
+    def collect(self, plan, state, t, gram) -> None:
+        """See :func:`reference.collect`."""
+        own, (matrices, tiles, _) = self._sizes(plan), plan.device_tables().views
+        if plan.matrices:
+            collect[(len(plan.tiles) + len(plan.matrices),)](
+                matrices, tiles, plan.t_partial, plan.gram_partial, gram if t is None else t, gram,
+                len(plan.tiles), VECTORS=plan.r, WITH_T=t is not None,
+                **own.collect, num_warps=own.collect_warps, **FUSED,
             )  # fmt: skip
 
     def normalize(self, plan, state) -> None:

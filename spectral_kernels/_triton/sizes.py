@@ -13,6 +13,7 @@ With several vectors a program takes GROUP of them, each with BN numbers of v an
 (R + 2 GROUP) BN / threads. Four is what rows of 4096 columns leave room for, and few enough for a
 kernel that compiles in seconds; with 8 or 16 vectors each tile has two or four programs, which read
 its rows from the second-level cache together. ritz holds VECTORS^2 BN products in float64.
+transposed reads each block once, and holds (R + GROUP) BN / threads.
 None of the sizes has been timed yet.
 """
 
@@ -37,6 +38,10 @@ class Sizes(NamedTuple):
     subspace_products_warps: int
     subspace_grams_warps: int
     ritz_warps: int
+    transposed: dict[str, int]
+    collect: dict[str, int]
+    transposed_warps: int
+    collect_warps: int
 
 
 _GRAM_MATVEC = {
@@ -48,7 +53,12 @@ _UPDATE = {
     "R0": 8, "BN0": 128, "R1": 2, "BN1": 512, "R2": 1, "BN2": 1024,
     "R_LONG": 1, "BN_LONG": 1024, "R_ODD": 4, "BN_ODD": 256,
 }  # fmt: skip
-_DEFAULT = Sizes(_GRAM_MATVEC, _RANK_ONE, _UPDATE, 8, 8, 4, 168, {}, {}, {}, 8, 4, 8)
+_TRANSPOSED = {
+    "R0": 32, "BN0": 128, "R1": 16, "BN1": 512, "R2": 4, "BN2": 2048, "R_ODD": 8, "BN_ODD": 512,
+    "GROUP": 1, "BN_GRAM": 256,
+}  # fmt: skip
+_DEFAULT = Sizes(_GRAM_MATVEC, _RANK_ONE, _UPDATE, 8, 8, 4, 168, {}, {}, {}, 8, 4, 8,
+                 _TRANSPOSED, {"BN": 256}, 8, 2)  # fmt: skip
 _WIDE = _DEFAULT._replace(
     update={**_UPDATE, "BN2": 2048, "BN_ODD": 128}, update_warps=8, update_registers=128
 )
@@ -91,5 +101,6 @@ def sizes(capability: int, itemsize: int, r: int = 1) -> Sizes:
             subspace_products={**products, "BN_VECTOR": 1024},
             subspace_grams={"BN_GRAM": products["BN_GRAM"]},
             ritz={"BN_SUM": 4096, "BN": columns, "BN_GRAM": gram},
+            transposed={**_TRANSPOSED, **{name: products[name] for name in ("GROUP", "BN_GRAM")}},
         )
     return found

@@ -34,7 +34,7 @@ from .tables import (
 
 
 @triton.jit
-def _operands(
+def operands(
     m, tile, first_vector, v, s, t_partial, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
     """Return what elements_of and parts_of tell, from the first vector of a group on, and M."""
@@ -54,7 +54,7 @@ def _short_rows(
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns."""
-    w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = _operands(
+    w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = operands(
         m, tile, first_vector, v, s, t_partial, DTYPE, ALIGNED
     )
     c = tl.arange(0, BN)
@@ -91,7 +91,7 @@ def _long_rows(
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time, twice."""
-    w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = _operands(
+    w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = operands(
         m, tile, first_vector, v, s, t_partial, DTYPE, ALIGNED
     )
     for row in range(row_begin, row_end, R):
@@ -129,9 +129,10 @@ def _long_rows(
 
 
 @triton.jit
-def _store_gram(
+def store_gram(
     m, tile, s, gram_partial, tile_index, VECTORS: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
+    """Write S S^T of a tile."""
     _, s, _, row_begin, row_end = parts_of(m, tile, s, s, s)
     gram = gram_of(s, tl.load(m + ROWS), row_begin, row_end, VECTORS, BN)
     i, j = tl.arange(0, VECTORS)[:, None], tl.arange(0, VECTORS)[None, :]
@@ -188,7 +189,7 @@ def subspace_products(
                            R_LONG, BN_LONG)  # fmt: skip
             if GROUP == VECTORS:
                 tl.debug_barrier()  # what is read next, another thread may have written
-                _store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
+                store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
 
 
 @triton.jit(do_not_specialize=["n_matrices"])
@@ -202,4 +203,4 @@ def subspace_grams(
     index = tl.load(tile + TILE_MATRIX)
     if takes_part(scalars, n_matrices, index, VECTORS, TOLERANCE):
         m = matrices + index * MATRIX_FIELDS
-        _store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
+        store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
