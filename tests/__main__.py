@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 INTERPRETED = ["pytest", "tests/test_triton.py", "tests/test_self_check.py",
                "tests/test_backends.py", "tests/test_subspace.py", "tests/test_optim.py",
+               "tests/test_partials.py",
                "-k", "triton", "-m", "not gpu"]  # fmt: skip
 
 

@@ -17,14 +17,18 @@ SHAPES = [(70, 64), (20, 1000), (5, 2048), (9, 4096), (3, 20000), (130, 31), (33
 def main(backend: str, device: str) -> None:
     """Take two steps in every dtype: both launches, and the two halves of the second one alone.
 
-    Then of both optimizers, the last one as a GradScaler skips it. With several vectors, matrices
-    that are stale get two iterations more.
+    Between them the partial results of a given s and their sums. Then of both optimizers, the last
+    one as a GradScaler skips it. With several vectors, stale matrices get two iterations more.
     """
     for dtype, r in ((torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 1),
                      (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 16)):  # fmt: skip
         weights = [(torch.randn(s, device=device) / s[-1] ** 0.5).to(dtype) for s in SHAPES]
         bucket = bucket_of(weights, backend, r=r, further=2 if r > 1 else 0)
         bucket.iterate(1)
+        bucket.backend.transposed(bucket.plan, bucket.state)
+        t = torch.empty_like(bucket.state.v)
+        gram = torch.empty(len(bucket.plan.matrices) * r * r, dtype=torch.float64, device=device)
+        bucket.backend.collect(bucket.plan, bucket.state, t, gram)
         grads = gradients(bucket)
         bucket.iterate_and_add_gradient(1, grads)
         assert all(torch.isfinite(g).all() for g in grads)

@@ -1,47 +1,106 @@
 // The partial results of tiles apart from s = W v: made of an s that is given, and summed up.
 
 #include "isa.h"
-#include "subspace_products.h"
+#include "tile_products.h"
 #include "tile_sums.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-// t[j] = sum over the rows w of factor[row][j] * w[row] for r vectors, added to t unless it
-// `starts`. W is read from memory once: a block of columns stays in the cache for all vectors, NV
-// of which go through registers at a time.
+// What the partial results of a tile are made of and written to.
+template <class T, class S = typename Simd<T>::Accumulator>
+struct Given {
+  const Matrix& m;
+  const Tile& tile;
+  const int64_t n, r;
+  const double scale;
+  const S* s;    // [r, rows]
+  S* t;          // [r, n]; null: only gram is wanted
+  double* gram;  // [r, r]
+  T* rows;       // scratch for kMaxRows of them
+  S* split_t;    // t in the order in which it is summed up
+
+  Given(const Header& header, const Tile& tile, double* scratch)
+      : m(reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix]),
+        tile(tile),
+        n(m.outer * m.inner),
+        r(header.r),
+        scale(inverse_power_of_two(reinterpret_cast<const S*>(header.sigma)[tile.matrix])),
+        s(reinterpret_cast<const S*>(header.s) + m.s_offset),
+        t(header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset),
+        gram(reinterpret_cast<double*>(header.gram_partial) +
+             (&tile - reinterpret_cast<const Tile*>(header.tiles)) * r * r),
+        rows(reinterpret_cast<T*>(scratch)),
+        split_t(Simd<T>::kSplits && t != nullptr ? reinterpret_cast<S*>(scratch + kMaxRows * n)
+                                                 : t) {}
+
+  // The i-th of a few rows together.
+  SPECTRAL_INLINE const T* row(int64_t row, int i) const {
+    return m.outer == 1 ? reinterpret_cast<const T*>(m.weight) + row * m.row_stride
+                        : gather_row(m, row, rows + i * n);
+  }
+
+  void end() const {
+    if (split_t != t)
+      for (int64_t j = 0; j < r; ++j) memory_order<T>(split_t + j * n, t + j * n, n);
+  }
+};
+
+// One vector: R rows from the given one on.
+template <int R, class T, class S>
+SPECTRAL_INLINE void add_few(const Given<T, S>& given, int64_t row) {
+  const T* w[R];
+  S factor[R];
+  for (int i = 0; i < R; ++i) {
+    const double wide = given.s[row + i];
+    *given.gram += wide * wide;
+    factor[i] = (S)(wide * given.scale);
+    if (given.t != nullptr) w[i] = given.row(row + i, i);
+  }
+  const bool first = row == given.tile.row_begin;
+  if (given.t != nullptr) add_rows<R, false>(w, factor, given.n, given.split_t, first, w);
+}
+
+template <class T>
+void transposed_of_one(const Header& header, const Tile& tile, double* scratch) {
+  const Given<T> given(header, tile, scratch);
+  *given.gram = 0;
+  int64_t row = tile.row_begin;
+  for (; row + kMaxRows <= tile.row_end; row += kMaxRows) add_few<kMaxRows>(given, row);
+  for (; row < tile.row_end; ++row) add_few<1>(given, row);
+  given.end();
+}
+
+// Several vectors: t[j] += sum over the rows w of factor[row][j] * w[row], or written over it where
+// they are the first. W is read from memory once: a block of columns stays in the cache for all
+// vectors, NV of which go through registers at a time.
 template <int NV, class T, class S>
-SPECTRAL_INLINE void add_group(const T* const* w, const S (*factor)[kMaxVectors], int count, int r,
-                               int64_t n, S* t, bool starts) {
+SPECTRAL_INLINE void add_group(const Given<T, S>& given, const T* const* w,
+                               const S (*factor)[kMaxVectors], int count, bool first) {
+  const int64_t n = given.n;
   for (int64_t c = 0; c < n; c += kColumns) {
     const int64_t width = n - c < kColumns ? n - c : kColumns;
-    for (int j = 0; j < r; j += NV) {
+    for (int64_t j = 0; j < given.r; j += NV) {
       const auto a = [&](int i) {
         return reinterpret_cast<const S(*)[kMaxVectors]>(&factor[i][j]);
       };
-      S* to = t + j * n;
+      S* t = given.split_t + j * n;
       int i = 0;
       for (; i + kRegisterRows <= count; i += kRegisterRows)
-        add_block<kRegisterRows, NV, false>(w + i, w, a(i), n, c, width, to, starts && i == 0);
+        add_block<kRegisterRows, NV, false>(w + i, w, a(i), n, c, width, t, first && i == 0);
       for (; i < count; ++i)
-        add_block<1, NV, false>(w + i, w, a(i), n, c, width, to, starts && i == 0);
+        add_block<1, NV, false>(w + i, w, a(i), n, c, width, t, first && i == 0);
     }
   }
 }
 
 template <int NV, class T, class S = typename Simd<T>::Accumulator>
-void transposed_tile(const Header& header, const Tile& tile, double* scratch) {
-  const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
-  const int64_t n = m.outer * m.inner, most = m.outer == 1 ? kGroupRows : kMaxRows;
-  const int r = (int)header.r;
-  const double scale = inverse_power_of_two(reinterpret_cast<const S*>(header.sigma)[tile.matrix]);
-  const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
-  S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
-  S* own_t = Simd<T>::kSplits && t != nullptr ? reinterpret_cast<S*>(scratch + kMaxRows * n) : t;
-  const int64_t index = &tile - reinterpret_cast<const Tile*>(header.tiles);
-  double* gram = reinterpret_cast<double*>(header.gram_partial) + index * r * r;
-  for (int i = 0; i < r * r; ++i) gram[i] = 0;
+void transposed_of_several(const Header& header, const Tile& tile, double* scratch) {
+  const Given<T> given(header, tile, scratch);
+  const int r = (int)given.r;
+  const int64_t most = given.m.outer == 1 ? kGroupRows : kMaxRows;
+  for (int i = 0; i < r * r; ++i) given.gram[i] = 0;
   for (int64_t row = tile.row_begin; row < tile.row_end; row += most) {
     const int count = (int)(tile.row_end - row < most ? tile.row_end - row : most);
     const T* w[kGroupRows];
@@ -49,19 +108,16 @@ void transposed_tile(const Header& header, const Tile& tile, double* scratch) {
     for (int i = 0; i < count; ++i) {
       double wide[kMaxVectors];
       for (int j = 0; j < r; ++j) {
-        wide[j] = s[j * m.rows + row + i];
-        factor[i][j] = (S)(wide[j] * scale);
+        wide[j] = given.s[j * given.m.rows + row + i];
+        factor[i][j] = (S)(wide[j] * given.scale);
       }
       for (int j = 0; j < r; ++j)
-        for (int k = 0; k < r; ++k) gram[j * r + k] += wide[j] * wide[k];
-      if (t == nullptr) continue;
-      w[i] = m.outer == 1 ? reinterpret_cast<const T*>(m.weight) + (row + i) * m.row_stride
-                          : gather_row(m, row + i, reinterpret_cast<T*>(scratch) + i * n);
+        for (int k = 0; k < r; ++k) given.gram[j * r + k] += wide[j] * wide[k];
+      if (given.t != nullptr) w[i] = given.row(row + i, i);
     }
-    if (t != nullptr) add_group<NV>(w, factor, count, r, n, own_t, row == tile.row_begin);
+    if (given.t != nullptr) add_group<NV>(given, w, factor, count, row == tile.row_begin);
   }
-  if (own_t != t)
-    for (int j = 0; j < r; ++j) memory_order<T>(own_t + j * n, t + j * n, n);
+  given.end();
 }
 
 // The share of a tile in the sums of t over its matrix: some of the columns.
@@ -106,11 +162,11 @@ void transposed(const Header& header, const Tile& tile, double* scratch) {
     using T = decltype(type);
     if (!takes_part<typename Simd<T>::Accumulator>(header, tile.matrix)) return;
     if (header.r == 1)
-      transposed_tile<1, T>(header, tile, scratch);
+      transposed_of_one<T>(header, tile, scratch);
     else if (header.r == 2)
-      transposed_tile<2, T>(header, tile, scratch);
+      transposed_of_several<2, T>(header, tile, scratch);
     else
-      transposed_tile<4, T>(header, tile, scratch);
+      transposed_of_several<4, T>(header, tile, scratch);
   });
 }
 
