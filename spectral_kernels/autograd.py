@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import shards
 from .buckets import Bucket
 from .reference import differentiable_penalty
 
@@ -46,15 +47,19 @@ class SpectralPenalty(torch.autograd.Function):
         grads: list[torch.Tensor | None] = []
         for bucket, state in ctx.parts:
             own = slice(len(grads), len(grads) + len(bucket.plan.owners))
+            local = [shards.local_of(weight) for weight in weights[own]]
             fresh = [
                 torch.empty_like(weight) if wanted else None
-                for weight, wanted in zip(weights[own], needed[own], strict=True)
+                for weight, wanted in zip(local, needed[own], strict=True)
             ]
             state.set_scale(upstream)
-            bucket.plan.bind_weights(weights[own])
+            bucket.plan.bind_weights(local)
             bucket.plan.bind_grads(fresh)
             bucket.add_gradient(state, fresh, accumulate=False)
-            grads += fresh
+            grads += [
+                None if grad is None else shards.like(weight, grad)
+                for weight, grad in zip(weights[own], fresh, strict=True)
+            ]
         return None, None, *grads
 
 
@@ -62,6 +67,11 @@ def _differentiable(parts, weights, needed, upstream):
     """Return the same gradients as functions that autograd can differentiate again."""
     total, start = 0, 0
     for bucket, state in parts:
+        if bucket.is_sharded:
+            raise RuntimeError(
+                f"parameter {bucket.plan.owners[0].name!r} is sharded: of its penalty there are no "
+                "second derivatives; call backward() without create_graph"
+            )
         own = weights[start : start + len(bucket.plan.owners)]
         total = total + differentiable_penalty(bucket.plan, state, own).to(upstream.device)
         start += len(own)
@@ -73,7 +83,7 @@ def _differentiable(parts, weights, needed, upstream):
 def penalty(buckets: list[Bucket], iterations: int) -> torch.Tensor:
     """Return the penalty of all buckets, 0-d: differentiable, or only evaluated without grad."""
     if torch.is_grad_enabled():
-        weights = [tensor for bucket in buckets for tensor in bucket.plan.tensors]
+        weights = [tensor for bucket in buckets for tensor in bucket.parameters]
         return SpectralPenalty.apply(buckets, iterations, *weights)
     values = [bucket.value(bucket.evaluated()) for bucket in buckets]
     return sum((v.to(values[0].device) for v in values[1:]), values[0])

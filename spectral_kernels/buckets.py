@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from . import backends, reference
+from . import backends, reference, shards
+from .distributed import Sharded, check_ranks
 from .plan import Plan
-from .selection import Selection
+from .selection import Matrix, Selection, Vector
+from .shards import Spread
 from .state import State
 
 # With "auto" power iterations, those matrices whose residual / sigma is above TOLERANCE get up to
@@ -18,13 +20,73 @@ TOLERANCE, MOST_FURTHER = 0.01, 8
 
 
 class Bucket:
-    """One plan with its state and its backend, and how many ``further`` iterations may be run."""
+    """One plan with its state and its backend, and how many ``further`` iterations may be run.
+
+    The plan is about what this rank has of the ``parameters``, the state about whole matrices.
+    """
 
     def __init__(self, plan: Plan, backend, exponent: float, further: int = 0):
         self.plan, self.backend, self.further = plan, backend, further
-        self.state = State.fresh(plan, exponent)
+        self.is_sharded = isinstance(backend, Sharded)
+        self.state = State.fresh(backend.whole if self.is_sharded else plan, exponent)
+        self._parameters: list[torch.Tensor] | None = None
+        self._placements: list[tuple | None] = []
         self.warm = self.measured = False
         self.ahead = False  # v, s and v_next belong to the next step already, weights unchanged
+
+    @classmethod
+    def of(
+        cls,
+        matrices: Sequence[Matrix],
+        vectors: Sequence[Vector],
+        parameters: Sequence[torch.Tensor],
+        backend,
+        exponent: float,
+        r: int = 1,
+        further: int = 0,
+    ) -> Bucket:
+        """Return the bucket of some parameters, one per owner, all of them spread alike."""
+        if not any(map(shards.is_sharded, parameters)):
+            return cls(Plan(matrices, vectors, parameters, r), backend, exponent, further)
+        owners = list(dict.fromkeys(x.owner for x in (*matrices, *vectors)))
+        by_owner = dict(zip(owners, parameters, strict=True))
+        held = [shards.held(matrix, by_owner[matrix.owner]) for matrix in matrices]
+        if held:
+            spread = held[0].spread
+        else:
+            spread = shards.spread_of_vector(vectors[0], by_owner[vectors[0].owner])
+        local = [shards.local_of(p) for p in parameters]
+        plan = Plan([one.local for one in held], vectors, local, r)
+        found = cls(plan, Sharded(backend, plan, held, spread), exponent, further)
+        found._parameters = list(parameters)
+        found._placements = [shards.placement(p) for p in parameters]
+        return found
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The parameter of every owner; ``plan.tensors`` are what this rank has of them."""
+        return self.plan.tensors if self._parameters is None else self._parameters
+
+    def bind(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Point the tables at ``parameters``; see ``Plan.bind_weights``."""
+        if self.is_sharded:
+            if not shards.same_placement(parameters, self._placements):
+                return False
+        elif shards.DTensor in set(map(type, parameters)):
+            return False
+        else:
+            return self.plan.bind_weights(parameters)
+        self._parameters = list(parameters)
+        return self.plan.bind_weights([shards.local_of(p) for p in parameters])
+
+    @property
+    def local(self) -> State:
+        """The state as the plan sees it."""
+        return self.backend.local(self.plan, self.state) if self.is_sharded else self.state
+
+    def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum of ``x`` over the ranks that have other rows."""
+        return self.backend.sum_rows(x) if self.is_sharded else x
 
     def iterate(self, n: int) -> None:
         """Run ``n`` power iterations; ``state`` then holds s, sigma of the last and its v."""
@@ -33,14 +95,24 @@ class Bucket:
             self.backend.normalize(self.plan, self.state)
         self._catch_up()
 
-    def iterate_and_add_gradient(self, n: int, grads) -> None:
-        """Run ``n`` power iterations and add the gradient of the last to ``grads``."""
+    def grads(self) -> list[torch.Tensor | None]:
+        """Return what this rank has of every owner's ``.grad``."""
+        if not self.is_sharded:
+            return [parameter.grad for parameter in self.parameters]
+        return [shards.local_grad(o.name, p)
+                for o, p in zip(self.plan.owners, self.parameters, strict=True)]  # fmt: skip
+
+    def begin(self, n: int) -> None:
+        """Run ``n`` power iterations, the last one to where sums over ranks are on their way."""
+        self.iterate(n if self.further else n - 1)
+        if not self.further:
+            self._products()
+
+    def finish(self, n: int, grads) -> None:
+        """Add the gradient of the last of ``n`` iterations that have begun to ``grads``."""
         if self.further:
-            self.iterate(n)
             self.add_gradient(self.state, grads, accumulate=True)
         else:
-            self.iterate(n - 1)
-            self._products()
             self.backend.finish(self.plan, self.state, grads, accumulate=True)
         if n % 2 and self._capturing():
             # Replays read the vectors where this capture has read them.
@@ -100,6 +172,13 @@ class Bucket:
             self.iterate(1)
             self.state.swap()
 
+    def check_ranks(self) -> None:
+        """See ``SpectralRegularizer.check_ranks``."""
+        names = [matrix.name for matrix in self.plan.matrices]
+        vectors = [self.state.columns(i, self.state.v_next) for i in range(len(names))]
+        if names:
+            check_ranks(names, vectors, self.backend.spread.mesh if self.is_sharded else ())
+
     def evaluated(self) -> State:
         """Return sigma and penalty at the vectors the next iteration would use."""
         state = self.state.evaluation()
@@ -146,9 +225,14 @@ class Buckets:
         self.r, self.further = r, further
         self.buckets: list[Bucket] | None = None
         self._indices: list[list[int]] = []  # of each bucket's owners
+        self._sharded: dict[int, torch.Tensor] = {}  # parameters that were DTensors last
+        self._managed: set | None = None  # modules that FSDP2 looks after
         self.known: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
-        owners = dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors))
-        self.owners = list(owners)
+        # Of each owner, in their order, what it has first.
+        self._first = {x.owner: x for x in (*selection.vectors[::-1], *selection.matrices[::-1])}
+        self.owners = list(
+            dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors))
+        )
         self._slots = [
             ({o.attribute: o.tensor}, o.attribute)
             if o.module is None
@@ -162,16 +246,33 @@ class Buckets:
             tensors = [slot[key] for slot, key in self._slots]
         except KeyError:
             tensors = [None]
-        if type(None) in set(map(type, tensors)):
+        kinds = set(map(type, tensors))
+        if type(None) in kinds:
             tensors = [owner.get() for owner in self.owners]
+        if self._sharded or shards.DTensor in kinds:
+            tensors = [self._settled(i, tensor) for i, tensor in enumerate(tensors)]
         return tensors
+
+    def _settled(self, i: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Return parameter ``i``: its shards where FSDP2 shows the gathered one for a while."""
+        known = self._sharded.get(i)
+        if known is not None and shards.is_gathered(tensor, known):
+            if self._managed is None:
+                self._managed = shards.managed(self.selection.root)
+            if self.owners[i].module in self._managed:
+                return known
+        if shards.is_sharded(tensor) and tensor is not known:
+            self._sharded[i], self._managed = tensor, None
+        elif not shards.is_sharded(tensor):
+            self._sharded.pop(i, None)
+        return tensor
 
     def fresh(self) -> list[Bucket]:
         """Return buckets whose tables point at the parameters of this moment, warmed up."""
         tensors = self.tensors()
         if self.buckets is not None:
             for bucket, indices in zip(self.buckets, self._indices, strict=True):
-                if not bucket.plan.bind_weights([tensors[i] for i in indices]):
+                if not bucket.bind([tensors[i] for i in indices]):
                     self.known = self.vectors()
                     self.buckets = None
                     break
@@ -194,31 +295,44 @@ class Buckets:
                     f"parameter {owner.name!r} is on the meta device: materialize the model before "
                     "the regularizer is first used"
                 )
-            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+            groups.setdefault((tensor.device, tensor.dtype, self._spread(i, tensor)), []).append(i)
         buckets, orders = [], []
-        for (device, dtype), members in groups.items():
+        for (device, dtype, _), members in groups.items():
             inside = set(members)
             matrices = [m for m in self.selection.matrices if place[m.owner] in inside]
             vectors = [v for v in self.selection.vectors if place[v.owner] in inside]
             order = list(dict.fromkeys(place[x.owner] for x in (*matrices, *vectors)))
             backend = backends.choose(self.backend, device, dtype, self.r)
             own = [tensors[i] for i in order]
-            plan = Plan(matrices, vectors, own, self.r)
-            bucket = Bucket(plan, backend, self.exponent, self.further)
+            bucket = Bucket.of(matrices, vectors, own, backend, self.exponent, self.r, self.further)
             bucket.warm = self._start(bucket)
+            if bucket.is_sharded:
+                bucket.backend.agree(bucket.state.v_next)
             self.fill(bucket)
             buckets.append(bucket)
             orders.append(order)
         self.buckets, self._indices, self.known = buckets, orders, {}
 
+    def _spread(self, i: int, parameter: torch.Tensor) -> Spread:
+        """Return over which axes what owner ``i`` has is spread."""
+        if not shards.is_sharded(parameter):
+            return Spread()
+        first = self._first[self.owners[i]]
+        if isinstance(first, Matrix):
+            return shards.held(first, parameter).spread
+        return shards.spread_of_vector(first, parameter)
+
     def _start(self, bucket: Bucket) -> bool:
         """Write the vectors to start from; tell whether all of them were known."""
         state, all_known = bucket.state, True
         for i, (matrix, layout) in enumerate(
-            zip(bucket.plan.matrices, bucket.plan.layouts, strict=True)
+            zip(bucket.plan.matrices, state.plan.layouts, strict=True)
         ):
             v = self.known.get(matrix.name)
-            if v is not None and v.shape[-1] == matrix.shape_now()[1]:
+            if v is not None and layout.side == "left" and bucket.is_sharded:
+                v = None  # its left vectors would take a sum over the ranks
+            n = layout.rows if layout.side == "left" else layout.cols
+            if v is not None and v.shape[-1] == n:
                 v = layout.from_logical(v[: self.r].to(state.v))
                 if layout.side == "left":
                     v = _unit(v @ reference.matrix(bucket.plan, i))
@@ -226,7 +340,7 @@ class Buckets:
                 v = None
             if v is None or len(v) < self.r:
                 all_known = False
-                random = self._random(matrix.name, layout.cols)
+                random = layout.from_logical(self._random(matrix.name, layout.cols))
                 if v is not None:
                     random[: len(v)] = v
                 v = orthonormal(random)
@@ -247,13 +361,17 @@ class Buckets:
         """
         found = dict(self.known)
         for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
-            layouts, state = bucket.plan.layouts, bucket.state
-            if not bucket.measured and any(layout.side == "left" for layout in layouts):
+            layouts, state = bucket.state.plan.layouts, bucket.state
+            if bucket.is_sharded:  # rows of s, left vectors, are on other ranks
+                layouts = [None if x.side == "left" else x for x in layouts]
+            elif not bucket.measured and any(layout.side == "left" for layout in layouts):
                 # s has to be computed, from weights that may have moved since the last use.
                 tensors = self.tensors()
-                if bucket.plan.bind_weights([tensors[i] for i in indices]):
+                if bucket.bind([tensors[i] for i in indices]):
                     bucket.measure()
             for i, (matrix, layout) in enumerate(zip(bucket.plan.matrices, layouts, strict=True)):
+                if layout is None:
+                    continue
                 is_left = layout.side == "left"
                 right = state.v if bucket.ahead else state.v_next
                 v = _unit(state.rows(i)) if is_left else state.columns(i, right)

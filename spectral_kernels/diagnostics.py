@@ -16,6 +16,7 @@ from .backends import check_name
 from .lanczos import singular_values
 from .plan import R
 from .selection import Matrix, select
+from .shards import whole_of
 
 # Of torch.nn.modules.activation, what acts on every element of its input alone.
 _ACTIVATIONS = tuple(
@@ -103,7 +104,7 @@ def spectra(
     """
     found = {}
     for matrix in _matrices("spectra", model_or_named_tensors, selection):
-        part = matrix.of(matrix.owner.get().detach())
+        part = matrix.of(whole_of(matrix.owner.get().detach()))
         weight = part.movedim(matrix.row_dim, 0).flatten(1).double()
         if weight.numel() == 0:
             found[matrix.name] = Spectrum(0.0, 0.0, 0.0, 0.0, 0.0)

@@ -8,9 +8,9 @@ import torch
 
 from .backends import choose
 from .buckets import Bucket
-from .plan import Plan
 from .reference import orthonormal_rows
 from .selection import Matrix
+from .shards import local_of
 
 BETWEEN = 5  # iterations from one look at the singular values to the next
 
@@ -29,19 +29,19 @@ def singular_values(
         )
     if tensor.numel() == 0:
         return (0.0,) * r
-    plan = Plan([matrix], [], [tensor], r)
-    bucket = Bucket(plan, choose(backend, plan.device, r=r), exponent=1)
+    device = local_of(tensor).device
+    bucket = Bucket.of([matrix], [], [tensor], choose(backend, device, r=r), exponent=1, r=r)
     bucket.state.target.zero_()
     if r == 1:
-        return (_lanczos(bucket, rtol, matrix.name),)
+        # A start outside of the row space of W adds one dimension to what can be reached.
+        return (_lanczos(bucket, rtol, matrix.name, min(matrix.shape) + 1),)
     return _block_lanczos(bucket, rtol, matrix.name)
 
 
-def _lanczos(bucket: Bucket, rtol: float, name: str) -> float:
+def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
     plan, state = bucket.plan, bucket.state
-    n = plan.layouts[0].cols
-    # A start outside of the row space of W adds one dimension to what can be reached.
-    limit = min(n, plan.layouts[0].rows + 1)
+    n = state.plan.layouts[0].cols
+    limit = min(n, limit)
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(plan.device)
     v /= torch.linalg.vector_norm(v)
@@ -91,7 +91,7 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
     Each block comes with its s = W v, so that s s^T over all blocks is what W does there.
     """
     plan, state = bucket.plan, bucket.state
-    r, n = plan.r, plan.layouts[0].cols
+    r, n = plan.r, state.plan.layouts[0].cols
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(r, n, generator=generator, dtype=torch.float64, device="cpu")
     block = orthonormal_rows(start).to(plan.device)
@@ -114,7 +114,7 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
         complete = not block.any()
         if not complete and n_blocks % BETWEEN:
             continue
-        squares = torch.linalg.eigvalsh(images @ images.mT).flip(0)[:r]
+        squares = torch.linalg.eigvalsh(bucket.sum_rows(images @ images.mT)).flip(0)[:r]
         history.append(squares.clamp(min=0).sqrt())
         settled = len(history) > 1 and bool(
             (history[-1] - history[-2] <= 0.1 * rtol * history[-1][0]).all()

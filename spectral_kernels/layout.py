@@ -89,7 +89,10 @@ def layout_of(matrix: Matrix, tensor: torch.Tensor) -> Layout:
     column_sizes = tuple(size[d] for d in rest)
     cols = math.prod(column_sizes)
     if part.numel() == 0:
-        return Layout(offset, rows, 1, cols, cols, cols, "right", permutation, column_sizes, ())
+        offset, side = 0, matrix.side or "right"
+        if side == "left":
+            rows, cols, permutation = cols, rows, (*permutation[1:], row_dim)
+        return Layout(offset, rows, 1, cols, cols, cols, side, permutation, column_sizes, ())
     pieces: list[list[int]] = []  # [size, stride], coalesced
     for d in rest:
         if pieces and pieces[-1][1] == stride[d] * size[d]:
@@ -108,7 +111,7 @@ def layout_of(matrix: Matrix, tensor: torch.Tensor) -> Layout:
             offset, rows, outer, pieces[-1][0], row_stride, outer_stride, "right",
             permutation, column_sizes, tuple(rest),
         )  # fmt: skip
-    if len(pieces) <= 1 and (row_stride == 1 or rows == 1):
+    if len(pieces) <= 1 and (row_stride == 1 or rows == 1) and (pieces or matrix.side != "right"):
         step = last_stride or rows
         permutation = (*permutation[1:], row_dim)
         return Layout(

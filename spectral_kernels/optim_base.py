@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import backends, optim_check
+from . import backends, optim_check, shards
 from .buckets import Bucket
 from .regularizer import Row, SpectralRegularizer, Strength
 from .update import Rule, Update
@@ -107,11 +108,15 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self._build(buckets)
             self._shape = shape
         for update, params in zip(self._updates, self._params, strict=True):
-            update.bind(params, [p.grad for p in params])
+            if not any(map(shards.is_sharded, params)):
+                update.bind(params, [p.grad for p in params])
+                continue
+            grads = [shards.local_grad(n, p) for n, p in zip(update.names, params, strict=True)]
+            update.bind([shards.local_of(p) for p in params], grads)
         for update, params in zip(self._updates, self._params, strict=True):
             if update.bucket is None:
                 continue
-            for name, p, now in zip(update.names, params, update.bucket.plan.tensors, strict=False):
+            for name, p, now in zip(update.names, params, update.bucket.parameters, strict=False):
                 if p is not now:
                     raise RuntimeError(
                         f"parameter {name!r} was replaced in its module; build a new optimizer"
@@ -121,28 +126,38 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def _build(self, buckets: list[Bucket]) -> None:
         """Sort the parameters by device and dtype, those of a bucket first in its order."""
         group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
-        owned = {id(b): list(b.plan.tensors) for b in buckets}
-        taken = {id(p) for params in owned.values() for p in params}
-        of = {(b.plan.device, b.plan.dtype): b for b in buckets}
-        parts = {key: owned[id(b)] for key, b in of.items()}
-        rest = [p for group in self.param_groups for p in group["params"] if id(p) not in taken]
-        for p in rest:
-            if p.grad is not None or p.requires_grad:
-                parts.setdefault((p.device, p.dtype), []).append(p)
+        parts: dict[tuple, list[torch.Tensor]] = {}
+        of: dict[tuple, Bucket] = {}
+        taken: set[int] = set()
+        for i, b in enumerate(buckets):
+            # What is not regularized goes with the plain parameters of its device and dtype.
+            key = (b.plan.device, b.plan.dtype, i if b.is_sharded else None)
+            parts[key], of[key] = list(b.parameters), b
+            taken |= {id(p) for p in b.parameters}
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if id(p) not in taken and (p.grad is not None or p.requires_grad):
+                device = shards.local_of(p).device
+                parts.setdefault((device, p.dtype, None), []).append(p)
         self._updates, self._params = [], []
-        for (device, dtype), params in parts.items():
-            bucket = of.get((device, dtype))
+        for (device, dtype, place), params in parts.items():
+            bucket = of.get((device, dtype, place))
             r = self.regularizer.n_vectors
             backend = bucket.backend if bucket else backends.choose(self._backend, device, dtype, r)
             if self._backend == "auto":
-                backend = self._checked(backend, device, dtype)
-                if bucket is not None:
-                    bucket.backend = backend
+                inner = backend.inner if bucket is not None and bucket.is_sharded else backend
+                inner = self._checked(inner, device, dtype)
+                if bucket is not None and bucket.is_sharded:
+                    backend.inner = inner
+                else:
+                    backend = inner
+                    if bucket is not None:
+                        bucket.backend = backend
             narrow = dtype.itemsize == 2
             moment_dtype = torch.float32 if narrow and self._state_dtype else dtype
             update = Update(
-                self._rule, backend, bucket, [self._names.get(id(p), "?") for p in params], params,
-                [self._moments(p, moment_dtype) for p in params],
+                self._rule, backend, bucket, [self._names.get(id(p), "?") for p in params],
+                [shards.local_of(p) for p in params],
+                [tuple(map(shards.local_of, self._moments(p, moment_dtype))) for p in params],
                 [group_of[id(p)] for p in params], moment_dtype, len(self.param_groups),
             )  # fmt: skip
             for i, p in enumerate(params):
@@ -150,6 +165,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 self.state[p]["step"] = update.steps[i]
             self._updates.append(update)
             self._params.append(params)
+        self._keep_vectors()
 
     def _checked(self, backend, device: torch.device, dtype: torch.dtype):
         """Return ``backend``, or the reference where a GPU's steps turn out to be wrong."""
@@ -241,19 +257,24 @@ class SpectralOptimizer(torch.optim.Optimizer):
         return self.regularizer.report()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what torch.optim's optimizer would, which loads it, and "spectral" beside it."""
+        """Return what torch.optim's optimizer would, which loads it, with "spectral_..." beside it.
+
+        The vectors of a parameter's matrices, [n_vectors, N] each, are in its state, so that
+        torch.distributed.checkpoint finds them by the parameter's name.
+        """
+        self._keep_vectors()
         found = super().state_dict()
         found["state"] = {
             i: {**state, "step": state["step"].clone()} if "step" in state else state
             for i, state in found["state"].items()
         }
-        return {**found, "spectral": self.regularizer.state_dict()}
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state_dict of this class or of its counterpart in torch.optim."""
         for group in state_dict["param_groups"]:
             self._check_options(group)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "spectral"})
+        super().load_state_dict(state_dict)
         # torch has brought them to the parameter's dtype; float32 moments of narrow ones are kept.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
@@ -262,9 +283,37 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 kept = state_dict["state"].get(i, {}).get(name)
                 if kept is not None and self._state_dtype is not None:
                     self.state[p][name] = kept.to(p.device, self._state_dtype, copy=True)
-        if "spectral" in state_dict:
-            self.regularizer.load_state_dict(state_dict["spectral"])
+        by_id = {id(p): state_dict["state"].get(i, {}) for i, p in zip(saved, own, strict=True)}
+        vectors, initial = {}, {}
+        for matrix, p, name in self._matrices():
+            state = by_id[id(p)]
+            if f"spectral_vectors{name}" in state:
+                vectors[matrix] = state[f"spectral_vectors{name}"]
+            if f"spectral_initial{name}" in state:
+                initial[matrix] = state[f"spectral_initial{name}"]
+        if not vectors and any(by_id.values()):
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty; "
+                "they are warmed up",
+                stacklevel=2,
+            )
+        self.regularizer.load_state_dict({"vectors": vectors, "initial": initial})
         self._updates = None
+
+    def _matrices(self) -> Iterable[tuple[str, torch.Tensor, str]]:
+        """Yield name, parameter and what the name adds to the parameter's, of every matrix."""
+        for matrix in self.regularizer._selection.matrices:
+            yield matrix.name, matrix.owner.get(), matrix.name.removeprefix(matrix.owner.name)
+
+    def _keep_vectors(self) -> None:
+        """Put vectors and measured targets into the state of the parameters that have one."""
+        known = self.regularizer.state_dict() if self.state else {"vectors": {}}
+        for matrix, p, name in self._matrices():
+            if matrix in known["vectors"] and p in self.state:
+                self.state[p][f"spectral_vectors{name}"] = known["vectors"][matrix]
+                if matrix in known["initial"]:
+                    initial = torch.tensor(known["initial"][matrix], dtype=torch.float64)
+                    self.state[p][f"spectral_initial{name}"] = initial
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses; copies and pickles carry moments and vectors."""

@@ -67,7 +67,96 @@ def rows_of_a_tile(rows: int, device_type: str, r: int = 1) -> int:
     return max(4, 4 * -(-rows // (4 * min(n_tiles, MAX_TILES))))
 
 
-class Plan:
+class Tables:
+    """What kernels need to know of some matrices and vectors, but for addresses of weights.
+
+    Args:
+        matrices: the matrices, in order.
+        vectors: the biases, gains and shifts, in order.
+        layouts: how each matrix lies.
+        sizes: how many elements each vector has.
+        device: of the weights, whose dtype is ``dtype``.
+        dtype: see there.
+        r: vectors per matrix, one of R.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        vectors: Sequence[Vector],
+        layouts: Sequence[Layout],
+        sizes: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        r: int,
+    ):
+        self.matrices, self.vectors, self.layouts = list(matrices), list(vectors), list(layouts)
+        self.device, self.dtype, self.r = device, dtype, r
+        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        nm, nv = len(self.matrices), len(self.vectors)
+        self.scalar_sizes = (r * nm, r * nm, nv, nm + nv, nm + nv, nm)  # of SCALARS
+        self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
+        self.version = 0  # counts changes of the tables
+        self._device_tables: DeviceTables | None = None
+        self._build(sizes)
+
+    def _tiles(self, x: Layout) -> list[tuple[int, int]]:
+        """Return first and last row + 1 of every tile of a matrix."""
+        step = rows_of_a_tile(x.rows, self.device.type, self.r)
+        starts = range(0, x.rows, step) if x.cols else ()
+        return [(start, min(start + step, x.rows)) for start in starts]
+
+    def _partials(self, t_size: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return memory for the tiles' t, and for their products of s."""
+        t = torch.empty(t_size, dtype=self.state_dtype, device=self.device)
+        n_products = self.r * self.r * n_tiles
+        return t, torch.empty(n_products, dtype=torch.float64, device=self.device)
+
+    def _build(self, sizes: Sequence[int]) -> None:
+        table = np.zeros(len(self.matrices), MATRIX)
+        tiles: list[tuple[int, int, int, int]] = []
+        v_offset = s_offset = t_offset = 0
+        for i, x in enumerate(self.layouts):
+            own = self._tiles(x)
+            table[i] = (
+                0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,
+                v_offset, s_offset, len(tiles), len(own),
+            )  # fmt: skip
+            for begin, end in own:
+                tiles.append((i, begin, end, t_offset))
+                t_offset += self.r * x.cols
+            v_offset, s_offset = v_offset + self.r * x.cols, s_offset + self.r * x.rows
+        vector_table = np.zeros(len(self.vectors), VECTOR)
+        for i, (vector, size) in enumerate(zip(self.vectors, sizes, strict=True)):
+            vector_table[i] = (0, 0, DTYPES[self.dtype], size, KINDS[vector.kind])
+        self.table, self.vector_table = table, vector_table
+        self.tiles = np.array(tiles, TILE)
+        self.t_partial, self.gram_partial = self._partials(t_offset, len(tiles))
+        elements = sum(x.rows * x.cols for x in self.layouts)
+        self.header = np.zeros(len(HEADER), np.int64)
+        fields = {
+            "weight_dtype": DTYPES[self.dtype],
+            "matrices": address(table), "n_matrices": len(table),
+            "tiles": address(self.tiles), "n_tiles": len(self.tiles),
+            "vectors": address(vector_table), "n_vectors": len(vector_table),
+            "t_partial": self.t_partial.data_ptr(), "gram_partial": self.gram_partial.data_ptr(),
+            "scratch_size": max((x.cols for x in self.layouts), default=0),
+            "n_bytes": elements * self.dtype.itemsize, "r": self.r,
+        }  # fmt: skip
+        for name, value in fields.items():
+            self.header[SLOT[name]] = value
+
+    def device_tables(self) -> DeviceTables:
+        """Return the tables of matrices, tiles and vectors on the device, up to date."""
+        if self._device_tables is None:
+            tables = self.table, self.tiles, self.vector_table
+            what = "an address of a weight or a gradient"
+            self._device_tables = DeviceTables(tables, self.device, what)
+        self._device_tables.refresh(self.version)
+        return self._device_tables
+
+
+class Plan(Tables):
     """Tables of a fixed set of matrices and vectors that share a device and a dtype.
 
     The addresses in the tables are compared with the tensors at every use; the cut into tiles
@@ -91,66 +180,20 @@ class Plan:
         tensors: Sequence[torch.Tensor],
         r: int = 1,
     ):
-        self.r = r
-        self.matrices, self.vectors = list(matrices), list(vectors)
         self.owners = list(dict.fromkeys(x.owner for x in (*matrices, *vectors)))
         by_owner = {owner: i for i, owner in enumerate(self.owners)}
         self.matrix_owner = np.array([by_owner[x.owner] for x in matrices], dtype=np.int64)
         self.vector_owner = np.array([by_owner[x.owner] for x in vectors], dtype=np.int64)
         self.tensors = list(tensors)
-        self.device, self.dtype = tensors[0].device, tensors[0].dtype
-        self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        nm, nv = len(self.matrices), len(self.vectors)
-        self.scalar_sizes = (r * nm, r * nm, nv, nm + nv, nm + nv, nm)  # of SCALARS
-        self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
-        self.layouts = [layout_of(m, tensors[by_owner[m.owner]]) for m in matrices]
-        self._build_tables()
+        layouts = [layout_of(m, tensors[by_owner[m.owner]]) for m in matrices]
+        sizes = [tensors[by_owner[v.owner]].numel() for v in vectors]
+        super().__init__(matrices, vectors, layouts, sizes, tensors[0].device, tensors[0].dtype, r)
+        self.offsets = np.array([x.offset for x in self.layouts], dtype=np.int64)
+        self._strides = np.array([x.strides for x in self.layouts], dtype=np.int64).reshape(-1, 2)
         self.weights_seen = self.grads_seen = None
         self._grads_usual = False
         self.grad_dtypes: list[torch.dtype] = []  # of the gradients that are bound
-        self.version = 0  # counts changes of the tables
-        self._device_tables: DeviceTables | None = None
         self.bind_weights(tensors)
-
-    def _build_tables(self) -> None:
-        table = np.zeros(len(self.matrices), MATRIX)
-        tiles: list[tuple[int, int, int, int]] = []
-        v_offset = s_offset = t_offset = 0
-        for i, x in enumerate(self.layouts):
-            step = rows_of_a_tile(x.rows, self.device.type, self.r)
-            starts = range(0, x.rows, step) if x.cols else ()
-            table[i] = (
-                0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,
-                v_offset, s_offset, len(tiles), len(starts),
-            )  # fmt: skip
-            for start in starts:
-                tiles.append((i, start, min(start + step, x.rows), t_offset))
-                t_offset += self.r * x.cols
-            v_offset, s_offset = v_offset + self.r * x.cols, s_offset + self.r * x.rows
-        vector_table = np.zeros(len(self.vectors), VECTOR)
-        for i, vector in enumerate(self.vectors):
-            tensor = self.tensors[self.vector_owner[i]]
-            vector_table[i] = (0, 0, DTYPES[self.dtype], tensor.numel(), KINDS[vector.kind])
-        self.table, self.vector_table = table, vector_table
-        self.tiles = np.array(tiles, TILE)
-        self.t_partial = torch.empty(t_offset, dtype=self.state_dtype, device=self.device)
-        n_products = self.r * self.r * len(tiles)
-        self.gram_partial = torch.empty(n_products, dtype=torch.float64, device=self.device)
-        elements = sum(x.rows * x.cols for x in self.layouts)
-        self.header = np.zeros(len(HEADER), np.int64)
-        fields = {
-            "weight_dtype": DTYPES[self.dtype],
-            "matrices": address(table), "n_matrices": len(table),
-            "tiles": address(self.tiles), "n_tiles": len(self.tiles),
-            "vectors": address(vector_table), "n_vectors": len(vector_table),
-            "t_partial": self.t_partial.data_ptr(), "gram_partial": self.gram_partial.data_ptr(),
-            "scratch_size": max((x.cols for x in self.layouts), default=0),
-            "n_bytes": elements * self.dtype.itemsize, "r": self.r,
-        }  # fmt: skip
-        for name, value in fields.items():
-            self.header[SLOT[name]] = value
-        self.offsets = np.array([x.offset for x in self.layouts], dtype=np.int64)
-        self._strides = np.array([x.strides for x in self.layouts], dtype=np.int64).reshape(-1, 2)
 
     def bind_weights(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Point the tables at ``tensors`` (one per owner).
@@ -234,15 +277,6 @@ class Plan:
         self.grads_seen, self._grads_usual = (here, now), usual
         self.grad_dtypes = [self.dtype] if usual else list(dict.fromkeys(g.dtype for g in present))
         self.version += 1
-
-    def device_tables(self) -> DeviceTables:
-        """Return the tables of matrices, tiles and vectors on the device, up to date."""
-        if self._device_tables is None:
-            tables = self.table, self.tiles, self.vector_table
-            what = "an address of a weight or a gradient"
-            self._device_tables = DeviceTables(tables, self.device, what)
-        self._device_tables.refresh(self.version)
-        return self._device_tables
 
     def _describe_grads(self, grads: Sequence[torch.Tensor | None]) -> np.ndarray:
         """Write dtype and strides of gradients, and return the offset of each matrix in bytes."""

@@ -307,7 +307,7 @@ def update(step) -> None:
     if bucket is not None:
         wide = bucket.plan.state_dtype
         penalty = [torch.zeros_like(t, dtype=wide) for t in bucket.plan.tensors]
-        rank_one(bucket.plan, bucket.state, penalty, accumulate=False)
+        rank_one(bucket.plan, bucket.local, penalty, accumulate=False)
     for i, (weight, grad) in enumerate(zip(step.weights, step.grads, strict=True)):
         if not step.acts[i]:
             continue
@@ -327,9 +327,10 @@ def update(step) -> None:
         for kept, moment in zip(step.moments[i], moments, strict=True):
             kept.copy_(moment)
     if bucket is not None:
-        bucket.state.swap()
-        gram_matvec(bucket.plan, bucket.state)
-        bucket.state.swap()
+        local = bucket.local
+        local.swap()
+        gram_matvec(bucket.plan, local)
+        local.swap()
 
 
 def differentiable_penalty(plan, state, weights) -> Tensor:

@@ -13,8 +13,10 @@ from .arguments import count, number, one_of
 from .attach import Attachment, attach
 from .buckets import MOST_FURTHER, Bucket, Buckets
 from .lanczos import singular_values
+from .listing import listing
 from .plan import R
 from .selection import check_patterns, match, select
+from .shards import local_of
 
 Strength = float | torch.Tensor | Mapping[str, float]
 Target = float | str | Mapping[str, float | str]
@@ -155,14 +157,17 @@ class SpectralRegularizer:
             factor = number("grad_scale", grad_scale)
             grad_scale = torch.tensor(factor, dtype=torch.float64, device="cpu")
         buckets = self._ready()
-        grads = [[tensor.grad for tensor in bucket.plan.tensors] for bucket in buckets]
+        grads = [bucket.grads() for bucket in buckets]
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.plan.bind_grads(own)
         for bucket, own in zip(buckets, grads, strict=True):
             if type(None) in set(map(type, own)):
                 _make_missing(bucket, own)
             bucket.state.set_scale(grad_scale)
-            bucket.iterate_and_add_gradient(self._iterations, own)
+        for bucket in buckets:
+            bucket.begin(self._iterations)
+        for bucket, own in zip(buckets, grads, strict=True):
+            bucket.finish(self._iterations, own)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
         """Call :meth:`accumulate_grad_` at the start of every ``optimizer.step()``.
@@ -239,6 +244,21 @@ class SpectralRegularizer:
         """Some singular value of W lies within each of them; [n_matrices, n_vectors], a copy."""
         return self._gather("residuals")
 
+    def check_ranks(self) -> None:
+        """Compare matrices and vectors of all ranks that share parameters; every rank calls it.
+
+        Vectors are the same bits on every rank of a parameter's mesh, and on all ranks for
+        parameters that are no DTensors (DistributedDataParallel). They come apart where ranks have
+        other weights, seeds or strengths.
+
+        Raises:
+            RuntimeError: what differs, between which ranks, or no process group.
+        """
+        if not torch.distributed.is_initialized():
+            raise RuntimeError("check_ranks: torch.distributed has no process group yet")
+        for bucket in self._ready():
+            bucket.check_ranks()
+
     def report(self) -> list[Row]:
         """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
         values = torch.stack((self.sigma, self.residual)).tolist()
@@ -248,25 +268,12 @@ class SpectralRegularizer:
         ]
 
     def __repr__(self) -> str:
-        lines = [
+        head = (
             f"SpectralRegularizer(strength={self.strength}, exponent={self.exponent:g}, "
             f"target={self.target}, n_power_iterations={self.n_power_iterations}, "
-            f"n_vectors={self.n_vectors}, backend={self._buckets.backend!r})",
-            f"{len(self._selection.matrices)} matrices",
-        ]
-        width = max((len(e.name) for e in self._entries), default=0)
-        for matrix in self._selection.matrices:
-            shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
-            lines.append(f"  {matrix.name:{width}}  {shape:>13}  {matrix.view}".rstrip())
-        if self._selection.vectors:
-            lines.append(f"{len(self._selection.vectors)} vectors")
-            pulled = {"shift": "pulled to 0", "gain": "every element pulled to 1"}
-            for vector in self._selection.vectors:
-                lines.append(f"  {vector.name:{width}}  {pulled[vector.kind]}")
-        if self._selection.skipped:
-            lines.append(f"{len(self._selection.skipped)} skipped")
-            lines += [f"  {name:{width}}  {why}" for name, why in self._selection.skipped]
-        return "\n".join(lines)
+            f"n_vectors={self.n_vectors}, backend={self._buckets.backend!r})"
+        )
+        return "\n".join((head, *listing(self._selection)))
 
     # --------------------------------------------------------------------------------- state
 
@@ -394,7 +401,7 @@ class SpectralRegularizer:
 
 def _make_missing(bucket: Bucket, grads: list[torch.Tensor | None]) -> None:
     """Give every trainable parameter without a gradient one, and put it into ``grads``."""
-    for i, tensor in enumerate(bucket.plan.tensors):
+    for i, tensor in enumerate(bucket.parameters):
         if grads[i] is None and tensor.requires_grad:
             if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -402,5 +409,6 @@ def _make_missing(bucket: Bucket, grads: list[torch.Tensor | None]) -> None:
                     "capture: run a step before, and keep the gradients with "
                     "zero_grad(set_to_none=False)"
                 )
-            grads[i] = tensor.grad = torch.zeros_like(tensor, requires_grad=False)
+            tensor.grad = torch.zeros_like(tensor, requires_grad=False)
+            grads[i] = local_of(tensor.grad)
     bucket.plan.bind_grads(grads)

@@ -16,6 +16,8 @@ _NORMS = tuple(
     for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d",
                  "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm", "RMSNorm")
 )  # fmt: skip
+# Of torch.compile and of activation checkpointing, inside of names.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _GATES = {
@@ -64,7 +66,9 @@ class Matrix:
 
     ``index`` picks one of a stack along dim 0; ``part = (start, length)`` a range of the output
     dimension ``row_dim`` (counted after ``index``). ``whole`` is the shape of the parameter that
-    was divided so.
+    was divided so. Of a sharded parameter, what one rank holds is such a matrix too, of the local
+    tensor: ``side`` is then how it has to lie (see ``layout.Layout``), and ``absent`` the shape of
+    a part that this rank has nothing of.
     """
 
     name: str
@@ -75,6 +79,8 @@ class Matrix:
     row_dim: int = 0
     index: int | None = None
     part: tuple[int, int] | None = None
+    side: str | None = None
+    absent: tuple[int, ...] | None = None
 
     def shape_now(self) -> tuple[int, int]:
         """Return (M, N) of the parameter as it is now; ``shape`` is that at selection."""
@@ -84,6 +90,8 @@ class Matrix:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part of ``tensor`` that is this matrix, its rows in dim ``row_dim``."""
+        if self.absent is not None:
+            return tensor.new_empty(self.absent)
         if self.index is not None:
             tensor = tensor.select(0, self.index)
         if self.part is not None:
@@ -107,6 +115,7 @@ class Selection:
     matrices: list[Matrix] = field(default_factory=list)
     vectors: list[Vector] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    root: nn.Module | None = None
 
 
 def match(name: str, patterns: Iterable[str]) -> str | None:
@@ -174,7 +183,7 @@ def select(
     ):  # fmt: skip
         check_patterns(argument, patterns, names)
 
-    found = Selection()
+    found = Selection(root=source if isinstance(source, nn.Module) else None)
     for group in owners:
         owner = next((o for o in group if not _is_embedding(o)), group[0])
         aliases, tensor = [o.name for o in group], owner.get()
@@ -216,9 +225,12 @@ def _owners(source) -> list[list[Owner]]:
     groups: dict[int, list[Owner]] = {}
     if isinstance(source, nn.Module):
         for prefix, module in unwrapped(source).named_modules(remove_duplicate=False):
+            _refuse_other_shards(prefix, module)
             for attribute, tensor in module._parameters.items():
                 if tensor is not None:
                     name = f"{prefix}.{attribute}" if prefix else attribute
+                    for wrapper in _WRAPPERS:
+                        name = name.replace(wrapper, "")
                     groups.setdefault(id(tensor), []).append(Owner(name, module, attribute))
         return list(groups.values())
     if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
@@ -241,6 +253,21 @@ def _owners(source) -> list[list[Owner]]:
         seen.add(name)
         groups.setdefault(id(tensor), []).append(Owner(name, None, name.rpartition(".")[2], tensor))
     return list(groups.values())
+
+
+def _refuse_other_shards(name: str, module: nn.Module) -> None:
+    """Raise ValueError for parameters that are sharded in another way than as DTensors."""
+    instead = "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+    if type(module).__name__ == "FullyShardedDataParallel":
+        raise ValueError(
+            f"model: {name or 'it'!r} is a FullyShardedDataParallel (FSDP1), whose flat parameters "
+            f"do not tell one matrix from another; {instead}"
+        )
+    if any(hasattr(p, "ds_id") for p in module._parameters.values()):
+        raise ValueError(
+            f"model: {name or 'it'!r} has placeholders of DeepSpeed's ZeRO-3 for parameters, whose "
+            f"shards are not along a dimension; {instead}, or use ZeRO 1 or 2"
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -79,5 +79,12 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
                  for owner, grad in zip(owners, grads, strict=True)})  # fmt: skip
     state.swap()
     backend.gram_matvec(plan, state)
+    # What sharded weights go through: s^T W again, and sums over the tiles.
+    t, gram = torch.empty_like(state.v), plan.gram_partial.new_empty(len(plan.matrices) * r * r)
+    backend.transposed(plan, state)
+    backend.collect(plan, state, t, gram)
+    made["the collected s^T s"] = gram.view(-1, r, r).diagonal(dim1=1, dim2=2).sum(1)
+    if r == 1:
+        made["the collected t"] = t
     backend.normalize(plan, state)
     return {**made, "the next sigmas": state.sigmas}  # whatever basis v_next was

@@ -79,6 +79,12 @@ class State:
         header, v = self.header, SLOT["v"]
         header[v], header[v + 1] = header[v + 1], header[v]
 
+    def use(self, v: torch.Tensor, v_next: torch.Tensor | None) -> None:
+        """Let ``v`` and ``v_next`` be others."""
+        self.v, self.v_next = v, v_next
+        self.header[SLOT["v"]] = v.data_ptr()
+        self.header[SLOT["v_next"]] = 0 if v_next is None else v_next.data_ptr()
+
     def snapshot(self) -> State:
         """Copy what a gradient needs, so that later iterations do not change it."""
         copies = self.v.clone(), None, self.s.clone(), self.scalars.clone()

@@ -121,7 +121,7 @@ class Update:
     @property
     def header_address(self) -> int:
         """Address of the Header that goes with the tables."""
-        return address(self._lone_header) if self.bucket is None else self.bucket.state.address
+        return address(self._lone_header) if self.bucket is None else self.bucket.local.address
 
     def bind(self, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
         """Point the tables at the parameters and gradients of this step.

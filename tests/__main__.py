@@ -30,6 +30,8 @@ def main() -> int:
             ["pytest", "bench", "--smoke", "-q", "--benchmark-columns=median,rounds"],
             ["bench.accuracy", "--smoke", "--estimators", "1/4, auto", "--strengths", "1e-3",
              "--out", str(Path(folder) / "accuracy")],
+            ["bench.scale_model", "--check"],
+            ["torch.distributed.run", "--nproc-per-node", "2", "-m", "bench.fsdp_example"],
             ["pytest", "-m", "not gpu"],
             *([INTERPRETED] if importlib.util.find_spec("triton") else []),
         ):  # fmt: skip

@@ -30,7 +30,8 @@ def main(backend: str, device: str) -> None:
         gram = torch.empty(len(bucket.plan.matrices) * r * r, dtype=torch.float64, device=device)
         bucket.backend.collect(bucket.plan, bucket.state, t, gram)
         grads = gradients(bucket)
-        bucket.iterate_and_add_gradient(1, grads)
+        bucket.begin(1)
+        bucket.finish(1, grads)
         assert all(torch.isfinite(g).all() for g in grads)
         for kind in (SpectralAdamW, SpectralSGD):
             named = [(f"{i}.weight" if w.dim() > 1 else f"{i}.bias", nn.Parameter(w.clone()))

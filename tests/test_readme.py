@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PASTED = ("Quickstart", "Optimizers with the penalty in their step")
+PASTED = ("Quickstart", "Optimizers with the penalty in their step", "Sharded weights")
 
 
 def pasted(title):
@@ -32,6 +33,21 @@ def test_the_optimizer_works_when_pasted(capsys):
     assert "['0.weight', '2.weight'] tensor([" in capsys.readouterr().out
     exact = torch.linalg.svdvals(names["model"][0].weight.detach())[0]
     assert 0.95 * exact < names["optimizer"].sigma[0] <= 1.0001 * exact
+
+
+def test_the_sharded_model_works_when_pasted():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model = torch.nn.TransformerEncoder(layer, 2)
+        optimizer = pasted(PASTED[2])["build"](model)
+        before = model.layers[0].linear1.weight.full_tensor().clone()
+        model(torch.randn(3, 4, 16)).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(model.layers[0].linear1.weight.full_tensor(), before)
+        assert len(optimizer.sigma) == 12
+    finally:
+        dist.destroy_process_group()
 
 
 def test_no_other_block_of_python_is_there():

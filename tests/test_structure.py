@@ -16,8 +16,8 @@ PACKAGE = Path(spectral_kernels.__file__).parent
 ORDER = [
     "__main__", "cli", "demo", "plots", "__init__", "optim", "optim_base", "optim_check",
     "regularizer", "attach", "autograd", "checkpoint", "diagnostics", "lanczos", "update",
-    "buckets", "backends", "self_check", "reference", "state", "plan", "device_tables", "memory",
-    "layout", "selection", "arguments", "_version",
+    "buckets", "backends", "self_check", "reference", "distributed", "state", "plan",
+    "device_tables", "memory", "shards", "layout", "listing", "selection", "arguments", "_version",
 ]  # fmt: skip
 
 

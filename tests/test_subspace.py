@@ -148,7 +148,8 @@ def test_gradient_is_that_of_the_largest_ritz_value(backend, r, dtype):
     grads = [torch.randn_like(w) for w in weights]
     before = [g.double().clone() for g in grads]
     bucket.plan.bind_grads(grads)
-    bucket.iterate_and_add_gradient(2, grads)
+    bucket.begin(2)
+    bucket.finish(2, grads)
     state = bucket.state
     for i in range(3):
         weight = matrix_of(bucket, i)

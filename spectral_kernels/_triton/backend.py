@@ -149,7 +149,7 @@ class Triton:
             buffers = (step.steps, groups.view(torch.float64), *(step.steps,) * 4)
             scale, r = None, 1
         else:
-            plan, state = step.bucket.plan, step.bucket.state
+            plan, state = step.bucket.plan, step.bucket.local
             tables, k, scale = plan.device_tables().views, float(state.exponent), state.scale
             r = plan.r
             n_matrices, n_tiles, n_vectors = (len(x) for x in (plan.matrices, plan.tiles,
