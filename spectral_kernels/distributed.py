@@ -80,8 +80,8 @@ class Sharded:
         self._is_gain = torch.tensor([v.kind == "gain" for v in plan.vectors], device=plan.device)
         self._pending: list[tuple] = []  # collectives that normalize waits for
         self._columns = None
-        if any(one.columns is not None for one in matrices):
-            self._columns = _Columns(plan, self.whole, matrices)
+        if spread.columns or any(one.columns is not None for one in matrices):
+            self._columns = _Columns(plan, self.whole, matrices, spread.columns)
 
     # -------------------------------------------------------------------- the calls of a backend
 
@@ -167,9 +167,10 @@ class Sharded:
         if with_t and self._columns is not None:
             whole.t_partial.zero_()
             whole.t_partial[self._columns.index] = t
-        # All ranks of a column axis have the same s, and the first one surely has some columns.
-        if any(dist.get_rank(axis.group) for axis in self.spread.columns):
-            whole.numbers.zero_()
+        if self.spread.columns:
+            # All ranks of a column axis have the same s: that of one of them counts.
+            products = whole.gram_partial.view(n, -1)
+            products.masked_fill_(~self._columns.counts[:, None], 0)
         for tensor in whole.to_sum if with_t else [whole.numbers]:
             self._start(tensor, self.spread.columns + self.spread.rows)
 
@@ -190,7 +191,7 @@ class Sharded:
 class _Columns:
     """Which columns this rank has, and the products with them."""
 
-    def __init__(self, plan: Plan, whole: Whole, matrices: Sequence[Held]):
+    def __init__(self, plan: Plan, whole: Whole, matrices: Sequence[Held], axes: Sequence[Axis]):
         # Where the local columns, vector by vector, are among all of v.
         starts = whole.table["v_offset"].tolist()
         found = []
@@ -203,6 +204,12 @@ class _Columns:
         self._matrix_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(plan.device)
         empty = torch.tensor([x.cols == 0 for x in plan.layouts])
         self._empty = empty.to(plan.device)[self._matrix_of]  # what of s no kernel writes
+        # Of which matrices this is the first rank that has columns.
+        own = torch.where(empty, dist.get_world_size(), dist.get_rank()).to(plan.device)
+        first = own.clone()
+        for axis in axes:
+            dist.all_reduce(first, dist.ReduceOp.MIN, axis.group)
+        self.counts = (own == first) & ~empty.to(plan.device)
 
         def zeros(n):
             return torch.zeros(n, dtype=plan.state_dtype, device=plan.device)

@@ -63,10 +63,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this rank holds of ``tensor``: itself if it is no DTensor."""
     if not is_sharded(tensor):
         return tensor
-    with torch.no_grad():
-        local = tensor.to_local()
-    # A gradient may still be on its way.
-    return local.wait() if hasattr(local, "trigger_wait") else local
+    # What to_local() returns without grad mode, which would take longer than all else here.
+    local = tensor._local_tensor
+    if type(local) is not torch.Tensor and hasattr(local, "trigger_wait"):
+        return local.wait()  # a gradient that is still on its way
+    return local
 
 
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,7 +189,7 @@ def held(matrix: Matrix, parameter: DTensor) -> Held:
     row_axes = [a for d, axes in placed.axes.items() for a in axes if d < stacked or d == row_dim]
     column_axes = [a for d, axes in placed.axes.items() for a in axes if a not in row_axes]
     if whole.side == "left":
-        columns = torch.arange(n_rows)[rows[0] - start : rows[1] - start]
+        columns = torch.arange(n_rows)[rows[0] - start : rows[1] - start][: found.cols]
         row_axes, column_axes = column_axes, row_axes
     else:
         columns = torch.arange(math.prod(whole.column_sizes)).view(whole.column_sizes)

@@ -75,13 +75,14 @@ class Views(nn.Module):
         self.last = nn.Conv2d(6, 10, 3).to(memory_format=torch.channels_last)
         self.up = nn.ConvTranspose2d(6, 10, 3)
         self.experts = nn.Parameter(torch.randn(6, 7, 9))
+        self.thin_experts = nn.Parameter(torch.randn(6, 7, 1))
         self.lstm = nn.LSTM(5, 6)
         self.fused = nn.Linear(8, 3 * 8)
         self.row = nn.Linear(9, 1)
         self.column = nn.Linear(1, 9)
 
 
-VIEWS = {"splits": {"fused.weight": 3}, "stacked": ["experts"]}
+VIEWS = {"splits": {"fused.weight": 3}, "stacked": ["experts", "thin_experts"]}
 
 
 def device():
