@@ -226,6 +226,7 @@ class Buckets:
         self.buckets: list[Bucket] | None = None
         self._indices: list[list[int]] = []  # of each bucket's owners
         self._sharded: dict[int, torch.Tensor] = {}  # parameters that were DTensors last
+        self._warm = True  # what is known needs no warm-up
         self._managed: set | None = None  # modules that FSDP2 looks after
         self.known: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
         # Of each owner, in their order, what it has first.
@@ -305,13 +306,13 @@ class Buckets:
             backend = backends.choose(self.backend, device, dtype, self.r)
             own = [tensors[i] for i in order]
             bucket = Bucket.of(matrices, vectors, own, backend, self.exponent, self.r, self.further)
-            bucket.warm = self._start(bucket)
+            bucket.warm = self._start(bucket) and self._warm
             if bucket.is_sharded:
                 bucket.backend.agree(bucket.state.v_next)
             self.fill(bucket)
             buckets.append(bucket)
             orders.append(order)
-        self.buckets, self._indices, self.known = buckets, orders, {}
+        self.buckets, self._indices, self.known, self._warm = buckets, orders, {}, True
 
     def _spread(self, i: int, parameter: torch.Tensor) -> Spread:
         """Return over which axes what owner ``i`` has is spread."""
@@ -379,10 +380,10 @@ class Buckets:
                     found[matrix.name] = layout.to_logical(v).clone()
         return found
 
-    def restart(self, vectors: Mapping[str, torch.Tensor]) -> None:
-        """Start from ``vectors`` at the next use."""
+    def restart(self, vectors: Mapping[str, torch.Tensor], warm: bool) -> None:
+        """Start from ``vectors`` at the next use; unless ``warm``, with a warm-up."""
         self.known = {**self.vectors(), **vectors}
-        self.buckets = None
+        self.buckets, self._warm = None, warm
 
 
 def orthonormal(v: torch.Tensor) -> torch.Tensor:

@@ -301,7 +301,7 @@ class SpectralRegularizer:
         """
         found, result = checkpoint.vectors_of(state, self._selection.matrices)
         self._initial.update({n: float(x) for n, x in state.get("initial", {}).items()})
-        self._buckets.restart(found)
+        self._buckets.restart(found, warm=not result.missing)
         return result
 
     def __getstate__(self) -> dict[str, Any]:

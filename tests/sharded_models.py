@@ -425,7 +425,8 @@ def come_apart(what):
     exclude = ["head.*"] if what == "names" and rank == 1 else []
     if what == "names":
         model = built()
-    reg = SpectralRegularizer(model, exclude=exclude)
+    seed = rank if what == "seeds" else 0
+    reg = SpectralRegularizer(model, exclude=exclude, seed=seed)
     said = []
     for turn in range(2):
         if turn and rank == world - 1:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 import os
 
 import pytest
@@ -274,7 +275,10 @@ def test_checkpoints_go_both_ways_between_torch_and_here(backend, kind):
     saved.seek(0)
     saved = torch.load(saved)
     third.load_state_dict(saved["ours"])
-    fourth.load_state_dict(saved["theirs"])
+    said = pytest.warns(UserWarning, match="no vectors of the spectral penalty; they are warmed up")
+    # Plain SGD's checkpoint is the same before the first step and after it.
+    with said if saved["theirs"]["state"] else nullcontext():
+        fourth.load_state_dict(saved["theirs"])
     for optimizer in (third, fourth):  # torch's checkpoint has no place for the vectors
         optimizer.regularizer.load_state_dict(first.regularizer.state_dict())
     expected = run(a, first, range(FEW, 3 * FEW))

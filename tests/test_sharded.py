@@ -119,6 +119,15 @@ def test_float64(ranks, placement):
     within(ranks(4).call(sharded_models.compare, placement, "penalty", {}, torch.float64), 1e-12)
 
 
+def test_bfloat16(ranks):
+    for placement in ("fsdp", "tensor parallel"):
+        for found in ranks(4).call(
+            sharded_models.compare, placement, "penalty", {}, torch.bfloat16
+        ):
+            assert found.pop("grad") < 0.01  # rounded to eight bits, one way or the other
+            within([found])
+
+
 @pytest.mark.parametrize("way", ["accumulate", "SpectralAdamW"])
 @pytest.mark.parametrize("n_vectors", [1, 4])
 @pytest.mark.parametrize("placement", ["fsdp", "hsdp", "fsdp, not resharded"])
@@ -161,6 +170,7 @@ def test_check_ranks_finds_what_has_come_apart(ranks):
         assert [before for before, _ in said] == [""] * 4
         assert "'inputs.weight'" in said[3][1]
         assert "differ between ranks 3 and" in said[3][1]
+    assert ranks(4).call(sharded_models.come_apart, "seeds") == [["", ""]] * 4
     said = ranks(2).call(sharded_models.come_apart, "names")
     assert "different matrices" in said[0][0]
 
