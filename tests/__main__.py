@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-INTERPRETED = ["pytest", "tests/test_triton.py", "tests/test_self_check.py",
+SPREAD = ["pytest", "-n", "auto", "--dist", "loadfile"]  # over the cores, a file to one of them
+INTERPRETED = [*SPREAD, "tests/test_triton.py", "tests/test_self_check.py",
                "tests/test_backends.py", "tests/test_subspace.py", "tests/test_optim.py",
                "tests/test_partials.py",
                "-k", "triton", "-m", "not gpu"]  # fmt: skip
@@ -32,10 +33,13 @@ def main() -> int:
              "--out", str(Path(folder) / "accuracy")],
             ["bench.scale_model", "--check"],
             ["torch.distributed.run", "--nproc-per-node", "2", "-m", "bench.fsdp_example"],
-            ["pytest", "-m", "not gpu"],
+            [*SPREAD, "-m", "not gpu"],
             *([INTERPRETED] if importlib.util.find_spec("triton") else []),
         ):  # fmt: skip
-            extra = {"TRITON_INTERPRET": "1"} if arguments is INTERPRETED else {}
+            # Threads that wait by spinning would keep another process of the tests from its core.
+            extra = {"OMP_WAIT_POLICY": "PASSIVE"} if arguments[:2] == SPREAD[:2] else {}
+            if arguments is INTERPRETED:
+                extra["TRITON_INTERPRET"] = "1"
             print("$", *(f"{k}={v}" for k, v in extra.items()), "python -m", *arguments, flush=True)
             command = [sys.executable, "-m", *arguments]
             env = {**os.environ, **extra}

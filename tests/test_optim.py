@@ -2,8 +2,8 @@
 
 import copy
 import io
-from contextlib import nullcontext
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
