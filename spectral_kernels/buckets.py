@@ -67,6 +67,18 @@ class Bucket:
         """The parameter of every owner; ``plan.tensors`` are what this rank has of them."""
         return self.plan.tensors if self._parameters is None else self._parameters
 
+    @property
+    def kernels(self):
+        """The backend of this rank's products."""
+        return self.backend.inner if self.is_sharded else self.backend
+
+    @kernels.setter
+    def kernels(self, backend) -> None:
+        if self.is_sharded:
+            self.backend.inner = backend
+        else:
+            self.backend = backend
+
     def bind(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Point the tables at ``parameters``; see ``Plan.bind_weights``."""
         if self.is_sharded:

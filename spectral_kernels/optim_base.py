@@ -142,20 +142,16 @@ class SpectralOptimizer(torch.optim.Optimizer):
         for (device, dtype, place), params in parts.items():
             bucket = of.get((device, dtype, place))
             r = self.regularizer.n_vectors
-            backend = bucket.backend if bucket else backends.choose(self._backend, device, dtype, r)
+            kernels = bucket.kernels if bucket else backends.choose(self._backend, device, dtype, r)
             if self._backend == "auto":
-                inner = backend.inner if bucket is not None and bucket.is_sharded else backend
-                inner = self._checked(inner, device, dtype)
-                if bucket is not None and bucket.is_sharded:
-                    backend.inner = inner
-                else:
-                    backend = inner
-                    if bucket is not None:
-                        bucket.backend = backend
+                kernels = self._checked(kernels, device, dtype)
+            if bucket is not None:
+                bucket.kernels = kernels
             narrow = dtype.itemsize == 2
             moment_dtype = torch.float32 if narrow and self._state_dtype else dtype
             update = Update(
-                self._rule, backend, bucket, [self._names.get(id(p), "?") for p in params],
+                self._rule, bucket.backend if bucket else kernels, bucket,
+                [self._names.get(id(p), "?") for p in params],
                 [shards.local_of(p) for p in params],
                 [tuple(map(shards.local_of, self._moments(p, moment_dtype))) for p in params],
                 [group_of[id(p)] for p in params], moment_dtype, len(self.param_groups),
@@ -302,8 +298,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     def _matrices(self) -> Iterable[tuple[str, torch.Tensor, str]]:
         """Yield name, parameter and what the name adds to the parameter's, of every matrix."""
+        buckets = self.regularizer._buckets
+        parameters = dict(zip(buckets.owners, buckets.tensors(), strict=True))
         for matrix in self.regularizer._selection.matrices:
-            yield matrix.name, matrix.owner.get(), matrix.name.removeprefix(matrix.owner.name)
+            owner = matrix.owner
+            yield matrix.name, parameters[owner], matrix.name.removeprefix(owner.name)
 
     def _keep_vectors(self) -> None:
         """Put vectors and measured targets into the state of the parameters that have one."""

@@ -385,6 +385,16 @@ def saved(folder, kind, placement, n_vectors, flat, steps):
     return before, _vectors(reg), weights
 
 
+def evaluated_and_saved():
+    """Return what is in the optimizer's state after a forward pass that left weights gathered."""
+    model, optimizer, _ = _trainer("SpectralAdamW", "fsdp", 1)
+    _train(model, optimizer, 1)
+    with torch.no_grad():
+        model(torch.randn(1, 2, 5))
+    assert not isinstance(model.head.weight, DTensor)
+    return [sorted(state) for state in optimizer.state_dict()["state"].values()]
+
+
 def loaded(folder, kind, placement, n_vectors, flat, steps):
     """Load what ``saved`` has saved, whatever the number of ranks; return the same."""
     model, optimizer, reg = _trainer(kind, placement, n_vectors)

@@ -114,6 +114,13 @@ def test_checkpoints_go_from_two_ranks_to_four_to_one_and_to_none(
             torch.testing.assert_close(trained[name], weight, rtol=1e-5, atol=1e-6)
 
 
+def test_vectors_are_saved_while_weights_are_gathered(ranks):
+    found = ranks(2).call(sharded_models.evaluated_and_saved)
+    assert found[0] == found[1]
+    assert sum("spectral_vectors" in names or "spectral_vectors[q]" in names
+               for names in found[0]) == 10  # fmt: skip
+
+
 @pytest.mark.parametrize("placement", ["fsdp", "hsdp", "tensor parallel"])
 def test_float64(ranks, placement):
     within(ranks(4).call(sharded_models.compare, placement, "penalty", {}, torch.float64), 1e-12)

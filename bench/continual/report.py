@@ -97,6 +97,7 @@ def best(arms: Arms, lower: bool) -> dict[str, Arm]:
 def table(setting: Setting, arms: Arms) -> str:
     """Return the Markdown of one setting."""
     words, _ = scores(setting)
+    digits = {"bit_flipping": 6, "cartpole": 0}.get(setting.problem, 3)
     has_test = all(run["test"][0] is not None for runs in arms.values() for run in runs)
     head = ["method", "seeds", f"{words}, first task", f"{words}, last {LAST}",
             f"online, last {LAST}", *([f"held out, last {LAST}"] * has_test), "sigma_1, largest",
@@ -106,9 +107,9 @@ def table(setting: Setting, arms: Arms) -> str:
     for arm, runs in arms.items():
         largest = [float(np.mean([max(s) for s in run["sigma_max"][-LAST:]])) for run in runs]
         cells = [
-            str(arm), str(len(runs)), _cell(run["train"][0] for run in runs),
-            _cell(ended(run, "train") for run in runs), _cell(ended(run, "online") for run in runs),
-            *([_cell(ended(run, "test") for run in runs)] if has_test else []),
+            str(arm), str(len(runs)), _cell((run["train"][0] for run in runs), digits),
+            *(_cell((ended(run, name) for run in runs), digits)
+              for name in ("train", "online", *(["test"] * has_test))),
             _cell(largest, 2), _cell((ended(run, "stable_rank") for run in runs), 1),
             _cell((ended(run, "gradient_diversity") for run in runs), 1),
             _cell((ended(run, "dormant") for run in runs), 2),
