@@ -22,9 +22,18 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from bench.continual import __main__ as cli
 from bench.continual import data, methods, models, problems, report, runner, train
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "process_wide_settings")
 ROOT = Path(__file__).parent.parent
 KEY = train.Key("random_labels", "digits", "mlp", "none", 0.0, 0, 2, 1)
+
+
+@pytest.fixture
+def process_wide_settings():
+    """Undo what a run, which usually has a process of its own, sets for all of it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 def generator(seed=0):
