@@ -85,7 +85,7 @@ class Checkpoint:
         except CheckpointError:
             raise
         except Exception as error:
-            raise _broken(entry.file, error, f"{entry.name!r}: ") from None
+            raise _broken(entry.file, error, f"'{entry.name}': ") from None
 
     def close(self) -> None:
         """Close the file that is open."""
@@ -268,7 +268,7 @@ def _as_in_index(path: Path, weight_map: Mapping[str, str], found: Sequence[Entr
     """Return those entries that the index names, in the files where it has them."""
     held = {(entry.file.name, entry.key): entry for entry in found}
     wanted = {(file, key) for key, file in weight_map.items()}
-    missing = [f"{printable(key)!r} is not in {file}" for file, key in sorted(wanted - set(held))]
+    missing = [f"'{printable(key)}' is not in {file}" for file, key in sorted(wanted - set(held))]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{path}: {missing[0]}{more}")
@@ -326,12 +326,13 @@ def _broken(file: Path, error: Exception, where: str = "") -> CheckpointError:
         )
     elif isinstance(error, MemoryError | RecursionError):
         why = f"it asks for more than this machine has ({type(error).__name__})"
+    elif isinstance(error, LookupError | UnicodeError | TypeError | AttributeError | EOFError):
+        why = f"broken or truncated: its pickle makes no sense ({type(error).__name__})"
     else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
         # torch explains at length how to load unsafely before it says what went wrong.
-        said = [line for line in lines if not line.startswith(("Weights only load", "(1)", "(2)"))]
-        first = re.sub(r"^WeightsUnpickler error:\s*", "", (said or lines or [""])[0])
-        why = f"broken or truncated: {first or type(error).__name__}"
+        said = re.sub(r"(?s)^.*WeightsUnpickler error:", "", text).split("\n")
+        first = next((line.strip() for line in said if line.strip()), type(error).__name__)
+        why = f"broken or truncated: {first}"
     return CheckpointError(f"{file}: {where}{printable(why)[:300]}")
 
 

@@ -18,7 +18,7 @@ from .selection import FLOAT_DTYPES, Matrix, NothingSelected, check_patterns, se
 
 RTOL = 1e-4
 _READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-_PIECE = 1 << 20  # elements that are made float64 at a time
+_PIECE = 1 << 18  # elements that are made float64 at a time
 
 
 @dataclass(frozen=True)
