@@ -221,6 +221,22 @@ def test_tensors_that_lie_in_odd_ways_are_measured_too(tmp_path, capsys):
     assert [s["name"] for s in document["skipped"]] == ["expanded"]
 
 
+def test_tensors_may_begin_at_any_byte(tmp_path, capsys):
+    weight = torch.randn(9, 7)
+    header = json.dumps({
+        "byte": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]},
+        "w": {"dtype": "F32", "shape": [9, 7], "data_offsets": [1, 1 + weight.nbytes]},
+    }).encode()  # fmt: skip
+    path = tmp_path / "odd.safetensors"
+    data = b"x" + weight.numpy().tobytes()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    checkpoint = Checkpoint(path)
+    read = checkpoint.read(checkpoint.entries[1])
+    assert read.data_ptr() % 4 == 0
+    assert torch.equal(read, weight)
+    check_against_svd(values(path, capsys=capsys), {"w": weight})
+
+
 @pytest.mark.parametrize("shape", [(512, 256), (256, 512), (64, 32, 3, 3)])
 def test_fresh_layers_of_torch_are_near_the_usual_value(shape):
     layer = torch.nn.Linear(shape[1], shape[0]) if len(shape) == 2 else torch.nn.Conv2d(32, 64, 3)
