@@ -1,8 +1,9 @@
-"""The command ``spectral-kernels``: what runs on this machine, and a demo."""
+"""The command ``spectral-kernels``: what runs here, a demo, a look into checkpoints."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 import numpy
 import torch
 
-from . import backends
+from . import backends, inspection
 from ._version import __version__
+from .inspection_rows import SORTS
 
 _INTERRUPTED = 130  # as a shell reports a process that SIGINT has ended
 
@@ -51,7 +53,45 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_at_least(0), default=0, help="of data, weights and batches")
     demo.add_argument("--out", type=_png, default="demo.png", help="where the picture goes")
     demo.set_defaults(command=_demo)
+    _add_inspect(commands)
     return parser
+
+
+def _add_inspect(commands) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="largest singular values and stable ranks of the matrices of a checkpoint",
+        description=(
+            "Measure the matrices of a checkpoint, or compare two by name. Every tensor with two "
+            "or more dimensions is a matrix (dim 0, rest). PATTERN is a glob pattern of names, as "
+            "'*.mlp.*', and such options may be repeated."
+        ),
+        epilog="Exit codes: 0 fine, 1 could not read or write, 2 wrong usage, 3 --fail-above.",
+    )
+    inspect.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT",
+        help=".safetensors, .pt, .pth, .bin or .ckpt file, *.index.json, or a directory of them",
+    )  # fmt: skip
+    inspect.add_argument("other", type=Path, nargs="?", metavar="OTHER",
+                         help="a second checkpoint: changes from the first to it")  # fmt: skip
+    several = {"action": "append", "metavar": "PATTERN"}
+    inspect.add_argument("--include", "--filter", **several, help="take these only")
+    inspect.add_argument("--exclude", **several, default=[], help="leave these out")
+    inspect.add_argument(
+        "--splits", action="append", default=[], type=_split, metavar="PATTERN=N",
+        help="divide dim 0 into N equal parts, or by sizes: '*.qkv.weight=768,256,256'",
+    )  # fmt: skip
+    inspect.add_argument("--stacked", **several, default=[], help="E matrices from (E, out, in)")
+    inspect.add_argument("--sort", choices=SORTS,
+                         help="largest first (default: as the layers come)")  # fmt: skip
+    inspect.add_argument("--top", type=_at_least(1), metavar="N",
+                         help="the first N after sorting, by default by sigma")  # fmt: skip
+    inspect.add_argument("--json", type=_writable, metavar="FILE", help="- for standard output")
+    inspect.add_argument("--csv", type=_writable, metavar="FILE", help="- for standard output")
+    inspect.add_argument("--plot", type=_png, metavar="FILE.png", help="sigma_1 over depth")
+    inspect.add_argument("--fail-above", type=_limit, metavar="X",
+                         help="exit code 3 if a sigma_1 is above X or not finite")  # fmt: skip
+    inspect.set_defaults(command=inspection.run)
 
 
 def _at_least(least: int):
@@ -71,9 +111,39 @@ def _png(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"got {text!r}; accepted are names that end in .png")
+    return _writable(text)
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"got {text!r}; cannot write to folder '{path.parent}'")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}; it is a directory")
     return path
+
+
+def _split(text: str) -> tuple[str, int | tuple[int, ...]]:
+    pattern, _, sizes = text.rpartition("=")
+    try:
+        numbers = tuple(map(int, sizes.split(",")))
+    except ValueError:
+        numbers = ()
+    if not pattern or not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; accepted are PATTERN=N and PATTERN=SIZE,SIZE,..."
+        )
+    return pattern, numbers[0] if len(numbers) == 1 else numbers
+
+
+def _limit(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted are numbers from 0 on")
+    return value
 
 
 def _env(arguments: argparse.Namespace) -> int:

@@ -118,6 +118,15 @@ class Selection:
     root: nn.Module | None = None
 
 
+class NothingSelected(ValueError):
+    """Not one matrix or vector: ``skipped`` has every name and why."""
+
+    def __init__(self, skipped: list[tuple[str, str]]) -> None:
+        shown = "; ".join(f"{n}: {why}" for n, why in skipped[:8]) or "no parameters"
+        super().__init__(f"nothing to regularize was found ({shown})")
+        self.skipped = skipped
+
+
 def match(name: str, patterns: Iterable[str]) -> str | None:
     """Return the first glob pattern that ``name`` matches, or None."""
     return match_any([name], patterns)
@@ -204,8 +213,7 @@ def select(
             reason = role
         found.skipped.append((owner.name, reason))
     if not found.matrices and not found.vectors:
-        skipped = "; ".join(f"{n}: {why}" for n, why in found.skipped[:8]) or "no parameters"
-        raise ValueError(f"nothing to regularize was found ({skipped})")
+        raise NothingSelected(found.skipped)
     return found
 
 
