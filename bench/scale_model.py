@@ -13,8 +13,10 @@ a rank moves per step
 
 An all-reduce of S bytes takes 2 (R - 1) / R * S / bandwidth + 2 log2(R) * latency (a tree; Thakur,
 Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005),
-memory its bytes over its bandwidth, and a training step 6 P tokens / (R * flops). Nothing is
-overlapped in this estimate; all-reduces that run beside other work cost less.
+memory its bytes over its bandwidth, and a training step 6 P tokens / (R * flops), with 4, 8 and 16
+million tokens per step for the three sizes. Nothing is overlapped in this estimate; all-reduces
+that run beside other work cost less. Left out: what Python and the launches of some small
+operations take, which does not grow with the weights.
 
 ``--check`` counts the collectives of a step of a small decoder on 64 ranks of torch's fake process
 group and compares them with these formulas.
