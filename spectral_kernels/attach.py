@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .selection import Owner
+from .owners import Owner
 
 if TYPE_CHECKING:
     from .regularizer import SpectralRegularizer

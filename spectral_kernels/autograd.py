@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import shards
-from .buckets import Bucket
+from .bucket import Bucket
 from .reference import differentiable_penalty
 
 

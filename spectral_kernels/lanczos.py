@@ -7,7 +7,7 @@ import math
 import torch
 
 from .backends import choose
-from .buckets import Bucket
+from .bucket import Bucket
 from .reference import orthonormal_rows
 from .selection import Matrix
 from .shards import local_of

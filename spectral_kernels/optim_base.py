@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import backends, optim_check, shards
-from .buckets import Bucket
+from .bucket import Bucket
 from .regularizer import Row, SpectralRegularizer, Strength
 from .update import Rule, Update
 
@@ -36,6 +36,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self.regularizer = SpectralRegularizer(
             source, strength, exponent, target, n_power_iterations, backend=backend, **selection
         )
+        self.regularizer._buckets.check_in_place()
         self._backend, self._state_dtype, self._decoupled = backend, state_dtype, bool(decoupled)
         self._names = {id(p): name for group in groups for name, p in group["params"]}
         plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]

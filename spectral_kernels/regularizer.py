@@ -11,7 +11,8 @@ from torch import nn
 from . import autograd, backends, checkpoint
 from .arguments import count, number, one_of
 from .attach import Attachment, attach
-from .buckets import MOST_FURTHER, Bucket, Buckets
+from .bucket import MOST_FURTHER, Bucket
+from .buckets import Buckets
 from .lanczos import singular_values
 from .listing import listing
 from .plan import R
@@ -150,9 +151,10 @@ class SpectralRegularizer:
 
         Raises:
             RuntimeError: as :meth:`penalty`, and during CUDA graph capture on a missing ``.grad``.
-            ValueError: as :meth:`penalty`, and for a ``.grad`` that is sparse, or of a dtype or
-                memory layout that does not go with its weight.
+            ValueError: as :meth:`penalty`, for a ``.grad`` that is sparse, or of a dtype or memory
+                layout that does not go with its weight, and for a parametrized weight.
         """
+        self._buckets.check_in_place()
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
             factor = number("grad_scale", grad_scale)
             grad_scale = torch.tensor(factor, dtype=torch.float64, device="cpu")
@@ -188,6 +190,7 @@ class SpectralRegularizer:
             ValueError: a selected parameter is not in ``optimizer``.
             RuntimeError: attached to this optimizer already.
         """
+        self._buckets.check_in_place()
         self._attached = [a for a in self._attached if a.active]
         attachment = attach(self, optimizer, self._buckets.owners, self._attached)
         self._attached.append(attachment)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .owners import Owner, made_before_use, owners_of
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _NORMS = tuple(
@@ -16,8 +18,6 @@ _NORMS = tuple(
     for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d",
                  "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm", "RMSNorm")
 )  # fmt: skip
-# Of torch.compile and of activation checkpointing, inside of names.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _GATES = {
@@ -35,29 +35,6 @@ _OFFSET_GAINS = (
     "Qwen3_5MoeRMSNorm", "Qwen4ExpTextRMSNorm", "RecurrentGemmaRMSNorm", "Step3p7RMSNorm",
     "T5GemmaRMSNorm", "T5Gemma2RMSNorm", "VaultGemmaRMSNorm", "VideoPrismLayerNorm",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Where a parameter lives: looked up again at every use, since modules may replace it."""
-
-    name: str
-    module: nn.Module | None
-    attribute: str
-    tensor: torch.Tensor | None = None
-
-    def get(self) -> torch.Tensor:
-        """Return the tensor that is the parameter now; RuntimeError when it is gone."""
-        if self.module is None:
-            return self.tensor
-        parameter = self.module._parameters.get(self.attribute)
-        if parameter is None:
-            raise RuntimeError(
-                f"parameter {self.name!r} is no longer a parameter of its "
-                f"{type(self.module).__name__} (was it parametrized, pruned or removed?); build a "
-                "new SpectralRegularizer after such a change"
-            )
-        return parameter
 
 
 @dataclass(frozen=True)
@@ -185,7 +162,7 @@ def select(
             f"splits: got {splits!r:.80}; accepted is a mapping from name patterns to a "
             'number of parts or their sizes, such as {"*.qkv.weight": 3}'
         )
-    owners = _owners(source)
+    owners = owners_of(source)
     names = [owner.name for group in owners for owner in group]
     for argument, patterns in (
         ("include", include or []), ("exclude", exclude), ("splits", splits), ("stacked", stacked)
@@ -195,7 +172,8 @@ def select(
     found = Selection(root=source if isinstance(source, nn.Module) else None)
     for group in owners:
         owner = next((o for o in group if not _is_embedding(o)), group[0])
-        aliases, tensor = [o.name for o in group], owner.get()
+        with torch.enable_grad():
+            aliases, tensor = [o.name for o in group], owner.get()
         reason = _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only)
         if reason is None:
             chosen = include is not None or match_any(aliases, stacked) is not None
@@ -228,68 +206,6 @@ def _patterns(argument: str, patterns: Sequence[str] | None) -> list[str] | None
     return found
 
 
-def _owners(source) -> list[list[Owner]]:
-    """Group the places where each distinct tensor is found, in order of appearance."""
-    groups: dict[int, list[Owner]] = {}
-    if isinstance(source, nn.Module):
-        for prefix, module in unwrapped(source).named_modules(remove_duplicate=False):
-            _refuse_other_shards(prefix, module)
-            for attribute, tensor in module._parameters.items():
-                if tensor is not None:
-                    name = f"{prefix}.{attribute}" if prefix else attribute
-                    for wrapper in _WRAPPERS:
-                        name = name.replace(wrapper, "")
-                    groups.setdefault(id(tensor), []).append(Owner(name, module, attribute))
-        return list(groups.values())
-    if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
-        raise TypeError(
-            f"model: got {type(source).__name__}; accepted are a torch.nn.Module and an iterable "
-            "of (name, parameter)"
-        )
-    seen: set[str] = set()
-    for item in source:
-        if not (
-            isinstance(item, tuple)
-            and len(item) == 2
-            and isinstance(item[0], str)
-            and isinstance(item[1], torch.Tensor)
-        ):
-            raise TypeError(f"model: got an item {item!r:.80}; accepted is (name, parameter)")
-        name, tensor = item
-        if name in seen:
-            raise ValueError(f"model: the name {name!r} comes twice")
-        seen.add(name)
-        groups.setdefault(id(tensor), []).append(Owner(name, None, name.rpartition(".")[2], tensor))
-    return list(groups.values())
-
-
-def _refuse_other_shards(name: str, module: nn.Module) -> None:
-    """Raise ValueError for parameters that are sharded in another way than as DTensors."""
-    instead = "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
-    if type(module).__name__ == "FullyShardedDataParallel":
-        raise ValueError(
-            f"model: {name or 'it'!r} is a FullyShardedDataParallel (FSDP1), whose flat parameters "
-            f"do not tell one matrix from another; {instead}"
-        )
-    if any(hasattr(p, "ds_id") for p in module._parameters.values()):
-        raise ValueError(
-            f"model: {name or 'it'!r} has placeholders of DeepSpeed's ZeRO-3 for parameters, whose "
-            f"shards are not along a dimension; {instead}, or use ZeRO 1 or 2"
-        )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
 def _is_embedding(owner: Owner) -> bool:
     return isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag))
 
@@ -314,7 +230,9 @@ def _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only) ->
             "building the regularizer"
         )
     if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
-        return "part of a parametrization; the weight that it makes is no parameter"
+        return "part of a parametrization; the weight that it makes is taken instead"
+    if (problem := made_before_use(owner)) is not None:
+        raise ValueError(f"parameter {owner.name!r} {problem}, or leave it out with exclude")
     if tensor.layout != torch.strided:
         return f"layout {str(tensor.layout).removeprefix('torch.')}"
     return None

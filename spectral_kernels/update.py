@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import reference
-from .buckets import Bucket
+from .bucket import Bucket
 from .device_tables import DeviceTables
 from .memory import memory_of
 from .plan import DTYPES, GROUP, HEADER, MOMENT, SLOT, UPDATE, VECTOR, address

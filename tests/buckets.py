@@ -3,7 +3,8 @@
 import torch
 
 from spectral_kernels import backends
-from spectral_kernels.buckets import Bucket, orthonormal
+from spectral_kernels.bucket import Bucket
+from spectral_kernels.buckets import orthonormal
 from spectral_kernels.plan import Plan
 from spectral_kernels.selection import select
 

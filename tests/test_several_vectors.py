@@ -11,7 +11,7 @@ from spectral_kernels import (
     SpectralAdamW,
     SpectralRegularizer,
     SpectralSGD,
-    buckets,
+    bucket,
     reference,
 )
 
@@ -190,7 +190,7 @@ def test_copies_keep_number_and_policy(copier):
     reg.penalty()
     other.penalty()
     assert torch.equal(reg.singular_values, other.singular_values)
-    assert other._buckets.buckets[0].further == buckets.MOST_FURTHER
+    assert other._buckets.buckets[0].further == bucket.MOST_FURTHER
     assert other_model[0].weight is not model[0].weight
 
 
@@ -265,11 +265,11 @@ def test_one_iteration_does_not_catch_up_that_fast():
     assert worst > 0.02
 
 
-def counted(bucket):
+def counted(own):
     """Let the backend of a bucket count its products."""
     calls = []
 
-    class Counting(type(bucket.backend)):
+    class Counting(type(own.backend)):
         def __init__(self, own):
             self.__dict__.update(own.__dict__)
 
@@ -277,7 +277,7 @@ def counted(bucket):
             calls.append(state.tolerance)
             super().gram_matvec(plan, state)
 
-    bucket.backend = Counting(bucket.backend)
+    own.backend = Counting(own.backend)
     return calls
 
 
@@ -292,7 +292,7 @@ def test_auto_spends_at_most_eight_further_iterations_and_none_on_settled_weight
     calls.clear()
     replace(model)
     reg.accumulate_grad_()
-    assert calls == [0, *[buckets.TOLERANCE] * buckets.MOST_FURTHER]
+    assert calls == [0, *[bucket.TOLERANCE] * bucket.MOST_FURTHER]
     assert reg._buckets.buckets[0].state.tolerance == 0
 
 

@@ -16,9 +16,9 @@ PACKAGE = Path(spectral_kernels.__file__).parent
 ORDER = [
     "__main__", "cli", "inspection", "inspection_report", "demo", "plots", "inspection_rows",
     "__init__", "optim", "optim_base", "optim_check", "regularizer", "attach", "autograd",
-    "checkpoint", "diagnostics", "lanczos", "update", "buckets", "backends", "self_check",
+    "checkpoint", "diagnostics", "lanczos", "update", "buckets", "bucket", "backends", "self_check",
     "reference", "distributed", "state", "plan", "device_tables", "memory", "shards", "layout",
-    "listing", "selection", "checkpoint_files", "arguments", "_version",
+    "listing", "selection", "owners", "checkpoint_files", "arguments", "_version",
 ]  # fmt: skip
 
 

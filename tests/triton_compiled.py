@@ -27,7 +27,7 @@ from spectral_kernels._triton.ritz import ritz
 from spectral_kernels._triton.sizes import sizes
 from spectral_kernels._triton.subspace_products import subspace_grams, subspace_products
 from spectral_kernels._triton.update import update
-from spectral_kernels.buckets import TOLERANCE
+from spectral_kernels.bucket import TOLERANCE
 from spectral_kernels.plan import MAX_TILES, R
 
 KERNELS = {"gram_matvec": gram_matvec, "rank_one": rank_one, "update": update}
