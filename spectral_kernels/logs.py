@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -115,6 +117,91 @@ class Log:
                 f"path: '{self.path}' is there and no log of these {len(self.names)} matrices; "
                 "accepted are a new name, or the log of a model with the same names"
             )
+
+
+class LogError(Exception):
+    """A file that cannot be read as a log; the message names it."""
+
+
+class History(NamedTuple):
+    """What a log holds: ``steps`` [T], increasing, and ``sigma`` and ``residual`` [T, n_matrices].
+
+    NaN where a number is not finite in JSON lines; in a CSV it is NaN or inf, as it was.
+    """
+
+    names: list[str]
+    steps: np.ndarray
+    sigma: np.ndarray
+    residual: np.ndarray
+
+
+def read(path: str | PathLike[str]) -> History:
+    """Read a log, which may be one that is being written: half a line at its end is left out.
+
+    Where a run went back to an earlier step, from a checkpoint, what it had written after that
+    step is left out.
+
+    Raises:
+        LogError: no such log, or one without a whole line.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise LogError(f"{path}: accepted are names in .csv and .jsonl, as log_to() writes them")
+    lines = path.read_bytes().split(b"\n")[:-1]
+    parse = _parsed_csv if path.suffix == ".csv" else _parsed_json
+    try:
+        names, rows = parse(path, lines)
+    except csv.Error as error:
+        raise LogError(f"{path}: is no log of log_to(): {error}") from None
+    if not rows:
+        raise LogError(f"{path}: holds no step yet")
+    if not names:
+        raise LogError(f"{path}: holds no matrix")
+    kept, earliest = [], math.inf
+    for row in reversed(rows):
+        if row[0] < earliest:
+            kept.append(row)
+            earliest = row[0]
+    table = np.array([row[1] for row in kept[::-1]], np.float64)
+    steps = np.array([row[0] for row in kept[::-1]], np.int64)
+    return History(names, steps, table[:, : len(names)], table[:, len(names) :])
+
+
+def _parsed_csv(path: Path, lines: list[bytes]) -> tuple[list[str], list[tuple[int, list[float]]]]:
+    cells = csv.reader(line.decode(errors="replace") for line in lines)
+    header = next(cells, [])
+    n = len(header) // 2
+    names = [column.removeprefix(SIGMA) for column in header[1 : n + 1]]
+    expected = ["step", *(start + name for start in (SIGMA, RESIDUAL) for name in names)]
+    if header != expected:
+        raise LogError(f"{path}: is no log of log_to(): line 1 is no header of its columns")
+    rows = []
+    for number, row in enumerate(cells, 2):
+        try:
+            rows.append((int(row[0]), [float(x) for x in row[1:]]))
+        except (ValueError, IndexError):
+            raise LogError(f"{path}: line {number} is no row of numbers") from None
+        if len(row) != len(header):
+            raise LogError(f"{path}: line {number} has {len(row)} columns, not {len(header)}")
+    return names, rows
+
+
+def _parsed_json(path: Path, lines: list[bytes]) -> tuple[list[str], list[tuple[int, list[float]]]]:
+    names, rows = None, []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            own = [row["sigma"], row["residual"]]
+            names = [*own[0]] if names is None else names
+            same = [*own[0]] == [*own[1]] == names
+            values = [math.nan if x is None else float(x) for d in own for x in d.values()]
+            rows.append((int(row["step"]), values))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise LogError(f"{path}: line {number} is no line of log_to()") from None
+        if not same:
+            raise LogError(f"{path}: line {number} has other matrices than line 1")
+    return names or [], rows
 
 
 def _writes() -> bool:
