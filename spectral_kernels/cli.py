@@ -1,4 +1,4 @@
-"""The command ``spectral-kernels``: what runs here, a demo, a look into checkpoints."""
+"""The command ``spectral-kernels``: what runs here, a demo, checkpoints, pictures of logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from . import backends, inspection
+from . import backends, inspection, plotting
 from ._version import __version__
 from .inspection_rows import SORTS
 
@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=_png, default="demo.png", help="where the picture goes")
     demo.set_defaults(command=_demo)
     _add_inspect(commands)
+    plot = commands.add_parser(
+        "plot",
+        help="the picture of a log of log_to(): sigma and residuals over the steps",
+        description="Draw sigma_1 of every matrix over the steps, also of a run that goes on.",
+    )
+    plot.add_argument("log", type=Path, metavar="LOG", help=".csv or .jsonl file")
+    plot.add_argument("--out", type=_png, metavar="FILE.png", help="default: beside the log")
+    plot.set_defaults(command=plotting.run)
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from . import backends, optim_check, shards
 from .bucket import Bucket
+from .logs import Log
 from .regularizer import Row, SpectralRegularizer, Strength
 from .update import Rule, Update
 
@@ -252,6 +254,14 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def report(self) -> list[Row]:
         """Return (name, shape, sigma, residual) of every matrix."""
         return self.regularizer.report()
+
+    def metrics(self, per_layer: bool = False) -> dict[str, float]:
+        """Return numbers for a logger; see :meth:`SpectralRegularizer.metrics`."""
+        return self.regularizer.metrics(per_layer)
+
+    def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
+        """Return ``log``, whose ``log(step)`` appends to a file; see ``logs.Log``."""
+        return self.regularizer.log_to(path, every)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what torch.optim's optimizer would, which loads it, with "spectral_..." beside it.

@@ -86,7 +86,7 @@ def draw(results: Results, path: str | PathLike[str]) -> None:
 
 
 # With as many shapes, so that pairs of both repeat only after 72 kinds.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _MARKERS = "os^Dv<>PX"
 _MOST_KINDS = 36
 _MOST_LABELS = 24
@@ -113,7 +113,7 @@ def draw_layers(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     size = 5 if len(pairs) <= 200 else 3.5
-    layers = _layers([row.name for row, _ in pairs])
+    layers = layers_of([row.name for row, _ in pairs])
 
     def curve(which: int, indices: Sequence[int], **style) -> None:
         points = [(i, pairs[i][which].sigma) for i in indices if pairs[i][which] is not None]
@@ -122,11 +122,11 @@ def draw_layers(
             axes.plot(*zip(*points, strict=True), linewidth=0.8, markersize=size, **style)
 
     for number, kind in enumerate(kinds):
-        color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+        color, marker = COLORS[number % len(COLORS)], _MARKERS[number % len(_MARKERS)]
         style = {"color": color, "marker": marker}
         if len({layers[i] for i in places[kind]}) < len(places[kind]):
             style["linestyle"] = "none"  # several in a layer, such as experts, are no curve
-        curve(0, places[kind], label=_shortened(kind), **style)
+        curve(0, places[kind], label=shortened(kind), **style)
         hollow = {"markerfacecolor": "white", "linestyle": (0, (2, 2))}
         curve(1, places[kind], **{**hollow, **style})
     if rest := [i for kind, indices in places.items() if kind not in shown for i in indices]:
@@ -143,7 +143,7 @@ def draw_layers(
             axes.axvline(i, color=color, linewidth=1, linestyle=":", zorder=0, label=label)
     if len(checkpoints) > 1:
         for name, face in zip(checkpoints, ("0.3", "white"), strict=True):
-            axes.plot([], [], "o", color="0.3", markerfacecolor=face, label=_shortened(name))
+            axes.plot([], [], "o", color="0.3", markerfacecolor=face, label=shortened(name))
 
     axes.set_yscale("log")
     margin = 0.5 + 0.01 * len(pairs)  # markers at both ends are seen in full
@@ -154,7 +154,7 @@ def draw_layers(
     axes.yaxis.set_minor_formatter(NullFormatter())
     _label_layers(axes, layers)
     axes.set_title("Largest singular values" + (
-        f" of {_shortened(checkpoints[0], 70)}" if len(checkpoints) == 1 else ""
+        f" of {shortened(checkpoints[0], 70)}" if len(checkpoints) == 1 else ""
     ), fontsize="medium")  # fmt: skip
     axes.grid(axis="y", alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -163,7 +163,7 @@ def draw_layers(
     figure.savefig(path, format="png")
 
 
-def _layers(names: Sequence[str]) -> list[str | None]:
+def layers_of(names: Sequence[str]) -> list[str | None]:
     """Return what comes up to the first number that stands alone in a name: its layer."""
     found = [re.match(r"(?:.*?\.)?\d+(?=\.)", name) for name in names]
     return [match[0] if match else None for match in found]
@@ -193,6 +193,7 @@ def _label_layers(axes, layers: Sequence[str | None]) -> None:
         axes.axvline(i - 0.5, color="0.85", linewidth=0.6, zorder=0)
 
 
-def _shortened(text: str, most: int = 44) -> str:
+def shortened(text: str, most: int = 44) -> str:
+    """Return ``text`` with its middle left out where it is longer than ``most``."""
     half = most // 2 - 1
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

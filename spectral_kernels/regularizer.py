@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
 
-from . import autograd, backends, checkpoint
+from . import autograd, backends, checkpoint, readings
 from .arguments import count, number, one_of
 from .attach import Attachment, attach
 from .bucket import MOST_FURTHER, Bucket
 from .buckets import Buckets
 from .lanczos import singular_values
 from .listing import listing
+from .logs import Log
+from .named_values import by_name
 from .plan import R
-from .selection import check_patterns, match, select
+from .readings import Row
+from .selection import select
 from .shards import local_of
 
 Strength = float | torch.Tensor | Mapping[str, float]
 Target = float | str | Mapping[str, float | str]
-
-
-class Row(NamedTuple):
-    """One line of :meth:`SpectralRegularizer.report`."""
-
-    name: str
-    shape: tuple[int, int]
-    sigma: float
-    residual: float
 
 
 class SpectralRegularizer:
@@ -108,7 +103,6 @@ class SpectralRegularizer:
             model, biases=biases, norms=norms, include=include, exclude=exclude,
             splits=splits, stacked=stacked,
         )  # fmt: skip
-        self._entries = [*self._selection.matrices, *self._selection.vectors]
         self._buckets = Buckets(
             self._selection, backend, self.exponent, count("warmup", warmup, 0),
             count("seed", seed, 0), n_vectors, MOST_FURTHER if auto else 0, self._fill,
@@ -116,7 +110,7 @@ class SpectralRegularizer:
         self._attached: list[Attachment] = []
         self.strength = strength
         self.target = target
-        self._targets = self._numbers("target", target, words=("initial",))
+        self._targets = by_name("target", target, self._selection, words=("initial",))
         self._initial: dict[str, float] = {}
         if not any(owner.get().is_meta for owner in self._buckets.owners):
             self._measure_initial()
@@ -213,7 +207,7 @@ class SpectralRegularizer:
                 )
             self._strengths = None
         else:
-            self._strengths = self._numbers("strength", strength)
+            self._strengths = by_name("strength", strength, self._selection)
         self._strength = strength
         for bucket in self._buckets.buckets or ():
             self._fill_strength(bucket)
@@ -240,12 +234,12 @@ class SpectralRegularizer:
         Largest first, in the order of ``names``; a copy. None is above the singular value that it
         stands for. What a matrix has fewer of, or is below a millionth of the largest, is 0.
         """
-        return self._gather("sigmas")
+        return readings.gather(self._ready(), self.names, "sigmas")
 
     @property
     def residuals(self) -> torch.Tensor:
         """Some singular value of W lies within each of them; [n_matrices, n_vectors], a copy."""
-        return self._gather("residuals")
+        return readings.gather(self._ready(), self.names, "residuals")
 
     def check_ranks(self) -> None:
         """Compare matrices and vectors of all ranks that share parameters; every rank calls it.
@@ -269,6 +263,26 @@ class SpectralRegularizer:
             Row(matrix.name, matrix.shape_now(), sigma, residual)
             for matrix, sigma, residual in zip(self._selection.matrices, *values, strict=True)
         ]
+
+    def metrics(self, per_layer: bool = False) -> dict[str, float]:
+        """Return numbers for a logger, as of the last step; this synchronizes a GPU once.
+
+        "spectral/sigma_max", "spectral/sigma_median" and "spectral/sigma_min" over the matrices,
+        "spectral/residual_max", the largest residual / sigma, "spectral/above_target", how many
+        sigma are above their target by more than the residual, and "spectral/penalty",
+        ``strength * R``. Without a matrix those of sigma and residual are left out.
+
+        Args:
+            per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix.
+        """
+        return readings.metrics(self._ready(), self.names, per_layer)
+
+    def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
+        """Return ``log``: ``log(step)`` in the loop appends sigma and residual of every matrix.
+
+        To a ``.csv`` or ``.jsonl`` file; one of the same matrices is continued. See ``logs.Log``.
+        """
+        return Log(path, self.names, lambda: torch.stack((self.sigma, self.residual)), every)
 
     def __repr__(self) -> str:
         head = (
@@ -357,26 +371,6 @@ class SpectralRegularizer:
             values = [self._strengths[entry.name] for entry in entries]
             bucket.state.strength.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
-    def _numbers(self, argument: str, value, words: Sequence[str] = ()) -> dict[str, Any]:
-        """Return the value of ``argument`` for every matrix and vector by name."""
-        if not isinstance(value, Mapping):
-            if value not in words:
-                number(argument, value, at_least=0, words=words)
-            return {entry.name: value for entry in self._entries}
-        owned = [entry.owner.name for entry in self._entries]
-        check_patterns(argument, value, [*owned, *(name for name, _ in self._selection.skipped)])
-        found = {}
-        for entry, name in zip(self._entries, owned, strict=True):
-            pattern = match(name, value)
-            if pattern is None:
-                raise ValueError(
-                    f"{argument}: no pattern matches {name!r}; end the mapping with a '*' entry"
-                )
-            if value[pattern] not in words:
-                number(f"{argument}[{pattern!r}]", value[pattern], at_least=0, words=words)
-            found[entry.name] = value[pattern]
-        return found
-
     def _measure_initial(self) -> None:
         for matrix in self._selection.matrices:
             if self._targets[matrix.name] == "initial" and matrix.name not in self._initial:
@@ -384,22 +378,6 @@ class SpectralRegularizer:
                 (self._initial[matrix.name],) = singular_values(
                     matrix, tensor, rtol=1e-4, backend=self._buckets.backend
                 )
-
-    def _gather(self, field: str) -> torch.Tensor:
-        buckets = self._ready()
-        by_name: dict[str, torch.Tensor] = {}
-        device = buckets[0].plan.device
-        for bucket in buckets:
-            bucket.measure()
-            values = getattr(bucket.state, field).view(self.n_vectors, -1).mT
-            if len(buckets) == 1:
-                return values.clone(memory_format=torch.contiguous_format)
-            by_name.update(
-                zip((m.name for m in bucket.plan.matrices), values.unbind(), strict=True)
-            )
-        dtypes = {x.dtype for x in by_name.values()}
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        return torch.stack([by_name[n].to(device=device, dtype=dtype) for n in self.names])
 
 
 def _make_missing(bucket: Bucket, grads: list[torch.Tensor | None]) -> None:

@@ -425,6 +425,21 @@ def norms(placements, n_vectors):
     return found, whole_norms
 
 
+def metrics(path):
+    """Return the metrics of a model in one piece and of a sharded one, and log the latter."""
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    found = []
+    for model in (built(), sharded("fsdp", world, built())):
+        reg = SpectralRegularizer(model, STRENGTH)
+        reg.accumulate_grad_()
+        found.append(reg.metrics(per_layer=True))
+    log = reg.log_to(path)
+    log(1)
+    if rank == 0:  # after a step nothing is summed over ranks
+        found[1] = reg.metrics(per_layer=True)
+    return found
+
+
 def come_apart(what):
     """Return what check_ranks says before and after one rank does something of its own."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()

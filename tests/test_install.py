@@ -47,6 +47,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, build_too
     output, files = build_wheel(tmp_path, environment)
     assert "no C++ compiler was found" in output
     assert "spectral_kernels/regularizer.py" in files
+    assert "spectral_kernels/integrations/transformers.py" in files
     assert "spectral_kernels/py.typed" in files
     assert not any(name.endswith(".so") for name in files)
 

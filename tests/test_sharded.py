@@ -171,6 +171,13 @@ def test_norms_of_sharded_weights(ranks, placements, n_vectors):
             assert found[name] == pytest.approx(sigma, rel=3e-4, abs=1e-4)
 
 
+def test_metrics_are_those_of_whole_matrices_and_the_first_rank_logs(ranks, tmp_path):
+    path = tmp_path / "run.csv"
+    for alone, found in ranks(2).call(sharded_models.metrics, str(path)):
+        assert found == pytest.approx(alone, rel=1e-4, abs=1e-4)
+    assert [line.partition(",")[0] for line in path.read_text().splitlines()] == ["step", "1"]
+
+
 def test_check_ranks_finds_what_has_come_apart(ranks):
     for what in ("replicas", "replicas of shards", "vectors"):
         said = ranks(4).call(sharded_models.come_apart, what)

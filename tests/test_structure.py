@@ -14,11 +14,12 @@ from spectral_kernels import backends
 PACKAGE = Path(spectral_kernels.__file__).parent
 # A module may import those below it; the leaves import nothing of the package.
 ORDER = [
-    "__main__", "cli", "inspection", "inspection_report", "demo", "plots", "inspection_rows",
-    "__init__", "optim", "optim_base", "optim_check", "regularizer", "attach", "autograd",
-    "checkpoint", "diagnostics", "lanczos", "update", "buckets", "bucket", "backends", "self_check",
-    "reference", "distributed", "state", "plan", "device_tables", "memory", "shards", "layout",
-    "listing", "selection", "owners", "checkpoint_files", "arguments", "_version",
+    "__main__", "cli", "inspection", "inspection_report", "plotting", "log_plots", "demo", "plots",
+    "inspection_rows", "__init__", "optim", "optim_base", "optim_check", "regularizer",
+    "named_values", "readings", "logs", "attach", "autograd", "checkpoint", "diagnostics",
+    "lanczos", "update", "buckets", "bucket", "backends", "self_check", "reference", "distributed",
+    "state", "plan", "device_tables", "memory", "shards", "layout", "listing", "selection",
+    "owners", "checkpoint_files", "arguments", "_version",
 ]  # fmt: skip
 
 

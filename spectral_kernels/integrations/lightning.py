@@ -1,0 +1,95 @@
+"""A callback for Lightning, the package lightning or pytorch_lightning."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ..arguments import count
+from ..regularizer import SpectralRegularizer
+from .common import Held
+
+# Where both are installed, the one that the program uses has been imported before.
+if "lightning.pytorch" in sys.modules or (
+    "pytorch_lightning" not in sys.modules and importlib.util.find_spec("lightning")
+):
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class SpectralCallback(Callback):
+    """Regularizes the module that a Trainer fits, logs metrics, and is part of its checkpoints.
+
+    ``Trainer(..., callbacks=[SpectralCallback(strength=1e-3)])``. The penalty counts once per
+    optimizer step, outside of gradient clipping, as with ``SpectralRegularizer.attach``. Every
+    ``log_every_n_steps`` of the Trainer, ``reg.metrics()`` go to its loggers.
+
+    With SpectralAdamW or SpectralSGD as the module's optimizer it logs alone.
+
+    Args:
+        per_layer: log sigma and residual of every matrix too.
+        optimizer: which of the module's optimizers the penalty goes to; it holds all parameters
+            that are selected.
+        **arguments: of SpectralRegularizer, but for the model.
+
+    Raises:
+        TypeError: an argument that SpectralRegularizer does not have. Values are checked when
+            training begins.
+    """
+
+    def __init__(self, *, per_layer: bool = False, optimizer: int = 0, **arguments: Any):
+        self.per_layer, self.optimizer = per_layer, count("optimizer", optimizer, 0)
+        self._held = Held(arguments)
+        self._loaded: Mapping[str, Any] | None = None
+        self._logged = 0
+
+    @property
+    def regularizer(self) -> SpectralRegularizer | None:
+        """The regularizer; None before training has begun for the first time."""
+        return self._held.regularizer
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint, one per optimizer."""
+        return self._generate_state_key(optimizer=self.optimizer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the regularizer, attach it, and go on from what a checkpoint had."""
+        if self.optimizer >= len(trainer.optimizers):
+            raise ValueError(
+                f"optimizer: got {self.optimizer}; the module has {len(trainer.optimizers)}"
+            )
+        regularizer = self._held.begin(pl_module, trainer.optimizers[self.optimizer])
+        if self._loaded is not None and self._held.is_own:
+            regularizer.load_state_dict(self._loaded)
+        self._loaded, self._logged = None, trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Hand the metrics to the loggers."""
+        step = trainer.global_step
+        if not trainer.loggers or step == self._logged or step % trainer.log_every_n_steps:
+            return
+        metrics, self._logged = self.regularizer.metrics(self.per_layer), step
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach the regularizer."""
+        self._held.end()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Detach the regularizer."""
+        self._held.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the vectors of the power iteration, for the Trainer's checkpoint."""
+        return self.regularizer.state_dict() if self._held.is_own else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the vectors of a checkpoint until training begins."""
+        self._loaded = state_dict or None

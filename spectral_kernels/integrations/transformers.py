@@ -1,0 +1,111 @@
+"""A callback for transformers.Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..regularizer import SpectralRegularizer
+from .common import Held
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+FILE = "spectral_kernels.pt"  # in the folder of a checkpoint
+
+
+class SpectralCallback(TrainerCallback):
+    """Regularizes the model that a Trainer trains, logs metrics, and saves with its checkpoints.
+
+    ``Trainer(..., callbacks=[SpectralCallback(strength=1e-3)])``. The penalty counts once per
+    optimizer step, outside of gradient clipping, as with ``SpectralRegularizer.attach``. Whenever
+    the Trainer logs a loss, ``reg.metrics()`` are added to ``state.log_history`` and to what
+    callbacks behind this one see. TensorBoard, W&B and other reporters stand before the callbacks
+    that a Trainer is given: for them, use ``SpectralCallback(...).add_to(trainer)`` instead.
+
+    With SpectralAdamW or SpectralSGD as the Trainer's optimizer it logs alone.
+
+    Args:
+        per_layer: log sigma and residual of every matrix too.
+        resume_from: the folder of the checkpoint that training goes on from, if it is neither
+            ``args.resume_from_checkpoint`` nor the one of this step in ``args.output_dir``.
+        **arguments: of SpectralRegularizer, but for the model.
+
+    Raises:
+        TypeError: an argument that SpectralRegularizer does not have. Values are checked when
+            training begins.
+    """
+
+    def __init__(
+        self,
+        *,
+        per_layer: bool = False,
+        resume_from: str | PathLike[str] | None = None,
+        **arguments: Any,
+    ):
+        self.per_layer, self.resume_from = per_layer, resume_from
+        self._held = Held(arguments)
+
+    @property
+    def regularizer(self) -> SpectralRegularizer | None:
+        """The regularizer; None before training has begun for the first time."""
+        return self._held.regularizer
+
+    def add_to(self, trainer: Trainer) -> SpectralCallback:
+        """Put this callback before all others of ``trainer``, so that reporters see its metrics."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs) -> None:
+        """Build the regularizer, attach it, and go on from a checkpoint if the Trainer does."""
+        regularizer = self._held.begin(model, optimizer)
+        if not state.global_step or not self._held.is_own:
+            return
+        folders = self.resume_from, args.resume_from_checkpoint, _folder(args, state)
+        files = [Path(folder) / FILE for folder in folders if isinstance(folder, str | PathLike)]
+        found = next((file for file in files if file.is_file()), None)
+        if found is None:
+            warnings.warn(
+                f"SpectralCallback: no {FILE} in {_folder(args, state)}; the vectors of the power "
+                "iteration are warmed up (resume_from= names another folder)",
+                stacklevel=2,
+            )
+            return
+        regularizer.load_state_dict(torch.load(found, map_location="cpu", weights_only=True))
+
+    def on_log(self, args, state, control, *, logs: dict[str, Any], **kwargs) -> None:
+        """Add the metrics to a log of the loss."""
+        if self.regularizer is None or "loss" not in logs:
+            return
+        metrics = self.regularizer.metrics(self.per_layer)
+        logs.update(metrics)
+        if state.log_history:
+            state.log_history[-1].update(metrics)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Write the vectors of the power iteration into the folder of the checkpoint."""
+        if not self._held.is_own:
+            return
+        found, folder = self.regularizer.state_dict(), _folder(args, state)
+        if not args.should_save:
+            return
+        if not folder.is_dir():  # a search for hyperparameters saves in folders of its own
+            warnings.warn(
+                f"SpectralCallback: no folder {folder}; its state is not saved", stacklevel=2
+            )
+            return
+        torch.save(found, folder / FILE)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Detach the regularizer."""
+        self._held.end()
+
+
+def _folder(args, state) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
