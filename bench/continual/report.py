@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from .methods import METHODS
@@ -148,12 +149,10 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
             curves = np.array([[over(v) for v in run[name]] for run in arms[arm]])
             _band(ax, curves, arm)
             means.append(curves.mean(0))
-        # Intervals of few seeds are wide: they may leave the picture, the means do not.
-        low, high = np.min(means), np.max(means)
-        margin = 0.06 * (high - low) or 0.05
-        ax.set_ylim(low - margin if low > margin else low * 0.9, high + margin)
+        _show_means(ax, means)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("task")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1, 0].set_yscale("log")
     axes[1, 0].axhline(1, color="0.6", linewidth=1, linestyle=":")
     last, first = f"{score} of the last {LAST} tasks", f"{score} after the first task"
@@ -170,6 +169,13 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def _show_means(ax: Axes, means: list) -> None:
+    """Let intervals of few seeds, which are wide, leave the picture, but not the means."""
+    low, high = np.min(means), np.max(means)
+    margin = 0.06 * (high - low) or 0.05
+    ax.set_ylim(low - margin if low > margin else low * 0.9, high + margin)
+
+
 def _band(ax: Axes, curves: np.ndarray, arm: Arm) -> None:
     tasks = np.arange(1, curves.shape[1] + 1)
     mean = curves.mean(0)
@@ -182,15 +188,18 @@ def _band(ax: Axes, curves: np.ndarray, arm: Arm) -> None:
 
 def _sensitivity(ax: Axes, arms: Arms, title: str, score: Callable[[dict], float]) -> None:
     """Draw a score against strength; methods without one as horizontal lines."""
+    shown: list[float] = []
     for method in dict.fromkeys(arm.method for arm in arms):
         own = {arm.strength: [score(run) for run in runs]
                for arm, runs in arms.items() if arm.method == method}  # fmt: skip
         means, halves = zip(*(interval(values) for values in own.values()), strict=True)
+        shown += means
         if list(own) == [0.0]:
             ax.axhline(means[0], color=COLORS[method], linewidth=1.2, linestyle="--")
         else:
             ax.errorbar(list(own), means, halves, color=COLORS[method], marker="o", markersize=4,
                         capsize=2, linewidth=1.6)  # fmt: skip
+    _show_means(ax, shown)
     if any(arm.strength for arm in arms):
         ax.set_xscale("log")
     ax.set_title(title, fontsize=10)
