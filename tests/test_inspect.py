@@ -653,6 +653,8 @@ def test_ctrl_c_in_a_terminal_ends_cleanly(tmp_path):
         [sys.executable, "-m", "spectral_kernels", "inspect", str(path)],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env={**os.environ, "TERM": "xterm"},
+        # Where the tests run in the background of a shell, SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(theirs)
     shown, sent = b"", False
