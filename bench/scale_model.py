@@ -29,17 +29,15 @@ import math
 import sys
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spectral_kernels import SpectralRegularizer
+from tests.collectives import Collectives
 
 
 class Decoder(NamedTuple):
@@ -111,19 +109,6 @@ def cost(decoder: Decoder, ranks: int, n_vectors: int, fused: bool, machine: Mac
     return Cost(memory, *sizes, seconds, step)
 
 
-class _Sizes(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-            size = sum(t.numel() * t.element_size() for t in tensors)
-            self.found.append((function.name().removeprefix("c10d::"), size))
-        return function(*args, **(kwargs or {}))
-
-
 def counted(decoder: Decoder, ranks: int, n_vectors: int) -> list[tuple[str, int]]:
     """Return name and bytes of the collectives of one step on one of ``ranks`` fake ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -136,7 +121,7 @@ def counted(decoder: Decoder, ranks: int, n_vectors: int) -> list[tuple[str, int
         fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
         reg = SpectralRegularizer(model, n_vectors=n_vectors)
         reg.accumulate_grad_()
-        with _Sizes() as seen:
+        with Collectives() as seen:
             reg.accumulate_grad_()
     finally:
         dist.destroy_process_group()

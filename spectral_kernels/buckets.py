@@ -53,6 +53,7 @@ class Buckets:
         self.owners = list(
             dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors))
         )
+        self._computed = next((o for o in self.owners if o.computed), None)
         self._slots = [
             ({o.attribute: o.tensor}, o.attribute)
             if o.module is None
@@ -62,12 +63,12 @@ class Buckets:
 
     def check_in_place(self) -> None:
         """Raise ValueError if there is no ``.grad`` to add to, or parameter to change."""
-        for owner in self.owners:
-            if owner.computed:
-                raise ValueError(
-                    f"parameter {owner.name!r} is made by a parametrization at every use; accepted "
-                    "is penalty(), whose gradient goes through it, or leave it out with exclude"
-                )
+        if self._computed is not None:
+            raise ValueError(
+                f"parameter {self._computed.name!r} is made by a parametrization at every use; "
+                "accepted is penalty(), whose gradient goes through it, or leave it out with "
+                "exclude"
+            )
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the parameter of every owner as it is now."""

@@ -110,8 +110,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if self._updates is None or shape != self._shape:
             self._build(buckets)
             self._shape = shape
-        for update, params in zip(self._updates, self._params, strict=True):
-            if not any(map(shards.is_sharded, params)):
+        for update, params, is_sharded in zip(
+            self._updates, self._params, self._are_sharded, strict=True
+        ):
+            if not is_sharded:
                 update.bind(params, [p.grad for p in params])
                 continue
             grads = [shards.local_grad(n, p) for n, p in zip(update.names, params, strict=True)]
@@ -164,6 +166,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 self.state[p]["step"] = update.steps[i]
             self._updates.append(update)
             self._params.append(params)
+        self._are_sharded = [any(map(shards.is_sharded, params)) for params in self._params]
         self._keep_vectors()
 
     def _checked(self, backend, device: torch.device, dtype: torch.dtype):

@@ -16,7 +16,7 @@ from pytest_benchmark.utils import get_commit_info
 from bench import scale_model
 from bench.report import commit_name
 from spectral_kernels.cli import processor
-from tests import sharded_models
+from tests import sharded_models, sharded_runs
 from tests.ranks import Ranks
 
 STEPS = 50
@@ -52,7 +52,7 @@ def main(folder):
                 results = []
                 for way in ("accumulate", "penalty"):
                     options = {"n_vectors": n_vectors}
-                    results += ranks.call(sharded_models.compare, placement, way, options, dtype)
+                    results += ranks.call(sharded_runs.compare, placement, way, options, dtype)
                 found = largest(results)
                 cells = [placement, str(dtype).removeprefix("torch."), str(n_vectors)]
                 lines.append(
@@ -68,7 +68,7 @@ def main(folder):
     for placement in sharded_models.PLACEMENTS:
         cells = [placement]
         for blocks in (2, 6):
-            _, seen, _ = ranks.call(sharded_models.counted, placement, blocks, 1, "accumulate")[0]
+            _, seen, _ = ranks.call(sharded_runs.counted, placement, blocks, 1, "accumulate")[0]
             cells.append(f"{len(seen)} all-reduces: " + ", ".join(str(size) for _, size in seen))
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
@@ -85,7 +85,7 @@ def main(folder):
     worst = {}
     for ax, placement in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
         for way, color in (("attach", "#0072B2"), ("SpectralAdamW", "#D55E00")):
-            alone, sharded = ranks.call(sharded_models.losses, placement, way, STEPS)[0]
+            alone, sharded = ranks.call(sharded_runs.losses, placement, way, STEPS)[0]
             ax.plot(alone, color=color, linewidth=4, alpha=0.3, label=f"{way}, one piece")
             ax.plot(sharded, color=color, linewidth=1.2, label=f"{way}, 4 ranks")
             worst[placement, way] = max(abs(a - b) / a for a, b in zip(alone, sharded, strict=True))

@@ -1,16 +1,13 @@
 """Under DistributedDataParallel every rank gets the same result."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spectral_kernels import SpectralRegularizer
+from tests.ranks import Ranks
 
 STEPS, BATCH = 6, 8
 
@@ -40,26 +37,22 @@ def train(model, inputs, targets, way):
     return [*(p.detach().clone() for p in model.parameters()), reg.sigma]
 
 
-def rank_main(rank, port, way, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def trained_by_a_rank(way):
+    """Train on this rank's half of every batch."""
+    rank = dist.get_rank()
     model, inputs, targets = model_and_data()
     half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
     ddp = DistributedDataParallel(model)
-    results[rank] = [t.numpy() for t in train(ddp, inputs[:, half], targets[:, half], way)]
-    dist.destroy_process_group()
+    return train(ddp, inputs[:, half], targets[:, half], way)
 
 
 @pytest.mark.parametrize("way", ["penalty", "accumulate", "attach"])
 def test_two_ranks_agree_with_each_other_and_with_one_process(way):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(rank_main, (port, way, results), nprocs=2)
-        first, second = ([torch.from_numpy(a) for a in results[rank]] for rank in (0, 1))
+    ranks = Ranks(2)
+    try:
+        first, second = ranks.call(trained_by_a_rank, way)
+    finally:
+        ranks.close()
     model, inputs, targets = model_and_data()
     alone = train(model, inputs, targets, way)
     for a, b, c in zip(first, second, alone, strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 from spectral_kernels import SpectralRegularizer
-from tests import sharded_models
+from tests import sharded_models, sharded_runs
 from tests.ranks import Ranks
 
 WORLDS = (2, 4)
@@ -44,7 +44,7 @@ def within(results, limit=1e-6):
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_placement(ranks, world, placement):
     for way in ("accumulate", "penalty"):
-        within(ranks(world).call(sharded_models.compare, placement, way, {}))
+        within(ranks(world).call(sharded_runs.compare, placement, way, {}))
 
 
 @pytest.mark.parametrize("way", ["accumulate", "penalty"])
@@ -55,7 +55,7 @@ def test_sums_over_one_rank(backend, way):
     try:
         for n_vectors in (1, 4):
             options = {"n_vectors": n_vectors}
-            within(alone.call(sharded_models.compare_alone, "fsdp", way, options), 1e-5)
+            within(alone.call(sharded_runs.compare_alone, "fsdp", way, options), 1e-5)
     finally:
         alone.close()
 
@@ -71,7 +71,7 @@ VIEW_PLACEMENTS = [
 def test_every_view_by_every_dimension(ranks, placements, n_vectors):
     options = {"n_vectors": n_vectors}
     limit = 1e-6 if n_vectors == 1 else 1e-5
-    within(ranks(4).call(sharded_models.compare_views, placements, (), options), limit)
+    within(ranks(4).call(sharded_runs.compare_views, placements, (), options), limit)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -83,13 +83,13 @@ def test_every_view_by_every_dimension(ranks, placements, n_vectors):
 def test_every_option(ranks, placement, options, backend):
     options = {**options, "backend": backend}
     limit = 1e-6 if "n_vectors" not in options else 1e-5
-    within(ranks(4).call(sharded_models.compare, placement, "accumulate", options), limit)
+    within(ranks(4).call(sharded_runs.compare, placement, "accumulate", options), limit)
 
 
 @pytest.mark.parametrize("way", ["attach", "accumulate", "penalty", "SpectralAdamW", "SpectralSGD"])
 @pytest.mark.parametrize("placement", ["fsdp", "tensor parallel", "fsdp and tensor parallel"])
 def test_training_has_the_same_losses(ranks, placement, way):
-    for alone, sharded in ranks(4).call(sharded_models.losses, placement, way, 50):
+    for alone, sharded in ranks(4).call(sharded_runs.losses, placement, way, 50):
         torch.testing.assert_close(torch.tensor(sharded), torch.tensor(alone), rtol=1e-5, atol=0)
         assert alone[-1] < alone[0]
 
@@ -101,10 +101,10 @@ def test_checkpoints_go_from_two_ranks_to_four_to_one_and_to_none(
     ranks, tmp_path, kind, n_vectors, flat
 ):
     arguments = str(tmp_path / "saved"), kind, "fsdp", n_vectors, flat, 3
-    before, after, weights = ranks(2).call(sharded_models.saved, *arguments)[0]
+    before, after, weights = ranks(2).call(sharded_runs.saved, *arguments)[0]
     alone = str(tmp_path / "saved"), kind, None, n_vectors, flat, 3
-    others = ranks(4).call(sharded_models.loaded, *arguments)
-    others += [sharded_models.loaded(*alone), *ranks(1).call(sharded_models.loaded, *arguments)]
+    others = ranks(4).call(sharded_runs.loaded, *arguments)
+    others += [sharded_runs.loaded(*alone), *ranks(1).call(sharded_runs.loaded, *arguments)]
     for at_start, at_end, trained in others:
         for name, v in before.items():
             assert torch.equal(at_start[name], v)
@@ -115,7 +115,7 @@ def test_checkpoints_go_from_two_ranks_to_four_to_one_and_to_none(
 
 
 def test_vectors_are_saved_while_weights_are_gathered(ranks):
-    found = ranks(2).call(sharded_models.evaluated_and_saved)
+    found = ranks(2).call(sharded_runs.evaluated_and_saved)
     assert found[0] == found[1]
     assert sum("spectral_vectors" in names or "spectral_vectors[q]" in names
                for names in found[0]) == 10  # fmt: skip
@@ -123,14 +123,12 @@ def test_vectors_are_saved_while_weights_are_gathered(ranks):
 
 @pytest.mark.parametrize("placement", ["fsdp", "hsdp", "tensor parallel"])
 def test_float64(ranks, placement):
-    within(ranks(4).call(sharded_models.compare, placement, "penalty", {}, torch.float64), 1e-12)
+    within(ranks(4).call(sharded_runs.compare, placement, "penalty", {}, torch.float64), 1e-12)
 
 
 def test_bfloat16(ranks):
     for placement in ("fsdp", "tensor parallel"):
-        for found in ranks(4).call(
-            sharded_models.compare, placement, "penalty", {}, torch.bfloat16
-        ):
+        for found in ranks(4).call(sharded_runs.compare, placement, "penalty", {}, torch.bfloat16):
             assert found.pop("grad") < 0.01  # rounded to eight bits, one way or the other
             within([found])
 
@@ -141,7 +139,7 @@ def test_bfloat16(ranks):
 def test_two_collectives_per_step_whatever_the_number_of_matrices(ranks, placement, n_vectors, way):
     for blocks in (1, 4):
         for counts, seen, sizes in ranks(4).call(
-            sharded_models.counted, placement, blocks, n_vectors, way
+            sharded_runs.counted, placement, blocks, n_vectors, way
         ):
             (v,), (matrices,), (vectors,) = (sizes[n] for n in ("v", "matrices", "vectors"))
             assert counts == {"c10d.allreduce_": 2}
@@ -153,7 +151,7 @@ def test_collectives_of_tensor_parallel_layers(ranks):
     counts = []
     for blocks in (1, 4):
         found, seen, sizes = ranks(4).call(
-            sharded_models.counted, "tensor parallel", blocks, 1, "accumulate"
+            sharded_runs.counted, "tensor parallel", blocks, 1, "accumulate"
         )[0]
         # Rows are spread: t and numbers. Columns are: s before them.
         _, rows, columns, _ = zip(*(sizes[n] for n in ("v", "s")), strict=True)
@@ -166,32 +164,32 @@ def test_collectives_of_tensor_parallel_layers(ranks):
 @pytest.mark.parametrize("n_vectors", [1, 4])
 @pytest.mark.parametrize("placements", [(Shard(0),), (Shard(1), Shard(0))], ids=str)
 def test_norms_of_sharded_weights(ranks, placements, n_vectors):
-    for found, truth in ranks(4).call(sharded_models.norms, placements, n_vectors):
+    for found, truth in ranks(4).call(sharded_runs.norms, placements, n_vectors):
         for name, sigma in truth.items():
             assert found[name] == pytest.approx(sigma, rel=3e-4, abs=1e-4)
 
 
 def test_metrics_are_those_of_whole_matrices_and_the_first_rank_logs(ranks, tmp_path):
     path = tmp_path / "run.csv"
-    for alone, found in ranks(2).call(sharded_models.metrics, str(path)):
+    for alone, found in ranks(2).call(sharded_runs.metrics, str(path)):
         assert found == pytest.approx(alone, rel=1e-4, abs=1e-4)
     assert [line.partition(",")[0] for line in path.read_text().splitlines()] == ["step", "1"]
 
 
 def test_check_ranks_finds_what_has_come_apart(ranks):
     for what in ("replicas", "replicas of shards", "vectors"):
-        said = ranks(4).call(sharded_models.come_apart, what)
+        said = ranks(4).call(sharded_runs.come_apart, what)
         assert [before for before, _ in said] == [""] * 4
         assert "'inputs.weight'" in said[3][1]
         assert "differ between ranks 3 and" in said[3][1]
-    assert ranks(4).call(sharded_models.come_apart, "seeds") == [["", ""]] * 4
-    said = ranks(2).call(sharded_models.come_apart, "names")
+    assert ranks(4).call(sharded_runs.come_apart, "seeds") == [["", ""]] * 4
+    said = ranks(2).call(sharded_runs.come_apart, "names")
     assert "different matrices" in said[0][0]
 
 
 @pytest.mark.parametrize("change", ["sharded", "gathered", "by another dimension"])
 def test_another_placement_is_noticed(ranks, change):
-    within(ranks(4).call(sharded_models.resharded, change), 1e-5)
+    within(ranks(4).call(sharded_runs.resharded, change), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +205,7 @@ def test_another_placement_is_noticed(ranks, change):
 )
 def test_what_cannot_be_done_is_refused_by_name(ranks, what, says):
 
-    assert re.search(says, ranks(4).call(sharded_models.refused, what)[3])
+    assert re.search(says, ranks(4).call(sharded_runs.refused, what)[3])
 
 
 def test_placeholders_of_zero_3_are_refused():
@@ -218,7 +216,7 @@ def test_placeholders_of_zero_3_are_refused():
 
 
 def test_a_gradient_that_is_yet_to_be_summed(ranks):
-    for found, truth in ranks(2).call(sharded_models.partial_gradient):
+    for found, truth in ranks(2).call(sharded_runs.partial_gradient):
         torch.testing.assert_close(found, truth)
 
 
@@ -226,7 +224,7 @@ def test_a_rank_that_dies_leaves_an_error_and_no_hang():
     group = Ranks(2, timeout=10)
     try:
         for pipe in group.pipes:
-            pipe.send(("tests.sharded_models:dies", (1,)))
+            pipe.send(("tests.sharded_runs:dies", (1,)))
         assert group.pipes[0].poll(60)
         kind, (said, seconds) = group.pipes[0].recv()
         assert kind == "returned"
