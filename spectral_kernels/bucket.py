@@ -189,9 +189,9 @@ class Bucket:
         if names:
             check_ranks(names, vectors, self.backend.spread.mesh if self.is_sharded else ())
 
-    def evaluated(self) -> State:
-        """Return sigma and penalty at the vectors the next iteration would use."""
-        state = self.state.evaluation()
+    def evaluated(self, state: State | None = None) -> State:
+        """Return sigma and penalty at the vectors the next iteration would use, or at ``state``."""
+        state = (state or self.state).evaluation()
         self.backend.gram_matvec(self.plan, state)
         self.backend.normalize(self.plan, state)
         return state

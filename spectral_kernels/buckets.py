@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -28,6 +31,10 @@ class Buckets:
         fill: called with each new bucket, to write strength and target.
     """
 
+    by_number: ClassVar[WeakValueDictionary[int, Buckets]] = WeakValueDictionary()
+    _some_traced: ClassVar[bool] = False
+    _numbers = count(2)  # compilers have code of their own for 0 and for 1
+
     def __init__(
         self,
         selection: Selection,
@@ -42,6 +49,9 @@ class Buckets:
         self.selection, self.backend, self.exponent = selection, backend, exponent
         self.warmup, self.seed, self.fill = warmup, seed, fill
         self.r, self.further = r, further
+        self.number = next(self._numbers)
+        self.by_number[self.number] = self
+        self._traced = False  # is in a graph
         self.buckets: list[Bucket] | None = None
         self._indices: list[list[int]] = []  # of each bucket's owners
         self._sharded: dict[int, torch.Tensor] = {}  # parameters that were DTensors last
@@ -97,24 +107,51 @@ class Buckets:
             self._sharded.pop(i, None)
         return tensor
 
-    def fresh(self) -> list[Bucket]:
-        """Return buckets whose tables point at the parameters of this moment, warmed up."""
+    def fresh(self, warmed: bool = True) -> list[Bucket]:
+        """Return buckets whose tables point at the parameters of this moment, ``warmed`` up."""
         tensors = self.tensors()
         if self.buckets is not None:
             for bucket, indices in zip(self.buckets, self._indices, strict=True):
                 if not bucket.bind([tensors[i] for i in indices]):
-                    self.known = self.vectors()
-                    self.buckets = None
+                    self._warm = self.is_warm
+                    self.known, self.buckets = self.vectors(), None
                     break
         if self.buckets is None:
             # The state outlives an inference mode in which it happens to be made.
             with torch.inference_mode(False):
                 self._build(tensors)
         for bucket in self.buckets:
-            if not bucket.warm:
+            if warmed and not bucket.warm:
                 bucket.iterate(self.warmup)
                 bucket.warm = True
         return self.buckets
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether vectors are there and warmed up."""
+        return self.buckets is not None and all(bucket.warm for bucket in self.buckets)
+
+    def ready_to_trace(self) -> bool:
+        """Build what a graph refers to, while it is traced; False: it cannot be in a graph."""
+        Buckets._some_traced = self._traced = True
+        return not any(bucket.is_sharded for bucket in self.fresh(warmed=False))
+
+    def ready_for_graphs(self) -> None:
+        """Build at once if steps are compiled in this process: one may serve these buckets too.
+
+        Graphs expect buckets that are there, and would be compiled anew for each regularizer.
+        """
+        if not self._some_traced:
+            return
+        tensors = [owner.get() for owner in self.owners]
+        if not any(t.is_meta or shards.is_sharded(t) for t in tensors):
+            self.fresh(warmed=False)
+
+    def with_tensors(self) -> Iterator[tuple[Bucket, list[torch.Tensor]]]:
+        """Yield every bucket with the parameters of its owners as they are now."""
+        tensors = self.tensors()
+        for bucket, indices in zip(self.buckets, self._indices, strict=True):
+            yield bucket, [tensors[i] for i in indices]
 
     def _build(self, tensors: list[torch.Tensor]) -> None:
         place = {owner: i for i, owner in enumerate(self.owners)}
@@ -170,7 +207,9 @@ class Buckets:
                 v = None
             if v is None or len(v) < self.r:
                 all_known = False
-                random = layout.from_logical(self._random(matrix.name, layout.cols))
+                random = self._random(matrix.name, layout.cols)
+                if layout.side == "right":
+                    random = layout.from_logical(random)
                 if v is not None:
                     random[: len(v)] = v
                 v = orthonormal(random)
@@ -213,6 +252,8 @@ class Buckets:
         """Start from ``vectors`` at the next use; unless ``warm``, with a warm-up."""
         self.known = {**self.vectors(), **vectors}
         self.buckets, self._warm = None, warm
+        if self._traced:
+            self.fresh(warmed=False)
 
 
 def orthonormal(v: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .arguments import count
+from .untraced import untraced
 
 SUFFIXES = (".csv", ".jsonl")
 SIGMA, RESIDUAL = "sigma/", "residual/"  # before the names in the header of a CSV
@@ -60,6 +61,7 @@ class Log:
         if _writes():
             self._continue()
 
+    @untraced
     def __call__(self, step: int) -> None:
         """Append sigma and residual as they are; with a process group every rank may call it.
 

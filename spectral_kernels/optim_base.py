@@ -15,6 +15,7 @@ from . import backends, optim_check, shards
 from .bucket import Bucket
 from .logs import Log
 from .regularizer import Row, SpectralRegularizer, Strength
+from .untraced import untraced
 from .update import Rule, Update
 
 
@@ -56,6 +57,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
 
     # -------------------------------------------------------------------------------- a step
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):
         """Take a step on the gradients in ``.grad`` and the penalty's, which is not put there.

@@ -207,6 +207,7 @@ class Plan(Tables):
         """
         now, before = memory_of(tensors), self.weights_seen
         if now == before:
+            self.tensors = tensors  # other objects, perhaps, for the same memory
             return True
         addresses = now.address_array()
         if any(t.device != self.device or t.dtype != self.dtype for t in tensors):

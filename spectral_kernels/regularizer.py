@@ -22,6 +22,7 @@ from .plan import R
 from .readings import Row
 from .selection import select
 from .shards import local_of
+from .untraced import outside, untraced
 
 Strength = float | torch.Tensor | Mapping[str, float]
 Target = float | str | Mapping[str, float | str]
@@ -114,6 +115,7 @@ class SpectralRegularizer:
         self._initial: dict[str, float] = {}
         if not any(owner.get().is_meta for owner in self._buckets.owners):
             self._measure_initial()
+        self._buckets.ready_for_graphs()
 
     # ---------------------------------------------------------------------- the three ways
 
@@ -131,6 +133,13 @@ class SpectralRegularizer:
             RuntimeError: a parameter that is gone or on the meta device.
             ValueError: a parameter whose memory layout cannot be used in place.
         """
+        if torch.compiler.is_compiling():
+            from . import ops
+
+            if not self._buckets.ready_to_trace():
+                return outside(SpectralRegularizer.penalty, self)
+            strength = self._strength if self._strength_is_tensor else None
+            return ops.traced_penalty(self._buckets, self._iterations, strength)
         return autograd.penalty(self._ready(), self._iterations)
 
     def accumulate_grad_(self, grad_scale: float | torch.Tensor | None = None) -> None:
@@ -148,6 +157,8 @@ class SpectralRegularizer:
             ValueError: as :meth:`penalty`, for a ``.grad`` that is sparse, or of a dtype or memory
                 layout that does not go with its weight, and for a parametrized weight.
         """
+        if torch.compiler.is_compiling():
+            return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
         self._buckets.check_in_place()
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
             factor = number("grad_scale", grad_scale)
@@ -165,6 +176,7 @@ class SpectralRegularizer:
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.finish(self._iterations, own)
 
+    @untraced
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
         """Call :meth:`accumulate_grad_` at the start of every ``optimizer.step()``.
 
@@ -198,17 +210,18 @@ class SpectralRegularizer:
         return self._strength
 
     @strength.setter
+    @untraced
     def strength(self, strength: Strength) -> None:
-        if isinstance(strength, torch.Tensor):
+        is_tensor = isinstance(strength, torch.Tensor)
+        if is_tensor:
             if strength.dim() != 0 or not strength.is_floating_point():
                 raise ValueError(
                     f"strength: got a tensor of shape {tuple(strength.shape)} and dtype "
                     f"{strength.dtype}; accepted are 0-d floating-point tensors"
                 )
-            self._strengths = None
         else:
             self._strengths = by_name("strength", strength, self._selection)
-        self._strength = strength
+        self._strength, self._strength_is_tensor = strength, is_tensor
         for bucket in self._buckets.buckets or ():
             self._fill_strength(bucket)
 
@@ -228,6 +241,7 @@ class SpectralRegularizer:
         return self.residuals[:, 0]
 
     @property
+    @untraced
     def singular_values(self) -> torch.Tensor:
         """Estimates of the ``n_vectors`` largest ones of each matrix, [n_matrices, n_vectors].
 
@@ -237,10 +251,12 @@ class SpectralRegularizer:
         return readings.gather(self._ready(), self.names, "sigmas")
 
     @property
+    @untraced
     def residuals(self) -> torch.Tensor:
         """Some singular value of W lies within each of them; [n_matrices, n_vectors], a copy."""
         return readings.gather(self._ready(), self.names, "residuals")
 
+    @untraced
     def check_ranks(self) -> None:
         """Compare matrices and vectors of all ranks that share parameters; every rank calls it.
 
@@ -256,6 +272,7 @@ class SpectralRegularizer:
         for bucket in self._ready():
             bucket.check_ranks()
 
+    @untraced
     def report(self) -> list[Row]:
         """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
         values = torch.stack((self.sigma, self.residual)).tolist()
@@ -264,6 +281,7 @@ class SpectralRegularizer:
             for matrix, sigma, residual in zip(self._selection.matrices, *values, strict=True)
         ]
 
+    @untraced
     def metrics(self, per_layer: bool = False) -> dict[str, float]:
         """Return numbers for a logger, as of the last step; this synchronizes a GPU once.
 
@@ -277,6 +295,7 @@ class SpectralRegularizer:
         """
         return readings.metrics(self._ready(), self.names, per_layer)
 
+    @untraced
     def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
         """Return ``log``: ``log(step)`` in the loop appends sigma and residual of every matrix.
 
@@ -294,15 +313,17 @@ class SpectralRegularizer:
 
     # --------------------------------------------------------------------------------- state
 
+    @untraced
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors of every matrix and the measured targets, by name.
 
         Copies, [n_vectors, N].
         """
-        if self._buckets.buckets is None and not self._buckets.known:
+        if not self._buckets.is_warm and not self._buckets.known:
             self._buckets.fresh()
         return {"vectors": self._buckets.vectors(), "initial": dict(self._initial)}
 
+    @untraced
     def load_state_dict(self, state: Mapping[str, Any]) -> checkpoint.LoadResult:
         """Continue from a :meth:`state_dict`; vectors are normalized, missing names warmed up.
 
@@ -348,7 +369,7 @@ class SpectralRegularizer:
 
     def _ready(self) -> list[Bucket]:
         buckets = self._buckets.fresh()
-        if self._strengths is None:
+        if self._strength_is_tensor:
             for bucket in buckets:
                 self._fill_strength(bucket)
         return buckets
@@ -364,7 +385,7 @@ class SpectralRegularizer:
         bucket.state.target.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
 
     def _fill_strength(self, bucket: Bucket) -> None:
-        if self._strengths is None:
+        if self._strength_is_tensor:
             bucket.state.strength.fill_(self._strength.detach())
         else:
             entries = (*bucket.plan.matrices, *bucket.plan.vectors)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SPREAD = ["pytest", "-n", "auto", "--dist", "loadfile"]  # over the cores, a file to one of them
 INTERPRETED = [*SPREAD, "tests/test_triton.py", "tests/test_self_check.py",
                "tests/test_backends.py", "tests/test_subspace.py", "tests/test_optim.py",
-               "tests/test_partials.py",
+               "tests/test_partials.py", "tests/test_compile.py",
                "-k", "triton", "-m", "not gpu"]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import os
 import time
 
 import torch
+import torch._dynamo
 import torch.distributed.checkpoint
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -367,14 +368,30 @@ def refused(what):
             local = model.head.weight.data.t().contiguous().t()
             model.head.weight = nn.Parameter(DTensor.from_local(local, mesh, [Replicate()]))
             SpectralRegularizer(model).accumulate_grad_()
+        elif what == "in a graph":
+            reg = SpectralRegularizer(sharded("fsdp", world, model))
+            torch.compile(lambda: reg.penalty(), backend="aot_eager", fullgraph=True)()
         elif what == "plain gradient":
             reg = SpectralRegularizer(sharded("fsdp", world, model))
             model.head.weight.grad = None
             model.head.weight._grad = torch.zeros(3, 26)
             reg.accumulate_grad_()
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, torch._dynamo.exc.Unsupported) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def between_graphs():
+    """Return deviations where penalty() of a sharded model is called in a compiled function."""
+    world, found = torch.distributed.get_world_size(), []
+    for compiled in (False, True):
+        model = sharded("fsdp", world, built())
+        reg = SpectralRegularizer(model, STRENGTH)
+        step = torch.compile(lambda r=reg: 2 * r.penalty(), backend="aot_eager")
+        for _ in range(3):
+            (step() if compiled else 2 * reg.penalty()).backward()
+        found.append(measured(reg, model))
+    return deviations(*found)
 
 
 def partial_gradient():

@@ -219,13 +219,25 @@ def replaced_parameter(model):
     model.conv.weight = nn.Parameter(torch.randn_like(model.conv.weight))
 
 
+def same_memory_replaced(model):
+    model.conv.weight = nn.Parameter(model.conv.weight.data)
+
+
 def unchanged(model):
     model.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize(
     "change",
-    [replaced_data, assigned, doubled, to_channels_last, replaced_parameter, unchanged],
+    [
+        replaced_data,
+        assigned,
+        doubled,
+        to_channels_last,
+        replaced_parameter,
+        same_memory_replaced,
+        unchanged,
+    ],
 )
 def test_changes_between_steps_are_noticed_and_vectors_carried(change):
     model = models.mixed()
@@ -237,6 +249,14 @@ def test_changes_between_steps_are_noticed_and_vectors_carried(change):
     reg.accumulate_grad_()
     found = models.grads(model)
     close(found, fresh_gradient(model, vectors))
+
+
+def test_a_transposed_convolution_may_be_channels_last():
+    """Stored column by column, with several dimensions of columns: v is a left vector."""
+    layer = nn.ConvTranspose2d(8, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    reg = SpectralRegularizer(layer, warmup=60)
+    exact = torch.linalg.svdvals(layer.weight.detach().transpose(0, 1).flatten(1))[0]
+    torch.testing.assert_close(reg.sigma[0], exact)
 
 
 def test_meta_model_is_fine_once_it_is_materialized():

@@ -200,12 +200,17 @@ def test_another_placement_is_noticed(ranks, change):
         ("partial", r"'head.weight' has placements.*Partial.*accepted are Shard and Replicate"),
         ("other ranks", r"'head.weight' lies on .*which this rank is not part of"),
         ("column by column", r"'head.weight' has a shard.*accepted are contiguous"),
+        ("in a graph", r"only penalty\(\) of parameters that are not sharded"),
         ("plain gradient", r"gradient of parameter 'head.weight'.*accepted is a DTensor"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(ranks, what, says):
 
     assert re.search(says, ranks(4).call(sharded_runs.refused, what)[3])
+
+
+def test_compiled_functions_call_the_penalty_between_two_graphs(ranks):
+    within(ranks(2).call(sharded_runs.between_graphs))
 
 
 def test_placeholders_of_zero_3_are_refused():

@@ -16,10 +16,10 @@ PACKAGE = Path(spectral_kernels.__file__).parent
 ORDER = [
     "__main__", "cli", "inspection", "inspection_report", "plotting", "log_plots", "demo", "plots",
     "inspection_rows", "__init__", "optim", "optim_base", "optim_check", "regularizer",
-    "named_values", "readings", "logs", "attach", "autograd", "checkpoint", "diagnostics",
-    "lanczos", "update", "buckets", "bucket", "backends", "self_check", "reference", "distributed",
-    "state", "plan", "device_tables", "memory", "shards", "layout", "listing", "selection",
-    "owners", "checkpoint_files", "arguments", "_version",
+    "named_values", "readings", "logs", "untraced", "ops", "attach", "autograd", "checkpoint",
+    "diagnostics", "lanczos", "update", "buckets", "bucket", "backends", "self_check", "reference",
+    "distributed", "state", "plan", "device_tables", "memory", "shards", "layout", "listing",
+    "selection", "owners", "checkpoint_files", "arguments", "_version",
 ]  # fmt: skip
 
 

@@ -1,0 +1,246 @@
+"""The penalty as operators of torch (``torch.ops.spectral_kernels``), for graphs of torch.compile.
+
+Eager calls go straight to a backend, which takes a tenth of the time. A graph needs more: all that
+an operator reads or writes is an argument, and what it writes is marked, so that the compiler keeps
+the order. What has no tensors to pass, tables and backend, an operator finds by the number of the
+regularizer's ``Buckets`` and the index of one of them.
+
+This module is imported when a call is traced first: what it needs of torch takes a second to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .bucket import Bucket
+from .buckets import Buckets
+from .state import State
+
+_LIBRARY = torch.library.Library("spectral_kernels", "DEF")
+# Tables hold the addresses of gradients: the replay of a CUDA graph would not bring them up to date
+# (inductor runs what is tagged outside of its graphs), and strides are those that were traced.
+_TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides)
+
+
+def _bucket(number: int, index: int, weights: list[Tensor]) -> Bucket:
+    """Return a bucket whose tables point at ``weights``, one per owner."""
+    buckets = Buckets.by_number.get(number)
+    if buckets is None:
+        raise RuntimeError(
+            "the SpectralRegularizer whose penalty() was compiled is gone; keep it until after "
+            "backward()"
+        )
+    found = (buckets.buckets or ())[index : index + 1]
+    if not found or not found[0].bind(weights):
+        raise RuntimeError(
+            "the parameters have another device, dtype, shape or layout than in the forward pass "
+            "of a compiled penalty()"
+        )
+    return found[0]
+
+
+def power_iteration(
+    weights: list[Tensor], v: Tensor, v_next: Tensor, s: Tensor, scalars: Tensor,
+    strength: Tensor | None, number: int, index: int, iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run power iterations from ``v_next`` and return what the penalty's gradient needs of them.
+
+    Args:
+        weights: the parameter of every owner of the bucket; constants for differentiation.
+        v: [sum of r * N], overwritten with what the last iteration has multiplied.
+        v_next: [sum of r * N], where to start; then where to go on.
+        s: [sum of r * M], overwritten.
+        scalars: of the state, see there; all but strength and target are overwritten.
+        strength: 0-d, written over all strengths, or None.
+        number: of the ``Buckets``.
+        index: of the bucket among them.
+        iterations: how many, 1 or more.
+
+    Returns:
+        Copies of v, s and scalars as they are then.
+
+    Raises:
+        RuntimeError: the bucket is gone or does not go with ``weights``.
+    """
+    bucket, buffers = _bucket(number, index, weights), (v, v_next, s, scalars)
+    if strength is not None:
+        State(bucket.plan, *buffers, bucket.state.exponent).strength.fill_(strength)
+    if not bucket.warm:
+        _iterate(bucket, buffers, Buckets.by_number[number].warmup)
+        bucket.warm = True
+    _iterate(bucket, buffers, iterations)
+    torch.autograd.graph.increment_version(buffers)  # the kernels know addresses alone
+    return v.clone(), s.clone(), scalars.clone()
+
+
+def _iterate(bucket: Bucket, buffers: tuple[Tensor, ...], n: int) -> None:
+    """Run ``n`` power iterations on v, v_next, s and scalars, in which v is what made s then."""
+    v, v_next, *others = buffers
+    if n % 2:  # every iteration swaps them
+        v.copy_(v_next)
+        v, v_next = v_next, v
+    own = bucket.state
+    bucket.state = State(bucket.plan, v, v_next, *others, own.exponent)
+    try:
+        bucket.iterate(n)
+    finally:
+        bucket.state = own
+
+
+def _power_iteration_fake(weights, v, v_next, s, scalars, strength, number, index, iterations):
+    return torch.empty_like(v), torch.empty_like(s), torch.empty_like(scalars)
+
+
+def evaluate(
+    weights: list[Tensor], v_next: Tensor, scalars: Tensor, strength: Tensor | None,
+    number: int, index: int,
+) -> Tensor:  # fmt: skip
+    """Return the penalty at ``v_next``, 0-d, and change nothing; arguments as above."""
+    bucket = _bucket(number, index, weights)
+    v, v_next = torch.empty_like(v_next), v_next.clone()
+    s, scalars = torch.empty_like(bucket.state.s), scalars.clone()
+    state = State(bucket.plan, v, v_next, s, scalars, bucket.state.exponent)
+    if strength is not None:
+        state.strength.fill_(strength)
+    if not bucket.warm:
+        _iterate(bucket, (v, v_next, s, scalars), Buckets.by_number[number].warmup)
+    return bucket.value(bucket.evaluated(state))
+
+
+def _evaluate_fake(weights, v_next, scalars, strength, number, index):
+    return scalars.new_empty(())
+
+
+def penalty(
+    weights: list[Tensor], v: Tensor, s: Tensor, scalars: Tensor, number: int, index: int
+) -> Tensor:
+    """Return sum of strength * R, 0-d, of what ``power_iteration`` has returned.
+
+    A function of ``weights`` given v, which is exactly differentiable; the number itself is in
+    ``scalars`` already.
+    """
+    bucket = _bucket(number, index, weights)
+    return bucket.value(State(bucket.plan, v, None, s, scalars, bucket.state.exponent))
+
+
+def _penalty_fake(weights, v, s, scalars, number, index):
+    return scalars.new_empty(())
+
+
+def penalty_backward(
+    weights: list[Tensor], v: Tensor, s: Tensor, scalars: Tensor, upstream: Tensor,
+    wanted: list[bool], number: int, index: int,
+) -> list[Tensor]:  # fmt: skip
+    """Return upstream * strength * dR/dW of those weights that are ``wanted``."""
+    bucket = _bucket(number, index, weights)
+    state = State(bucket.plan, v, None, s, scalars, bucket.state.exponent)
+    grads = [torch.empty_like(w) if x else None for w, x in zip(weights, wanted, strict=True)]
+    state.set_scale(upstream)
+    bucket.plan.bind_grads(grads)
+    bucket.add_gradient(state, grads, accumulate=False)
+    return [grad for grad in grads if grad is not None]
+
+
+def _penalty_backward_fake(weights, v, s, scalars, upstream, wanted, number, index):
+    return [torch.empty_like(w) for w, x in zip(weights, wanted, strict=True) if x]
+
+
+def _setup_context(ctx, inputs, output):
+    weights, v, s, scalars, ctx.number, ctx.index = inputs
+    ctx.save_for_backward(v, s, scalars, *weights)
+
+
+def _backward(ctx, upstream):
+    v, s, scalars, *weights = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[0])
+    grads = torch.ops.spectral_kernels.penalty_backward(
+        weights, v, s, scalars, upstream, wanted, ctx.number, ctx.index
+    )
+    found = iter(grads)
+    return [next(found) if x else None for x in wanted], *[None] * 5
+
+
+def _no_second_derivatives(ctx, *upstream):
+    raise RuntimeError(
+        "a compiled penalty() has no second derivatives; call it outside of torch.compile for them"
+    )
+
+
+def _define(schema: str, kernel, fake) -> None:
+    name = kernel.__name__
+    _LIBRARY.define(name + schema, tags=_TAGS)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spectral_kernels::{name}", fake, lib=_LIBRARY)
+
+
+_WHERE = "SymInt number, int index"
+_define(
+    "(Tensor[] weights, Tensor(a!) v, Tensor(b!) v_next, Tensor(c!) s, Tensor(d!) scalars, "
+    f"Tensor? strength, {_WHERE}, int iterations) -> (Tensor, Tensor, Tensor)",
+    power_iteration,
+    _power_iteration_fake,
+)
+_define(
+    f"(Tensor[] weights, Tensor v_next, Tensor scalars, Tensor? strength, {_WHERE}) -> Tensor",
+    evaluate,
+    _evaluate_fake,
+)
+_define(
+    f"(Tensor[] weights, Tensor v, Tensor s, Tensor scalars, {_WHERE}) -> Tensor",
+    penalty,
+    _penalty_fake,
+)
+_define(
+    "(Tensor[] weights, Tensor v, Tensor s, Tensor scalars, Tensor upstream, bool[] wanted, "
+    f"{_WHERE}) -> Tensor[]",
+    penalty_backward,
+    _penalty_backward_fake,
+)
+torch.library.register_autograd(
+    "spectral_kernels::penalty", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "spectral_kernels::penalty_backward", _no_second_derivatives, lib=_LIBRARY
+)
+# The vectors are constants for differentiation, and so is what is only evaluated.
+for _name in ("power_iteration", "evaluate"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+# ------------------------------------------------------------------------------- what is traced
+
+torch.compiler.assume_constant_result(Buckets.ready_to_trace)
+
+
+@torch.compiler.disable(
+    reason="of spectral_kernels, graphs hold only penalty() of parameters that are not sharded; "
+    "with fullgraph=True, call this outside of the compiled function"
+)
+def outside(function: Callable, *args, **kwargs):
+    """Call ``function`` between two graphs."""
+    return function(*args, **kwargs)
+
+
+def traced_penalty(buckets: Buckets, iterations: int, strength: Tensor | None) -> Tensor:
+    """Return the penalty of all buckets, 0-d, as ``autograd.penalty`` does, in a traced function.
+
+    They are ready to trace, and none is sharded.
+
+    The compiler guards all that is read here and traces again where it has changed: attributes that
+    change from step to step are none of it.
+    """
+    own, number, total = torch.ops.spectral_kernels, buckets.number, None
+    for index, (bucket, weights) in enumerate(buckets.with_tensors()):
+        state, where = bucket.state, (number, index)
+        if torch.is_grad_enabled():
+            vectors = own.power_iteration(
+                weights, state.v, state.v_next, state.s, state.scalars, strength, *where, iterations
+            )
+            value = own.penalty(weights, *vectors, *where)
+        else:
+            value = own.evaluate(weights, state.v_next, state.scalars, strength, *where)
+        total = value if total is None else total + value.to(total.device)
+    return total
