@@ -45,8 +45,8 @@ def _bucket(number: int, index: int, weights: list[Tensor]) -> Bucket:
 def power_iteration(
     weights: list[Tensor], v: Tensor, v_next: Tensor, s: Tensor, scalars: Tensor,
     strength: Tensor | None, number: int, index: int, iterations: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Run power iterations from ``v_next`` and return what the penalty's gradient needs of them.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run power iterations from ``v_next``; return the penalty and what its gradient needs.
 
     Args:
         weights: the parameter of every owner of the bucket; constants for differentiation.
@@ -60,7 +60,7 @@ def power_iteration(
         iterations: how many, 1 or more.
 
     Returns:
-        Copies of v, s and scalars as they are then.
+        Sum of strength * R, 0-d; copies of v, s and scalars as they are then.
 
     Raises:
         RuntimeError: the bucket is gone or does not go with ``weights``.
@@ -71,13 +71,16 @@ def power_iteration(
     if not bucket.warm:
         _iterate(bucket, buffers, Buckets.by_number[number].warmup)
         bucket.warm = True
-    _iterate(bucket, buffers, iterations)
+    value = _iterate(bucket, buffers, iterations)
     torch.autograd.graph.increment_version(buffers)  # the kernels know addresses alone
-    return v.clone(), s.clone(), scalars.clone()
+    return value, v.clone(), s.clone(), scalars.clone()
 
 
-def _iterate(bucket: Bucket, buffers: tuple[Tensor, ...], n: int) -> None:
-    """Run ``n`` power iterations on v, v_next, s and scalars, in which v is what made s then."""
+def _iterate(bucket: Bucket, buffers: tuple[Tensor, ...], n: int) -> Tensor:
+    """Run ``n`` power iterations on v, v_next, s and scalars, and return the penalty.
+
+    After them, v is what has made s.
+    """
     v, v_next, *others = buffers
     if n % 2:  # every iteration swaps them
         v.copy_(v_next)
@@ -86,12 +89,13 @@ def _iterate(bucket: Bucket, buffers: tuple[Tensor, ...], n: int) -> None:
     bucket.state = State(bucket.plan, v, v_next, *others, own.exponent)
     try:
         bucket.iterate(n)
+        return bucket.value(bucket.state)
     finally:
         bucket.state = own
 
 
 def _power_iteration_fake(weights, v, v_next, s, scalars, strength, number, index, iterations):
-    return torch.empty_like(v), torch.empty_like(s), torch.empty_like(scalars)
+    return scalars.new_empty(()), *map(torch.empty_like, (v, s, scalars))
 
 
 def evaluate(
@@ -115,19 +119,18 @@ def _evaluate_fake(weights, v_next, scalars, strength, number, index):
 
 
 def penalty(
-    weights: list[Tensor], v: Tensor, s: Tensor, scalars: Tensor, number: int, index: int
-) -> Tensor:
-    """Return sum of strength * R, 0-d, of what ``power_iteration`` has returned.
+    weights: list[Tensor], value: Tensor, v: Tensor, s: Tensor, scalars: Tensor,
+    number: int, index: int,
+) -> Tensor:  # fmt: skip
+    """Return the penalty, 0-d, of what ``power_iteration`` has returned, as ``value``.
 
-    A function of ``weights`` given v, which is exactly differentiable; the number itself is in
-    ``scalars`` already.
+    This is where its gradient comes in: exact in ``weights``, given v.
     """
-    bucket = _bucket(number, index, weights)
-    return bucket.value(State(bucket.plan, v, None, s, scalars, bucket.state.exponent))
+    return value.clone()
 
 
-def _penalty_fake(weights, v, s, scalars, number, index):
-    return scalars.new_empty(())
+def _penalty_fake(weights, value, v, s, scalars, number, index):
+    return torch.empty_like(value)
 
 
 def penalty_backward(
@@ -149,7 +152,7 @@ def _penalty_backward_fake(weights, v, s, scalars, upstream, wanted, number, ind
 
 
 def _setup_context(ctx, inputs, output):
-    weights, v, s, scalars, ctx.number, ctx.index = inputs
+    weights, _, v, s, scalars, ctx.number, ctx.index = inputs
     ctx.save_for_backward(v, s, scalars, *weights)
 
 
@@ -160,13 +163,7 @@ def _backward(ctx, upstream):
         weights, v, s, scalars, upstream, wanted, ctx.number, ctx.index
     )
     found = iter(grads)
-    return [next(found) if x else None for x in wanted], *[None] * 5
-
-
-def _no_second_derivatives(ctx, *upstream):
-    raise RuntimeError(
-        "a compiled penalty() has no second derivatives; call it outside of torch.compile for them"
-    )
+    return [next(found) if x else None for x in wanted], *[None] * 6
 
 
 def _define(schema: str, kernel, fake) -> None:
@@ -179,7 +176,7 @@ def _define(schema: str, kernel, fake) -> None:
 _WHERE = "SymInt number, int index"
 _define(
     "(Tensor[] weights, Tensor(a!) v, Tensor(b!) v_next, Tensor(c!) s, Tensor(d!) scalars, "
-    f"Tensor? strength, {_WHERE}, int iterations) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? strength, {_WHERE}, int iterations) -> (Tensor, Tensor, Tensor, Tensor)",
     power_iteration,
     _power_iteration_fake,
 )
@@ -189,7 +186,7 @@ _define(
     _evaluate_fake,
 )
 _define(
-    f"(Tensor[] weights, Tensor v, Tensor s, Tensor scalars, {_WHERE}) -> Tensor",
+    f"(Tensor[] weights, Tensor value, Tensor v, Tensor s, Tensor scalars, {_WHERE}) -> Tensor",
     penalty,
     _penalty_fake,
 )
@@ -201,9 +198,6 @@ _define(
 )
 torch.library.register_autograd(
     "spectral_kernels::penalty", _backward, setup_context=_setup_context, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "spectral_kernels::penalty_backward", _no_second_derivatives, lib=_LIBRARY
 )
 # The vectors are constants for differentiation, and so is what is only evaluated.
 for _name in ("power_iteration", "evaluate"):
@@ -236,10 +230,10 @@ def traced_penalty(buckets: Buckets, iterations: int, strength: Tensor | None) -
     for index, (bucket, weights) in enumerate(buckets.with_tensors()):
         state, where = bucket.state, (number, index)
         if torch.is_grad_enabled():
-            vectors = own.power_iteration(
+            found = own.power_iteration(
                 weights, state.v, state.v_next, state.s, state.scalars, strength, *where, iterations
             )
-            value = own.penalty(weights, *vectors, *where)
+            value = own.penalty(weights, *found, *where)
         else:
             value = own.evaluate(weights, state.v_next, state.scalars, strength, *where)
         total = value if total is None else total + value.to(total.device)
