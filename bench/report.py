@@ -21,6 +21,9 @@ LABELS = {
     "without": "without the regularizer",
     "attach": "ours, attached",
     "attach_alone": "what attach() adds, alone",
+    "penalty_in_graph": "penalty() in the graph",
+    "penalty_beside": "penalty() beside it",
+    "loop_in_graph": "autograd loop in the graph",
     "torch_adamw": "torch's fused AdamW alone",
     "spectral_adamw": "ours, SpectralAdamW",
     "loop": "per-layer autograd loop, then torch's",
@@ -227,6 +230,7 @@ def _scaling_table(results: list[Result]) -> list[str]:
 
 _TABLES = {
     "training_step": _training_table,
+    "compiled_step": _training_table,
     "optimizer_step": _optimizer_table,
     "memory": _memory_table,
     "scaling": _scaling_table,
