@@ -21,7 +21,7 @@ from matplotlib.ticker import (
 )
 
 from .logs import History
-from .plots import COLORS, layers_of, shortened
+from .plots import COLORS, apart, layers_of, shortened
 
 _MOST_CURVES = 12  # above, median and range stand for the curves
 _LARGEST, _SMALLEST = 4, 2  # of which these are named
@@ -104,13 +104,13 @@ def _curves(
     steps, n = history.steps, len(history.names)
     good = np.where(np.isfinite(values) & (values > 0), values, np.nan)
     starts = np.arange(0, len(steps), every)
-    few = len(lines) == n
+    few, names = len(lines) == n, apart(history.names)
     if not few:
         _range(axes, steps, good, starts)
     for i, number in lines:
         points = _medians(good[:, i], starts)
         axes.plot(
-            steps[starts], points, label=_label(history.names[i], values[:, i], steps),
+            steps[starts], points, label=_label(names[history.names[i]], values[:, i], steps),
             color=COLORS[number % len(COLORS)], marker="." if len(starts) <= 30 else None,
             linestyle="-" if number < len(COLORS) else (0, (4, 2)), linewidth=1.3,
         )  # fmt: skip
@@ -132,8 +132,8 @@ def _curves(
 def _label(name: str, column: np.ndarray, steps: np.ndarray) -> str:
     broken = ~np.isfinite(column)
     if broken.any():
-        return f"{shortened(name, 38)}\n(not finite at step {steps[broken.argmax()]})"
-    return shortened(name, 38) + ("" if column[-1] else " (zero)")
+        return f"{name}\n(not finite at step {steps[broken.argmax()]})"
+    return name + ("" if column[-1] else " (zero)")
 
 
 def _range(axes, steps: np.ndarray, good: np.ndarray, starts: np.ndarray) -> None:
@@ -200,5 +200,6 @@ def _label_matrices(axes, names: Sequence[str]) -> None:
                   if layer is not None and (i == 0 or layers[i - 1] != layer)]  # fmt: skip
         labels = {i: layers[i] for i in begins} if len(begins) > 1 else labels
     places = list(labels)[:: math.ceil(len(labels) / _MOST_NAMES)]
-    axes.set_yticks(places, [shortened(labels[i], 38) for i in places])
+    short = apart(list(labels.values()))
+    axes.set_yticks(places, [short[labels[i]] for i in places])
     axes.tick_params(axis="y", labelsize=7, length=2)

@@ -121,12 +121,13 @@ def draw_layers(
         if points:
             axes.plot(*zip(*points, strict=True), linewidth=0.8, markersize=size, **style)
 
+    labels = apart(kinds)
     for number, kind in enumerate(kinds):
         color, marker = COLORS[number % len(COLORS)], _MARKERS[number % len(_MARKERS)]
         style = {"color": color, "marker": marker}
         if len({layers[i] for i in places[kind]}) < len(places[kind]):
             style["linestyle"] = "none"  # several in a layer, such as experts, are no curve
-        curve(0, places[kind], label=shortened(kind), **style)
+        curve(0, places[kind], label=labels[kind], **style)
         hollow = {"markerfacecolor": "white", "linestyle": (0, (2, 2))}
         curve(1, places[kind], **{**hollow, **style})
     if rest := [i for kind, indices in places.items() if kind not in shown for i in indices]:
@@ -197,3 +198,13 @@ def shortened(text: str, most: int = 44) -> str:
     """Return ``text`` with its middle left out where it is longer than ``most``."""
     half = most // 2 - 1
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def apart(names: Sequence[str], most: int = 44) -> dict[str, str]:
+    """Return a text of ``most`` characters at most for each name, so cut that few become the same.
+
+    Names of layers mostly begin alike, so it is the ends of long ones that stay, or else both ends.
+    """
+    ends = {n: n if len(n) <= most else f"...{n[3 - most :]}" for n in names}
+    both = {n: shortened(n, most) for n in names}
+    return max((ends, both), key=lambda found: len(set(found.values())))

@@ -1,7 +1,8 @@
 """Every check that needs no GPU: ``python -m tests``, with the extras demo, test and bench.
 
-Style, the demo and each bench suite on its smallest case, then the test suite, and what concerns
-Triton once more in a process of its own, where an interpreter runs the kernels on the CPU.
+Style, the demo and each bench suite on its smallest case, then the test suite: from a wheel in an
+empty environment (see tests/wheel.py), and here what needs more than that. What concerns Triton
+runs once more in a process of its own, where an interpreter runs the kernels on the CPU.
 """
 
 import importlib.util
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from . import wheel
 
 ROOT = Path(__file__).parent.parent
 SPREAD = ["pytest", "-n", "auto", "--dist", "loadfile"]  # over the cores, a file to one of them
@@ -33,7 +36,8 @@ def main() -> int:
              "--out", str(Path(folder) / "accuracy")],
             ["bench.scale_model", "--check"],
             ["torch.distributed.run", "--nproc-per-node", "2", "-m", "bench.fsdp_example"],
-            [*SPREAD, "-m", "not gpu"],
+            ["tests.wheel"],
+            [*SPREAD, "-m", "not gpu", *(f"tests/test_{name}.py" for name in wheel.ELSEWHERE)],
             *([INTERPRETED] if importlib.util.find_spec("triton") else []),
         ):  # fmt: skip
             # Threads that wait by spinning would keep another process of the tests from its core.

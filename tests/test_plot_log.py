@@ -118,6 +118,18 @@ def test_of_many_matrices_the_extremes_are_named_beside_median_and_range(tmp_pat
     assert len(names) <= 40
 
 
+def test_long_names_stay_apart():
+    plots = pytest.importorskip("spectral_kernels.plots", reason="needs matplotlib")
+    alike = [f"resnet.encoder.stages.{i}.layers.{j}.layer.{k}.convolution.weight"
+             for i in range(4) for j in range(2) for k in range(2)]  # fmt: skip
+    for names in (alike, [name[::-1] for name in alike], ["head.weight"]):
+        found = plots.apart(names)
+        assert list(found) == names
+        assert len(set(found.values())) == len(names)
+        assert max(map(len, found.values())) <= 44
+    assert found == {"head.weight": "head.weight"}
+
+
 def test_long_runs_keep_their_spikes_on_the_map(tmp_path, figures):
     values = np.ones((2500, 2, 2))
     values[1234, 0, 1] = 50
