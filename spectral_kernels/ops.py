@@ -1,9 +1,9 @@
 """The penalty as operators of torch (``torch.ops.spectral_kernels``), for graphs of torch.compile.
 
-Eager calls go straight to a backend, which takes a tenth of the time. A graph needs more: all that
-an operator reads or writes is an argument, and what it writes is marked, so that the compiler keeps
-the order. What has no tensors to pass, tables and backend, an operator finds by the number of the
-regularizer's ``Buckets`` and the index of one of them.
+Eager calls go straight to a backend: torch's dispatcher takes as long to pass the parameters of a
+small model as its kernels take. A graph needs operators, though: all that one reads or writes is an
+argument, and what it writes is marked, so that the compiler keeps the order. What is no tensor,
+tables and backend, it finds by the number of the regularizer's ``Buckets`` and the index of one.
 
 This module is imported when a call is traced first: what it needs of torch takes a second to load.
 """
@@ -221,10 +221,8 @@ def outside(function: Callable, *args, **kwargs):
 def traced_penalty(buckets: Buckets, iterations: int, strength: Tensor | None) -> Tensor:
     """Return the penalty of all buckets, 0-d, as ``autograd.penalty`` does, in a traced function.
 
-    They are ready to trace, and none is sharded.
-
-    The compiler guards all that is read here and traces again where it has changed: attributes that
-    change from step to step are none of it.
+    They are ready to trace, and none is sharded. The compiler guards all that is read here and
+    traces again where it has changed: what changes from step to step is no attribute among it.
     """
     own, number, total = torch.ops.spectral_kernels, buckets.number, None
     for index, (bucket, weights) in enumerate(buckets.with_tensors()):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 import warnings
 
 import pytest
@@ -15,7 +16,11 @@ from spectral_kernels import SpectralAdamW, SpectralRegularizer, ops
 
 pytestmark = pytest.mark.usefixtures("seeded", "compiled_once")
 
-INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
+COMPILERS = any(map(shutil.which, ("c++", "g++", "clang++")))
+INDUCTOR = pytest.param("inductor", marks=[
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMPILERS, reason="inductor needs a C++ compiler"),
+])  # fmt: skip
 
 
 @pytest.fixture

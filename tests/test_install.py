@@ -52,16 +52,6 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, build_too
     assert not any(name.endswith(".so") for name in files)
 
 
-@pytest.mark.slow
-def test_with_a_compiler_the_wheel_holds_the_module(tmp_path, build_tools):
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        pytest.skip("no C++ compiler on this machine")
-    output, files = build_wheel(tmp_path, {**os.environ, "SPECTRAL_KERNELS_CUDA": "0"})
-    assert "CUDA kernels left out, as asked for" in output
-    assert any(name.startswith("spectral_kernels/_native.") for name in files), output
-    assert not any(name.startswith(("csrc", "tests", "bench")) for name in files)
-
-
 @pytest.mark.parametrize(
     ("value", "message"), [("1", "no working nvcc"), ("yes", "SPECTRAL_KERNELS_CUDA: got 'yes'")]
 )

@@ -79,6 +79,9 @@ def check(folder: Path) -> None:
         cwd=folder, SPECTRAL_KERNELS_CUDA="0")  # fmt: skip
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     print(contents(wheel), flush=True)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("spectral_kernels/_native.") for name in names), names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"spectral_kernels"}
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "sources", filter="data")
     (source,) = (folder / "sources").iterdir()
