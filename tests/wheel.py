@@ -38,9 +38,14 @@ def run(*command, cwd, **environment):
     subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, check=True)
 
 
+def install(python: str, *what: str) -> None:
+    """Install into the environment of ``python``, which needs no pip of its own."""
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *what, cwd=ROOT)
+
+
 def environment(folder: Path, on: Path | None = None) -> str:
     """Make a virtual environment, perhaps on top of another one, and return its Python."""
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     python = folder / "bin" / "python"
     if on is not None:
         where = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -75,7 +80,7 @@ def main() -> int:
 
 def check(folder: Path) -> None:
     """Do what the module says, in an empty folder."""
-    run(sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT),
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT),
         cwd=folder, SPECTRAL_KERNELS_CUDA="0")  # fmt: skip
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     print(contents(wheel), flush=True)
@@ -89,8 +94,7 @@ def check(folder: Path) -> None:
 
     python = environment(folder / "venv")
     same_torch = f"torch=={torch.__version__.partition('+')[0]}"
-    run(python, "-m", "pip", "install", "--quiet", same_torch, str(wheel), "pytest", "pytest-xdist",
-        cwd=folder)  # fmt: skip
+    install(python, same_torch, str(wheel), "pytest", "pytest-xdist")
     run(python, "-m", "spectral_kernels", "env", cwd=source)
     left_out = [f"--ignore=tests/test_{name}.py" for name in ELSEWHERE]
     run(python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-m", "not gpu", *left_out,
@@ -98,7 +102,7 @@ def check(folder: Path) -> None:
 
     for extra, statement in EXTRAS.items():
         own = environment(folder / extra, on=folder / "venv")
-        run(own, "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]", cwd=folder)
+        install(own, f"{wheel}[{extra}]")
         run(own, "-c", statement, cwd=folder)
 
 
