@@ -167,30 +167,3 @@ def test_adapters_are_matrices_of_their_own():
     reg.accumulate_grad_()
     merged = model.merge_and_unload().requires_grad_(True)
     assert len(SpectralRegularizer(merged).names) == 2
-
-
-@pytest.mark.parametrize("way", ["penalty", "accumulate", "attach", "SpectralAdamW"])
-def test_a_compiled_model_trains_as_it_does_without(way):
-    x, results = torch.randn(6, 12), []
-    for compiled in (False, True):
-        torch.manual_seed(1)
-        model = built()
-        run = torch.compile(model, backend="aot_eager") if compiled else model
-        if way == "SpectralAdamW":
-            optimizer = SpectralAdamW(run, 1e-2, strength=0.1)
-            reg = optimizer.regularizer
-        else:
-            optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-            reg = SpectralRegularizer(run, 0.1)
-        if way == "attach":
-            reg.attach(optimizer)
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = run(x).square().mean()
-            (loss + reg.penalty() if way == "penalty" else loss).backward()
-            if way == "accumulate":
-                reg.accumulate_grad_()
-            optimizer.step()
-        results.append([*(p.detach() for p in model.parameters()), reg.sigma])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
