@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from . import wheel
@@ -24,6 +25,7 @@ INTERPRETED = [*SPREAD, "tests/test_triton.py", "tests/test_self_check.py",
 
 def main() -> int:
     """Run the checks in order; the exit code is that of the first one that fails."""
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         picture = str(Path(folder) / "demo.png")
         for arguments in (
@@ -44,12 +46,15 @@ def main() -> int:
             extra = {"OMP_WAIT_POLICY": "PASSIVE"} if arguments[:2] == SPREAD[:2] else {}
             if arguments is INTERPRETED:
                 extra["TRITON_INTERPRET"] = "1"
-            print("$", *(f"{k}={v}" for k, v in extra.items()), "python -m", *arguments, flush=True)
+            so_far = f"[{time.monotonic() - start:.0f} s]"
+            variables = [f"{k}={v}" for k, v in extra.items()]
+            print(so_far, "$", *variables, "python -m", *arguments, flush=True)
             command = [sys.executable, "-m", *arguments]
             env = {**os.environ, **extra}
             if code := subprocess.run(command, cwd=ROOT, env=env, check=False).returncode:
                 print("failed: python -m", *arguments, file=sys.stderr)
                 return code
+    print(f"[{time.monotonic() - start:.0f} s] everything passed")
     return 0
 
 
