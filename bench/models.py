@@ -19,6 +19,18 @@ class Model:
     batch: int = 32
     devices: tuple[str, ...] = ("cpu", "cuda")
 
+    def make(self, device: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+        """Return the model, always with the same weights, and a batch for it."""
+        torch.manual_seed(0)
+        model, x = self.build().to(device, dtype), self.inputs(self.batch).to(device)
+        return model, x.to(dtype) if x.is_floating_point() else x
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return some loss of the model, 0-d."""
+    out = model(x)
+    return getattr(out, "logits", out).square().mean()
+
 
 def mlp() -> nn.Module:
     """MLP 784-100-100-100-10."""

@@ -25,10 +25,7 @@ def compiled_step(case, device, dtype, contender):
 
     Each contender has code of its own: torch.compile keeps what it has compiled with the code.
     """
-    torch.manual_seed(0)
-    chosen = models.MODELS[case]
-    model, x = chosen.build().to(device, dtype), chosen.inputs(chosen.batch).to(device)
-    x = x.to(dtype) if x.is_floating_point() else x
+    model, x = models.MODELS[case].make(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     reg = SpectralRegularizer(model)
     weights = [p for p in model.parameters() if p.dim() >= 2]
@@ -36,8 +33,7 @@ def compiled_step(case, device, dtype, contender):
         vectors = baselines.start_vectors([w.flatten(1) for w in weights])
 
     def task(x):
-        out = model(x)
-        return getattr(out, "logits", out).square().mean()
+        return models.loss_of(model, x)
 
     def with_penalty(x):
         return task(x) + reg.penalty()

@@ -25,10 +25,7 @@ def training_step(case, device, dtype, contender):
 
     "attach_alone" is only what attach() adds to a step, without the noise of the rest.
     """
-    torch.manual_seed(0)
-    chosen = models.MODELS[case]
-    model, x = chosen.build().to(device, dtype), chosen.inputs(chosen.batch).to(device)
-    x = x.to(dtype) if x.is_floating_point() else x
+    model, x = models.MODELS[case].make(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     if contender.startswith("attach"):
         reg = SpectralRegularizer(model)
@@ -48,8 +45,7 @@ def training_step(case, device, dtype, contender):
 
     def step():
         optimizer.zero_grad()
-        out = model(x)
-        loss = getattr(out, "logits", out).square().mean()
+        loss = models.loss_of(model, x)
         if loop is not None:
             loss = loss + 1e-3 * loop()
         loss.backward()

@@ -11,8 +11,8 @@ import torch
 def untraced(function: Callable) -> Callable:
     """Return ``function``; where torch.compile meets it, the graph ends and it runs as it is.
 
-    ``torch.compiler.disable`` does this as well, but loads the compiler at once, which takes a
-    second, and costs every eager call 0.3 us. Where 0.1 us counts, see ``outside``.
+    ``torch.compiler.disable`` does this as well, but loads the compiler at once, which takes long,
+    and adds more to every eager call. Where even this wrapper counts, see ``outside``.
     """
 
     @functools.wraps(function)

@@ -52,10 +52,8 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, build_too
     assert not any(name.endswith(".so") for name in files)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [("1", "no working nvcc"), ("yes", "SPECTRAL_KERNELS_CUDA: got 'yes'")]
-)
-def test_cuda_that_cannot_be_had_is_an_error(tmp_path, build_tools, value, message):
+def configured(tmp_path, value):
+    """Let CMake look at a machine with a C++ compiler and no nvcc."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("cmake", "ninja", "c++", "g++", "as", "ld", "uname"):
@@ -67,10 +65,23 @@ def test_cuda_that_cannot_be_had_is_an_error(tmp_path, build_tools, value, messa
     environment.pop("CUDACXX", None)
     import pybind11
 
-    result = subprocess.run(
+    return subprocess.run(
         ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path / "build"), "-G", "Ninja",
          f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("1", "no working nvcc"), ("yes", "SPECTRAL_KERNELS_CUDA: got 'yes'")]
+)
+def test_cuda_that_cannot_be_had_is_an_error(tmp_path, build_tools, value, message):
+    result = configured(tmp_path, value)
     assert result.returncode != 0
     assert message in result.stderr
+
+
+def test_cuda_is_left_out_when_asked(tmp_path, build_tools):
+    result = configured(tmp_path, "0")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA kernels left out, as asked for" in result.stdout + result.stderr
