@@ -1,4 +1,7 @@
-"""FSDP2 in ten lines: ``torchrun --nproc-per-node 2 -m bench.fsdp_example``, on CPUs or GPUs."""
+"""FSDP2 in ten lines, on CPUs or GPUs.
+
+``torchrun --standalone --nproc-per-node 2 -m bench.fsdp_example``
+"""
 
 from __future__ import annotations
 

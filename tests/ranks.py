@@ -2,12 +2,13 @@
 
 import importlib
 import multiprocessing
-import os
-import socket
 import traceback
 from datetime import timedelta
 
-TIMEOUT = 40
+import torch
+import torch.distributed as dist
+
+from tests import TIMEOUT
 
 
 class Ranks:
@@ -15,17 +16,16 @@ class Ranks:
 
     def __init__(self, world, timeout=TIMEOUT, backend="gloo"):
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipes = [context.Pipe() for _ in range(world)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
             context.Process(
-                target=_main, args=(rank, world, port, timeout, backend, theirs), daemon=True
+                target=_main, daemon=True,
+                args=(rank, world, self.store.port, timeout, backend, theirs),
             )
             for rank, (_, theirs) in enumerate(pipes)
-        ]
+        ]  # fmt: skip
         for process in self.processes:
             process.start()
         self.usable = True  # no rank has left the others in the middle of something
@@ -55,12 +55,15 @@ class Ranks:
 
 
 def _main(rank, world, port, timeout, backend, pipe):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT))
+    store.set(f"rank {rank}", "is there")  # those that start late are not what timeout is for
+    store.wait([f"rank {other}" for other in range(world)])
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+    )
     while True:
         try:
             name, args = pipe.recv()

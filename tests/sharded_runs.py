@@ -409,18 +409,17 @@ def partial_gradient():
 
 
 def dies(seconds):
-    """Return what the other ranks are told when one is gone, and after how long."""
+    """Return what the other ranks are told when one is gone."""
     model = sharded("fsdp", torch.distributed.get_world_size(), built())
     reg = SpectralRegularizer(model)
     reg.accumulate_grad_()
     if torch.distributed.get_rank() == 1:
         time.sleep(seconds)
         os._exit(1)
-    start = time.monotonic()
     try:
         for _ in range(1000):
             reg.accumulate_grad_()
             time.sleep(0.01)
     except RuntimeError as error:
-        return str(error), time.monotonic() - start
-    return "nothing", time.monotonic() - start
+        return str(error)
+    return "nothing"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spectral_kernels import backends, cli
+from tests import TIMEOUT
 
 EXTRAS = ("sklearn", "matplotlib", "rich")
 
@@ -32,8 +33,8 @@ def png_size(path):
     return struct.unpack(">II", header[16:24])
 
 
-def wait_until_gone(group, seconds=10.0):
-    deadline = time.monotonic() + seconds
+def wait_until_gone(group):
+    deadline = time.monotonic() + TIMEOUT
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(group, 0)
@@ -91,7 +92,9 @@ def test_a_missing_extra_is_one_line(extras, tmp_path, name):
         f"import sys; sys.modules[{name!r}] = None; from spectral_kernels.cli import main;"
         f"sys.exit(main(['demo', '--out', {str(tmp_path / 'demo.png')!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
@@ -103,7 +106,7 @@ def test_a_small_demo_prints_every_arm_and_writes_a_picture(extras, tmp_path):
     path = tmp_path / "demo.png"
     done = subprocess.run(
         command("demo", "--tasks", 2, "--epochs", 1, "--out", path),
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -158,7 +161,7 @@ def test_ctrl_c_in_a_terminal_keeps_finished_tasks_and_leaves_nothing_behind(ext
                 os.killpg(process.pid, signal.SIGINT)
                 sent = True
     os.close(ours)
-    assert process.wait(timeout=30) == 130, shown.decode()
+    assert process.wait(timeout=TIMEOUT) == 130, shown.decode()
     assert b"Traceback" not in shown
     hidden, visible = b"\x1b[?25l", b"\x1b[?25h"
     assert hidden in shown

@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from bench.continual import __main__ as cli
 from bench.continual import data, methods, models, problems, report, runner, train
+from tests import TIMEOUT
 
 pytestmark = pytest.mark.usefixtures("seeded", "process_wide_settings")
 ROOT = Path(__file__).parent.parent
@@ -277,7 +278,7 @@ def test_a_run_that_is_killed_is_resumed_without_losing_or_repeating_one(tmp_pat
     folder = tmp_path / "killed"
     file = folder / runner.FILE
     process = subprocess.Popen(command(folder), cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT
     while not (file.exists() and b"\n" in file.read_bytes()):
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -306,7 +307,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     process = subprocess.Popen(command(tmp_path, "--epochs", "4000"), cwd=ROOT,
                                stdout=subprocess.DEVNULL)  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         children = []
         while len(children) < 2:  # the worker and the resource tracker
             assert time.monotonic() < deadline
@@ -319,7 +320,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + TIMEOUT
     while any(_runs(pid) for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -11,6 +11,7 @@ from torch import nn
 
 import spectral_kernels
 from spectral_kernels import SpectralAdamW, SpectralRegularizer
+from tests import TIMEOUT
 
 pytestmark = pytest.mark.usefixtures("seeded")
 FOLDER = Path(spectral_kernels.__file__).parent / "integrations"
@@ -21,7 +22,9 @@ def test_nothing_of_other_libraries_is_imported_with_the_package():
         "import sys, spectral_kernels, spectral_kernels.cli, spectral_kernels.integrations.common;"
         "print([n for n in ('transformers', 'accelerate', 'lightning') if n in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert done.stdout == "[]\n", done.stderr
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spectral_kernels import cli, logs
+from tests import TIMEOUT
 
 SUFFIXES = (".csv", ".jsonl")
 
@@ -204,7 +205,9 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path):
         "import sys; sys.modules['matplotlib'] = None; from spectral_kernels.cli import main;"
         f"sys.exit(main(['plot', {str(random_log(tmp_path / 'run.csv', 3))!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert done.returncode == 1
     assert done.stderr == (
         "spectral-kernels: plot needs matplotlib: pip install 'spectral_kernels[plot]'\n"
