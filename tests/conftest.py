@@ -67,3 +67,25 @@ def threads():
 def seeded():
     """Draw the same random numbers in every run; ``usefixtures`` in the files that want it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tensors():
+    """What a checkpoint holds: matrices, and what is none."""
+    return {
+        "h.2.fc.weight": torch.randn(24, 16),
+        "h.10.fc.weight": 3 * torch.randn(24, 16),
+        "conv.weight": torch.randn(8, 4, 3, 3),
+        "norm.weight": torch.randn(16),
+        "scale": torch.tensor(2.0),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path, tensors):
+    """One safetensors file of them."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    return path

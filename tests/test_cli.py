@@ -1,9 +1,6 @@
 import contextlib
 import os
-import pty
-import re
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -12,7 +9,7 @@ import pytest
 import torch
 
 from spectral_kernels import backends, cli
-from tests import TIMEOUT
+from tests import TIMEOUT, terminal
 
 EXTRAS = ("sklearn", "matplotlib", "rich")
 
@@ -25,12 +22,6 @@ def extras():
 
 def command(*arguments):
     return [sys.executable, "-m", "spectral_kernels", *map(str, arguments)]
-
-
-def png_size(path):
-    header = path.read_bytes()[:24]
-    assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", header[16:24])
 
 
 def wait_until_gone(group):
@@ -117,7 +108,7 @@ def test_a_small_demo_prints_every_arm_and_writes_a_picture(extras, tmp_path):
     for arm in arms:
         assert f"{arm:13}  task 2/2" in done.stdout
     assert str(path) in done.stdout
-    assert png_size(path) == (1400, 600)
+    assert terminal.png_size(path) == (1400, 600)
 
 
 def test_a_failing_arm_is_an_exit_code(extras, capsys, monkeypatch, tmp_path):
@@ -145,28 +136,9 @@ def test_ctrl_c_before_any_task_is_finished(extras, tmp_path, capsys, monkeypatc
 
 def test_ctrl_c_in_a_terminal_keeps_finished_tasks_and_leaves_nothing_behind(extras, tmp_path):
     path = tmp_path / "demo.png"
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        command("demo", "--tasks", 200, "--epochs", 2, "--out", path),
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        env={**os.environ, "TERM": "xterm"},
-    )  # fmt: skip
-    os.close(theirs)
-    shown, sent = b"", False
-    # Linux reports the end of a pseudo-terminal as an error.
-    with contextlib.suppress(OSError):
-        while piece := os.read(ours, 4096):
-            shown += piece
-            if not sent and re.search(rb"task +(?!1/)\d+/200", shown):
-                os.killpg(process.pid, signal.SIGINT)
-                sent = True
-    os.close(ours)
-    assert process.wait(timeout=TIMEOUT) == 130, shown.decode()
-    assert b"Traceback" not in shown
-    hidden, visible = b"\x1b[?25l", b"\x1b[?25h"
-    assert hidden in shown
-    assert shown.rindex(visible) > shown.rindex(hidden)
-    assert shown.rindex(b"singular") > shown.rindex(visible)
-    assert shown.endswith(b"spectral-kernels: interrupted\r\n")
-    assert png_size(path) == (1400, 600)
-    wait_until_gone(process.pid)
+    arguments = ["demo", "--tasks", "200", "--epochs", "2", "--out", str(path)]
+    shown, group = terminal.interrupted(arguments, rb"task +(?!1/)\d+/200")
+    terminal.check_ending(shown)
+    assert shown.rindex(b"singular") > shown.rindex(b"\x1b[?25h")
+    assert terminal.png_size(path) == (1400, 600)
+    wait_until_gone(group)

@@ -1,0 +1,55 @@
+"""A command in a terminal, and what it leaves there."""
+
+import contextlib
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+
+from tests import TIMEOUT
+
+
+def interrupted(arguments, when):
+    """Run ``spectral_kernels`` in a terminal and press Ctrl-C once it has shown ``when``.
+
+    Returns what it has shown, and the number of its process group.
+    """
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spectral_kernels", *arguments],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={**os.environ, "TERM": "xterm"},
+        # Where the tests run in the background of a shell, SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    os.close(theirs)
+    shown, sent = b"", False
+    # Linux reports the end of a pseudo-terminal as an error.
+    with contextlib.suppress(OSError):
+        while piece := os.read(ours, 4096):
+            shown += piece
+            if not sent and re.search(when, shown):
+                os.killpg(process.pid, signal.SIGINT)
+                sent = True
+    os.close(ours)
+    assert process.wait(timeout=TIMEOUT) == 130, shown.decode()
+    return shown, process.pid
+
+
+def check_ending(shown):
+    """Assert that a command that was interrupted gave the cursor back and said so, in one line."""
+    assert b"Traceback" not in shown
+    hidden, visible = b"\x1b[?25l", b"\x1b[?25h"
+    assert hidden in shown
+    assert shown.rindex(visible) > shown.rindex(hidden)
+    assert shown.endswith(b"spectral-kernels: interrupted\r\n")
+
+
+def png_size(path):
+    """Return width and height of a picture."""
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:24])
