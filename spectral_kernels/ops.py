@@ -36,8 +36,9 @@ def _bucket(number: int, index: int, weights: list[Tensor]) -> Bucket:
     found = (buckets.buckets or ())[index : index + 1]
     if not found or not found[0].bind(weights):
         raise RuntimeError(
-            "the parameters have another device, dtype, shape or layout than in the forward pass "
-            "of a compiled penalty()"
+            "the parameters have another device, dtype, shape or layout than when penalty() was "
+            "compiled, or than in its forward pass. Between two steps they may change; torch up to "
+            "2.11 compiles nothing anew for other strides, call torch.compiler.reset() there"
         )
     return found[0]
 

@@ -21,6 +21,8 @@ INDUCTOR = pytest.param("inductor", marks=[
     pytest.mark.slow,
     pytest.mark.skipif(not COMPILERS, reason="inductor needs a C++ compiler"),
 ])  # fmt: skip
+# Its guards do: a compiled model alone, made contiguous after channels_last, raises too.
+MISSES_STRIDES = torch.__version__ < "2.12"
 
 
 @pytest.fixture
@@ -315,19 +317,33 @@ def test_parameters_that_move_are_found(change):
     assert graphs() == 1
 
 
-def test_another_dtype_or_layout_is_traced_again():
+def test_another_dtype_is_traced_again():
     x, results = torch.randn(6, 12), []
     with torch._dynamo.config.patch(error_on_recompile=False):
         for compiler in (None, "aot_eager"):
             run = Run(convolutions, compiler)
-            run.train(2)
-            run.model.to(memory_format=torch.contiguous_format)
             found = run.train(2)
             run.model.double()
             found.append(run.step(x.double()).detach())
             results.append(found)
     same(results)
-    assert graphs() == 3
+    assert graphs() == 2
+
+
+def test_another_layout_is_traced_again():
+    results = []
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for compiler in (None, "aot_eager"):
+            run = Run(convolutions, compiler)
+            found = run.train(2)
+            run.model.to(memory_format=torch.contiguous_format)
+            if compiler is not None and MISSES_STRIDES:
+                with pytest.raises(RuntimeError, match=r"torch\.compiler\.reset\(\)"):
+                    run.train(1)
+                torch.compiler.reset()
+            results.append(found + run.train(2))
+    same(results)
+    assert graphs() == 2
 
 
 def test_regularizers_of_one_kind_share_the_code_of_their_steps():

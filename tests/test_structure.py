@@ -22,6 +22,14 @@ ORDER = [
     "selection", "owners", "checkpoint_files", "arguments", "_version",
 ]  # fmt: skip
 
+# Of the Triton kernels, of which their modules' tl.constexpr(...) are some.
+CONSTANTS = {
+    node.target.id
+    for path in (PACKAGE / "_triton").glob("*.py")
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.AnnAssign) and "constexpr(" in ast.unparse(node)
+}
+
 
 def imported(path):
     """Names of the package's own modules that a file imports at run time."""
@@ -52,6 +60,18 @@ def test_files_can_be_read_in_one_sitting():
     assert len(paths) > 10
     for path, limit in paths:
         assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_no_constant_of_a_kernel_stands_before_a_tensor():
+    """Triton's interpreter makes CONSTANT * tensor a constant up to 3.8, and fails then."""
+    found = []
+    for path in (PACKAGE / "_triton").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub | ast.Mult):
+                found.append(node)
+    assert len(found) > 400
+    wrong = [n for n in found if isinstance(n.left, ast.Name) and n.left.id in CONSTANTS]
+    assert [ast.unparse(n) for n in wrong] == []
 
 
 def run(code):

@@ -77,7 +77,7 @@ def _eigen(h, VECTORS: tl.constexpr):
             # The same number for both, whatever rounding has done to the two halves.
             x = tl.where(i < other, x, tl.gather(x, other, 0))
             theirs = tl.gather(values, other, 0)
-            acts = (x != 0) & (x * x > NEGLIGIBLE * tl.abs(values * theirs))
+            acts = (x != 0) & (x * x > tl.abs(values * theirs) * NEGLIGIBLE)
             rotated |= acts.to(tl.int32)
             theta = (theirs - values) / (2 * tl.where(acts, x, 1.0))
             sign = tl.where((theta > 0) | ((theta == 0) & (i < other)), 1.0, -1.0)
@@ -227,7 +227,7 @@ def _iterate(
     if good:
         lengths = tl.sqrt(tl.sum(eye * gram, 1))
         reach = tl.sum(tl.abs(q) * lengths[None, :], 1)
-        usable = (squares > ZERO * tl.max(squares, 0)) & (reach <= MAX_AMPLIFIED * t_norms)
+        usable = (squares > tl.max(squares, 0) * ZERO) & (reach <= t_norms * MAX_AMPLIFIED)
         inverse = tl.where(usable, 1 / tl.where(usable, t_norms, 1.0), 0.0)
         products = tl.sum(half[:, None, :] * q[None, :, :], 2)
         products = products * inverse[:, None] * inverse[None, :]
@@ -267,7 +267,7 @@ def ritz(
         finite = trace < INFINITY  # false for NaN
         # Nothing is turned where it is not.
         squares, q = _eigen(tl.where(finite, h, 0.0), VECTORS)
-        known = squares > ZERO * tl.max(squares, 0)
+        known = squares > tl.max(squares, 0) * ZERO
         sigma = tl.where(known, tl.sqrt(tl.where(known, squares, 0.0)), 0.0)
         sigma = tl.where(finite, sigma, tl.sqrt(trace))
         scale = inverse_power_of_two(tl.load(scalars + index))
