@@ -109,9 +109,21 @@ SPECTRAL_INLINE void add_block(const T* const* w, const T* const* later, const S
   }
 }
 
+// A function of a row without its type: what calls it is compiled once for all of them.
+struct RowFunction {
+  void (*call)(const void* function, int64_t row);
+  const void* function;
+
+  template <class Function>
+  explicit RowFunction(const Function& of)
+      : call([](const void* f, int64_t row) { (*static_cast<const Function*>(f))(row); }),
+        function(&of) {}
+  void operator()(int64_t row) const { call(function, row); }
+};
+
 // before(row) is called for every row before anything of it is read. NV vectors go through
 // registers at a time.
-template <int NV, class T, bool kPrefetch, class S, class Before>
+template <int NV, class T, bool kPrefetch, class S>
 struct SubspaceTask {
   const Matrix& m;
   const Tile& tile;
@@ -124,7 +136,7 @@ struct SubspaceTask {
   T* rows_scratch;
   const T* next;  // what this thread will probably read after the tile; null: unknown
   double* gram;   // [r, r]
-  Before before;
+  RowFunction before;
 
   const T* w[kGroupRows] = {};
   const T* later[kGroupRows] = {};
@@ -202,9 +214,9 @@ struct SubspaceTask {
 
 // Writes S, the partial T and the partial Gram matrix of a tile; v is one of the vectors of the
 // header.
-template <int NV, class T, bool kPrefetch, class S, class Before>
+template <int NV, class T, bool kPrefetch, class S>
 void subspace_products(const Header& header, const Tile& tile, const T* next, const S* v,
-                       double* scratch, Before before) {
+                       double* scratch, RowFunction before) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   const int64_t n = m.outer * m.inner, r = header.r;
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
@@ -221,18 +233,18 @@ void subspace_products(const Header& header, const Tile& tile, const T* next, co
     v = split_v;
     if (t != nullptr) own_t = split_v + r * n;
   }
-  SubspaceTask<NV, T, kPrefetch, S, Before> task{m,
-                                                 tile,
-                                                 n,
-                                                 (int)r,
-                                                 inverse_power_of_two(sigma),
-                                                 v,
-                                                 s,
-                                                 own_t,
-                                                 reinterpret_cast<T*>(scratch),
-                                                 next,
-                                                 gram,
-                                                 before};
+  SubspaceTask<NV, T, kPrefetch, S> task{m,
+                                         tile,
+                                         n,
+                                         (int)r,
+                                         inverse_power_of_two(sigma),
+                                         v,
+                                         s,
+                                         own_t,
+                                         reinterpret_cast<T*>(scratch),
+                                         next,
+                                         gram,
+                                         before};
   task.run();
   if (own_t != t)
     for (int64_t j = 0; j < r; ++j) memory_order<T>(own_t + j * n, t + j * n, n);

@@ -129,10 +129,10 @@ struct TileTask {
 };
 
 // Apart, so that one vector's code is compiled as if there was nothing else.
-template <class T, bool kPrefetch, class S, class Before>
+template <class T, bool kPrefetch, class S>
 __attribute__((noinline)) void products_of_several(const Header& header, const Tile& tile,
                                                    const T* next, const S* v, double* scratch,
-                                                   Before before) {
+                                                   RowFunction before) {
   if (header.r == 2)
     subspace_products<2, T, kPrefetch>(header, tile, next, v, scratch, before);
   else
@@ -151,7 +151,8 @@ SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const
     following = reinterpret_cast<const T*>(its.weight) + next->row_begin * its.row_stride;
   }
   if (header.r > 1)
-    return products_of_several<T, kPrefetch>(header, tile, following, v, scratch, before);
+    return products_of_several<T, kPrefetch>(header, tile, following, v, scratch,
+                                             RowFunction(before));
   const int64_t n = m.outer * m.inner;
   const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
   v += m.v_offset;
