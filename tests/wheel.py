@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -100,10 +101,13 @@ def check(folder: Path) -> None:
     run(python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-m", "not gpu", *left_out,
         cwd=source, OMP_WAIT_POLICY="PASSIVE")  # fmt: skip
 
-    for extra, statement in EXTRAS.items():
+    def check_extra(extra: str) -> None:
         own = environment(folder / extra, on=folder / "venv")
         install(own, f"{wheel}[{extra}]")
-        run(own, "-c", statement, cwd=folder)
+        run(own, "-c", EXTRAS[extra], cwd=folder)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check_extra, EXTRAS))
 
 
 if __name__ == "__main__":
