@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import nn
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+pytest.importorskip("scipy", reason="scipy is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from scipy import stats
 
 from bench.continual import __main__ as cli
 from bench.continual import data, methods, models, problems, report, runner, train
