@@ -89,3 +89,15 @@ def saved(tmp_path, tensors):
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     return path
+
+
+@pytest.fixture
+def compiled_once():
+    """Nothing compiled before, and an error where a test has something compiled twice."""
+    import torch._dynamo  # which takes a second
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()

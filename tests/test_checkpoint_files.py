@@ -18,7 +18,7 @@ import torch
 from spectral_kernels import checkpoint_files, cli, inspection_rows
 from spectral_kernels.checkpoint_files import Checkpoint, CheckpointError
 from spectral_kernels.inspection_rows import Patterns, measure
-from tests import TIMEOUT, terminal
+from tests import TIMEOUT, processes
 from tests.checkpoints import check_against_svd, error_of, save_sharded, values
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -135,7 +135,7 @@ def test_what_is_not_finite_empty_or_zero_is_shown(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert cli.main(["inspect", str(path), "--plot", str(picture)]) == 0
     assert re.search(r"a\.nan +4x4 +nan +nan +nan +nan", capsys.readouterr().out)
-    assert terminal.png_size(picture)[0] == 1650
+    assert processes.png_size(picture)[0] == 1650
 
 
 def test_tensors_that_lie_in_odd_ways_are_measured_too(tmp_path, capsys):

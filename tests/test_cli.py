@@ -2,14 +2,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
 from spectral_kernels import backends, cli
-from tests import TIMEOUT, terminal
+from tests import TIMEOUT, processes
 
 EXTRAS = ("sklearn", "matplotlib", "rich")
 
@@ -18,10 +17,6 @@ EXTRAS = ("sklearn", "matplotlib", "rich")
 def extras():
     for name in EXTRAS:
         pytest.importorskip(name)
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "spectral_kernels", *map(str, arguments)]
 
 
 def wait_until_gone(group):
@@ -79,13 +74,7 @@ def test_bad_arguments_are_named(capsys, arguments, said):
 
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_missing_extra_is_one_line(extras, tmp_path, name):
-    code = (
-        f"import sys; sys.modules[{name!r}] = None; from spectral_kernels.cli import main;"
-        f"sys.exit(main(['demo', '--out', {str(tmp_path / 'demo.png')!r}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
-    )
+    done = processes.run_without(name, "demo", "--out", tmp_path / "demo.png")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
@@ -96,7 +85,7 @@ def test_a_missing_extra_is_one_line(extras, tmp_path, name):
 def test_a_small_demo_prints_every_arm_and_writes_a_picture(extras, tmp_path):
     path = tmp_path / "demo.png"
     done = subprocess.run(
-        command("demo", "--tasks", 2, "--epochs", 1, "--out", path),
+        processes.command("demo", "--tasks", 2, "--epochs", 1, "--out", path),
         capture_output=True, text=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -108,7 +97,7 @@ def test_a_small_demo_prints_every_arm_and_writes_a_picture(extras, tmp_path):
     for arm in arms:
         assert f"{arm:13}  task 2/2" in done.stdout
     assert str(path) in done.stdout
-    assert terminal.png_size(path) == (1400, 600)
+    assert processes.png_size(path) == (1400, 600)
 
 
 def test_a_failing_arm_is_an_exit_code(extras, capsys, monkeypatch, tmp_path):
@@ -136,9 +125,9 @@ def test_ctrl_c_before_any_task_is_finished(extras, tmp_path, capsys, monkeypatc
 
 def test_ctrl_c_in_a_terminal_keeps_finished_tasks_and_leaves_nothing_behind(extras, tmp_path):
     path = tmp_path / "demo.png"
-    arguments = ["demo", "--tasks", "200", "--epochs", "2", "--out", str(path)]
-    shown, group = terminal.interrupted(arguments, rb"task +(?!1/)\d+/200")
-    terminal.check_ending(shown)
+    arguments = ["demo", "--tasks", 200, "--epochs", 2, "--out", path]
+    shown, group = processes.interrupted(arguments, rb"task +(?!1/)\d+/200")
+    processes.check_ending(shown)
     assert shown.rindex(b"singular") > shown.rindex(b"\x1b[?25h")
-    assert terminal.png_size(path) == (1400, 600)
+    assert processes.png_size(path) == (1400, 600)
     wait_until_gone(group)

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import torch
 from spectral_kernels import cli
 from spectral_kernels.checkpoint_files import Checkpoint
 from spectral_kernels.inspection_rows import Patterns, Row, kind, measure
-from tests import TIMEOUT, terminal
+from tests import TIMEOUT, processes
 from tests.checkpoints import values
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -175,13 +174,7 @@ def test_wrong_usage_is_exit_code_2(saved, capsys, arguments, said):
 
 @pytest.mark.parametrize("name", ["safetensors", "rich", "matplotlib"])
 def test_a_missing_package_is_one_line(saved, tmp_path, name):
-    code = (
-        f"import sys; sys.modules[{name!r}] = None; from spectral_kernels.cli import main;"
-        f"sys.exit(main(['inspect', {str(saved)!r}, '--plot', {str(tmp_path / 'x.png')!r}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
-    )
+    done = processes.run_without(name, "inspect", saved, "--plot", tmp_path / "x.png")
     assert done.returncode == 1, done.stderr
     assert done.stderr.endswith(f"needs {name}: pip install 'spectral_kernels[inspect]'\n")
     assert done.stderr.count("\n") == 1
@@ -204,7 +197,7 @@ def test_the_picture_shows_every_kind(tmp_path, capsys, monkeypatch):
         picture = tmp_path / "many.png"
         assert cli.main(["inspect", str(path), *more, "--plot", str(picture), "--top", "1"]) == 0
         assert f"picture: {picture}" in capsys.readouterr().out
-        assert terminal.png_size(picture) == (1650, 630)
+        assert processes.png_size(picture) == (1650, 630)
         (axes,) = drawn[-1].axes
         labels = axes.get_legend_handles_labels()[1]
         assert labels[:3] == ["h.*.q.weight", "h.*.k.weight", "embed.weight"]
@@ -252,7 +245,7 @@ def test_a_reader_that_goes_away_is_no_traceback(saved):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "spectral_kernels", "inspect", str(saved)],
+        processes.command("inspect", saved),
         stdout=write, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT,
     )  # fmt: skip
     os.close(write)
@@ -263,5 +256,5 @@ def test_a_reader_that_goes_away_is_no_traceback(saved):
 def test_ctrl_c_in_a_terminal_ends_cleanly(tmp_path):
     path = tmp_path / "large.pt"
     torch.save({f"{i}.w": torch.randn(1500, 1500) for i in range(40)}, path)
-    shown, _ = terminal.interrupted(["inspect", str(path)], rb"1\.w")
-    terminal.check_ending(shown)
+    shown, _ = processes.interrupted(["inspect", path], rb"1\.w")
+    processes.check_ending(shown)

@@ -1,8 +1,6 @@
 """Callbacks for trainers of other libraries, on small models."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +9,16 @@ from torch import nn
 
 import spectral_kernels
 from spectral_kernels import SpectralAdamW, SpectralRegularizer
-from tests import TIMEOUT
+from tests import processes
 
 pytestmark = pytest.mark.usefixtures("seeded")
 FOLDER = Path(spectral_kernels.__file__).parent / "integrations"
 
 
 def test_nothing_of_other_libraries_is_imported_with_the_package():
-    code = (
+    done = processes.run(
         "import sys, spectral_kernels, spectral_kernels.cli, spectral_kernels.integrations.common;"
         "print([n for n in ('transformers', 'accelerate', 'lightning') if n in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.stdout == "[]\n", done.stderr
 

@@ -1,15 +1,13 @@
 """``spectral-kernels plot``: what it reads of a log, what it draws, what it refuses."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from spectral_kernels import cli, logs
-from tests import TIMEOUT
+from tests import processes
 
 SUFFIXES = (".csv", ".jsonl")
 
@@ -201,13 +199,7 @@ def test_what_is_no_log_is_one_line_and_an_exit_code(tmp_path, capsys, name, tex
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path):
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; from spectral_kernels.cli import main;"
-        f"sys.exit(main(['plot', {str(random_log(tmp_path / 'run.csv', 3))!r}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
-    )
+    done = processes.run_without("matplotlib", "plot", random_log(tmp_path / "run.csv", 3))
     assert done.returncode == 1
     assert done.stderr == (
         "spectral-kernels: plot needs matplotlib: pip install 'spectral_kernels[plot]'\n"

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 import spectral_kernels
 from spectral_kernels import backends
+from tests import processes
 
 PACKAGE = Path(spectral_kernels.__file__).parent
 # A module may import those below it; the leaves import nothing of the package.
@@ -74,16 +74,12 @@ def test_no_constant_of_a_kernel_stands_before_a_tensor():
     assert [ast.unparse(n) for n in wrong] == []
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
 def test_one_openmp_runtime_is_mapped():
     if (reason := backends.unavailable("cpu")) is not None:
         pytest.skip(reason)
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc/self/maps")
-    result = run(
+    result = processes.run(
         "import torch, spectral_kernels.backends as b; n = b.native_module();"
         "print(n.cpu.openmp); print(open('/proc/self/maps').read())"
     )
@@ -94,7 +90,7 @@ def test_one_openmp_runtime_is_mapped():
 
 
 def test_without_the_compiled_module_the_reference_serves_and_says_so_once():
-    result = run(
+    result = processes.run(
         "import sys; sys.modules['spectral_kernels._native'] = None\n"
         "import torch, warnings\n"
         "from spectral_kernels import SpectralRegularizer\n"

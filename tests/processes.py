@@ -1,4 +1,4 @@
-"""A command in a terminal, and what it leaves there."""
+"""Python and the command in processes of their own, in a terminal too; what they leave there."""
 
 import contextlib
 import os
@@ -12,6 +12,26 @@ import sys
 from tests import TIMEOUT
 
 
+def command(*arguments):
+    """Return the command line of ``spectral_kernels`` with arguments of any type."""
+    return [sys.executable, "-m", "spectral_kernels", *map(str, arguments)]
+
+
+def run(code):
+    """Run Python code in a process of its own, and return it with what it has written."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+
+
+def run_without(package, *arguments):
+    """Run ``spectral_kernels`` with the arguments as if a package was not installed."""
+    return run(
+        f"import sys; sys.modules[{package!r}] = None; from spectral_kernels.cli import main;"
+        f"sys.exit(main({[*map(str, arguments)]!r}))"
+    )
+
+
 def interrupted(arguments, when):
     """Run ``spectral_kernels`` in a terminal and press Ctrl-C once it has shown ``when``.
 
@@ -19,7 +39,7 @@ def interrupted(arguments, when):
     """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "spectral_kernels", *arguments],
+        command(*arguments),
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env={**os.environ, "TERM": "xterm"},
         # Where the tests run in the background of a shell, SIGINT is ignored.
