@@ -1,60 +1,159 @@
-"""Everything that needs a GPU, in one call: ``python -m bench.on_gpu FOLDER [pytest options]``.
+"""What a quarter of an hour on a GPU can tell: ``python -m bench.on_gpu FOLDER --budget 400``.
 
-Builds the package, runs the tests marked gpu and the suites on the GPU, and leaves in FOLDER the
-environment (env.txt), the outputs (build.txt, tests.txt, bench.txt), result.json and the report.
-Options after FOLDER go to the suites: ``-k "penalty_step and llama"`` or ``--rounds 7``. A step
-that fails does not keep the next ones from running; the exit code is that of the first failure.
+Builds the module, checks both backends, times kernels, steps, optimizers and loops, runs the tests
+marked gpu and memcheck, in order of worth and within the budget, whatever fails or hangs. Leaves in
+FOLDER results.jsonl (a line per measurement, written at once), table.md, and the outputs of the
+stages. bench/README.md says how to read them.
 """
 
 from __future__ import annotations
 
-import subprocess
+import argparse
+import signal
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from .gpu import stages
+from .gpu.environment import cuda_device, environment, sources
+from .gpu.lines import FILE, Lines, read
+from .gpu.stages import Stage
+from .gpu.table import table
 
-ROOT = Path(__file__).parent.parent
+CASES = ("vit_b", "llama_1b", "gpt2", "resnet18", "one_huge", "mlp")
+# Seconds of a run of 400; those of the stages that are not in the background are nearly all of it.
+# Timings need a machine that does nothing else: they wait for what runs in the background.
+QUIET = ("build", "compile")
+SECONDS = {
+    "build": (110, (), True), "versions": (25, (), False), "compile": (60, (), True),
+    "cuda": (30, ("build",), False), "triton": (30, ("compile",), False),
+    "kernels": (120, QUIET, False), "optimizers": (45, QUIET, False), "loops": (45, QUIET, False),
+    "tests": (60, QUIET, False), "memcheck": (30, QUIET, False),
+}  # fmt: skip
+_REHEARSED = {"triton": 60, "loops": 60}  # interpreters take longer, and compilers of C++
+# On tiny cases a second thread only waits.
+_REHEARSAL = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+_LOGS = {"build": "build.txt", "compile": "compile.txt", "tests": "tests.txt"}
 
 
-def steps(folder: Path, options: list[str]) -> dict[str, list[str]]:
-    """Return the arguments of ``python`` by the name of the file that takes the output."""
-    result = str(folder / "result.json")
-    return {
-        "build": ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."],
-        "env": ["-m", "spectral_kernels", "env"],
-        "tests": ["-m", "pytest", "-m", "gpu"],
-        "bench": ["-m", "pytest", "bench", "-m", "gpu", "-q", "--benchmark-columns=median,rounds",
-                  f"--benchmark-json={result}", *options],
-        "table": ["-m", "bench.report", result, "--out", str(folder)],
-        "summary": ["-m", "bench.report", result, "--summary", "--dtype=bfloat16"],
-    }  # fmt: skip
+def chosen(arguments: argparse.Namespace, folder: Path) -> list[Stage]:
+    """Return the stages that were asked for."""
+    found = []
+    for name, (seconds, needs, background) in SECONDS.items():
+        if (arguments.only and name not in arguments.only) or (
+            name == "build" and arguments.no_build
+        ):
+            continue
+        if arguments.dry_run:
+            seconds = _REHEARSED.get(name, seconds)
+        command = [sys.executable, "-u", "-m", "bench.gpu", name, str(folder)]
+        command += [f"--cases={','.join(arguments.cases)}"] + ["--dry-run"] * arguments.dry_run
+        found.append(
+            Stage(
+                name, seconds, lambda until, command=command: [*command, f"--until={until}"],
+                _LOGS.get(name, "stages.log"), needs, background,
+                _REHEARSAL if arguments.dry_run and name != "tests" else {},
+            )
+        )  # fmt: skip
+    return found
 
 
-def main(argv: list[str]) -> int:
-    """Run the steps."""
-    if not argv or argv[0].startswith("-"):
-        print(__doc__, file=sys.stderr)
-        return 2
-    if not torch.cuda.is_available():
-        print("bench.on_gpu: torch finds no CUDA device", file=sys.stderr)
-        return 2
-    folder, first_failure = Path(argv[0]).resolve(), 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is that of the first stage that failed."""
+    begin = time.monotonic()
+    arguments = _parser().parse_args(argv)
+    folder = arguments.folder.resolve()
+    if arguments.table:
+        print(table(*read(folder)))
+        return 0
+    device = None if arguments.dry_run else cuda_device()
+    if device is None and not arguments.dry_run:
+        return _refuse("the driver shows no CUDA device; --dry-run rehearses on a CPU")
+    if (reason := _not_ours(folder, arguments)) is not None:
+        return _refuse(reason)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, arguments in steps(folder, argv[1:]).items():
-        print(f"$ python {' '.join(arguments)}", flush=True)
-        with (folder / f"{name}.txt").open("w") as output:
-            code = subprocess.run(
-                [sys.executable, *arguments], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                check=False,
-            ).returncode  # fmt: skip
-        text = (folder / f"{name}.txt").read_text()
-        print(text if name == "summary" else "\n".join(text.splitlines()[-12:]), flush=True)
-        if code:
-            print(f"failed with {code}: {name}", flush=True)
-            first_failure = first_failure or code
-    return first_failure
+    if not (folder / FILE).exists():
+        own = environment(device)
+        Lines(folder, "run", arguments.dry_run).put("environment", None, None, environment=own)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    code = 130
+    try:
+        code = stages.run(chosen(arguments, folder), folder, arguments.budget, arguments.dry_run,
+                          lambda text: _said(folder, text), begin)  # fmt: skip
+    except KeyboardInterrupt:
+        pass
+    finally:
+        print(_write_table(folder), flush=True)
+    return code
+
+
+def _said(folder: Path, text: str) -> None:
+    """Show how a stage ended, and have a table of what is known so far."""
+    print(text, flush=True)
+    _write_table(folder)
+
+
+def _write_table(folder: Path) -> str:
+    text = table(*read(folder))
+    (folder / "table.md").write_text(f"```\n{text}\n```\n")
+    return text
+
+
+def _refuse(reason: str) -> int:
+    print(f"bench.on_gpu: {reason}", file=sys.stderr)
+    return 2
+
+
+def _not_ours(folder: Path, arguments: argparse.Namespace) -> str | None:
+    """Return why results in ``folder`` and those of this run do not go together, or None."""
+    lines, _ = read(folder)
+    known = next((line for line in lines if line["what"] == "environment"), None)
+    if known is None:
+        return None
+    if not arguments.only:
+        return f"{folder} has results; accepted are a new folder, or --only to add to these"
+    if known["dry_run"] != arguments.dry_run:
+        return f"{folder}: figures of a dry run and of a GPU do not go into one file"
+    if known["environment"]["sources"] != sources():
+        return f"{folder} has results of other sources; accepted is a new folder"
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.on_gpu", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--budget", type=_seconds, default=stages.BUDGET, metavar="SECONDS",
+                        help="that the whole takes at most (default: %(default)g)")  # fmt: skip
+    parser.add_argument("--only", action="append", choices=tuple(SECONDS), metavar="STAGE",
+                        help="one of " + ", ".join(SECONDS) + "; may be repeated")  # fmt: skip
+    parser.add_argument("--no-build", action="store_true", help="take the module that is there")
+    parser.add_argument("--cases", type=_cases, default=CASES, metavar="CASE,CASE",
+                        help="some of " + ", ".join(CASES))  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="rehearse everything on a CPU, with tiny cases")  # fmt: skip
+    parser.add_argument("--table", action="store_true", help="show the table of FOLDER again")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 10 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted are seconds from 10 to 86400")
+    return value
+
+
+def _cases(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    if unknown := set(found) - set(CASES):
+        raise argparse.ArgumentTypeError(
+            f"got {', '.join(sorted(unknown))}; accepted are {', '.join(CASES)}"
+        )
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from spectral_kernels.plan import MATRIX, TILE, rows_of_a_tile
+from spectral_kernels.plan import CHUNK, CHUNK_COLUMNS, MATRIX, TILE, rows_of_tiles
 from tests import cases
 
 LAUNCHES = 2  # gram_matvec and rank_one, whatever the number of layers
@@ -41,15 +41,16 @@ def step(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: str = "c
     float32, the first launch reads v once per tile (T N), writes s (M) and a partial t per tile
     (T N); the second reads the partial t (T N), v again per tile and once more to keep it where
     the next is not finite ((T + 1) N), writes, reads and writes the next v (3 N) and reads s (M).
-    Tables and sums per tile count too. What is read from a cache counts as if it were not.
-    T depends on the type of ``device``.
+    Tables and sums per tile and chunk count too. What is read from a cache counts as if it were
+    not. T depends on the type of ``device``.
     """
     weights = vectors = 0
-    for m, n in shapes:
-        tiles = -(-m // rows_of_a_tile(m, device))
+    for (m, n), rows in zip(shapes, rows_of_tiles(shapes, device), strict=True):
+        tiles, chunks = -(-m // rows), -(-n // CHUNK_COLUMNS)
         weights += 3 * m * n * dtype.itemsize
         vectors += 4 * (4 * tiles * n + 4 * n + 2 * m)
         vectors += 2 * (MATRIX.itemsize + tiles * (TILE.itemsize + 8))
+        vectors += chunks * (CHUNK.itemsize + 2 * 8) + 2 * 4
     return Traffic(weights, vectors)
 
 

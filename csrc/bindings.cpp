@@ -19,11 +19,13 @@ const Header& header_at(int64_t address) { return *reinterpret_cast<const Header
 
 #ifdef SPECTRAL_CUDA
 // The header with the tables' addresses on the device in the place of those on the host.
-Header device_header(int64_t address, int64_t matrices, int64_t tiles, int64_t vectors) {
+Header device_header(int64_t address, int64_t matrices, int64_t tiles, int64_t vectors,
+                     int64_t chunks) {
   Header header = header_at(address);
   header.matrices = matrices;
   header.tiles = tiles;
   header.vectors = vectors;
+  header.chunks = chunks;
   return header;
 }
 
@@ -32,54 +34,55 @@ void bind_cuda(py::module_ cuda) {
            "Why the kernels cannot run on a device, in CUDA's words; empty: they can.");
   cuda.def(
       "gram_matvec",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
-         int64_t stream) {
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+         int device, int64_t stream) {
         py::gil_scoped_release unlocked;
-        spectral::cuda::gram_matvec(device_header(header, matrices, tiles, vectors), device,
+        spectral::cuda::gram_matvec(device_header(header, matrices, tiles, vectors, chunks), device,
                                     stream);
       },
       py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("chunks"), py::arg("device"), py::arg("stream"));
   cuda.def(
       "transposed",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
-         int64_t stream) {
-        py::gil_scoped_release unlocked;
-        spectral::cuda::transposed(device_header(header, matrices, tiles, vectors), device, stream);
-      },
-      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
-      py::arg("device"), py::arg("stream"));
-  cuda.def(
-      "collect",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
-         int64_t stream, int64_t t, int64_t gram) {
-        py::gil_scoped_release unlocked;
-        spectral::cuda::collect(device_header(header, matrices, tiles, vectors), t, gram, device,
-                                stream);
-      },
-      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
-      py::arg("device"), py::arg("stream"), py::arg("t"), py::arg("gram"));
-  cuda.def(
-      "rank_one",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int device,
-         int64_t stream, bool finish, bool gradient, bool accumulate) {
-        py::gil_scoped_release unlocked;
-        spectral::cuda::rank_one(device_header(header, matrices, tiles, vectors), device, stream,
-                                 finish, gradient, accumulate);
-      },
-      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
-      py::arg("device"), py::arg("stream"), py::arg("finish"), py::arg("gradient"),
-      py::arg("accumulate"));
-  cuda.def(
-      "update",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t update,
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
          int device, int64_t stream) {
         py::gil_scoped_release unlocked;
-        spectral::cuda::update(device_header(header, matrices, tiles, vectors),
+        spectral::cuda::transposed(device_header(header, matrices, tiles, vectors, chunks), device,
+                                   stream);
+      },
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("chunks"), py::arg("device"), py::arg("stream"));
+  cuda.def(
+      "collect",
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+         int device, int64_t stream, int64_t t, int64_t gram) {
+        py::gil_scoped_release unlocked;
+        spectral::cuda::collect(device_header(header, matrices, tiles, vectors, chunks), t, gram,
+                                device, stream);
+      },
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("chunks"), py::arg("device"), py::arg("stream"), py::arg("t"), py::arg("gram"));
+  cuda.def(
+      "rank_one",
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+         int device, int64_t stream, bool finish, bool gradient, bool accumulate) {
+        py::gil_scoped_release unlocked;
+        spectral::cuda::rank_one(device_header(header, matrices, tiles, vectors, chunks), device,
+                                 stream, finish, gradient, accumulate);
+      },
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("chunks"), py::arg("device"), py::arg("stream"), py::arg("finish"),
+      py::arg("gradient"), py::arg("accumulate"));
+  cuda.def(
+      "update",
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+         int64_t update, int device, int64_t stream) {
+        py::gil_scoped_release unlocked;
+        spectral::cuda::update(device_header(header, matrices, tiles, vectors, chunks),
                                *reinterpret_cast<const spectral::Update*>(update), device, stream);
       },
       py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
-      py::arg("update"), py::arg("device"), py::arg("stream"));
+      py::arg("chunks"), py::arg("update"), py::arg("device"), py::arg("stream"));
 }
 #endif
 
@@ -92,6 +95,7 @@ PYBIND11_MODULE(_native, m) {
   sizes["matrix"] = sizeof(spectral::Matrix);
   sizes["tile"] = sizeof(spectral::Tile);
   sizes["vector"] = sizeof(spectral::Vector);
+  sizes["chunk"] = sizeof(spectral::Chunk);
   sizes["header"] = sizeof(Header);
   sizes["moment"] = sizeof(spectral::Moment);
   sizes["group"] = sizeof(spectral::Group);

@@ -31,6 +31,15 @@ struct Tile {
   int64_t t_offset;  // first element of this tile's partial t in t_partial, r times N of them
 };
 
+// kChunkColumns columns of one matrix (fewer at its end), the unit of work of the stage that sums t
+// over the tiles on a GPU. Where a matrix has one vector; without columns it has one chunk.
+struct Chunk {
+  int64_t matrix;
+  int64_t begin;  // first column
+};
+
+constexpr int kChunkColumns = 128;
+
 enum VectorKind : int64_t { kShift = 0, kGain = 1 };
 
 // A bias, a norm's shift (both pulled to 0) or a norm's gain (each element pulled to 1).
@@ -103,6 +112,10 @@ struct Header {
   // 0: all matrices take part. Above: those whose residual exceeds tolerance * sigma, with the
   // products taken with v_next, which normalize copies to v; the others stay as they are.
   double tolerance;
+  int64_t chunks, n_chunks;  // those of a matrix one after the other
+  int64_t chunk_squares;     // per chunk, float64: squares of its sums of t, summed
+  int64_t arrivals;  // per matrix, int32: programs that are done with a chunk of it; 0 again
+                     // when the last one has finished the matrix
 };
 
 }  // namespace spectral

@@ -32,7 +32,8 @@ class SpectralPenalty(torch.autograd.Function):
             bucket.iterate(iterations)
             state = bucket.state.snapshot()
             ctx.parts.append((bucket, state))
-            value = bucket.value(bucket.state)
+            value = bucket.value(state)
+            bucket.settle(iterations)
             total = value if total is None else total + value.to(total.device)
         ctx.save_for_backward(*weights)
         return total

@@ -103,7 +103,7 @@ class Cuda:
 
     def update(self, step) -> None:
         """See :func:`reference.update`; one launch, with several vectors one more for products."""
-        tables = (0, 0, 0) if step.bucket is None else step.bucket.plan.device_tables().addresses
+        tables = (0, 0, 0, 0) if step.bucket is None else step.bucket.plan.device_tables().addresses
         self._update(step.header_address, *tables, step.address, *_stream(step.device))
 
     @staticmethod
@@ -123,6 +123,7 @@ def native_module():
         "matrix": plan_module.MATRIX.itemsize,
         "tile": plan_module.TILE.itemsize,
         "vector": plan_module.VECTOR.itemsize,
+        "chunk": plan_module.CHUNK.itemsize,
         "header": 8 * len(plan_module.HEADER),
         "moment": plan_module.MOMENT.itemsize,
         "group": plan_module.GROUP.itemsize,

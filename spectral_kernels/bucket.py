@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import shards
+from . import device_tables, shards
 from .distributed import Sharded, check_ranks
 from .plan import Plan
 from .selection import Matrix, Vector
@@ -29,7 +29,7 @@ class Bucket:
         self.state = State.fresh(backend.whole if self.is_sharded else plan, exponent)
         self._parameters: list[torch.Tensor] | None = None
         self._placements: list[tuple | None] = []
-        self.warm = self.measured = False
+        self.warm = self.measured = self._captured = False
         self.ahead = False  # v, s and v_next belong to the next step already, weights unchanged
 
     @classmethod
@@ -124,8 +124,14 @@ class Bucket:
             self.add_gradient(self.state, grads, accumulate=True)
         else:
             self.backend.finish(self.plan, self.state, grads, accumulate=True)
-        if n % 2 and self._capturing():
-            # Replays read the vectors where this capture has read them.
+        self.settle(n)
+
+    def settle(self, n: int) -> None:
+        """Have the next vectors where CUDA graphs read them, whose replays go on from each other.
+
+        That is where they were before ``n`` iterations. ``v`` is then the next one too.
+        """
+        if self._is_in_graphs() and n % 2:
             self.state.v.copy_(self.state.v_next)
             self.state.swap()
 
@@ -166,15 +172,16 @@ class Bucket:
         state.swap()
         self.backend.normalize(self.plan, state)
         self._catch_up()
-        if self._capturing():
-            # Replays read the vectors where this capture has read them.
+        if self._is_in_graphs():  # as in settle
             held = state.v.clone()
             state.v.copy_(state.v_next)
             state.v_next.copy_(held)
             state.swap()
 
-    def _capturing(self) -> bool:
-        return self.plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    def _is_in_graphs(self) -> bool:
+        """Tell whether CUDA graphs iterate these vectors, one that is being captured among them."""
+        self._captured = self._captured or device_tables.is_capturing(self.plan.device)
+        return self._captured
 
     def measure(self) -> None:
         """Fill s, sigma and residual if no iteration has; ``v_next`` stays where it is."""

@@ -228,6 +228,11 @@ class Buckets:
         They do not depend on how the weight lies in memory. A zero matrix that is stored column by
         column has none.
         """
+        # Copies may go into an optimizer's state, which outlives an inference mode.
+        with torch.inference_mode(False):
+            return self._vectors()
+
+    def _vectors(self) -> dict[str, torch.Tensor]:
         found = dict(self.known)
         for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
             layouts, state = bucket.state.plan.layouts, bucket.state

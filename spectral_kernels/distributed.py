@@ -38,8 +38,8 @@ class Whole(Tables):
             plan.matrices, plan.vectors, layouts, sizes, plan.device, plan.dtype, plan.r
         )
 
-    def _tiles(self, x: Layout) -> list[tuple[int, int]]:
-        return [(0, x.rows)]
+    def _tiles(self) -> list[list[tuple[int, int]]]:
+        return [[(0, x.rows)] for x in self.layouts]
 
     def _partials(self, t_size: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return t and S S^T of every matrix, beside which ``numbers`` has those of the vectors.
@@ -193,13 +193,14 @@ class _Columns:
 
     def __init__(self, plan: Plan, whole: Whole, matrices: Sequence[Held], axes: Sequence[Axis]):
         # Where the local columns, vector by vector, are among all of v.
-        starts = whole.table["v_offset"].tolist()
-        found = []
-        for start, one in zip(starts, matrices, strict=True):
+        starts, own = (x.table["v_offset"].tolist() for x in (whole, plan))
+        index = torch.empty(plan.r * sum(x.cols for x in plan.layouts), dtype=torch.int64)
+        for start, place, one in zip(starts, own, matrices, strict=True):
             n = one.whole.cols
             columns = torch.arange(n) if one.columns is None else one.columns
-            found += [start + j * n + columns for j in range(plan.r)]
-        self.index = torch.cat(found).to(plan.device)
+            for j in range(plan.r):
+                index[place + j * len(columns) :][: len(columns)] = start + j * n + columns
+        self.index = index.to(plan.device)
         sizes = torch.tensor([plan.r * x.rows for x in plan.layouts])
         self._matrix_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(plan.device)
         empty = torch.tensor([x.cols == 0 for x in plan.layouts])

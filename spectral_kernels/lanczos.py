@@ -29,8 +29,8 @@ def singular_values(
         )
     if tensor.numel() == 0:
         return (0.0,) * r
-    device = local_of(tensor).device
-    bucket = Bucket.of([matrix], [], [tensor], choose(backend, device, r=r), exponent=1, r=r)
+    chosen = choose(backend, local_of(tensor).device, tensor.dtype, r)
+    bucket = Bucket.of([matrix], [], [tensor], chosen, exponent=1, r=r)
     bucket.state.target.zero_()
     if r == 1:
         # A start outside of the row space of W adds one dimension to what can be reached.

@@ -17,11 +17,17 @@ from torch import Tensor
 
 from .bucket import Bucket
 from .buckets import Buckets
+from .device_tables import fill
 from .state import State
 
 _LIBRARY = torch.library.Library("spectral_kernels", "DEF")
-# Tables hold the addresses of gradients: the replay of a CUDA graph would not bring them up to date
-# (inductor runs what is tagged outside of its graphs), and strides are those that were traced.
+# Why not in the CUDA graphs of mode="reduce-overhead": a replay compares no address with a tensor;
+# power_iteration writes v, v_next, s and scalars, inputs that the graph does not own, and inductor
+# records nothing that writes such; and each recording, of which inductor may make many without an
+# eager step between them, would take spare tables of its own (see device_tables.py). What is
+# tagged runs eagerly between two parts of the graph, and the parts are recorded. A graph that a
+# user captures (torch.cuda.graph) may hold the operators.
+# The strides of what comes in are those that were traced.
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides)
 
 
@@ -68,7 +74,7 @@ def power_iteration(
     """
     bucket, buffers = _bucket(number, index, weights), (v, v_next, s, scalars)
     if strength is not None:
-        State(bucket.plan, *buffers, bucket.state.exponent).strength.fill_(strength)
+        fill(State(bucket.plan, *buffers, bucket.state.exponent).strength, strength)
     if not bucket.warm:
         _iterate(bucket, buffers, Buckets.by_number[number].warmup)
         bucket.warm = True
@@ -109,7 +115,7 @@ def evaluate(
     s, scalars = torch.empty_like(bucket.state.s), scalars.clone()
     state = State(bucket.plan, v, v_next, s, scalars, bucket.state.exponent)
     if strength is not None:
-        state.strength.fill_(strength)
+        fill(state.strength, strength)
     if not bucket.warm:
         _iterate(bucket, (v, v_next, s, scalars), Buckets.by_number[number].warmup)
     return bucket.value(bucket.evaluated(state))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import backends, optim_check, shards
+from . import backends, device_tables, optim_check, shards
 from .bucket import Bucket
 from .logs import Log
 from .regularizer import Row, SpectralRegularizer, Strength
@@ -110,7 +110,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
             [(p.requires_grad, i) for i, g in enumerate(self.param_groups) for p in g["params"]],
         )
         if self._updates is None or shape != self._shape:
-            self._build(buckets)
+            # Moments, steps and tables outlive an inference mode in which they happen to be made.
+            with torch.inference_mode(False):
+                self._build(buckets)
             self._shape = shape
         for update, params, is_sharded in zip(
             self._updates, self._params, self._are_sharded, strict=True
@@ -163,8 +165,12 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 [tuple(map(shards.local_of, self._moments(p, moment_dtype))) for p in params],
                 [group_of[id(p)] for p in params], moment_dtype, len(self.param_groups),
             )  # fmt: skip
-            for i, p in enumerate(params):
-                update.steps[i] = float(self.state[p].get("step", 0))
+            found = [self.state[p].get("step", 0) for p in params]
+            on_host = [0.0 if _is_on_gpu(step) else float(step) for step in found]
+            device_tables.fill(update.steps, on_host)
+            for i, (p, step) in enumerate(zip(params, found, strict=True)):
+                if _is_on_gpu(step):
+                    update.steps[i].copy_(step)
                 self.state[p]["step"] = update.steps[i]
             self._updates.append(update)
             self._params.append(params)
@@ -375,7 +381,7 @@ def _named_groups(params, model: nn.Module | None):
 
 
 def _is_on_gpu(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
+    return isinstance(value, torch.Tensor) and not device_tables.shares_memory(value.device)
 
 
 def _at_least_zero(value) -> bool:

@@ -27,6 +27,7 @@ MATRIX = _struct(
     "grad_outer_stride v_offset s_offset first_tile n_tiles"
 )
 TILE = _struct("matrix row_begin row_end t_offset")
+CHUNK = _struct("matrix begin")
 VECTOR = _struct("weight grad grad_dtype size kind")
 MOMENT = _struct("first second owner group")
 _OPTIONS = ("lr", "weight_decay", "option_1", "option_2", "eps", "nesterov")
@@ -39,15 +40,21 @@ HEADER = (
     "weight_dtype", "matrices", "n_matrices", "tiles", "n_tiles", "vectors", "n_vectors",
     "t_partial", "gram_partial", "v", "v_next", "s", "sigma", "residual", "norm", "penalty",
     "strength", "target", "scale", "exponent", "scratch_size", "n_bytes", "r", "tolerance",
+    "chunks", "n_chunks", "chunk_squares", "arrivals",
 )  # fmt: skip
 # All of eight bytes, exponent and tolerance float64.
 SLOT = {name: i for i, name in enumerate(HEADER)}
 SCALARS = ("sigmas", "residuals", "norm", "penalty", "strength", "target")
 
-# Rows of a tile at most, if MAX_TILES allows. A tile writes N numbers of t: 1/128 of what it reads.
-TILE_ROWS, TILE_ROWS_ON_GPU = 128, 64  # more programs, and 1/64
 R = (1, 2, 4, 8, 16)  # vectors per matrix that the kernels are made for
-MAX_TILES = 64  # per matrix, so that partial sums stay O(N)
+# On a CPU, and with several vectors: rows of a tile at most, if MAX_TILES per matrix allow. A tile
+# writes r N numbers of t.
+TILE_ROWS, TILE_ROWS_ON_GPU, MAX_TILES = 128, 64, 64
+# On a GPU with one vector: a tile per program that runs at once, of LEAST to MOST elements, but at
+# most about TILES; 8 to TILE_ROWS rows. Of a large plan more, or t would not stay in the cache.
+PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 264, 2048, 32 * 1024, 2048
+_LEAST_ROWS = ((2**27, 32), (2**25, 16), (0, 8))  # by elements of the plan
+CHUNK_COLUMNS = 128  # of one matrix, that one program of a GPU sums over the tiles
 _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 
 
@@ -56,15 +63,43 @@ def address(array: np.ndarray) -> int:
     return array.view(np.int64).__array_interface__["data"][0]
 
 
-def rows_of_a_tile(rows: int, device_type: str, r: int = 1) -> int:
-    """Return how many of a matrix's ``rows`` go into each of its tiles but the last, 4 n.
+def rows_of_tiles(shapes: Sequence[tuple[int, int]], device_type: str, r: int = 1) -> list[int]:
+    """Return how many rows go into each tile but the last of each of the (M, N) ``shapes``.
 
-    More than 64 rows make two tiles at least, or one thread would have most of a small model. With
-    ``r`` vectors a tile writes r N numbers of t, so it is higher: up to 256 rows on a CPU.
+    On a CPU more than 64 rows make two tiles at least, or one thread would have most of a small
+    model. On a GPU tiles are equal in elements rather than in rows, and small plans have as many as
+    keep every multiprocessor busy. Nothing but the shapes decides, so results are the same bits on
+    every machine of that type.
     """
-    most = TILE_ROWS * min(r, 2) if device_type == "cpu" else TILE_ROWS_ON_GPU * r
-    n_tiles = max(-(-rows // most), 2 if rows > 64 else 1)
-    return max(4, 4 * -(-rows // (4 * min(n_tiles, MAX_TILES))))
+    if device_type == "cpu" or r > 1:
+        most = TILE_ROWS * min(r, 2) if device_type == "cpu" else TILE_ROWS_ON_GPU * r
+        counts = [max(-(-m // most), 2 if m > 64 else 1) for m, _ in shapes]
+        return [
+            max(4, 4 * -(-m // (4 * min(n_tiles, MAX_TILES))))
+            for (m, _), n_tiles in zip(shapes, counts, strict=True)
+        ]
+    total = sum(m * n for m, n in shapes)
+    elements = min(max(total // PROGRAMS, LEAST_ELEMENTS), MOST_ELEMENTS)
+    elements = max(elements, total // TILES)
+    least = next(rows for size, rows in _LEAST_ROWS if total >= size)
+    found = []
+    for m, n in shapes:
+        most = min(max(elements // max(n, 1), least), TILE_ROWS)
+        n_tiles = -(-m // most)
+        found.append(8 * -(-m // (8 * max(n_tiles, 1))) or 8)
+    return found
+
+
+def _starts(sizes: Sequence[int], cols: Sequence[int]) -> list[int]:
+    """Return where each matrix's numbers start in a flat buffer.
+
+    Those of rows that are a multiple of four come first: each then starts at a multiple of 16
+    bytes, as loads of four float32 numbers want it.
+    """
+    starts, place = [0] * len(sizes), 0
+    for i in sorted(range(len(sizes)), key=lambda i: cols[i] % 4 != 0):
+        starts[i], place = place, place + sizes[i]
+    return starts
 
 
 class Tables:
@@ -100,11 +135,14 @@ class Tables:
         self._device_tables: DeviceTables | None = None
         self._build(sizes)
 
-    def _tiles(self, x: Layout) -> list[tuple[int, int]]:
-        """Return first and last row + 1 of every tile of a matrix."""
-        step = rows_of_a_tile(x.rows, self.device.type, self.r)
-        starts = range(0, x.rows, step) if x.cols else ()
-        return [(start, min(start + step, x.rows)) for start in starts]
+    def _tiles(self) -> list[list[tuple[int, int]]]:
+        """Return first and last row + 1 of every tile of every matrix."""
+        shapes = [(x.rows, x.cols) for x in self.layouts]
+        steps = rows_of_tiles(shapes, self.device.type, self.r)
+        return [
+            [(start, min(start + step, m)) for start in (range(0, m, step) if n else ())]
+            for (m, n), step in zip(shapes, steps, strict=True)
+        ]
 
     def _partials(self, t_size: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return memory for the tiles' t, and for their products of s."""
@@ -115,23 +153,30 @@ class Tables:
     def _build(self, sizes: Sequence[int]) -> None:
         table = np.zeros(len(self.matrices), MATRIX)
         tiles: list[tuple[int, int, int, int]] = []
-        v_offset = s_offset = t_offset = 0
-        for i, x in enumerate(self.layouts):
-            own = self._tiles(x)
+        chunks: list[tuple[int, int]] = []
+        cols, every = [x.cols for x in self.layouts], self._tiles()
+        v_starts = _starts([self.r * n for n in cols], cols)
+        t_sizes = [self.r * n * len(own) for n, own in zip(cols, every, strict=True)]
+        t_starts, s_offset = _starts(t_sizes, cols), 0
+        for i, (x, own) in enumerate(zip(self.layouts, every, strict=True)):
             table[i] = (
                 0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,
-                v_offset, s_offset, len(tiles), len(own),
+                v_starts[i], s_offset, len(tiles), len(own),
             )  # fmt: skip
-            for begin, end in own:
-                tiles.append((i, begin, end, t_offset))
-                t_offset += self.r * x.cols
-            v_offset, s_offset = v_offset + self.r * x.cols, s_offset + self.r * x.rows
+            for j, (begin, end) in enumerate(own):
+                tiles.append((i, begin, end, t_starts[i] + j * self.r * x.cols))
+            s_offset += self.r * x.rows
+            if self.r == 1:  # a matrix without columns is finished too
+                chunks += [(i, begin) for begin in range(0, max(x.cols, 1), CHUNK_COLUMNS)]
         vector_table = np.zeros(len(self.vectors), VECTOR)
         for i, (vector, size) in enumerate(zip(self.vectors, sizes, strict=True)):
             vector_table[i] = (0, 0, DTYPES[self.dtype], size, KINDS[vector.kind])
         self.table, self.vector_table = table, vector_table
-        self.tiles = np.array(tiles, TILE)
-        self.t_partial, self.gram_partial = self._partials(t_offset, len(tiles))
+        self.tiles, self.chunks = np.array(tiles, TILE), np.array(chunks, CHUNK)
+        self.t_partial, self.gram_partial = self._partials(sum(t_sizes), len(tiles))
+        # Of the programs that finish a matrix together on a GPU; the last one sets arrivals back.
+        self.chunk_squares = torch.empty(len(chunks), dtype=torch.float64, device=self.device)
+        self.arrivals = torch.zeros(len(table), dtype=torch.int32, device=self.device)
         elements = sum(x.rows * x.cols for x in self.layouts)
         self.header = np.zeros(len(HEADER), np.int64)
         fields = {
@@ -142,14 +187,16 @@ class Tables:
             "t_partial": self.t_partial.data_ptr(), "gram_partial": self.gram_partial.data_ptr(),
             "scratch_size": max((x.cols for x in self.layouts), default=0),
             "n_bytes": elements * self.dtype.itemsize, "r": self.r,
+            "chunks": address(self.chunks), "n_chunks": len(chunks),
+            "chunk_squares": self.chunk_squares.data_ptr(), "arrivals": self.arrivals.data_ptr(),
         }  # fmt: skip
         for name, value in fields.items():
             self.header[SLOT[name]] = value
 
     def device_tables(self) -> DeviceTables:
-        """Return the tables of matrices, tiles and vectors on the device, up to date."""
+        """Return the tables of matrices, tiles, vectors and chunks on the device, up to date."""
         if self._device_tables is None:
-            tables = self.table, self.tiles, self.vector_table
+            tables = self.table, self.tiles, self.vector_table, self.chunks
             what = "an address of a weight or a gradient"
             self._device_tables = DeviceTables(tables, self.device, what)
         self._device_tables.refresh(self.version)

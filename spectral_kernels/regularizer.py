@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import autograd, backends, checkpoint, readings
+from . import autograd, backends, checkpoint, device_tables, readings
 from .arguments import count, number, one_of
 from .attach import Attachment, attach
 from .bucket import MOST_FURTHER, Bucket
@@ -146,14 +146,15 @@ class SpectralRegularizer:
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
         Call it once per optimizer step, after ``backward``: before clipping to be inside it. A
-        parameter without ``.grad`` gets one.
+        parameter without ``.grad`` gets one; in a CUDA graph, which may capture this after a step
+        outside of it, each replay starts it from zero.
 
         Args:
             grad_scale: the factor by which the gradients in ``.grad`` are still multiplied:
                 ``scaler.get_scale()`` if ``scaler.unscale_(optimizer)`` has not been called.
 
         Raises:
-            RuntimeError: as :meth:`penalty`, and during CUDA graph capture on a missing ``.grad``.
+            RuntimeError: as :meth:`penalty`, and in a CUDA graph before any step outside of it.
             ValueError: as :meth:`penalty`, for a ``.grad`` that is sparse, or of a dtype or memory
                 layout that does not go with its weight, and for a parametrized weight.
         """
@@ -161,8 +162,7 @@ class SpectralRegularizer:
             return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
         self._buckets.check_in_place()
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
-            factor = number("grad_scale", grad_scale)
-            grad_scale = torch.tensor(factor, dtype=torch.float64, device="cpu")
+            grad_scale = number("grad_scale", grad_scale)
         buckets = self._ready()
         grads = [bucket.grads() for bucket in buckets]
         for bucket, own in zip(buckets, grads, strict=True):
@@ -382,15 +382,14 @@ class SpectralRegularizer:
             self._initial[matrix.name] if target == "initial" else target
             for matrix, target in ((m, self._targets[m.name]) for m in bucket.plan.matrices)
         ]
-        bucket.state.target.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
+        device_tables.fill(bucket.state.target, values)
 
     def _fill_strength(self, bucket: Bucket) -> None:
-        if self._strength_is_tensor:
-            bucket.state.strength.fill_(self._strength.detach())
-        else:
+        values = self._strength
+        if not self._strength_is_tensor:
             entries = (*bucket.plan.matrices, *bucket.plan.vectors)
             values = [self._strengths[entry.name] for entry in entries]
-            bucket.state.strength.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
+        device_tables.fill(bucket.state.strength, values)
 
     def _measure_initial(self) -> None:
         for matrix in self._selection.matrices:
@@ -402,15 +401,13 @@ class SpectralRegularizer:
 
 
 def _make_missing(bucket: Bucket, grads: list[torch.Tensor | None]) -> None:
-    """Give every trainable parameter without a gradient one, and put it into ``grads``."""
+    """Give every trainable parameter without a gradient one, and put it into ``grads``.
+
+    While a CUDA graph is being captured they are in its memory, and replays start from zeros.
+    """
     for i, tensor in enumerate(bucket.parameters):
         if grads[i] is None and tensor.requires_grad:
-            if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"parameter {bucket.plan.owners[i].name!r} has no .grad during CUDA graph "
-                    "capture: run a step before, and keep the gradients with "
-                    "zero_grad(set_to_none=False)"
-                )
-            tensor.grad = torch.zeros_like(tensor, requires_grad=False)
+            with torch.inference_mode(False):  # which a gradient outlives
+                tensor.grad = torch.zeros_like(tensor, requires_grad=False)
             grads[i] = local_of(tensor.grad)
     bucket.plan.bind_grads(grads)

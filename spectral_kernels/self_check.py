@@ -10,8 +10,9 @@ from .plan import Plan
 from .selection import select
 from .state import State
 
-# (M, N): short and long rows that wide loads can take, rows that they cannot, several tiles.
-SHAPES = ((70, 64), (5, 2048), (130, 31), (3, 9000))
+# (M, N): short and long rows that wide loads can take, rows that they cannot, several tiles, and
+# several of them beside several chunks.
+SHAPES = ((70, 192), (5, 2048), (130, 31), (3, 9000))
 EXPONENT, STRENGTH, TARGET = 2.0, 0.5, 0.7
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from .device_tables import number_on
 from .plan import SCALARS, SLOT, Plan, address
 
 _ADDRESSES = slice(SLOT["v"], SLOT["target"] + 1)
@@ -95,10 +96,10 @@ class State:
         own = None, torch.empty_like(self.s), self.scalars.clone()
         return State(self.plan, self.v_next, *own, self.exponent)
 
-    def set_scale(self, scale: torch.Tensor | None) -> None:
+    def set_scale(self, scale: float | torch.Tensor | None) -> None:
         """Let one number on the device multiply every strength (None: no such number)."""
         if scale is not None:
-            scale = scale.detach().to(dtype=self.plan.state_dtype, device=self.plan.device)
+            scale = number_on(self.plan.device, self.plan.state_dtype, scale)
             self.header[SLOT["scale"]] = scale.data_ptr()
         elif self.scale is not None:
             self.header[SLOT["scale"]] = 0

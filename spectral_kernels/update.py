@@ -15,12 +15,14 @@ import torch
 
 from . import reference
 from .bucket import Bucket
-from .device_tables import DeviceTables
+from .device_tables import DeviceTables, fill, number_on
 from .memory import memory_of
 from .plan import DTYPES, GROUP, HEADER, MOMENT, SLOT, UPDATE, VECTOR, address
 
 PART = 32768  # elements of a parameter without a penalty that one task takes
 _FIELD = {name: i for i, name in enumerate(UPDATE)}
+_ON_DEVICE = "others", "matrix_moments", "vector_moments", "other_moments", "groups"
+_TABLES = [_FIELD[name] for name in _ON_DEVICE]
 
 
 class Rule(NamedTuple):
@@ -77,6 +79,7 @@ class Update:
         self.groups = np.zeros(n_groups, GROUP)
         self._options: list[tuple] = []  # what they hold
         self._groups_version = 0
+        self._placed: tuple[int, ...] = ()  # the addresses of _ON_DEVICE in the header
         self.grad_scale: torch.Tensor | None = None
         self.found_inf: torch.Tensor | None = None
         self.decoupled = False
@@ -111,9 +114,7 @@ class Update:
         self.address = address(self.header)
         fields = {
             "rule": self.rule.number, "moment_dtype": DTYPES[self.moment_dtype],
-            **dict(zip(("others", *rows), self.tables.addresses, strict=True)),
-            "n_others": len(self.others),
-            "groups": self.group_table.addresses[0], "steps": self.steps.data_ptr(),
+            "n_others": len(self.others), "steps": self.steps.data_ptr(),
         }  # fmt: skip
         for name, value in fields.items():
             self.header[_FIELD[name]] = value
@@ -147,7 +148,7 @@ class Update:
             acts[i] |= weights[i].requires_grad
         if acts != self.acts:
             self.acts = acts
-            self._acting.copy_(torch.tensor(acts, device="cpu"))
+            fill(self._acting, acts)
         offsets = self._other_start * self.dtype.itemsize
         for field, tensors in (("weight", weights), ("grad", grads)):
             found = np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
@@ -213,7 +214,7 @@ class Update:
         """Write the hyperparameters of every group, in the order of GROUP.
 
         A learning rate that is a tensor on a GPU stays there: its value may change between replays
-        of a CUDA graph.
+        of a CUDA graph. Numbers are those of the capture in every replay, as in torch.optim.
         """
         self.decoupled = self.header[_FIELD["decoupled"]] = decoupled
         on_device = {i: row[0] for i, row in enumerate(rows) if isinstance(row[0], torch.Tensor)}
@@ -232,13 +233,16 @@ class Update:
         """Divide gradients by ``grad_scale``; leave all as it is where ``found_inf`` > 0."""
         for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if number is not None:
-                number = number.detach().to(dtype=torch.float32, device=self.device)
+                number = number_on(self.device, torch.float32, number)
             setattr(self, name, number)
             self.header[_FIELD[name]] = 0 if number is None else number.data_ptr()
 
     def run(self) -> None:
         """Take a step."""
         self.tables.refresh(self._version)
+        placed = *self.tables.addresses, *self.group_table.addresses
+        if placed != self._placed:
+            self.header[_TABLES] = self._placed = placed
         if self.found_inf is None:
             self.steps += self._acting
         else:

@@ -1,7 +1,11 @@
+import contextlib
+
 import pytest
 import torch
 
 from spectral_kernels import backends
+
+from .gpu_like import GpuLike
 
 LEVELS = ("baseline", "v3", "v4")
 
@@ -32,8 +36,28 @@ def on_device(device, name):
     if not torch.cuda.is_available() or (name == "triton" and backends.interpreted()):
         pytest.skip("needs a CUDA device and Triton's compiler")
     torch.set_default_device(device)
-    yield name
+    with exact_products():
+        yield name
     torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def exact_products():
+    """Let a GPU multiply float32 numbers as such, and convolutions give the same bits each time."""
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def exact():
+    """What :func:`exact_products` says; ``usefixtures`` in the files that are about a GPU."""
+    with exact_products():
+        yield
 
 
 def at_level(level, name):
@@ -53,6 +77,14 @@ def kernels(request):
     if (reason := backends.unavailable(request.param)) is not None:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture
+def gpu_like(monkeypatch):
+    """A stand-in for a GPU on a CPU, for backend "cpu"."""
+    if (reason := backends.unavailable("cpu")) is not None:
+        pytest.skip(reason)
+    return GpuLike(monkeypatch)
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
-"""Small steps of a GPU backend, for compute-sanitizer: ``python -m tests.sanitized BACKEND``."""
+"""Small steps of a GPU backend, for compute-sanitizer: ``python -m tests.sanitized BACKEND``.
 
+With PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment, so that each tensor is an allocation.
+"""
+
+import os
 import sys
 
 import torch
@@ -49,4 +53,7 @@ def main(backend: str, device: str) -> None:
 
 
 if __name__ == "__main__":
+    if not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: in memory that torch has cut up, accesses "
+                 "beyond a tensor are not seen")  # fmt: skip
     main(sys.argv[1], "cuda")

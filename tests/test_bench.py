@@ -268,5 +268,7 @@ def test_traffic_counts_what_the_plan_lays_out():
     assert counted.weights == 3 * plan.header[SLOT["n_bytes"]]
     rows, columns = sum(m for m, _ in shapes), sum(n for _, n in shapes)
     tables = plan.table.nbytes + plan.tiles.nbytes + plan.gram_partial.nbytes
-    assert counted.vectors == 4 * (4 * plan.t_partial.numel() + 4 * columns + 2 * rows) + 2 * tables
+    chunks = plan.chunks.nbytes + 2 * plan.chunk_squares.nbytes + 2 * plan.arrivals.nbytes
+    vectors = 4 * (4 * plan.t_partial.numel() + 4 * columns + 2 * rows)
+    assert counted.vectors == vectors + 2 * tables + chunks
     assert counted.seconds(1e9) == pytest.approx(counted.total / 1e9)

@@ -26,17 +26,19 @@ class Entry(NamedTuple):
 
 
 # Kernels per dtype of the weights, one for all, per dtypes of weights and moments; for several
-# vectors, per dtype and how many a thread takes at a time, and per number of vectors. 5 KiB are
-# products.cuh's kReservedBytes and the driver's.
+# vectors, per dtype and how many a thread takes at a time, and per number of vectors; of the sums
+# over tiles, one for one vector and one for several. 5 KiB are products.cuh's kReservedBytes and
+# the driver's.
 ENTRIES = {
     "gram_matvec": Entry(3, 5 * KIB, (LOAD,)),
-    "rank_one": Entry(1, 5 * KIB, (LOAD, STORE)),
+    "rank_one": Entry(1, 9 * KIB, (LOAD, STORE)),
     "adamw": Entry(5, 5 * KIB, (LOAD, STORE)),
     "sgd": Entry(5, 5 * KIB, (LOAD, STORE)),
     "subspace": Entry(7, 12 * KIB, ("LDG.E.128.CONSTANT",)),  # the cache keeps it for a second use
     "ritz": Entry(4, 32 * KIB, ()),
     "transposed": Entry(10, 22 * KIB, (LOAD,)),
-    "collect": Entry(1, 2 * KIB, ()),
+    "collect_kernel": Entry(1, 2 * KIB, ()),
+    "collect_chunks": Entry(1, 6 * KIB, (LOAD,)),
 }
 REGISTERS = 128  # of a thread, so that a multiprocessor holds two blocks of 256
 # Of the stack. Where registers are few, two are kept there while lanes that have diverged shuffle,
@@ -109,7 +111,7 @@ def test_without_a_device_a_launch_is_an_exception(native):
     assert "CUDA error" in native.cuda.problem(0)
     header = np.zeros(len(plan.HEADER), np.int64)
     header[plan.SLOT["n_tiles"]] = header[plan.SLOT["n_matrices"]] = 1
-    addresses = (plan.address(header), 0, 0, 0)
+    addresses = (plan.address(header), 0, 0, 0, 0)
     update = np.zeros(len(plan.UPDATE), np.int64)
     step = {"update": plan.address(update), "device": 0, "stream": 0}
     for r in plan.R:

@@ -8,13 +8,16 @@ import copy
 import pytest
 import torch
 
-from spectral_kernels import SpectralAdamW, SpectralSGD
+from spectral_kernels import SpectralAdamW, SpectralSGD, device_tables
 
+from .gpu_like import check_graph, training
 from .models import captured, net, with_gradients
+from .test_gpu import are_close, loss_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("exact"),
 ]
 SEVERAL = pytest.mark.parametrize(
     ("n_vectors", "iterations"), [(1, 1), (1, "auto"), (4, 1), (4, "auto"), (16, 1)]
@@ -159,15 +162,59 @@ def test_captured_steps_replay_bit_for_bit(kernels, n_vectors, iterations):
         assert same_bits(state_of(model, optimizers[0]), state_of(twin, optimizers[1])), i
 
 
-def test_a_new_gradient_is_an_error_during_capture(kernels):
+@pytest.mark.parametrize("n_vectors", [1, 4])
+def test_a_whole_step_is_captured_after_gradients_were_set_to_none(kernels, n_vectors):
+    options = {"n_vectors": n_vectors}
+    check_graph(
+        captured, lambda: training(net(), "optimizer", kernels, loss_of, **options), are_close
+    )
+
+
+def test_a_hyperparameter_in_a_graph_is_that_of_its_capture(kernels):
+    """As in torch.optim: numbers are constants of a graph."""
+    model = with_gradients(net())
+    optimizer = SpectralSGD(model, 1e-2, strength=0.0, backend=kernels)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.25
+    for lr, step in ((0.5, graph.replay), (0.25, optimizer.step), (0.5, graph.replay)):
+        before = model[0].weight.detach().clone()
+        step()
+        torch.testing.assert_close(model[0].weight, before - lr * model[0].weight.grad)
+
+
+def test_more_changes_than_a_capture_has_tables_for_are_an_error(kernels):
     model = net()
     optimizer = adamw(model, kernels)
     optimizer.step()
-    kept = model[0].weight.grad  # or the copy might be where it was
-    model[0].weight.grad = kept.clone()
-    with pytest.raises(RuntimeError, match="has changed"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    grads = [torch.zeros_like(model[0].weight) for _ in range(device_tables.SPARES + 1)]
+
+    def steps():
+        for grad in grads:
+            model[0].weight.grad = grad
+            optimizer.step()
+
+    graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with pytest.raises(RuntimeError, match="has changed since the last step outside"), graph:
+        steps()
+
+
+def test_a_changed_set_of_gradients_is_not_waited_for(kernels):
+    model = net()
+    optimizer = adamw(model, kernels)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model[0].weight.grad = model[2].bias.grad = None
+        model[2].bias.requires_grad_(False)  # builds the tables anew
         optimizer.step()
-    del kept
+        optimizer.param_groups[0]["lr"] = 2e-2
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_kernels_without_a_fault_pass_their_check(recwarn):

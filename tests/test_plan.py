@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from spectral_kernels import backends, plan
-from spectral_kernels.plan import Plan
+from spectral_kernels.plan import Plan, rows_of_tiles
 from spectral_kernels.selection import select
 from spectral_kernels.state import State
 
+from . import cases
 from .buckets import bucket_of, gradients, named_weights
 from .layouts import (
     LAYOUTS,
@@ -195,12 +196,12 @@ def rows_of(name):
     return getattr(plan, name.upper())
 
 
-@pytest.mark.parametrize("name", ["matrix", "tile", "vector", "header"])
+@pytest.mark.parametrize("name", ["matrix", "tile", "chunk", "vector", "header"])
 def test_rows_have_the_size_of_the_structs(name):
     assert rows_of(name).itemsize == native_table_sizes()[name]
 
 
-@pytest.mark.parametrize("name", ["Matrix", "Tile", "Vector", "Header"])
+@pytest.mark.parametrize("name", ["Matrix", "Tile", "Chunk", "Vector", "Header"])
 def test_rows_have_the_fields_of_the_structs_in_order(name):
     source = Path(__file__).parent.parent / "csrc" / "table.h"
     if not source.exists():
@@ -219,14 +220,21 @@ TILED = [(1, 1), (127, 3), (128, 3), (129, 3), (300, 7), (8191, 2), (8192, 2), (
          (20000, 3), (0, 5), (5, 0), (5, 1000)]  # fmt: skip
 
 
-def test_tiles_cover_every_row_once():
+def cut_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(plan, "rows_of_tiles", lambda s, _, r=1: rows_of_tiles(s, "cuda", r))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tiles_cover_every_row_once(monkeypatch, device):
+    if device == "cuda":
+        cut_as_on_a_gpu(monkeypatch)
     plan_ = bucket_of([torch.randn(shape) for shape in TILED]).plan
     claimed = np.zeros(plan_.t_partial.numel(), dtype=int)
     for i, layout in enumerate(plan_.layouts):
         first, n = int(plan_.table["first_tile"][i]), int(plan_.table["n_tiles"][i])
         tiles = plan_.tiles[first : first + n]
         assert (tiles["matrix"] == i).all()
-        assert n <= 64
+        assert n <= 64 or device == "cuda"
         rows = [r for t in tiles for r in range(int(t["row_begin"]), int(t["row_end"]))]
         assert rows == (list(range(layout.rows)) if layout.cols else [])
         assert all(t["row_begin"] < t["row_end"] for t in tiles)
@@ -242,6 +250,52 @@ def test_tiles_do_not_depend_on_the_number_of_threads(threads):
         threads(n)
         found.append(bucket_of([torch.empty(shape) for shape in TILED]).plan.tiles.tobytes())
     assert found[0] == found[1] == found[2]
+
+
+def test_chunks_cover_every_column_once():
+    plan_ = bucket_of([torch.randn(shape) for shape in TILED]).plan
+    for i, layout in enumerate(plan_.layouts):
+        own = plan_.chunks[plan_.chunks["matrix"] == i]["begin"]
+        # A matrix without columns has a chunk too: somebody has to write its sigma.
+        assert list(own) == list(range(0, max(layout.cols, 1), plan.CHUNK_COLUMNS))
+    assert (np.diff(plan_.chunks["matrix"]) >= 0).all()
+    assert not plan_.arrivals.any()
+    assert len(plan_of([torch.randn(7, 5)], r=4).chunks) == 0
+
+
+# Tiles on a GPU, and bytes of the largest over the mean, both at least as good as this.
+CUT = {
+    "mlp": (20, 1.6), "resnet18": (264, 1.1), "vit_tiny": (264, 1.6), "vit_b": (1056, 1.2),
+    "gpt2": (1056, 1.2), "many_small": (500, 1.0), "one_huge": (256, 1.0), "llama_1b": (2112, 2.0),
+    "llama_7b": (2112, 2.4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_every_multiprocessor_has_as_much_to_do(case):
+    """264 programs run at once on an H100: each has a tile, or many of about the same size."""
+    shapes, (least, worst) = cases.CASES[case](), CUT[case]
+    sizes = []
+    for (m, n), step in zip(shapes, rows_of_tiles(shapes, "cuda"), strict=True):
+        assert 8 <= step <= plan.TILE_ROWS
+        assert step % 8 == 0
+        sizes += [n * min(step, m - start) for start in range(0, m, step)]
+    assert len(sizes) >= least
+    assert max(sizes) * len(sizes) / sum(sizes) <= worst
+    # What tiles write of t is little beside what they read, or stays in a cache of 50 MB.
+    t = 4 * sum(-(-m // step) * n for (m, n), step in zip(shapes, rows_of_tiles(shapes, "cuda"),
+                                                          strict=True))  # fmt: skip
+    assert t <= max(32e6, 0.04 * 2 * sum(sizes))
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_vectors_of_aligned_rows_start_where_four_numbers_are_loaded_at_once(r):
+    plan_ = plan_of([torch.randn(shape) for shape in [(9, 3), (7, 8), (300, 5), (200, 12)]], r)
+    for i, layout in enumerate(plan_.layouts):
+        if layout.cols % 4 == 0:
+            first = int(plan_.table["first_tile"][i])
+            assert plan_.table["v_offset"][i] % 4 == 0
+            assert plan_.tiles["t_offset"][first] % 4 == 0
 
 
 def plan_of(tensors, r=1):

@@ -167,7 +167,7 @@ def test_gradient_is_that_of_the_largest_ritz_value(backend, r, dtype):
 
 @pytest.mark.parametrize("r", SEVERAL)
 def test_zero_empty_low_rank_and_repeated(backend, r):
-    generator = torch.Generator().manual_seed(r)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(r)
     x, y = torch.randn(30, generator=generator), torch.randn(70, generator=generator)
     orthogonal = 3 * torch.linalg.qr(torch.randn(40, 40, generator=generator))[0]
     low = torch.outer(x, y)

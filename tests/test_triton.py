@@ -27,17 +27,19 @@ def triton_backend():
         (plan.MATRIX, "WEIGHT GRAD GRAD_DTYPE ROWS OUTER INNER ROW_STRIDE OUTER_STRIDE "
          "GRAD_ROW_STRIDE GRAD_OUTER_STRIDE V_OFFSET S_OFFSET FIRST_TILE N_TILES", "MATRIX_FIELDS"),
         (plan.TILE, "TILE_MATRIX ROW_BEGIN ROW_END T_OFFSET", "TILE_FIELDS"),
+        (plan.CHUNK, "CHUNK_MATRIX CHUNK_BEGIN", "CHUNK_FIELDS"),
         (plan.VECTOR, "WEIGHT GRAD GRAD_DTYPE SIZE KIND", "VECTOR_FIELDS"),
         (plan.MOMENT, "FIRST SECOND OWNER GROUP", "MOMENT_FIELDS"),
         (plan.GROUP, "LR WEIGHT_DECAY OPTION_1 OPTION_2 EPS NESTEROV", "GROUP_FIELDS"),
     ],
 )  # fmt: skip
 def test_the_kernels_know_the_tables(struct, names, fields):
-    known = {name.removeprefix("TILE_").lower(): getattr(tables, name).value
+    known = {name.removeprefix("TILE_").removeprefix("CHUNK_").lower(): getattr(tables, name).value
              for name in names.split()}  # fmt: skip
     assert known == {name: i for i, name in enumerate(struct.names)}
     assert getattr(tables, fields).value == len(struct.names)
     assert tables.GAIN.value == plan.KINDS["gain"]
+    assert tables.CHUNK_COLUMNS.value == plan.CHUNK_COLUMNS
 
 
 def test_one_launch_gives_the_same_bits_as_two(triton_backend):
@@ -88,6 +90,92 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_integer_exponents_are_products():
-    from spectral_kernels._triton.backend import integer_exponent
+    from spectral_kernels._triton.launch import integer_exponent
 
-    assert [integer_exponent(k) for k in (1, 2.0, 16, 17, 2.5, math.pi)] == [1, 2, 16, 0, 0, 0]
+    assert [integer_exponent(k) for k in (1, 2.0, 16, 17, 2.5, math.pi)] == [1, 2, 16, -1, -1, -1]
+
+
+# Rows and columns for many tiles and several chunks, rows that are not aligned, and none at all.
+CUT = [(2100, 8), (300, 40), (9, 300), (40, 3), (64, 130), (0, 5), (5, 0), (1, 260)]
+
+
+def cut_into_small_tiles(monkeypatch):
+    """Have plans cut matrices as on a GPU, into tiles of few elements."""
+    original = plan.rows_of_tiles
+    monkeypatch.setattr(plan, "LEAST_ELEMENTS", 64)
+    monkeypatch.setattr(plan, "MOST_ELEMENTS", 64)
+    monkeypatch.setattr(plan, "rows_of_tiles", lambda s, _, r=1: original(s, "cuda", r))
+
+
+def in_random_order(monkeypatch, seed):
+    """Have the interpreter run the programs of every launch in an order of its own."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    orders, original = {}, type(interpreter_builder).set_grid_idx
+
+    def shuffled(self, x, y, z):
+        n = self.grid_dim[0]
+        if n not in orders:
+            generator = torch.Generator().manual_seed(seed + n)
+            orders[n] = torch.randperm(n, generator=generator).tolist()
+        original(self, orders[n][x], y, z)
+
+    monkeypatch.setattr(type(interpreter_builder), "set_grid_idx", shuffled)
+
+
+def steps_of(backend, weights, tolerance=0.0):
+    """Two iterations and the gradient of the second; what they have made."""
+    bucket = bucket_of([w.clone() for w in weights], backend, target=0.6)
+    grads = [0.1 * w for w in weights]
+    bucket.plan.bind_grads(grads)
+    bucket.begin(2)
+    bucket.finish(2, grads)
+    if tolerance:
+        bucket.state.set_tolerance(tolerance)
+        bucket.backend.gram_matvec(bucket.plan, bucket.state)
+        bucket.backend.normalize(bucket.plan, bucket.state)
+    state = bucket.state
+    # The residual itself is the root of a difference of two large numbers.
+    relative = (state.residual / state.sigma.clamp(min=1e-30)) ** 2
+    return bucket, [state.sigma, relative, state.penalty, state.v, state.v_next, *grads]
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.05])
+def test_many_tiles_and_chunks_make_what_the_reference_makes(
+    triton_backend, monkeypatch, tolerance
+):
+    cut_into_small_tiles(monkeypatch)
+    weights = [*random_weights(CUT), torch.randn(17)]
+    bucket, own = steps_of(triton_backend, weights, tolerance)
+    assert bucket.plan.table["n_tiles"].max() > 256
+    assert len(bucket.plan.chunks) > len(bucket.plan.matrices)
+    _, expected = steps_of("reference", weights, tolerance)
+    for a, b in zip(own, expected, strict=True):
+        size = float(b.nan_to_num().abs().max()) if b.numel() else 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * size, equal_nan=True)
+    assert not bucket.plan.arrivals.any()  # ready for the next launch
+
+
+def test_the_order_of_programs_changes_no_bit(triton_backend, monkeypatch):
+    cut_into_small_tiles(monkeypatch)
+    weights = [*random_weights([(100, 40), *CUT[2:]]), torch.randn(17)]
+    _, expected = steps_of(triton_backend, weights, 0.05)
+    for seed in range(2):
+        with monkeypatch.context() as patch:
+            in_random_order(patch, seed)
+            _, own = steps_of(triton_backend, weights, 0.05)
+        for a, b in zip(own, expected, strict=True):
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_weight_among_many_chunks_leaves_the_vectors(triton_backend, monkeypatch, bad):
+    cut_into_small_tiles(monkeypatch)
+    weights = random_weights([(50, 300), (20, 300)])
+    weights[0][49, 299] = bad
+    bucket = bucket_of(weights, triton_backend)
+    before = bucket.state.v_next.clone()
+    bucket.iterate(1)
+    assert not math.isfinite(float(bucket.state.sigma[0]))
+    assert torch.equal(bucket.state.columns(0, bucket.state.v_next), before[:300].view(1, -1))
+    assert float(bucket.state.columns(1, bucket.state.v_next).norm()) == pytest.approx(1, abs=1e-6)

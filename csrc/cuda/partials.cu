@@ -1,6 +1,7 @@
 // The partial results of tiles apart from s = W v: made of an s that is given, and summed up.
 
 #include "backend.h"
+#include "chunks.cuh"
 #include "launch.h"
 #include "rows.cuh"
 
@@ -8,16 +9,16 @@ namespace spectral {
 namespace cuda {
 namespace {
 
-constexpr int kRows = 8;    // whose loads a thread has under way
-constexpr int kChunk = 64;  // rows whose factors are in shared memory
-constexpr int kMaxSlices = kChunk / kRows;
+constexpr int kRows = 8;      // whose loads a thread has under way
+constexpr int kFactors = 64;  // rows whose factors are in shared memory
+constexpr int kMaxSlices = kFactors / kRows;
 constexpr int kCollectThreads = 64;
 
 // W^T s of kVectors vectors at a time. A thread owns columns, of short rows beside others that have
 // different rows of the same columns: these slices are added up in their order.
 template <int kVectors, int kTotal, class Source>
 __device__ __forceinline__ void add_rows(const Source& w, const float* s, int64_t n_rows, int r,
-                                         Scale scale, float (&factor)[kChunk][kVectors],
+                                         Scale scale, float (&factor)[kFactors][kVectors],
                                          float (&total)[kTotal], float* t) {
   constexpr int kWidth = Source::kWidth;
   static_assert(kTotal >= kThreads / 2 * kWidth * kVectors);
@@ -30,16 +31,16 @@ __device__ __forceinline__ void add_rows(const Source& w, const float* s, int64_
       const int64_t c = strip + place * kWidth;
       float sum[kVectors][kWidth] = {};
 #pragma unroll 1
-      for (int begin = 0; begin < w.count; begin += kChunk) {
+      for (int begin = 0; begin < w.count; begin += kFactors) {
         __syncthreads();
-        for (int i = threadIdx.x; i < kChunk * kVectors; i += kThreads) {
-          const int row = begin + i % kChunk, j = i / kChunk;
-          factor[i % kChunk][j] = row < w.count ? scale(s[(first + j) * n_rows + row]) : 0;
+        for (int i = threadIdx.x; i < kFactors * kVectors; i += kThreads) {
+          const int row = begin + i % kFactors, j = i / kFactors;
+          factor[i % kFactors][j] = row < w.count ? scale(s[(first + j) * n_rows + row]) : 0;
         }
         __syncthreads();
         if (c >= w.n) continue;
 #pragma unroll 1
-        for (int row = slice * kRows; row < kChunk && begin + row < w.count;
+        for (int row = slice * kRows; row < kFactors && begin + row < w.count;
              row += slices * kRows) {
           typename Source::Bits bits[kRows];
           w.template load<kRows>(begin + row, c, [&](int q, auto own) { bits[q] = own; });
@@ -93,7 +94,7 @@ __device__ __forceinline__ void products(const float* s, int64_t n_rows, int cou
 // Block i takes tile i.
 template <class T, int kVectors>
 __global__ void __launch_bounds__(kThreads, 2) transposed_kernel(const Header header) {
-  __shared__ __align__(16) float factor[kChunk][kVectors];
+  __shared__ __align__(16) float factor[kFactors][kVectors];
   __shared__ float total[kThreads / 2 * kPerLoad<T> * kVectors];
   const Tile tile = at<const Tile>(header.tiles)[blockIdx.x];
   if (!takes_part(header, tile.matrix)) return;
@@ -160,8 +161,8 @@ __device__ __forceinline__ void collect_products(const Header& header, int64_t i
     at<float>(sums.t)[m.v_offset + c] = 0;
 }
 
-// Block i < n_tiles takes columns of the matrix of tile i if there is a t, the following ones the
-// products of a matrix each.
+// With several vectors. Block i < n_tiles takes columns of the matrix of tile i if there is a t,
+// the following ones the products of a matrix each.
 __global__ void collect_kernel(const Header header, Sums sums) {
   int64_t block = blockIdx.x;
   if (sums.t != 0) {
@@ -169,6 +170,23 @@ __global__ void collect_kernel(const Header header, Sums sums) {
     block -= header.n_tiles;
   }
   collect_products(header, block, sums);
+}
+
+// With one vector, whose tiles may be many. Block i takes chunk i, the first one of a matrix its
+// products as well.
+__global__ void __launch_bounds__(kThreads, 2)
+    collect_chunks_kernel(const Header header, Sums sums) {
+  const Chunk chunk = at<const Chunk>(header.chunks)[blockIdx.x];
+  const Matrix m = at<const Matrix>(header.matrices)[chunk.matrix];
+  if (sums.t != 0) {
+    const float sum = sum_of_tiles(header, m, chunk.begin);
+    const int64_t c = chunk.begin + threadIdx.x;
+    if (threadIdx.x < kChunkColumns && c < m.outer * m.inner)
+      at<float>(sums.t)[m.v_offset + c] = sum;
+  }
+  if (chunk.begin > 0) return;
+  const double squares = sum_of_squares(header, m);
+  if (threadIdx.x == 0) at<double>(sums.gram)[chunk.matrix] = squares;
 }
 
 }  // namespace
@@ -189,6 +207,9 @@ void collect(const Header& header, int64_t t, int64_t gram, int device, int64_t 
   check_dtype(header, "collect");
   if (header.n_matrices == 0) return;
   const DeviceGuard guard(device, "collect");
+  if (header.r == 1)
+    return launch<Header, Sums>("collect", collect_chunks_kernel, header.n_chunks, kThreads, 0,
+                                stream, header, Sums{t, gram});
   launch<Header, Sums>("collect", collect_kernel, (t != 0 ? header.n_tiles : 0) + header.n_matrices,
                        kCollectThreads, 0, stream, header, Sums{t, gram});
 }

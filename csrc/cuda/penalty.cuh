@@ -6,26 +6,15 @@
 namespace spectral {
 namespace cuda {
 
-// Of s over all tiles of a matrix; the same bits in every thread of every block.
-__device__ __forceinline__ double sum_of_squares(const Header& header, const Matrix& m) {
-  const double* partial = at<const double>(header.gram_partial) + m.first_tile;
-  double sum = 0;
-  for (int64_t i = threadIdx.x % 32; i < m.n_tiles; i += 32) sum += partial[i];
-  return sum_over_warp(sum);
-}
-
 __device__ __forceinline__ double strength_of(const Header& header, int64_t entry) {
   const double scale = header.scale == 0 ? 1 : (double)*at<const float>(header.scale);
   return scale * (double)at<const float>(header.strength)[entry];
 }
 
 // What s is multiplied by. At sigma = 0 there is no direction to move along: the gradient is zero.
-__device__ __forceinline__ double gradient_factor(const Header& header, const Matrix& m,
-                                                  int64_t index, bool finish) {
+__device__ __forceinline__ double gradient_factor(const Header& header, int64_t index,
+                                                  double sigma) {
   const double k = header.exponent, target = at<const float>(header.target)[index];
-  // As it is stored, so that the gradient is the same bits in two launches.
-  const double sigma =
-      finish ? (float)sqrt(sum_of_squares(header, m)) : at<const float>(header.sigma)[index];
   if (sigma == 0) return 0;
   return strength_of(header, index) * 2 * k * (power(sigma, k) - power(target, k)) *
          power(sigma, k - 1) / sigma;

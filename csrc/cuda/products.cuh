@@ -18,10 +18,19 @@
 namespace spectral {
 namespace cuda {
 
-constexpr int64_t kSharedBytes = 64 * 1024;   // for t where the longest row is too long
 constexpr int64_t kReservedBytes = 4 * 1024;  // of shared memory, for everything else
 
 extern __shared__ float4 dynamic_shared[];
+
+// Writes the n numbers of a tile's t, which are in shared memory; n is a multiple of kWidth.
+template <int kWidth>
+__device__ __forceinline__ void write_t(const float* shared, int64_t n, float* t) {
+  using Bits = std::conditional_t<kWidth == 1, float, float4>;
+  constexpr int kPerStore = (int)(sizeof(Bits) / sizeof(float));
+#pragma unroll 1  // registers are few
+  for (int64_t c = threadIdx.x; c < n / kPerStore; c += kThreads)
+    reinterpret_cast<Bits*>(t)[c] = reinterpret_cast<const Bits*>(shared)[c];
+}
 
 // Rows of at most 32 * kPieces loads: kGroup in a row belong to a warp, which takes kRows at a time
 // and whose t has the same bits for any kRows. Returns the sum of the squares of this thread's part
@@ -90,7 +99,7 @@ __device__ __forceinline__ double short_rows(const Source& w, const Operands& o)
       }
     __syncthreads();
   }
-  for (int c = threadIdx.x; c < n; c += kThreads) o.t[c] = t[c];
+  write_t<kWidth>(t, n, o.t);
   return squares;
 }
 
@@ -164,10 +173,10 @@ __device__ __forceinline__ double long_rows(const Source& w, const Operands& o,
       if (c >= n_held) continue;
       if (o.t != nullptr) {
         float sum[kWidth] = {};
-        if (row > 0) load_floats<kWidth>(t + c, in_shared, sum);
+        if (row > 0) load_floats<kWidth>(t + c, true, sum);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) w.add(held[j][r], product[r], sum);
-        store_floats<kWidth>(t + c, in_shared, sum);
+        store_floats<kWidth>(t + c, true, sum);
       }
       if constexpr (Source::kAhead)
         w.template load<kRows>(row + kRows, c, [&](int r, auto bits) { held[j][r] = bits; });
@@ -176,14 +185,14 @@ __device__ __forceinline__ double long_rows(const Source& w, const Operands& o,
 #pragma unroll 1
       for (int64_t c = kHeld + threadIdx.x * kWidth; c < w.n && o.t != nullptr; c += kStride) {
         float sum[kWidth] = {};
-        if (row > 0) load_floats<kWidth>(t + c, in_shared, sum);
+        if (row > 0) load_floats<kWidth>(t + c, true, sum);
         w.template reload<kRows>(row, c, [&](int r, auto bits) { w.add(bits, product[r], sum); });
-        store_floats<kWidth>(t + c, in_shared, sum);
+        store_floats<kWidth>(t + c, true, sum);
       }
   }
   if (o.t == nullptr || !in_shared) return squares;
   __syncthreads();
-  for (int64_t c = threadIdx.x; c < w.n; c += kThreads) o.t[c] = shared[c];
+  write_t<kWidth>(shared, w.n, o.t);
   return squares;
 }
 
@@ -195,13 +204,16 @@ __device__ __forceinline__ Operands operands_of(const Header& header, const Tile
           Scale(binary_exponent(at<const float>(header.sigma)[tile.matrix]))};
 }
 
-// Bytes for the longest row where the device has them.
+// Bytes of shared memory for the longest row, as long as two blocks fit into a multiprocessor. Each
+// has 45 KB at least, on any device of those that the kernels are compiled for.
 inline int64_t bytes_for_t(const Header& header, int device, const char* what) {
   if (header.t_partial == 0) return 0;
-  int limit = 0;
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  int both = 0, driver = 0;
+  check(cudaDeviceGetAttribute(&both, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), what);
+  check(cudaDeviceGetAttribute(&driver, cudaDevAttrReservedSharedMemoryPerBlock, device), what);
+  const int64_t most = both / 2 - driver - kReservedBytes;
   const int64_t wanted = header.scratch_size * (int64_t)sizeof(float);
-  return wanted <= limit - kReservedBytes ? wanted : kSharedBytes;
+  return wanted < most ? wanted : most / kLoadBytes * kLoadBytes;
 }
 
 }  // namespace cuda

@@ -1,16 +1,17 @@
 // The penalty's gradient, and the stage that turns t and the squares of s into sigma and the next
 // v.
 //
-// Both in one launch: the first blocks take a matrix each and finish its sums, the next take a tile
-// each and add strength * 2 k (sigma^k - tau^k) sigma^(k-1) u v^T with u = s / sigma to the
-// gradient, the last ones the vectors. The blocks of tiles do not wait for those of matrices: they
-// add the few squares up themselves. With several vectors per matrix or a tolerance, v and s change
-// as well, so that there are two launches; see ritz.cu for the first.
+// Both in one launch: the first blocks take a chunk of a matrix each and sum its t, the next take a
+// tile each and add strength * 2 k (sigma^k - tau^k) sigma^(k-1) u v^T with u = s / sigma to the
+// gradient, the last ones the vectors. No block waits for another: of those with a chunk of the
+// same matrix the one that is done last finishes it, and those of tiles add the squares up
+// themselves. With several vectors per matrix or a tolerance, v and s change as well, so that there
+// are two launches; see ritz.cu for the first.
 
 #include <type_traits>
 
 #include "backend.h"
-#include "common.cuh"
+#include "chunks.cuh"
 #include "finish.cuh"
 #include "launch.h"
 #include "penalty.cuh"
@@ -26,25 +27,96 @@ struct Parts {
   bool finish, accumulate;
 };
 
-// Writes v_next of one matrix and returns the norm of the sum of t.
-__device__ __forceinline__ double normalize(const Header& header, const Matrix& m, double sigma) {
+// The sums of t of a chunk, into v_next; with a tolerance, what was there becomes v. Returns the
+// sum of their squares, in every thread.
+__device__ __forceinline__ double sum_chunk(const Header& header, const Matrix& m, int64_t begin) {
+  const double sum = sum_of_tiles(header, m, begin);
+  const int64_t c = begin + threadIdx.x;
+  if (threadIdx.x < kChunkColumns && c < m.outer * m.inner) {
+    float& v_next = at<float>(header.v_next)[m.v_offset + c];
+    if (header.tolerance > 0) at<float>(header.v)[m.v_offset + c] = v_next;
+    v_next = (float)sum;
+  }
+  return sum_over_block(sum * sum);
+}
+
+// Tells every thread whether the block is the last one with a chunk of the matrix to call it. What
+// all of them wrote before is then in the second-level cache. Every thread must call it.
+__device__ __forceinline__ bool is_last(const Header& header, const Matrix& m, int64_t index) {
+  __shared__ bool last;
   const int64_t n = m.outer * m.inner;
-  const float* v = at<const float>(header.v) + m.v_offset;
-  float* v_next = at<float>(header.v_next) + m.v_offset;
-  const double t_norm = sqrt(reduce_tiles(header, m, n, v_next));
+  const unsigned others = n > 0 ? (unsigned)((n - 1) / kChunkColumns) : 0;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    // Counts to the others, and from there to 0.
+    last = atomicInc(at<unsigned>(header.arrivals) + index, others) == others;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// to = factor * from, n numbers that may be other blocks'; kWidth > 1: aligned ones.
+template <int kWidth>
+__device__ __forceinline__ void multiply(const float* from, double factor, int64_t n, float* to) {
+  using Bits = std::conditional_t<kWidth == 1, float, uint4>;
+  constexpr int kAhead = 4;  // loads that a thread has under way
+  constexpr int64_t kStride = kThreads * kWidth;
+  for (int64_t c = threadIdx.x * kWidth; c < n; c += kAhead * kStride) {
+    Bits bits[kAhead] = {};
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (c + i * kStride < n)
+        bits[i] = __ldcg(reinterpret_cast<const Bits*>(from + c + i * kStride));
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (c + i * kStride >= n) continue;
+      float x[kWidth];
+      unpack<float>(bits[i], x);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) x[j] = (float)(x[j] * factor);
+      store_floats<kWidth>(to + c + i * kStride, kWidth > 1, x);
+    }
+  }
+}
+
+// Makes v_next of the sums that are there and returns their norm; where there is no direction,
+// v_next is v. first_chunk: that of the matrix.
+__device__ __forceinline__ double normalize(const Header& header, const Matrix& m,
+                                            int64_t first_chunk, double sigma) {
+  const int64_t n = m.outer * m.inner;
+  const double* squares = at<const double>(header.chunk_squares) + first_chunk;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i * kChunkColumns < n; i += kThreads) sum += __ldcg(squares + i);
+  const double t_norm = sqrt(sum_over_block(sum));
   const bool good = isfinite(t_norm) && t_norm > 0 && isfinite(sigma);
-  const double inverse = 1 / t_norm;
-  for (int64_t c = threadIdx.x; c < n; c += kThreads)
-    v_next[c] = good ? (float)(v_next[c] * inverse) : v[c];
+  float* v_next = at<float>(header.v_next) + m.v_offset;
+  const float* from = good ? v_next : at<const float>(header.v) + m.v_offset;
+  const double factor = good ? 1 / t_norm : 1;
+  if (n % kPerLoad<float> == 0 && is_aligned(from) && is_aligned(v_next))
+    multiply<kPerLoad<float>>(from, factor, n, v_next);
+  else
+    multiply<1>(from, factor, n, v_next);
   return t_norm;
 }
 
-__device__ __forceinline__ void finish_matrix(const Header& header, int64_t index) {
+// Sums up a chunk, and finishes the matrix after the last of its chunks. All blocks have looked at
+// the old sigma and residual when the last one writes the new ones.
+__device__ __forceinline__ void finish_chunk(const Header& header, int64_t chunk_index) {
+  const Chunk chunk = at<const Chunk>(header.chunks)[chunk_index];
+  const int64_t index = chunk.matrix;
+  if (!takes_part(header, index)) return;
   const Matrix m = at<const Matrix>(header.matrices)[index];
-  if (!begins(header, m, index)) return;
-  const double sigma = sqrt(sum_of_squares(header, m));
   const bool with_t = header.t_partial != 0;
-  const double t_norm = with_t ? normalize(header, m, sigma) : 0;
+  if (with_t) {
+    const double squares = sum_chunk(header, m, chunk.begin);
+    if (threadIdx.x == 0) at<double>(header.chunk_squares)[chunk_index] = squares;
+  }
+  if (!is_last(header, m, index)) return;
+  const double sigma = sqrt(sum_of_squares(header, m));
+  const int64_t first_chunk = chunk_index - chunk.begin / kChunkColumns;
+  const double t_norm = with_t ? normalize(header, m, first_chunk, sigma) : 0;
   if (threadIdx.x > 0) return;
   float& stored = at<float>(header.sigma)[index];
   if (with_t)
@@ -138,13 +210,13 @@ __device__ __forceinline__ void vector_gradient(const Header& header, int64_t in
   }
 }
 
-// finish: block i < n_matrices takes matrix i; gradient: the following n_tiles blocks a tile each,
-// the n_vectors after them a vector each.
+// finish: block i < n_chunks takes chunk i; gradient: the following n_tiles blocks a tile each, the
+// n_vectors after them a vector each.
 __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header header, Parts parts) {
   int64_t block = blockIdx.x;
   if (parts.finish) {
-    if (block < header.n_matrices) return finish_matrix(header, block);
-    block -= header.n_matrices;
+    if (block < header.n_chunks) return finish_chunk(header, block);
+    block -= header.n_chunks;
   }
   if (block >= header.n_tiles) {
     block -= header.n_tiles;
@@ -155,7 +227,10 @@ __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header head
   const Tile tile = at<const Tile>(header.tiles)[block];
   const Matrix m = at<const Matrix>(header.matrices)[tile.matrix];
   if (m.grad == 0) return;
-  const double factor = gradient_factor(header, m, tile.matrix, parts.finish);
+  // As it is stored, so that the gradient is the same bits in two launches.
+  const double sigma = parts.finish ? (float)sqrt(sum_of_squares(header, m))
+                                    : at<const float>(header.sigma)[tile.matrix];
+  const double factor = gradient_factor(header, tile.matrix, sigma);
   with_dtype(m.grad_dtype, [&](auto type) {
     tile_gradient<decltype(type)>(header, tile, m, factor, parts.accumulate);
   });
@@ -172,11 +247,15 @@ void rank_one(const Header& header, int device, int64_t stream, bool finish, boo
     rank_one(header, device, stream, true, false, accumulate);
     return rank_one(header, device, stream, false, true, accumulate);
   }
+  if (finish && turns) {
+    if (header.n_matrices == 0) return;
+    const DeviceGuard guard(device, "rank_one");
+    return ritz("rank_one", header, stream);
+  }
   const int64_t blocks =
-      (finish ? header.n_matrices : 0) + (gradient ? header.n_tiles + header.n_vectors : 0);
+      (finish ? header.n_chunks : 0) + (gradient ? header.n_tiles + header.n_vectors : 0);
   if (blocks == 0) return;
   const DeviceGuard guard(device, "rank_one");
-  if (finish && turns) return ritz("rank_one", header, stream);
   launch<Header, Parts>("rank_one", rank_one_kernel, blocks, kThreads, 0, stream, header,
                         Parts{finish, accumulate});
 }

@@ -10,6 +10,40 @@ namespace spectral {
 namespace cuda {
 namespace {
 
+constexpr int kColumnsAhead = 4;  // whose loads a thread has under way
+
+// Tells whether the call is about the matrix; with a tolerance, v then becomes v_next. Every thread
+// must call it before any writes sigma or residual.
+__device__ __forceinline__ bool begins(const Header& header, const Matrix& m, int64_t index) {
+  if (header.tolerance == 0) return true;
+  if (!takes_part(header, index)) return false;
+  float* v = at<float>(header.v) + m.v_offset;
+  const float* v_next = at<const float>(header.v_next) + m.v_offset;
+  for (int64_t c = threadIdx.x; c < header.r * m.outer * m.inner; c += kThreads) v[c] = v_next[c];
+  __syncthreads();
+  return true;
+}
+
+// to = sum of the n numbers of t over the tiles. A matrix's partial sums lie one after the other.
+// Ends with a barrier.
+__device__ __forceinline__ void reduce_tiles(const Header& header, const Matrix& m, int64_t n,
+                                             float* to) {
+  const float* t = at<const float>(header.t_partial);
+  if (m.n_tiles > 0) t += at<const Tile>(header.tiles)[m.first_tile].t_offset;
+  for (int64_t c = threadIdx.x; c < n; c += kColumnsAhead * kThreads) {
+    float sum[kColumnsAhead] = {};
+#pragma unroll 8
+    for (int64_t i = 0; i < m.n_tiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumnsAhead; ++j)
+        if (c + j * kThreads < n) sum[j] += t[i * n + c + j * kThreads];
+#pragma unroll
+    for (int j = 0; j < kColumnsAhead; ++j)
+      if (c + j * kThreads < n) to[c + j * kThreads] = sum[j];
+  }
+  __syncthreads();
+}
+
 // x x^T of vectors x [R, n], in shared memory. A thread reads the columns that combine gives it.
 // Ends with a barrier.
 template <int R>

@@ -111,7 +111,7 @@ struct Scale {
 struct Operands {
   const float* v;
   float* s;
-  float* t;  // null: only s is wanted
+  float* t;  // null: only s is wanted; starts at a multiple of 16 bytes where all rows do
   Scale scale;
 };
 

@@ -262,7 +262,8 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
   const Matrix& m = at<const Matrix>(header.matrices)[tile.matrix];
   const Moment moment = at<const Moment>(update.matrix_moments)[tile.matrix];
   __shared__ double factor;
-  if (threadIdx.x == kThreads - 1) factor = gradient_factor(header, m, tile.matrix, false);
+  if (threadIdx.x == kThreads - 1)
+    factor = gradient_factor(header, tile.matrix, at<const float>(header.sigma)[tile.matrix]);
   const Change<Rule, T, M>& change = change_of<Rule, T, M>(
       update, moment, arrays_at<T, M>(m.weight, m.grad, moment, tile.row_begin * m.row_stride));
   // A step that is skipped leaves the state as it is: the products with v again, which the caller

@@ -7,18 +7,21 @@ import triton.language as tl
 
 from .subspace_products import operands, store_gram
 from .tables import (
+    ALIGNED,
     FIRST_TILE,
+    IN_PIECES,
     INNER,
     MATRIX_FIELDS,
     N_TILES,
     OUTER,
+    PLAIN,
     ROW_STRIDE,
     T_OFFSET,
     TILE_FIELDS,
     TILE_MATRIX,
     V_OFFSET,
     WEIGHT,
-    column_offsets,
+    columns_of,
     inverse_power_of_two,
     is_aligned,
     takes_part,
@@ -29,16 +32,16 @@ from .tables import (
 @triton.jit
 def _add_rows(
     m, tile, first_vector, s, t_partial, scale,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """Write t of the vectors of a group: BN columns at a time of all rows, R at a time."""
     w, row_stride, inner, outer_stride, n, n_rows, _v, s, t, row_begin, row_end = operands(
-        m, tile, first_vector, s, s, t_partial, DTYPE, ALIGNED
+        m, tile, first_vector, s, s, t_partial, DTYPE, LAYOUT
     )
     for first in range(0, n, BN):
         c = first + tl.arange(0, BN)
-        columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+        columns = columns_of(c, inner, outer_stride, LAYOUT)
         totals = ()
         for _ in tl.static_range(GROUP):
             totals += (tl.zeros([BN], tl.float32),)
@@ -57,7 +60,10 @@ def _add_rows(
             tl.store(t + j * n + c, totals[j], mask=c < n)
 
 
-@triton.jit(do_not_specialize=["n_matrices"])
+@triton.jit(
+    do_not_specialize=["n_matrices"],
+    do_not_specialize_on_alignment=["matrices", "tiles", "gram_partial", "s", "scalars"],
+)
 def transposed(
     matrices, tiles, t_partial, gram_partial, s, scalars, n_matrices,
     DTYPE: tl.constexpr, VECTORS: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
@@ -82,15 +88,21 @@ def transposed(
             store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
         if WITH_T:
             scale = inverse_power_of_two(tl.load(scalars + index))
-            n = tl.load(m + OUTER) * tl.load(m + INNER)
+            outer = tl.load(m + OUTER)
+            n = outer * tl.load(m + INNER)
             if not is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE):
-                _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, False, R_ODD, BN_ODD)
+                if outer > 1:
+                    _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, IN_PIECES,
+                              R_ODD, BN_ODD)  # fmt: skip
+                else:
+                    _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, PLAIN,
+                              R_ODD, BN_ODD)  # fmt: skip
             elif n <= BN0:
-                _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, True, R0, BN0)
+                _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, ALIGNED, R0, BN0)
             elif n <= BN1:
-                _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, True, R1, BN1)
+                _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, ALIGNED, R1, BN1)
             else:
-                _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, True, R2, BN2)
+                _add_rows(m, tile, first, s, t_partial, scale, DTYPE, GROUP, ALIGNED, R2, BN2)
 
 
 @triton.jit
@@ -137,7 +149,10 @@ def _collect_products(
             tl.store(t + c, tl.zeros([BN], tl.float32), mask=c < n)
 
 
-@triton.jit(do_not_specialize=["n_tiles"])
+@triton.jit(
+    do_not_specialize=["n_tiles"],
+    do_not_specialize_on_alignment=["matrices", "tiles", "gram_partial", "gram"],
+)
 def collect(
     matrices, tiles, t_partial, gram_partial, t, gram, n_tiles,
     VECTORS: tl.constexpr, WITH_T: tl.constexpr, BN: tl.constexpr,

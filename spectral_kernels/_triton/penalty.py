@@ -1,4 +1,8 @@
-"""The penalty of a vector, and what a matrix's s, a shift or a gain is multiplied by."""
+"""The penalty of a vector, and what a matrix's s, a shift or a gain is multiplied by.
+
+The exponent comes as ``k`` and ``integer``: k where it is a small integer, or -1 (see
+tables.power).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ from .tables import INFINITY, power
 
 
 @triton.jit
-def excess_of(sigma, target, k, K: tl.constexpr):
+def excess_of(sigma, target, k, integer):
     """Return sigma^k - tau^k of a float64 sigma, whose square is the penalty."""
-    return power(sigma, k, K) - power(tl.load(target).to(tl.float64), k, K)
+    return power(sigma, k, integer) - power(tl.load(target).to(tl.float64), k, integer)
 
 
 @triton.jit
@@ -26,43 +30,41 @@ def residual_of(sigma, t_norm, scale):
 
 
 @triton.jit
-def matrix_factor(sigma, target, strength, k, K: tl.constexpr):
+def matrix_factor(sigma, target, strength, k, integer):
     """Return what s is multiplied by: strength * 2 k (sigma^k - tau^k) sigma^(k-1) / sigma.
 
     At sigma = 0 there is no direction to move along: it is zero.
     """
     sigma, target = sigma.to(tl.float64), target.to(tl.float64)
-    factor = strength * 2 * k * (power(sigma, k, K) - power(target, k, K))
-    if K != 1:
-        factor = factor * power(sigma, k - 1, K - 1)
+    factor = strength * 2 * k * (power(sigma, k, integer) - power(target, k, integer))
+    factor = factor * power(sigma, k - 1, integer - 1)
     return tl.where(sigma == 0, 0.0, factor / tl.where(sigma == 0, 1.0, sigma))
 
 
 @triton.jit
-def shift_factor(norm, strength, k, K: tl.constexpr):
+def shift_factor(norm, strength, k, integer):
     """Return what the elements of a shift of that norm are multiplied by, float64."""
     norm = norm.to(tl.float64)
-    factor = 2 * k * strength
-    if K != 1:
-        factor = factor * power(norm * norm, k - 1, K - 1)
-    return factor
+    return 2 * k * strength * power(norm * norm, k - 1, integer - 1)
 
 
 @triton.jit
-def vector_gradient(value, gain, factor, strength, k, K: tl.constexpr):
+def vector_gradient(value, gain, factor, strength, k, integer):
     """Return the gradient at elements ``value`` (float64) of a gain, or of a shift."""
-    magnitude = tl.abs(value)
-    slope = power(magnitude, k, K) - 1
-    if K != 1:
-        slope = slope * power(magnitude, k - 1, K - 1)
-    pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
-    pull = tl.where(value == 0, 0.0, pull)
-    return tl.where(gain, pull, factor * value).to(tl.float32)
+    result = factor * value
+    if gain:
+        magnitude = tl.abs(value)
+        slope = power(magnitude, k, integer) - 1
+        slope = slope * power(magnitude, k - 1, integer - 1)
+        pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
+        result = tl.where(value == 0, 0.0, pull)
+    return result.to(tl.float32)
 
 
 @triton.jit
-def store_norm(norm, penalty, squares, excesses, gain, k, K: tl.constexpr):
+def store_norm(norm, penalty, squares, excesses, gain, k, integer):
     """Write norm and penalty of a vector from sums of x^2 and, for gains, of (|x|^k - 1)^2."""
     total = tl.sum(squares, 0)
     tl.store(norm, tl.sqrt(total).to(tl.float32))
-    tl.store(penalty, tl.where(gain, tl.sum(excesses, 0), power(total, k, K)).to(tl.float32))
+    shift = power(total, k, integer)
+    tl.store(penalty, tl.where(gain, tl.sum(excesses, 0), shift).to(tl.float32))

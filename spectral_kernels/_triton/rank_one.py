@@ -1,8 +1,10 @@
 """The penalty's gradient, and the stage that makes sigma and the next v of the sums over tiles.
 
-Both in one launch: the first programs take a matrix each and finish its sums, the next take a tile
-each and add 2 k (sigma^k - tau^k) sigma^(k-1) u v^T to the gradient, the last ones the vectors. The
-programs of tiles do not wait for those of matrices: they add the few squares up themselves.
+Both in one launch: the first programs take a chunk of columns of a matrix each and sum t over its
+tiles, the next take a tile each and add 2 k (sigma^k - tau^k) sigma^(k-1) u v^T to the gradient,
+the last ones the vectors. The programs of tiles do not wait for the first ones: they add the few
+squares up themselves. Nor do those of chunks for each other: they count, and the one that comes
+last divides v by its norm. Sums have a fixed order whichever it is.
 """
 
 from __future__ import annotations
@@ -12,18 +14,25 @@ import triton.language as tl
 
 from .penalty import excess_of, matrix_factor, residual_of, shift_factor, vector_gradient
 from .tables import (
+    ALIGNED,
+    CHUNK_BEGIN,
+    CHUNK_COLUMNS,
+    CHUNK_FIELDS,
+    CHUNK_MATRIX,
     FIRST_TILE,
     GAIN,
     GRAD,
     GRAD_DTYPE,
     GRAD_OUTER_STRIDE,
     GRAD_ROW_STRIDE,
+    IN_PIECES,
     INFINITY,
     INNER,
     KIND,
     MATRIX_FIELDS,
     N_TILES,
     OUTER,
+    PLAIN,
     SIZE,
     T_OFFSET,
     TILE_FIELDS,
@@ -31,78 +40,107 @@ from .tables import (
     V_OFFSET,
     VECTOR_FIELDS,
     WEIGHT,
-    column_offsets,
+    columns_of,
     elements_of,
     inverse_power_of_two,
     is_aligned,
     parts_of,
     takes_part,
+    whole_loads,
 )
 
 
 @triton.jit
-def _sum_of_squares(gram_partial, first, n_tiles, MAX_TILES: tl.constexpr):
-    i = tl.arange(0, MAX_TILES)
-    return tl.sum(tl.load(gram_partial + first + i, mask=i < n_tiles, other=0.0), 0)
+def _ordered_sum(x, first, n):
+    """Return the sum of ``n`` float64 numbers from x[first] on, in an order of its own."""
+    total = tl.zeros([256], tl.float64)
+    for begin in range(0, n, 256):
+        i = begin + tl.arange(0, 256)
+        total += tl.load(x + first + i, mask=i < n, other=0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def _finish_matrix(
-    m, tiles, t_partial, gram_partial, v, v_next, sigma, residual, penalty, target, k,
-    K: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr, MAX_TILES: tl.constexpr,
-    BN: tl.constexpr,
+def _sum_tiles(t, n, n_tiles, c, TILES: tl.constexpr):
+    """Return columns ``c`` of t summed over the tiles, TILES at a time."""
+    total = tl.zeros([TILES, CHUNK_COLUMNS], tl.float32)
+    for first in range(0, n_tiles, TILES):
+        i = first + tl.arange(0, TILES)
+        mask = (i < n_tiles)[:, None] & (c < n)[None, :]
+        total += tl.load(t + (i[:, None] * n + c[None, :]), mask=mask, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _finish_chunk(
+    chunk_index, index, matrices, tiles, chunks, t_partial, squares, chunk_squares, arrivals, v,
+    v_next, sigma, residual, penalty, target, k, integer,
+    WITH_T: tl.constexpr, TOLERANCE: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Write sigma, penalty, and with t the residual and v_next of one matrix."""
-    first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
-    value = tl.sqrt(_sum_of_squares(gram_partial, first, n_tiles, MAX_TILES))
-    excess = excess_of(value, target, k, K)
-    scale = inverse_power_of_two(tl.load(sigma))
-    tl.store(sigma, value.to(tl.float32))
-    tl.store(penalty, (excess * excess).to(tl.float32))
+    """Sum t of a chunk; the last program of a matrix writes its sigma, residual, penalty, v_next.
+
+    Without t the first chunk's program writes sigma and penalty.
+    """
+    m = matrices + index * MATRIX_FIELDS
+    begin = whole_loads(tl.load(chunks + chunk_index * CHUNK_FIELDS + CHUNK_BEGIN), tl.float32)
+    value = tl.sqrt(squares)
+    is_last = begin == 0
     if WITH_T:
-        n = tl.load(m + OUTER) * tl.load(m + INNER)
-        v += tl.load(m + V_OFFSET)
-        v_next += tl.load(m + V_OFFSET)
+        first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
+        n, v_offset = tl.load(m + OUTER) * tl.load(m + INNER), tl.load(m + V_OFFSET)
         # A matrix without rows or columns has no tile, and tiles may be an empty table.
-        t = t_partial + tl.load(tiles + first * TILE_FIELDS + T_OFFSET, mask=n_tiles > 0, other=0)
-        squares = tl.zeros([BN], tl.float64)
-        for begin in range(0, n, BN):
-            c = begin + tl.arange(0, BN)
-            total = tl.zeros([BN], tl.float32)
-            for i in range(0, n_tiles):
-                total += tl.load(t + i * n + c, mask=c < n, other=0.0)
-            if TOLERANCE > 0:  # it is what the products were taken with
-                tl.store(v + c, tl.load(v_next + c, mask=c < n, other=0.0), mask=c < n)
-            tl.store(v_next + c, total, mask=c < n)
-            wide = total.to(tl.float64)
-            squares += wide * wide
-        t_norm = tl.sqrt(tl.sum(squares, 0))
-        finite = (t_norm < INFINITY) & (value < INFINITY)  # false for NaN
-        good = finite & (t_norm > 0)
-        inverse = 1 / tl.where(good, t_norm, 1.0)
-        for begin in range(0, n, BN):
-            c = begin + tl.arange(0, BN)
-            # Each thread finds what it wrote itself.
-            unit = tl.load(v_next + c, mask=c < n, other=0.0).to(tl.float64) * inverse
-            old = tl.load(v + c, mask=c < n, other=0.0)
-            tl.store(v_next + c, tl.where(good, unit.to(tl.float32), old), mask=c < n)
-        tl.store(residual, residual_of(value, t_norm, scale).to(tl.float32))
+        t_offset = tl.load(tiles + first * TILE_FIELDS + T_OFFSET, mask=n_tiles > 0, other=0)
+        c = begin + tl.arange(0, CHUNK_COLUMNS)
+        if n % 4 == 0:
+            t = t_partial + whole_loads(t_offset, tl.float32)
+            total = _sum_tiles(t, whole_loads(n, tl.float32), n_tiles, c, TILES)
+        else:
+            total = _sum_tiles(t_partial + t_offset, n, n_tiles, c, TILES)
+        v, v_next = v + v_offset, v_next + v_offset
+        if TOLERANCE > 0:  # it is what the products were taken with
+            tl.store(v + c, tl.load(v_next + c, mask=c < n, other=0.0), mask=c < n)
+            tl.debug_barrier()  # another thread may write what one reads
+        tl.store(v_next + c, total, mask=c < n)
+        wide = total.to(tl.float64)
+        tl.store(chunk_squares + chunk_index, tl.sum(wide * wide, 0))
+        n_chunks = tl.maximum(tl.cdiv(n, CHUNK_COLUMNS), 1)
+        tl.debug_barrier()  # all threads have written before one says so
+        is_last = tl.atomic_add(arrivals + index, 1, sem="acq_rel") == n_chunks - 1
+    if is_last:
+        scale = inverse_power_of_two(tl.load(sigma))
+        if WITH_T:
+            tl.store(arrivals + index, 0)
+            first_chunk = chunk_index - begin // CHUNK_COLUMNS
+            t_norm = tl.sqrt(_ordered_sum(chunk_squares, first_chunk, n_chunks))
+            finite = (t_norm < INFINITY) & (value < INFINITY)  # false for NaN
+            good = finite & (t_norm > 0)
+            inverse = 1 / tl.where(good, t_norm, 1.0)
+            for column in range(0, n, BN):
+                all_c = column + tl.arange(0, BN)
+                unit = tl.load(v_next + all_c, mask=all_c < n, other=0.0).to(tl.float64) * inverse
+                old = tl.load(v + all_c, mask=all_c < n, other=0.0)
+                tl.store(v_next + all_c, tl.where(good, unit.to(tl.float32), old), mask=all_c < n)
+            tl.store(residual, residual_of(value, t_norm, scale).to(tl.float32))
+            tl.debug_barrier()  # all threads have read the sigma before this one
+        excess = excess_of(value, target, k, integer)
+        tl.store(sigma, value.to(tl.float32))
+        tl.store(penalty, (excess * excess).to(tl.float32))
 
 
 @triton.jit
 def _tile_gradient(
     m, tile, v, s, factor,
-    DTYPE: tl.constexpr, ACCUMULATE: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr,
+    DTYPE: tl.constexpr, ACCUMULATE: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """Add factor * s v^T to the rows of a tile, or write it over them."""
     grad, row_stride, inner, outer_stride, n = elements_of(
-        m, GRAD, GRAD_ROW_STRIDE, GRAD_OUTER_STRIDE, DTYPE, ALIGNED
+        m, GRAD, GRAD_ROW_STRIDE, GRAD_OUTER_STRIDE, DTYPE, LAYOUT
     )
-    v, s, _, row_begin, row_end = parts_of(m, tile, v, s, s)
+    v, s, _, row_begin, row_end = parts_of(m, tile, v, s, s, LAYOUT)
     for first in range(0, n, BN):
         c = first + tl.arange(0, BN)
-        columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+        columns = columns_of(c, inner, outer_stride, LAYOUT)
         x = tl.load(v + c, mask=c < n, other=0.0)
         for row in range(row_begin, row_end, R):
             r = row + tl.arange(0, R)
@@ -117,88 +155,101 @@ def _tile_gradient(
 
 @triton.jit
 def _vector_gradient(
-    vector, norm, strength, k, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, K: tl.constexpr,
+    vector, norm, strength, k, integer, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     ACCUMULATE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Do the same for the vector that a row of the table describes."""
     x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     grad = tl.load(vector + GRAD).to(tl.pointer_type(GRAD_TYPE))
     size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
-    factor = shift_factor(tl.load(norm), strength, k, K)
+    factor = shift_factor(tl.load(norm), strength, k, integer)
     for first in range(0, size, BN):
         c = first + tl.arange(0, BN)
         value = tl.load(x + c, mask=c < size, other=0.0).to(tl.float64)
-        result = vector_gradient(value, gain, factor, strength, k, K)
+        result = vector_gradient(value, gain, factor, strength, k, integer)
         if ACCUMULATE:
             result += tl.load(grad + c, mask=c < size, other=0.0).to(tl.float32)
         tl.store(grad + c, result.to(GRAD_TYPE), mask=c < size)
 
 
-@triton.jit(do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "grad_dtype", "k"])
+@triton.jit(
+    do_not_specialize=[
+        "n_matrices", "n_chunks", "n_tiles", "n_vectors", "n_sigmas", "grad_dtype", "k", "integer",
+    ],
+    do_not_specialize_on_alignment=[
+        "matrices", "tiles", "vectors", "chunks", "gram_partial", "chunk_squares", "arrivals", "s",
+        "scalars", "scale",
+    ],
+)  # fmt: skip
 def rank_one(
-    matrices, tiles, vectors, t_partial, gram_partial, v, v_next, s, scalars, scale,
-    n_matrices, n_tiles, n_vectors, grad_dtype, k,
-    DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, K: tl.constexpr,
+    matrices, tiles, vectors, chunks, t_partial, gram_partial, chunk_squares, arrivals, v, v_next,
+    s, scalars, scale,
+    n_matrices, n_chunks, n_tiles, n_vectors, n_sigmas, grad_dtype, k, integer,
+    DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     FINISH: tl.constexpr, WITH_T: tl.constexpr, GRADIENT: tl.constexpr,
-    ACCUMULATE: tl.constexpr, WITH_SCALE: tl.constexpr, VECTORS: tl.constexpr,
-    TOLERANCE: tl.constexpr, MAX_TILES: tl.constexpr,
-    BN_SUM: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    R_NARROW: tl.constexpr, BN_NARROW: tl.constexpr,
+    ACCUMULATE: tl.constexpr, TOLERANCE: tl.constexpr,
+    TILES: tl.constexpr, BN_SUM: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    R_NARROW: tl.constexpr, BN_NARROW: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
+    R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """FINISH, of one vector: n_matrices programs; GRADIENT: n_tiles and then n_vectors more.
+    """FINISH, of one vector: n_chunks programs; GRADIENT: n_tiles and then n_vectors more.
 
     Gradients of other types than GRAD_TYPE (grad_dtype in the tables) are left to other launches.
+    Scalars are n_sigmas estimates, as many residuals, and the rest as in plan.SCALARS.
     """
     program = tl.program_id(0)
-    sigmas, norms = scalars, scalars + 2 * VECTORS * n_matrices
+    norms = scalars + 2 * n_sigmas
     penalties = norms + n_vectors
     strengths = penalties + n_matrices + n_vectors
     targets = strengths + n_matrices + n_vectors
     tile_index = program
     if FINISH:
-        if program < n_matrices:
-            begins = takes_part(scalars, n_matrices, program, 1, TOLERANCE)
-            if TOLERANCE > 0:
-                tl.debug_barrier()  # all threads know before one writes the new sigma
-            if begins:
-                m = matrices + program.to(tl.int64) * MATRIX_FIELDS
-                _finish_matrix(m, tiles, t_partial, gram_partial, v, v_next, sigmas + program,
-                               sigmas + n_matrices + program, penalties + program,
-                               targets + program, k, K, WITH_T, TOLERANCE, MAX_TILES,
-                               BN_SUM)  # fmt: skip
-        tile_index = program - n_matrices
+        if program < n_chunks:
+            chunk_index = program.to(tl.int64)
+            index = tl.load(chunks + chunk_index * CHUNK_FIELDS + CHUNK_MATRIX)
+            if takes_part(scalars, n_matrices, index, 1, TOLERANCE):
+                m = matrices + index * MATRIX_FIELDS
+                squares = _ordered_sum(gram_partial, tl.load(m + FIRST_TILE), tl.load(m + N_TILES))
+                _finish_chunk(chunk_index, index, matrices, tiles, chunks, t_partial, squares,
+                              chunk_squares, arrivals, v, v_next, scalars + index,
+                              scalars + n_sigmas + index, penalties + index, targets + index, k,
+                              integer, WITH_T, TOLERANCE, TILES, BN_SUM)  # fmt: skip
+        tile_index = program - n_chunks
     if GRADIENT and tile_index >= 0:
-        multiplier = tl.full([], 1.0, tl.float64)
-        if WITH_SCALE:
-            multiplier = tl.load(scale).to(tl.float64)
+        multiplier = tl.load(scale).to(tl.float64)
         if tile_index < n_tiles:
             tile = tiles + tile_index.to(tl.int64) * TILE_FIELDS
             index = tl.load(tile + TILE_MATRIX)
             m = matrices + index * MATRIX_FIELDS
             if (tl.load(m + GRAD) != 0) & (tl.load(m + GRAD_DTYPE) == grad_dtype):
                 if FINISH:
-                    first, count = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
-                    squares = _sum_of_squares(gram_partial, first, count, MAX_TILES)
+                    squares = _ordered_sum(
+                        gram_partial, tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
+                    )
                     # As it is stored, so that the gradient is the same bits in two launches.
                     sigma = tl.sqrt(squares).to(tl.float32)
                 else:
-                    sigma = tl.load(sigmas + index)
+                    sigma = tl.load(scalars + index)
                 strength = multiplier * tl.load(strengths + index).to(tl.float64)
-                factor = matrix_factor(sigma, tl.load(targets + index), strength, k, K)
-                n = tl.load(m + OUTER) * tl.load(m + INNER)
+                factor = matrix_factor(sigma, tl.load(targets + index), strength, k, integer)
+                outer = tl.load(m + OUTER)
                 if not is_aligned(m, GRAD, GRAD_ROW_STRIDE, GRAD_TYPE):
-                    _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, False,
-                                   R_NARROW, BN_NARROW)  # fmt: skip
-                elif n <= BN_NARROW:
-                    _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, True,
+                    if outer > 1:
+                        _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, IN_PIECES,
+                                       R_PIECES, BN_PIECES)  # fmt: skip
+                    else:
+                        _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, PLAIN,
+                                       R_PLAIN, BN_PLAIN)  # fmt: skip
+                elif outer * tl.load(m + INNER) <= BN_NARROW:
+                    _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, ALIGNED,
                                    R_NARROW, BN_NARROW)  # fmt: skip
                 else:
-                    _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, True, R, BN)
+                    _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, ALIGNED, R, BN)
         else:
             i = tile_index - n_tiles
             vector = vectors + i * VECTOR_FIELDS
             present = tl.load(vector + GRAD) != 0
             if present & (tl.load(vector + GRAD_DTYPE) == grad_dtype):
                 strength = multiplier * tl.load(strengths + n_matrices + i).to(tl.float64)
-                _vector_gradient(vector, norms + i, strength, k, DTYPE, GRAD_TYPE, K,
-                                 ACCUMULATE, BN_SUM)  # fmt: skip
+                _vector_gradient(vector, norms + i, strength, k, integer, DTYPE, GRAD_TYPE,
+                                 ACCUMULATE, BN)  # fmt: skip

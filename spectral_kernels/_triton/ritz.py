@@ -245,10 +245,14 @@ def _iterate(
     return t_norms
 
 
-@triton.jit(do_not_specialize=["n_matrices", "n_vectors", "k"])
+@triton.jit(
+    do_not_specialize=["n_matrices", "n_vectors", "k", "integer"],
+    do_not_specialize_on_alignment=["matrices", "tiles", "gram_partial", "s", "scalars"],
+)
 def ritz(
     matrices, tiles, t_partial, gram_partial, v, v_next, s, scalars, n_matrices, n_vectors, k,
-    K: tl.constexpr, VECTORS: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
+    integer,
+    VECTORS: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
     BN_SUM: tl.constexpr, BN: tl.constexpr, BN_GRAM: tl.constexpr,
 ):  # fmt: skip
     """Write sigmas and penalty of a matrix; with t its residuals, and turn v, s and v_next."""
@@ -275,7 +279,7 @@ def ritz(
         where = scalars + index + i * n_matrices
         tl.store(where, sigma.to(tl.float32))
         largest = tl.sum(tl.where(i == 0, sigma, 0.0), 0)
-        excess = excess_of(largest, targets + index, k, K)
+        excess = excess_of(largest, targets + index, k, integer)
         tl.store(penalties + index, (excess * excess).to(tl.float32))
         if WITH_T:
             t_norms = _iterate(m, tiles, first, n_tiles, t_partial, v, v_next, s, squares, q, scale,

@@ -1,13 +1,21 @@
 """Sizes of blocks and programs, by architecture and bytes per element.
 
-How they were chosen: a block of R rows x BN columns is held in registers as float32 between the two
-products, beside BN numbers of v and BN of t, so (R + 2) BN / threads registers of the 255 that a
-thread may have; tests/test_triton_compiled.py shows that none of them spills. Within that, R is as
-large as it can be, since each block costs two reductions over the program, and a block has about
-32 kB, so that a few programs per multiprocessor keep enough bytes in flight. An
-optimizer's step holds gradient and moments of a block too, so its blocks are smaller; told the
-registers that leave room for 12 or 16 warps, the compiler does without spills where it would aim
-for more warps with some.
+How they were chosen: two programs of 256 threads fit into a multiprocessor where a thread has at
+most 128 registers (65,536 / 512), and two are what keeps it busy while one of them exchanges sums.
+A block is held in registers as float32 beside as many sums for t and its columns of v;
+tests/test_triton_compiled.py shows the registers, that none of them spills, and what fits.
+
+* gram_matvec: blocks of BLOCK elements, whatever the width of the rows: 16 kB of memory, of which
+  STAGES - 1 are on their way to shared memory while one is multiplied. With two programs that is
+  64 kB per multiprocessor; 3 TB/s and 0.8 microseconds of latency want 18.
+* rank_one: R rows x BN columns of gradient, 8 or 16 kB; its programs hold fewer registers, so three
+  or four run at once. 256 columns of two bytes are one load of a warp.
+* update: a block is held with gradient and moments of it, so it is smaller.
+* For both the compiler is told to make do with 128 registers: it may aim for more, and leave one
+  program, or for fewer, and spill.
+* LONG rows do not fit and are read twice; t is summed up in memory, R_LONG rows at a time.
+* PLAIN rows are not aligned, and those in PIECES of a channels_last weight are not even that. They
+  are rare, and their registers count for all: blocks are small.
 
 With several vectors a program takes GROUP of them, each with BN numbers of v and of t in registers:
 (R + 2 GROUP) BN / threads. Four is what rows of 4096 columns leave room for, and few enough for a
@@ -28,46 +36,52 @@ class Sizes(NamedTuple):
     gram_matvec: dict[str, int]
     rank_one: dict[str, int]
     update: dict[str, int]
-    gram_matvec_warps: int
-    rank_one_warps: int
-    update_warps: int
-    update_registers: int
     subspace_products: dict[str, int]
     subspace_grams: dict[str, int]
     ritz: dict[str, int]
-    subspace_products_warps: int
-    subspace_grams_warps: int
-    ritz_warps: int
     transposed: dict[str, int]
     collect: dict[str, int]
-    transposed_warps: int
-    collect_warps: int
+    gram_matvec_warps: int = 8
+    rank_one_warps: int = 8
+    update_warps: int = 8
+    gram_matvec_registers: int = 128
+    update_registers: int = 128
+    subspace_products_warps: int = 8
+    subspace_grams_warps: int = 4
+    ritz_warps: int = 8
+    transposed_warps: int = 8
+    collect_warps: int = 2
 
 
 _GRAM_MATVEC = {
-    "R0": 32, "BN0": 128, "R1": 16, "BN1": 512, "R2": 4, "BN2": 2048, "R3": 2, "BN3": 4096,
-    "R_LONG": 2, "BN_LONG": 2048, "R_ODD": 8, "BN_ODD": 512,
+    "WIDTHS": 6, "STAGES": 3, "R_LONG": 4, "BN_LONG": 2048, "R_PLAIN": 8, "BN_PLAIN": 256,
+    "R_PIECES": 2, "BN_PIECES": 256,
 }  # fmt: skip
-_RANK_ONE = {"BN_SUM": 1024, "R": 4, "BN": 1024, "R_NARROW": 32, "BN_NARROW": 128}
+_RANK_ONE = {
+    "TILES": 32, "BN_SUM": 1024, "R": 16, "BN": 256, "R_NARROW": 32, "BN_NARROW": 128,
+    "R_PLAIN": 4, "BN_PLAIN": 256, "R_PIECES": 4, "BN_PIECES": 256,
+}  # fmt: skip
 _UPDATE = {
-    "R0": 8, "BN0": 128, "R1": 2, "BN1": 512, "R2": 1, "BN2": 1024,
-    "R_LONG": 1, "BN_LONG": 1024, "R_ODD": 4, "BN_ODD": 256,
+    "R_LONG": 1, "BN_LONG": 1024, "R_PLAIN": 2, "BN_PLAIN": 256, "R_PIECES": 2, "BN_PIECES": 256,
 }  # fmt: skip
 _TRANSPOSED = {
     "R0": 32, "BN0": 128, "R1": 16, "BN1": 512, "R2": 4, "BN2": 2048, "R_ODD": 8, "BN_ODD": 512,
     "GROUP": 1, "BN_GRAM": 256,
 }  # fmt: skip
-_DEFAULT = Sizes(_GRAM_MATVEC, _RANK_ONE, _UPDATE, 8, 8, 4, 168, {}, {}, {}, 8, 4, 8,
-                 _TRANSPOSED, {"BN": 256}, 8, 2)  # fmt: skip
-_WIDE = _DEFAULT._replace(
-    update={**_UPDATE, "BN2": 2048, "BN_ODD": 128}, update_warps=8, update_registers=128
+_NARROW = Sizes(  # two bytes per element
+    gram_matvec={**_GRAM_MATVEC, "BLOCK": 8192},
+    rank_one=_RANK_ONE,
+    update={**_UPDATE, "BLOCK": 2048, "WIDTHS": 5},
+    subspace_products={},
+    subspace_grams={},
+    ritz={},
+    transposed=_TRANSPOSED,
+    collect={"BN": 256},
 )
-# (compute capability, bytes per element): sizes; for any capability those of (0, bytes), if any.
-_SIZES = {
-    (0, 4): _WIDE,
-    (100, 4): _WIDE._replace(gram_matvec={**_GRAM_MATVEC, "R_LONG": 4}),
-}
-
+_WIDE = _NARROW._replace(  # four bytes
+    gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096},
+    update={**_UPDATE, "BLOCK": 1024, "WIDTHS": 4},
+)
 
 # r: blocks of subspace_products; columns at a time of ritz, and for its products.
 _PRODUCTS = {
@@ -88,11 +102,11 @@ _INTERPRETED = {
 
 
 def sizes(capability: int, itemsize: int, r: int = 1) -> Sizes:
-    """Return the sizes for a compute capability (90 for 9.0) and an element size in bytes.
+    """Return the sizes for a compute capability (90 for 9.0, 0 to interpret) and element size.
 
     With several vectors, ``r``, those of their kernels too.
     """
-    found = _SIZES.get((capability, itemsize), _SIZES.get((0, itemsize), _DEFAULT))
+    found = _NARROW if itemsize == 2 else _WIDE
     if r > 1:
         products, columns, gram = _SEVERAL[r]
         if not capability:

@@ -14,17 +14,20 @@ import triton.language as tl
 from .gram_matvec import vector_norm
 from .ritz import gram_of
 from .tables import (
+    ALIGNED,
+    IN_PIECES,
     INNER,
     MATRIX_FIELDS,
     OUTER,
     OUTER_STRIDE,
+    PLAIN,
     ROW_STRIDE,
     ROWS,
     TILE_FIELDS,
     TILE_MATRIX,
     VECTOR_FIELDS,
     WEIGHT,
-    column_offsets,
+    columns_of,
     elements_of,
     inverse_power_of_two,
     is_aligned,
@@ -35,13 +38,13 @@ from .tables import (
 
 @triton.jit
 def operands(
-    m, tile, first_vector, v, s, t_partial, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
+    m, tile, first_vector, v, s, t_partial, DTYPE: tl.constexpr, LAYOUT: tl.constexpr
 ):  # fmt: skip
     """Return what elements_of and parts_of tell, from the first vector of a group on, and M."""
     w, row_stride, inner, outer_stride, n = elements_of(
-        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
     )
-    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
+    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial, LAYOUT)
     n_rows = tl.load(m + ROWS)
     v, t, s = v + first_vector * n, t + first_vector * n, s + first_vector * n_rows
     return w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end
@@ -50,16 +53,16 @@ def operands(
 @triton.jit
 def _short_rows(
     m, tile, first_vector, v, s, t_partial, scale,
-    DTYPE: tl.constexpr, WITH_T: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, WITH_T: tl.constexpr, GROUP: tl.constexpr, LAYOUT: tl.constexpr,
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns."""
     w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = operands(
-        m, tile, first_vector, v, s, t_partial, DTYPE, ALIGNED
+        m, tile, first_vector, v, s, t_partial, DTYPE, LAYOUT
     )
     c = tl.arange(0, BN)
     inside = c < n
-    columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+    columns = columns_of(c, inner, outer_stride, LAYOUT)
     x, totals = (), ()
     for j in tl.static_range(GROUP):
         x += (tl.load(v + j * n + c, mask=inside, other=0.0),)
@@ -87,12 +90,12 @@ def _short_rows(
 @triton.jit
 def _long_rows(
     m, tile, first_vector, v, s, t_partial, scale,
-    DTYPE: tl.constexpr, WITH_T: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, WITH_T: tl.constexpr, GROUP: tl.constexpr, LAYOUT: tl.constexpr,
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time, twice."""
     w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = operands(
-        m, tile, first_vector, v, s, t_partial, DTYPE, ALIGNED
+        m, tile, first_vector, v, s, t_partial, DTYPE, LAYOUT
     )
     for row in range(row_begin, row_end, R):
         r = row + tl.arange(0, R)
@@ -101,7 +104,7 @@ def _long_rows(
             products += (tl.zeros([R], tl.float32),)
         for first in range(0, n, BN):
             c = first + tl.arange(0, BN)
-            columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+            columns = columns_of(c, inner, outer_stride, LAYOUT)
             mask = (r < row_end)[:, None] & (c < n)[None, :]
             block = w + (r[:, None] * row_stride + columns[None, :])
             rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
@@ -117,7 +120,7 @@ def _long_rows(
         if WITH_T:
             for first in range(0, n, BN):
                 c = first + tl.arange(0, BN)
-                columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+                columns = columns_of(c, inner, outer_stride, LAYOUT)
                 mask = (r < row_end)[:, None] & (c < n)[None, :]
                 block = w + (r[:, None] * row_stride + columns[None, :])
                 rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
@@ -133,17 +136,20 @@ def store_gram(
     m, tile, s, gram_partial, tile_index, VECTORS: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """Write S S^T of a tile."""
-    _, s, _, row_begin, row_end = parts_of(m, tile, s, s, s)
+    _, s, _, row_begin, row_end = parts_of(m, tile, s, s, s, PLAIN)
     gram = gram_of(s, tl.load(m + ROWS), row_begin, row_end, VECTORS, BN)
     i, j = tl.arange(0, VECTORS)[:, None], tl.arange(0, VECTORS)[None, :]
     tl.store(gram_partial + (tile_index * VECTORS + i) * VECTORS + j, gram)
 
 
-@triton.jit(do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k"])
+@triton.jit(
+    do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k", "integer"],
+    do_not_specialize_on_alignment=["matrices", "tiles", "vectors", "gram_partial", "s", "scalars"],
+)
 def subspace_products(
     matrices, tiles, vectors, t_partial, gram_partial, v, s, scalars,
-    n_matrices, n_tiles, n_vectors, k,
-    DTYPE: tl.constexpr, K: tl.constexpr, VECTORS: tl.constexpr, WITH_T: tl.constexpr,
+    n_matrices, n_tiles, n_vectors, k, integer,
+    DTYPE: tl.constexpr, VECTORS: tl.constexpr, WITH_T: tl.constexpr,
     TOLERANCE: tl.constexpr, GROUP: tl.constexpr,
     R0: tl.constexpr, BN0: tl.constexpr, R1: tl.constexpr, BN1: tl.constexpr,
     R2: tl.constexpr, BN2: tl.constexpr, R_LONG: tl.constexpr, BN_LONG: tl.constexpr,
@@ -159,7 +165,7 @@ def subspace_products(
         i = program - n_tiles * groups
         norm = scalars + 2 * VECTORS * n_matrices + i
         penalty = norm + n_vectors + n_matrices
-        vector_norm(vectors + i * VECTOR_FIELDS, norm, penalty, k, DTYPE, K, BN_VECTOR)
+        vector_norm(vectors + i * VECTOR_FIELDS, norm, penalty, k, integer, DTYPE, BN_VECTOR)
     else:
         tile_index = (program // groups).to(tl.int64)
         first = program % groups * GROUP
@@ -168,31 +174,39 @@ def subspace_products(
         if takes_part(scalars, n_matrices, index, VECTORS, TOLERANCE):
             m = matrices + index * MATRIX_FIELDS
             scale = inverse_power_of_two(tl.load(scalars + index))
-            n = tl.load(m + OUTER) * tl.load(m + INNER)
+            outer = tl.load(m + OUTER)
+            n = outer * tl.load(m + INNER)
             if not is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE):
-                _long_rows(m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, False,
-                           R_ODD, BN_ODD)  # fmt: skip
+                if outer > 1:
+                    _long_rows(m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP,
+                               IN_PIECES, R_ODD, BN_ODD)  # fmt: skip
+                else:
+                    _long_rows(m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP,
+                               PLAIN, R_ODD, BN_ODD)  # fmt: skip
             elif n <= BN0:
                 _short_rows(
-                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, True, R0, BN0
+                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, ALIGNED, R0, BN0
                 )
             elif n <= BN1:
                 _short_rows(
-                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, True, R1, BN1
+                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, ALIGNED, R1, BN1
                 )
             elif n <= BN2:
                 _short_rows(
-                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, True, R2, BN2
+                    m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, ALIGNED, R2, BN2
                 )
             else:
-                _long_rows(m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, True,
+                _long_rows(m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, ALIGNED,
                            R_LONG, BN_LONG)  # fmt: skip
             if GROUP == VECTORS:
                 tl.debug_barrier()  # what is read next, another thread may have written
                 store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
 
 
-@triton.jit(do_not_specialize=["n_matrices"])
+@triton.jit(
+    do_not_specialize=["n_matrices"],
+    do_not_specialize_on_alignment=["matrices", "tiles", "gram_partial", "s", "scalars"],
+)
 def subspace_grams(
     matrices, tiles, gram_partial, s, scalars, n_matrices,
     VECTORS: tl.constexpr, TOLERANCE: tl.constexpr, BN_GRAM: tl.constexpr,

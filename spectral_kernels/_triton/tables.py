@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-# Columns of plan.MATRIX, TILE, VECTOR and MOMENT; tests/test_triton.py compares them.
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Columns of plan.MATRIX, TILE, CHUNK, VECTOR and MOMENT; tests/test_triton.py compares them.
 WEIGHT: tl.constexpr = tl.constexpr(0)
 GRAD: tl.constexpr = tl.constexpr(1)
 GRAD_DTYPE: tl.constexpr = tl.constexpr(2)
@@ -26,6 +29,10 @@ ROW_BEGIN: tl.constexpr = tl.constexpr(1)
 ROW_END: tl.constexpr = tl.constexpr(2)
 T_OFFSET: tl.constexpr = tl.constexpr(3)
 TILE_FIELDS: tl.constexpr = tl.constexpr(4)
+CHUNK_MATRIX: tl.constexpr = tl.constexpr(0)
+CHUNK_BEGIN: tl.constexpr = tl.constexpr(1)
+CHUNK_FIELDS: tl.constexpr = tl.constexpr(2)
+CHUNK_COLUMNS: tl.constexpr = tl.constexpr(128)
 SIZE: tl.constexpr = tl.constexpr(3)
 KIND: tl.constexpr = tl.constexpr(4)
 VECTOR_FIELDS: tl.constexpr = tl.constexpr(5)
@@ -45,16 +52,21 @@ NESTEROV: tl.constexpr = tl.constexpr(5)
 GROUP_FIELDS: tl.constexpr = tl.constexpr(6)
 ADAMW: tl.constexpr = tl.constexpr(0)  # of csrc/table.h's rules
 
+# How the elements of a row lie: in pieces, one after the other, or so that loads may be wide.
+IN_PIECES: tl.constexpr = tl.constexpr(0)
+PLAIN: tl.constexpr = tl.constexpr(1)
+ALIGNED: tl.constexpr = tl.constexpr(2)
+
 ALIGNMENT: tl.constexpr = tl.constexpr(16)  # bytes that one load takes at most
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def power(x, k, K: tl.constexpr):
-    """Return x^k in float64 for x >= 0; K = k where that is a small integer, else 0 or less."""
-    if K > 0:
-        result = x
-        for _ in tl.static_range(K - 1):
+def power(x, k, n):
+    """Return x^k in float64 for x >= 0; n = k where that is a small integer, else below zero."""
+    if n >= 0:
+        result = tl.where(n > 0, x, 1.0).to(tl.float64)
+        for _ in range(1, n):
             result = result * x
     else:
         result = tl.exp2(tl.log2(x) * k)
@@ -75,6 +87,21 @@ def inverse_power_of_two(sigma):
 
 
 @triton.jit
+def factors_of(scale):
+    """Return two float32 numbers whose product is ``scale``, a power of two from 2^-128 to 2^149.
+
+    The product itself may be none of a float32's numbers.
+    """
+    exponent = (scale.to(tl.int64, bitcast=True) >> 52) - 1023
+    first = exponent // 2
+    second = exponent - first
+    return (
+        ((first + 1023) << 52).to(tl.float64, bitcast=True).to(tl.float32),
+        ((second + 1023) << 52).to(tl.float64, bitcast=True).to(tl.float32),
+    )
+
+
+@triton.jit
 def takes_part(scalars, n_matrices, index, VECTORS: tl.constexpr, TOLERANCE: tl.constexpr):
     """Tell whether a call is about a matrix: all are without a tolerance; see csrc/table.h."""
     stale = TOLERANCE == 0
@@ -85,24 +112,30 @@ def takes_part(scalars, n_matrices, index, VECTORS: tl.constexpr, TOLERANCE: tl.
 
 
 @triton.jit
-def column_offsets(c, inner, outer_stride):
-    """Return where columns ``c`` lie in a row that consists of pieces of ``inner`` elements."""
-    return (c // inner) * outer_stride + c % inner
+def columns_of(c, inner, outer_stride, LAYOUT: tl.constexpr):
+    """Return where columns ``c`` lie in a row, which may consist of pieces of ``inner`` elements.
+
+    What lies one after the other is not computed: the compiler sees that loads may be coalesced.
+    """
+    columns = c
+    if LAYOUT == IN_PIECES:
+        columns = (c // inner) * outer_stride + c % inner
+    return columns
 
 
 @triton.jit
 def elements_of(
     m, ADDRESS: tl.constexpr, ROW_STRIDE_FIELD: tl.constexpr, OUTER_STRIDE_FIELD: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Return pointer, row stride, inner size, outer stride and number of columns of a matrix.
 
-    With ALIGNED (see is_aligned) in a form that shows the compiler that loads may be wide.
+    Of ALIGNED rows (see is_aligned) in a form that shows the compiler that loads may be wide.
     """
     first = tl.load(m + ADDRESS).to(tl.pointer_type(DTYPE))
     row_stride, inner = tl.load(m + ROW_STRIDE_FIELD), tl.load(m + INNER)
     n = tl.load(m + OUTER) * inner
-    if ALIGNED:
+    if LAYOUT == ALIGNED:
         first = tl.multiple_of(first, ALIGNMENT)
         row_stride = whole_loads(row_stride, DTYPE)
         n = whole_loads(n, DTYPE)
@@ -110,11 +143,13 @@ def elements_of(
 
 
 @triton.jit
-def parts_of(m, tile, v, s, t_partial):
+def parts_of(m, tile, v, s, t_partial, LAYOUT: tl.constexpr):
     """Return v and s of a matrix, t, first row and end of a tile of it."""
-    t = t_partial + tl.load(tile + T_OFFSET)
+    v_offset, t_offset = tl.load(m + V_OFFSET), tl.load(tile + T_OFFSET)
+    if LAYOUT == ALIGNED:  # those of rows that are a multiple of four numbers are that too
+        v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)
     begin, end = tl.load(tile + ROW_BEGIN), tl.load(tile + ROW_END)
-    return v + tl.load(m + V_OFFSET), s + tl.load(m + S_OFFSET), t, begin, end
+    return v + v_offset, s + tl.load(m + S_OFFSET), t_partial + t_offset, begin, end
 
 
 @triton.jit

@@ -12,10 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gram_matvec import add_long_rows, products
+from .gram_matvec import add_long_rows
 from .penalty import matrix_factor, shift_factor, store_norm, vector_gradient
 from .tables import (
     ADAMW,
+    ALIGNED,
     ALIGNMENT,
     EPS,
     FIRST,
@@ -23,6 +24,7 @@ from .tables import (
     GRAD,
     GROUP,
     GROUP_FIELDS,
+    IN_PIECES,
     INNER,
     KIND,
     LR,
@@ -34,6 +36,7 @@ from .tables import (
     OUTER,
     OUTER_STRIDE,
     OWNER,
+    PLAIN,
     ROW_BEGIN,
     ROW_STRIDE,
     SECOND,
@@ -44,12 +47,14 @@ from .tables import (
     VECTOR_FIELDS,
     WEIGHT,
     WEIGHT_DECAY,
-    column_offsets,
+    columns_of,
     elements_of,
+    factors_of,
     inverse_power_of_two,
     is_aligned,
     parts_of,
     power,
+    whole_loads,
 )
 
 
@@ -122,81 +127,73 @@ def _next(
 def _rows(
     m, tile, moment, groups, steps, v, x, s, t_partial, scale, factor, acts, inverse_scale,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
-    WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, VECTORS: tl.constexpr,
-    ALIGNED: tl.constexpr, LONG: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, PRODUCTS: tl.constexpr,
+    LAYOUT: tl.constexpr, LONG: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time (all of them if not LONG); return sum of s^2.
 
-    The products are taken of one vector; several have a launch of their own.
+    PRODUCTS are taken of one vector; several have a launch of their own.
     """
     w, row_stride, inner, outer_stride, n = elements_of(
-        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED
+        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
     )
     grad = tl.load(m + GRAD).to(tl.pointer_type(DTYPE))
     first = tl.load(moment + FIRST).to(tl.pointer_type(MOMENT_TYPE))
     second = tl.load(moment + SECOND).to(tl.pointer_type(MOMENT_TYPE))
     has_grad = tl.load(m + GRAD) != 0
-    if ALIGNED:
+    v_offset = tl.load(m + V_OFFSET)
+    if LAYOUT == ALIGNED:
         grad = tl.multiple_of(grad, ALIGNMENT)
         first = tl.multiple_of(first, ALIGNMENT)
         second = tl.multiple_of(second, ALIGNMENT)
+        v_offset = whole_loads(v_offset, tl.float32)
     options = _options(moment, groups, steps, RULE)
-    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial)
-    x += tl.load(m + V_OFFSET)
-    total = tl.zeros([BN], tl.float32)
+    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial, LAYOUT)
+    x += v_offset
+    half, other_half = factors_of(scale)
+    total = tl.zeros([R, BN], tl.float32)
     squares = tl.zeros([R], tl.float64)
     for row in range(row_begin, row_end, R):
         r = row + tl.arange(0, R)
         old_s = tl.load(s + r, mask=r < row_end, other=0.0).to(tl.float64)
         a = tl.where(factor == 0, 0.0, old_s * factor).to(tl.float32)
-        if VECTORS == 1:
+        if PRODUCTS:
             tl.debug_barrier()  # a thread may write the new s where another one reads the old
-        if LONG:
-            product = tl.zeros([R], tl.float32)
-            for begin in range(0, n, BN):
-                c = begin + tl.arange(0, BN)
-                columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
-                mask = (r < row_end)[:, None] & (c < n)[None, :]
-                penalty = a[:, None] * tl.load(v + c, mask=c < n, other=0.0)[None, :]
-                offsets = r[:, None] * row_stride + columns[None, :]
-                rows = _next(w, grad, first, second, offsets, mask, acts, has_grad, penalty,
-                             inverse_scale, options, DTYPE, RULE, WITH_MOMENT,
-                             DECOUPLED)  # fmt: skip
-                if VECTORS == 1:
-                    product += tl.sum(rows * tl.load(x + c, mask=c < n, other=0.0)[None, :], 1)
-            if VECTORS == 1:
-                tl.store(s + r, product, mask=r < row_end)
-                wide = product.to(tl.float64)
-                tl.debug_barrier()  # what is read next, another thread may have written
-                add_long_rows(
-                    w, row_stride, inner, outer_stride, n, r, row_end,
-                    (wide * scale).to(tl.float32), t, row == row_begin, ALIGNED, BN,
-                )  # fmt: skip
-                squares += wide * wide
-        else:
-            c = tl.arange(0, BN)
-            columns = c if ALIGNED else column_offsets(c, inner, outer_stride)
+        rows = tl.zeros([R, BN], tl.float32)
+        products = tl.zeros([R, BN], tl.float32)
+        for begin in range(0, n if LONG else BN, BN):
+            c = begin + tl.arange(0, BN)
+            columns = columns_of(c, inner, outer_stride, LAYOUT)
             mask = (r < row_end)[:, None] & (c < n)[None, :]
             penalty = a[:, None] * tl.load(v + c, mask=c < n, other=0.0)[None, :]
             offsets = r[:, None] * row_stride + columns[None, :]
             rows = _next(w, grad, first, second, offsets, mask, acts, has_grad, penalty,
                          inverse_scale, options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
-            if VECTORS == 1:
-                factors = tl.load(x + c, mask=c < n, other=0.0)
-                wide, part = products(rows, factors, s, r, row_end, scale, True)
-                total += part
-                squares += wide * wide
-    if VECTORS == 1 and not LONG:
+            if PRODUCTS:
+                products += rows * tl.load(x + c, mask=c < n, other=0.0)[None, :]
+        if PRODUCTS:
+            product = tl.sum(products, 1)
+            tl.store(s + r, product, mask=r < row_end)
+            wide = product.to(tl.float64)
+            squares += wide * wide
+            scaled = product * half * other_half
+            if LONG:
+                tl.debug_barrier()  # what is read next, another thread may have written
+                add_long_rows(w, row_stride, inner, outer_stride, n, r, row_end, scaled, t,
+                              row == row_begin, LAYOUT, BN)  # fmt: skip
+            else:
+                total += rows * scaled[:, None]
+    if PRODUCTS and not LONG:
         c = tl.arange(0, BN)
-        tl.store(t + c, total, mask=c < n)
+        tl.store(t + c, tl.sum(total, 0), mask=c < n)
     return tl.sum(squares, 0)
 
 
 @triton.jit
 def _elements(
-    vector, moment, groups, steps, norm, penalty, strength, acts, inverse_scale, k,
+    vector, moment, groups, steps, norm, penalty, strength, acts, inverse_scale, k, integer,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr, WITH_MOMENT: tl.constexpr,
-    DECOUPLED: tl.constexpr, K: tl.constexpr, WITH_PENALTY: tl.constexpr, BN: tl.constexpr,
+    DECOUPLED: tl.constexpr, WITH_PENALTY: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Step a vector and write its norm and penalty, or some elements without one."""
     weight = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
@@ -209,37 +206,33 @@ def _elements(
     squares = tl.zeros([BN], tl.float64)
     excesses = tl.zeros([BN], tl.float64)
     if WITH_PENALTY:
-        factor = shift_factor(tl.load(norm), strength, k, K)
+        factor = shift_factor(tl.load(norm), strength, k, integer)
     for begin in range(0, size, BN):
         c = begin + tl.arange(0, BN)
         mask = c < size
         x = tl.zeros([BN], tl.float32)
         if WITH_PENALTY:
             value = tl.load(weight + c, mask=mask, other=0.0).to(tl.float64)
-            x = vector_gradient(value, gain, factor, strength, k, K)
+            x = vector_gradient(value, gain, factor, strength, k, integer)
         new = _next(weight, grad, first, second, c, mask, acts, has_grad, x, inverse_scale,
                     options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
         if WITH_PENALTY:
             value = tl.where(mask, new, 0.0).to(tl.float64)
             squares += value * value
-            excess = tl.where(mask, power(tl.abs(value), k, K) - 1, 0.0)
-            excesses += excess * excess
+            if gain:
+                excess = tl.where(mask, power(tl.abs(value), k, integer) - 1, 0.0)
+                excesses += excess * excess
     if WITH_PENALTY:
-        store_norm(norm, penalty, squares, excesses, gain, k, K)
+        store_norm(norm, penalty, squares, excesses, gain, k, integer)
 
 
 @triton.jit
-def _factors(m, tile, v, v_next, n, stopped, BN: tl.constexpr):
-    """Return v_next; or v where all has stopped, and the first tile copies n of it to v_next."""
-    x = v_next
-    if stopped:
-        x = v
-        if tl.load(tile + ROW_BEGIN) == 0:
-            for begin in range(0, n, BN):
-                c = tl.load(m + V_OFFSET) + begin + tl.arange(0, BN)
-                mask = begin + tl.arange(0, BN) < n
-                tl.store(v_next + c, tl.load(v + c, mask=mask, other=0.0), mask=mask)
-    return x
+def _copy(source, target, offset, n, BN: tl.constexpr):
+    """Copy ``n`` numbers from ``offset`` on."""
+    for begin in range(0, n, BN):
+        c = begin + tl.arange(0, BN)
+        tl.store(target + offset + c, tl.load(source + offset + c, mask=c < n, other=0.0),
+                 mask=c < n)  # fmt: skip
 
 
 @triton.jit
@@ -249,36 +242,35 @@ def _others_are_aligned(m, moment):
     return together % ALIGNMENT == 0
 
 
-@triton.jit(do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k"])
+@triton.jit(
+    do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "n_sigmas", "k", "integer"],
+    do_not_specialize_on_alignment=[
+        "matrices", "tiles", "vectors", "others", "matrix_moments", "vector_moments",
+        "other_moments", "groups", "steps", "gram_partial", "s", "scalars", "scale", "grad_scale",
+        "found_inf",
+    ],
+)  # fmt: skip
 def update(
     matrices, tiles, vectors, others, matrix_moments, vector_moments, other_moments, groups, steps,
     t_partial, gram_partial, v, v_next, s, scalars, scale, grad_scale, found_inf,
-    n_matrices, n_tiles, n_vectors, k,
+    n_matrices, n_tiles, n_vectors, n_sigmas, k, integer,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
-    WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, K: tl.constexpr,
-    VECTORS: tl.constexpr, WITH_SCALE: tl.constexpr, WITH_GRAD_SCALE: tl.constexpr,
-    WITH_FOUND_INF: tl.constexpr,
-    R0: tl.constexpr, BN0: tl.constexpr, R1: tl.constexpr, BN1: tl.constexpr,
-    R2: tl.constexpr, BN2: tl.constexpr,
-    R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_ODD: tl.constexpr, BN_ODD: tl.constexpr,
+    WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, PRODUCTS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+    R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
+    R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
     """Program i < n_tiles takes tile i, then n_vectors a vector each, the rest a row of others.
 
-    R rows at a time of at most BN columns: 0 to 2 for aligned rows by length, LONG for longer ones,
-    ODD for rows that are not aligned. Where found_inf is above zero, all stays as it is: weights,
+    Blocks are those of gram_matvec. Where found_inf is above zero, all stays as it is: weights,
     moments, and by products with v, which goes to v_next, the vectors after the host's swap too.
+    Scalars are n_sigmas estimates, as many residuals, and the rest as in plan.SCALARS.
     """
     program = tl.program_id(0)
-    stopped = program < 0  # false
-    if WITH_FOUND_INF:
-        stopped = tl.load(found_inf) > 0
-    inverse_scale = tl.full([], 1.0, tl.float32)
-    if WITH_GRAD_SCALE:
-        inverse_scale = 1 / tl.load(grad_scale)
-    multiplier = tl.full([], 1.0, tl.float64)
-    if WITH_SCALE:
-        multiplier = tl.load(scale).to(tl.float64)
-    norms = scalars + 2 * VECTORS * n_matrices
+    stopped = tl.load(found_inf) > 0
+    inverse_scale = 1 / tl.load(grad_scale)
+    multiplier = tl.load(scale).to(tl.float64)
+    norms = scalars + 2 * n_sigmas
     penalties = norms + n_vectors
     strengths = penalties + n_matrices + n_vectors
     targets = strengths + n_matrices + n_vectors
@@ -287,7 +279,7 @@ def update(
         moment = other_moments + i * MOMENT_FIELDS
         acts = (tl.load(moment + GROUP) >= 0) & (stopped == 0)
         _elements(others + i * VECTOR_FIELDS, moment, groups, steps, scalars, scalars, multiplier,
-                  acts, inverse_scale, k, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED, K,
+                  acts, inverse_scale, k, integer, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
                   False, BN_LONG)  # fmt: skip
     elif program >= n_tiles:
         i = program - n_tiles
@@ -295,8 +287,8 @@ def update(
         acts = (tl.load(moment + GROUP) >= 0) & (stopped == 0)
         strength = multiplier * tl.load(strengths + n_matrices + i).to(tl.float64)
         _elements(vectors + i * VECTOR_FIELDS, moment, groups, steps, norms + i,
-                  penalties + n_matrices + i, strength, acts, inverse_scale, k, DTYPE, MOMENT_TYPE,
-                  RULE, WITH_MOMENT, DECOUPLED, K, True, BN1)  # fmt: skip
+                  penalties + n_matrices + i, strength, acts, inverse_scale, k, integer, DTYPE,
+                  MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED, True, BN_PLAIN)  # fmt: skip
     else:
         tile = tiles + program.to(tl.int64) * TILE_FIELDS
         index = tl.load(tile + TILE_MATRIX)
@@ -306,30 +298,37 @@ def update(
         sigma = tl.load(scalars + index)
         scale_of_t = inverse_power_of_two(sigma)
         strength = multiplier * tl.load(strengths + index).to(tl.float64)
-        factor = matrix_factor(sigma, tl.load(targets + index), strength, k, K)
-        n = tl.load(m + OUTER) * tl.load(m + INNER)
+        factor = matrix_factor(sigma, tl.load(targets + index), strength, k, integer)
+        outer = tl.load(m + OUTER)
+        n = outer * tl.load(m + INNER)
         x = v_next
-        if WITH_FOUND_INF:
-            x = _factors(m, tile, v, v_next, VECTORS * n, stopped, BN_LONG)
+        if stopped:
+            x = v
+            if tl.load(tile + ROW_BEGIN) == 0:
+                n_copied = n_sigmas // n_matrices * n
+                _copy(v, v_next, tl.load(m + V_OFFSET), n_copied, BN_LONG)
+        squares = tl.full([], 0.0, tl.float64)
         if not (is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE) & _others_are_aligned(m, moment)):
+            if outer > 1:
+                squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t,
+                                factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
+                                DECOUPLED, PRODUCTS, IN_PIECES, True,
+                                R_PIECES, BN_PIECES)  # fmt: skip
+            else:
+                squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t,
+                                factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
+                                DECOUPLED, PRODUCTS, PLAIN, True, R_PLAIN, BN_PLAIN)  # fmt: skip
+        elif n > 64 * 2**WIDTHS:
             squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                             acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            VECTORS, False, True, R_ODD, BN_ODD)  # fmt: skip
-        elif n <= BN0:
-            squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
-                            acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            VECTORS, True, False, R0, BN0)  # fmt: skip
-        elif n <= BN1:
-            squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
-                            acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            VECTORS, True, False, R1, BN1)  # fmt: skip
-        elif n <= BN2:
-            squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
-                            acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            VECTORS, True, False, R2, BN2)  # fmt: skip
+                            PRODUCTS, ALIGNED, True, R_LONG, BN_LONG)  # fmt: skip
         else:
-            squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
-                            acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            VECTORS, True, True, R_LONG, BN_LONG)  # fmt: skip
-        if VECTORS == 1:
+            for i in tl.static_range(WIDTHS):
+                if (n <= 128 * 2**i) & ((n > 64 * 2**i) | (i == 0)):
+                    squares = _rows(
+                        m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
+                        acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
+                        PRODUCTS, ALIGNED, False, BLOCK // (128 * 2**i), 128 * 2**i,
+                    )  # fmt: skip
+        if PRODUCTS:
             tl.store(gram_partial + program, squares)

@@ -1,0 +1,102 @@
+"""Stage "loops": what people write today beside ours; four vectors, and "auto" iterations."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from .. import baselines, gate
+from ..interleave import in_turn
+from . import inputs, measure
+from .job import Job, name_of
+
+_EAGER = ("autograd_loop", "inplace_loop")
+# Of ours, beside one vector and one iteration: name, arguments of the regularizer.
+_VARIANTS = {
+    "step, 4 vectors": {"n_vectors": 4},
+    'step, "auto"': {"iterations": "auto"},
+    'step, 4 vectors, "auto"': {"n_vectors": 4, "iterations": "auto"},
+}
+_COMPILATION = 5.0  # seconds at least without which a loop is not given to torch.compile
+
+
+def run(job: Job) -> None:
+    """Measure the loops that need no compilation, our variants, then the compiled loops."""
+    for case, dtype, seconds in job.groups(inputs.LOOPS):
+        _guarded(job, case, dtype, _EAGER, seconds / 3)
+        if (case, name_of(dtype)) == inputs.SEVERAL:
+            _variants(job, case, dtype, seconds / 3)
+    job.after, longest = None, _COMPILATION
+    for case, dtype, seconds in job.groups(inputs.LOOPS):
+        if job.left() < longest:
+            job.lines.left_out("compiled_loop", "too little time is left", case=case,
+                               dtype=name_of(dtype))  # fmt: skip
+            continue
+        torch.compiler.reset()  # what was compiled for other shapes counts against a limit
+        start = time.monotonic()
+        _guarded(job, case, dtype, ("compiled_loop",), seconds / 4)
+        longest = max(longest, time.monotonic() - start)
+
+
+def _guarded(job: Job, case: str, dtype: torch.dtype, loops, seconds: float) -> None:
+    try:
+        _group(job, case, dtype, loops, seconds)
+    except Exception as error:
+        job.lines.failed("group", error, case=case, dtype=name_of(dtype))
+        job.go_on_where_the_device_broke(case, dtype, *job.backends)
+
+
+def _group(job: Job, case: str, dtype: torch.dtype, loops, seconds: float) -> None:
+    """Check the loops and ours, then time those that are right in turn, beside the floor."""
+    where = {"case": case, "dtype": name_of(dtype)}
+    sets = inputs.input_sets(inputs.shapes(case, job.dry_run), dtype, job.device)
+    functions = {None: in_turn([gate.floor_functions(weights)["floor"] for weights in sets])}
+    contenders = {name: baselines.Contender(baselines.ours(name), name) for name in job.backends
+                  if job.takes_part(case, dtype, name)}  # fmt: skip
+    contenders.update({name: baselines.CONTENDERS[name] for name in loops})
+    for name, contender in contenders.items():
+        try:
+            problem, first = gate.first_step(contender, sets[0])
+            if problem is None:
+                job.lines.put("first step", first, "s", backend=name, **where)
+                steps = [contender.make(weights, inputs.STRENGTH) for weights in sets]
+                functions[name] = in_turn(steps)
+        except Exception as error:
+            problem = error
+        if problem is not None:
+            job.lines.failed("step", problem, backend=name, **where)
+            job.go_on_where_the_device_broke(case, dtype, name)
+    found = measure.in_turn_for(functions, seconds, job.device, most=job.rounds)
+    for name, timed in found.items():
+        what = "floor" if name is None else "step"
+        job.lines.put(what, 1e6 * timed.median, "us", backend=name, **where, **timed.spread(),
+                      beside="+".join(loops))  # fmt: skip
+
+
+def _variants(job: Job, case: str, dtype: torch.dtype, seconds: float) -> None:
+    """Time ours with more vectors and iterations, which the stages before have checked."""
+    where = {"case": case, "dtype": name_of(dtype)}
+    sets = inputs.input_sets(inputs.shapes(case, job.dry_run), dtype, job.device)
+    functions = {}
+    for backend in job.backends:
+        if not job.takes_part(case, dtype, backend):
+            continue
+        for name, arguments in {"step": {}, **_VARIANTS}.items():
+            try:
+                regs = [inputs.regularizer(weights, backend, **arguments) for weights in sets]
+                start = measure.now(job.device)
+                regs[0].accumulate_grad_()
+                first = measure.now(job.device) - start
+                functions[backend, name] = in_turn([reg.accumulate_grad_ for reg in regs])
+                functions[backend, name]()
+            except Exception as error:
+                job.lines.failed(name, error, backend=backend, **where)
+                job.go_on_where_the_device_broke(case, dtype, backend)
+                continue
+            job.lines.put("first step", first, "s", backend=backend, of=name, **where)
+    found = measure.in_turn_for(functions, seconds, job.device, most=job.rounds)
+    for (backend, name), timed in found.items():
+        job.lines.put(name, 1e6 * timed.median, "us", backend=backend, **where, **timed.spread(),
+                      times_one=timed.median / found[backend, "step"].median,
+                      beside="variants")  # fmt: skip

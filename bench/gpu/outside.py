@@ -1,0 +1,153 @@
+"""Stages that are other programs: the build, pytest, compute-sanitizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .environment import ROOT, cuda_device, output_of
+from .lines import Lines
+
+CUDA = Path("/usr/local/cuda/bin")
+TEST_SECONDS = 40  # of one test, where pytest-timeout is installed
+_TOOL = "compute-sanitizer"
+
+
+def run(command, variables=None) -> int:
+    """Run a command, its output where this stage's goes, and return its exit code."""
+    print("$", *command, flush=True)
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **(variables or {})}, check=False,
+                          stdin=subprocess.DEVNULL).returncode  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- the build
+
+
+def build_variables() -> dict[str, str]:
+    """Return variables for a build for this machine's device alone."""
+    device, found = cuda_device(), {}
+    if device is not None:
+        found["CUDAARCHS"] = device.capability.replace(".", "") + "-real"
+    if shutil.which("nvcc") is None and (CUDA / "nvcc").exists():
+        found["PATH"] = f"{os.environ['PATH']}{os.pathsep}{CUDA}"
+    if output_of("git", "rev-parse", "HEAD") is None:  # no tag to take the version from
+        found["SETUPTOOLS_SCM_PRETEND_VERSION"] = "0.0"
+    return found
+
+
+def build(lines: Lines) -> None:
+    """Build the module with pip, or where pip cannot, with CMake into the package.
+
+    In a dry run CMake is only configured, in a temporary folder.
+    """
+    variables, start = build_variables(), time.perf_counter()
+    print(*(f"{name}={value}" for name, value in variables.items()), flush=True)
+    by = "cmake"
+    if lines.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            code = _cmake(Path(folder), Path(folder), variables, only_configure=True)
+        by = "cmake, configured only"
+    else:
+        code = 1
+        if all(map(importlib.util.find_spec, ("pip", "setuptools", "pybind11"))):
+            by = "pip"
+            command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps",
+                       "--no-index", "-v", "-e", "."]  # fmt: skip
+            code = run(command, variables)
+        if code:
+            by = "cmake"
+            code = _cmake(ROOT / "build" / "on_gpu", ROOT / "spectral_kernels", variables)
+    if code:
+        lines.failed("build", f"{by} ended with {code}, see build.txt")
+    else:
+        lines.put("build", time.perf_counter() - start, "s", by=by,
+                  architectures=variables.get("CUDAARCHS"))  # fmt: skip
+
+
+def _cmake(folder: Path, target: Path, variables, only_configure: bool = False) -> int:
+    """Do what setup.py does, without setuptools."""
+    if importlib.util.find_spec("pybind11") is None:
+        print("pybind11 is not installed", flush=True)
+        return 1
+    import pybind11
+
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [
+        *("cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja"),
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+    ]
+    code = run(configure, variables)
+    if code or only_configure:
+        return code
+    return run(["cmake", "--build", str(folder)], variables)
+
+
+# ------------------------------------------------------------------------------------- the tests
+
+
+def tests(lines: Lines) -> int:
+    """Run the tests for a GPU, spread over processes where pytest-xdist is installed.
+
+    ``pytest_lines`` writes what fails at once, and the counts. Returns pytest's exit code.
+    """
+    command = [sys.executable, "-m", "pytest", "-m", "gpu and not slow", "-q", "--tb=short",
+               "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_lines"]  # fmt: skip
+    if importlib.util.find_spec("xdist") is not None:
+        most = 1 if lines.dry_run else 12  # on a CPU they only find that nothing runs there
+        processes = min(most, len(os.sched_getaffinity(0)))
+        command += ["-n", str(processes), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        command += [f"--timeout={TEST_SECONDS}"]
+    variables = {
+        "BENCH_GPU_LINES": str(lines.path.parent), "BENCH_GPU_DRY_RUN": str(int(lines.dry_run)),
+    }  # fmt: skip
+    code = run(command, variables)
+    if code == 1:  # the plugin has written which
+        return 1
+    if code:
+        lines.failed("pytest", f"it ended with {code}, see tests.txt")
+    return code
+
+
+# --------------------------------------------------------------------------------- the sanitizer
+
+
+def memcheck(lines: Lines, backends: tuple[str, ...]) -> None:
+    """Run ``tests.sanitized`` under memcheck, every tensor in an allocation of its own."""
+    found = shutil.which(_TOOL) or next(map(str, filter(Path.exists, [CUDA / _TOOL])), None)
+    for backend in backends:
+        if found is None or lines.dry_run:
+            reason = "a CPU has no device memory" if lines.dry_run else f"there is no {_TOOL}"
+            lines.left_out("memcheck", reason, backend=backend)
+            continue
+        start = time.perf_counter()
+        command = [found, "--tool", "memcheck", "--error-exitcode", "9",
+                   sys.executable, "-m", "tests.sanitized", backend]  # fmt: skip
+        print("$", *command, flush=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        errors, last = None, ""
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip(" =\n") or last
+            if match := re.search(r"ERROR SUMMARY: (\d+) error", line):
+                errors = int(match[1])
+        code = process.wait()
+        if code or errors != 0:
+            reason = f"exit code {code}: {last}" if errors is None else f"{errors} errors"
+            lines.failed("memcheck", f"{reason}, see stages.log", backend=backend)
+        else:
+            seconds = time.perf_counter() - start
+            lines.put("memcheck", errors, "errors", backend=backend, seconds=seconds)

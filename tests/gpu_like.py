@@ -1,0 +1,228 @@
+"""A stand-in for a GPU: on a CPU, but what Python writes reaches kernels in copies alone.
+
+The kernels are those of the "cpu" backend and read the copies of the tables. A CUDA graph is a list
+of calls, in which kernels have the arguments of the capture, and torch's operations its tensors.
+"""
+
+import contextlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, backends, device_tables
+from spectral_kernels.plan import SLOT, address
+
+WAYS = ("accumulate", "penalty", "optimizer")  # of having the penalty in a step
+_TABLES = [SLOT[name] for name in ("matrices", "tiles", "vectors", "chunks")]
+
+
+def training(model, way, backend, loss_of, **options):
+    """Return a step by torch's recipe for graphs, what it reads on the device, what it leaves.
+
+    Some parameters are not regularized.
+    """
+    device = next(model.parameters()).device
+    strength, lr = torch.tensor([0.1, 1e-2], device=device)
+    options = {"strength": strength, "exclude": ["1.*", "*.bias"], "backend": backend, **options}
+    if way == "optimizer":
+        # Gradients of a graph need not have the bits of others: eps is above their rounding.
+        optimizer = reg = SpectralAdamW(model, lr, eps=1e-3, **options)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        reg = SpectralRegularizer(model, **options)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(model)
+        if way == "penalty":
+            loss = loss + reg.penalty()
+        loss.backward()
+        if way == "accumulate":
+            reg.accumulate_grad_()
+        optimizer.step()
+
+    return step, (strength, lr), lambda: [*(p.detach() for p in model.parameters()), reg.sigma]
+
+
+def check_graph(capture, make, equal):
+    """Assert that replays and eager steps are those of a twin, whose steps are all eager.
+
+    Args:
+        capture: returns a graph of a step, which has run once before.
+        make: returns a step, numbers that it reads on the device, and what it leaves, twice alike.
+        equal: compares what two steps leave.
+    """
+    (step, numbers, state), (twin_step, twin_numbers, twin_state) = make(), make()
+    graph = capture(step)
+    twin_step()
+    assert equal(state(), twin_state())
+    for i in range(4):
+        for number, value in zip((*numbers, *twin_numbers), (0.1, 0.01, 0.1, 0.01), strict=True):
+            number.fill_(value * (i + 1))
+        graph.replay()
+        twin_step()
+        assert equal(state(), twin_state()), i
+    for call in (step, step, graph.replay, step, graph.replay, graph.replay):
+        call()
+        twin_step()
+        assert equal(state(), twin_state()), call
+
+
+class GpuLike:
+    """What a test asks of the device; ``patch`` is pytest's monkeypatch."""
+
+    def __init__(self, patch):
+        self.graph = None  # that is being captured
+        self.pinned = []
+        patch.setattr(device_tables, "shares_memory", lambda device: False)
+        patch.setattr(device_tables, "pinned", self._pin)
+        patch.setattr(device_tables, "is_capturing", lambda device: self.graph is not None)
+        make = backends._make
+        patch.setattr(
+            backends, "_make",
+            lambda name, dtype: Kernels(self) if name == "cpu" else make(name, dtype),
+        )  # fmt: skip
+
+    def _pin(self, n, dtype):
+        assert self.graph is None, "page-locked memory is not allocated during a capture"
+        self.pinned.append(torch.empty(n, dtype=dtype))
+        return self.pinned[-1]
+
+    def is_pinned(self, tensor):
+        return any(_start(tensor) == _start(other) for other in self.pinned)
+
+    def captured(self, step):
+        """Return a graph of what ``step`` does, which happens in its replays only."""
+        self.graph = graph = Graph(self)
+        try:
+            with graph:
+                step()
+        finally:
+            self.graph = None
+            graph.undo()
+        return graph
+
+    @contextlib.contextmanager
+    def without_waits(self):
+        """Assert that nothing makes the host wait for the device."""
+        mode = _Waits(self)
+        with mode:
+            yield
+        assert not mode.found, mode.found
+
+
+class Graph(TorchDispatchMode):
+    """Operations of torch and kernels, in their order."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu, self.calls = gpu, []
+        self._made, self._before = [], {}  # tensors; storages that were written, as they were
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in tree_leaves(value):
+                    storage = tensor.untyped_storage()
+                    made = any(_start(tensor) == _start(other) for other in self._made)
+                    if not made and not self.gpu.is_pinned(tensor):
+                        self._before.setdefault(_start(tensor), (storage, storage.clone()))
+        out = func(*args, **kwargs)
+        self._made += [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)
+                       and not any(_start(x) == _start(y) for y in tree_leaves((args, kwargs))
+                                   if isinstance(y, torch.Tensor))]  # fmt: skip
+        self.calls.append(lambda: _again(func, args, kwargs, out))
+        return out
+
+    def undo(self):
+        for storage, before in self._before.values():
+            storage.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+class Kernels:
+    """The kernels of the "cpu" backend, launched with headers by value, on copies of tables."""
+
+    name = "cpu"
+    scalars_on_device = True  # all but found_inf, which these kernels do not know
+
+    def __init__(self, gpu):
+        self._gpu, self._native = gpu, backends.native_module().cpu
+
+    def gram_matvec(self, plan, state):
+        self._launch("gram_matvec", [self._header(plan, state)])
+
+    def normalize(self, plan, state):
+        self._launch("normalize", [self._header(plan, state)])
+
+    def rank_one(self, plan, state, grads, accumulate):
+        self._launch("rank_one", [self._header(plan, state)], accumulate)
+
+    def finish(self, plan, state, grads, accumulate):
+        self.normalize(plan, state)
+        self.rank_one(plan, state, grads, accumulate)
+
+    def update(self, step):
+        bucket = step.bucket
+        header = step._lone_header if bucket is None else self._header(bucket.plan, bucket.local)
+        self._launch("update", [header, step.header.copy()])
+
+    @staticmethod
+    def _header(plan, state):
+        header = state.header.copy()
+        header[_TABLES] = plan.device_tables().addresses
+        return header
+
+    def _launch(self, name, headers, *numbers):
+        kernel = getattr(self._native, name)
+
+        def call():
+            kernel(*map(address, headers), *numbers, 1)
+
+        if self._gpu.graph is None:
+            call()
+        else:
+            self._gpu.graph.calls.append(call)
+
+
+class _Waits(TorchDispatchMode):
+    """Finds what would wait: reading a number, and using memory of the host that is not pinned."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu, self.found, self._host = gpu, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if name == "aten::lift_fresh":  # torch.tensor(...)
+            self._host += given
+        elif any(map(self._is_on_host, given)):
+            if not (name == "aten::copy_" and self.gpu.is_pinned(args[0])):
+                self.found.append(f"{name} of memory of the host")
+        elif name == "aten::_local_scalar_dense":
+            self.found.append(name)
+        elif name == "aten::copy_" and self.gpu.is_pinned(args[1]) and args[2:] != (True,):
+            self.found.append(f"{name} that is not non_blocking")
+        return func(*args, **kwargs)
+
+    def _is_on_host(self, tensor):
+        return any(_start(tensor) == _start(other) for other in self._host)
+
+
+def _start(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def _again(func, args, kwargs, out):
+    """Call ``func`` once more, into the memory of what it has returned."""
+    for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+        if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+            old.copy_(new)
