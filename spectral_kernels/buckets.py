@@ -112,7 +112,8 @@ class Buckets:
         tensors = self.tensors()
         if self.buckets is not None:
             for bucket, indices in zip(self.buckets, self._indices, strict=True):
-                if not bucket.bind([tensors[i] for i in indices]):
+                is_all = len(self.buckets) == 1  # in the order of the owners
+                if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
                     self._warm = self.is_warm
                     self.known, self.buckets = self.vectors(), None
                     break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
@@ -105,10 +106,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def _bound(self) -> list[Update]:
         """Return tables that point at the parameters and gradients of this moment."""
         buckets = self.regularizer._ready()
-        shape = (
-            [id(b) for b in buckets],
-            [(p.requires_grad, i) for i, g in enumerate(self.param_groups) for p in g["params"]],
-        )
+        groups = [group["params"] for group in self.param_groups]
+        flags = [p.requires_grad for params in groups for p in params]
+        shape = [id(b) for b in buckets], flags, list(map(len, groups))
         if self._updates is None or shape != self._shape:
             # Moments, steps and tables outlive an inference mode in which they happen to be made.
             with torch.inference_mode(False):
@@ -123,13 +123,13 @@ class SpectralOptimizer(torch.optim.Optimizer):
             grads = [shards.local_grad(n, p) for n, p in zip(update.names, params, strict=True)]
             update.bind([shards.local_of(p) for p in params], grads)
         for update, params in zip(self._updates, self._params, strict=True):
-            if update.bucket is None:
-                continue
-            for name, p, now in zip(update.names, params, update.bucket.parameters, strict=False):
-                if p is not now:
-                    raise RuntimeError(
-                        f"parameter {name!r} was replaced in its module; build a new optimizer"
-                    )
+            now = () if update.bucket is None else update.bucket.parameters
+            if any(map(operator.is_not, params, now)):
+                name = next(n for n, p, x in zip(update.names, params, now, strict=False)
+                            if p is not x)  # fmt: skip
+                raise RuntimeError(
+                    f"parameter {name!r} was replaced in its module; build a new optimizer"
+                )
         return self._updates
 
     def _build(self, buckets: list[Bucket]) -> None:

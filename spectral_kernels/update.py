@@ -149,11 +149,7 @@ class Update:
         if acts != self.acts:
             self.acts = acts
             fill(self._acting, acts)
-        offsets = self._other_start * self.dtype.itemsize
-        for field, tensors in (("weight", weights), ("grad", grads)):
-            found = np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
-            found = found[self._other_owner]
-            self.others[field] = np.where(found, found + offsets, 0)
+        self._place_others(seen)
         group = np.where(self.acts, self.group_of, -1)
         kept = [memory_of(m).address_array() for m in zip(*self.moments, strict=True)]
         for table, owner, start in self._rows:
@@ -162,6 +158,18 @@ class Update:
                 table[field] = address_of[owner] + start * self.moment_dtype.itemsize
         self._version += 1
         self._seen = seen
+
+    def _place_others(self, seen: tuple) -> None:
+        """Write addresses of what has no penalty, as they were looked at."""
+        here, others, _ = seen
+        if not others:
+            return
+        found = np.zeros((2, len(self.weights)), np.int64)
+        found[0, self.n_owned :] = others[0].address_array()
+        found[1, [self.n_owned + i for i in here]] = others[1].address_array()
+        offsets = self._other_start * self.dtype.itemsize
+        for field, addresses in zip(("weight", "grad"), found[:, self._other_owner], strict=True):
+            self.others[field] = np.where(addresses, addresses + offsets, 0)
 
     def _looked_at(self) -> tuple:
         """Return what changes when an address does; the plan knows about its own."""

@@ -154,6 +154,13 @@ def test_many_tiles_and_chunks_make_what_the_reference_makes(
         size = float(b.nan_to_num().abs().max()) if b.numel() else 0
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * size, equal_nan=True)
     assert not bucket.plan.arrivals.any()  # ready for the next launch
+    sums = []
+    for calls in (bucket.backend, backends.Reference):
+        t, gram = torch.full_like(bucket.state.v, math.nan), bucket.plan.gram_partial.new_empty(8)
+        calls.collect(bucket.plan, bucket.state, t, gram)
+        sums.append((t.double(), gram))
+    for a, b in zip(*sums, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
 
 
 def test_the_order_of_programs_changes_no_bit(triton_backend, monkeypatch):

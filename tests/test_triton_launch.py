@@ -38,8 +38,8 @@ def devices(monkeypatch):
 
 def chosen():
     """A variant of its own, whose kernels are not compiled yet."""
-    constants = {"VECTORS": 1, "WITH_T": True}
-    return launch.Variant("collect", 90, 4, 1, constants)
+    constants = {"WITH_T": True}
+    return launch.Variant("collect", 90, 4, 4, {**constants, "VECTORS": 4})
 
 
 def test_a_launch_is_on_the_device_of_the_tensors(devices):

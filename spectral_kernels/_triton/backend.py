@@ -61,16 +61,18 @@ class Triton:
 
     def collect(self, plan, state, t, gram) -> None:
         """See :func:`reference.collect`."""
-        matrices, tiles, _, _ = plan.device_tables().views
-        if plan.matrices:
-            found = variant(
-                "collect", capability_of(plan.device), None, plan.r, with_t=t is not None
-            )
-            # Without t nothing is written there.
-            pointers = (matrices, tiles, plan.t_partial, plan.gram_partial,
-                        plan.t_partial if t is None else t, gram)  # fmt: skip
-            grid = len(plan.tiles) + len(plan.matrices)
-            found.launch(plan.device, grid, pointers, (len(plan.tiles),))
+        matrices, tiles, _, chunks = plan.device_tables().views
+        if not plan.matrices:
+            return
+        # Without t nothing is written there.
+        sums = plan.t_partial, plan.gram_partial, plan.t_partial if t is None else t, gram
+        if plan.r == 1:
+            found = variant("collect_chunks", capability_of(plan.device), with_t=t is not None)
+            found.launch(plan.device, len(plan.chunks), (matrices, tiles, chunks, *sums), ())
+            return
+        found = variant("collect", capability_of(plan.device), None, plan.r, with_t=t is not None)
+        grid = len(plan.tiles) + len(plan.matrices)
+        found.launch(plan.device, grid, (matrices, tiles, *sums), (len(plan.tiles),))
 
     def normalize(self, plan, state) -> None:
         """See :func:`reference.normalize`."""

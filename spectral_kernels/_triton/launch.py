@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from .chunks import collect_chunks
 from .gram_matvec import gram_matvec
 from .partials import collect, transposed
 from .rank_one import rank_one
@@ -25,6 +26,7 @@ KERNELS = {
     function.__name__: function
     for function in (
         gram_matvec, rank_one, update, subspace_products, subspace_grams, ritz, transposed, collect,
+        collect_chunks,
     )
 }  # fmt: skip
 # What the pointers among their arguments point to; every other argument is a 32-bit integer, but

@@ -157,7 +157,10 @@ def collect(
     matrices, tiles, t_partial, gram_partial, t, gram, n_tiles,
     VECTORS: tl.constexpr, WITH_T: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program i < n_tiles sums a part of the columns of t, the following ones the products."""
+    """Program i < n_tiles sums a part of the columns of t, the following ones the products.
+
+    For several vectors; of one, see chunks.py.
+    """
     program = tl.program_id(0).to(tl.int64)
     if program < n_tiles:
         if WITH_T:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .chunks import ordered_sum, sum_chunk, sum_of_squares
 from .penalty import excess_of, matrix_factor, residual_of, shift_factor, vector_gradient
 from .tables import (
     ALIGNED,
@@ -19,7 +20,6 @@ from .tables import (
     CHUNK_COLUMNS,
     CHUNK_FIELDS,
     CHUNK_MATRIX,
-    FIRST_TILE,
     GAIN,
     GRAD,
     GRAD_DTYPE,
@@ -30,11 +30,9 @@ from .tables import (
     INNER,
     KIND,
     MATRIX_FIELDS,
-    N_TILES,
     OUTER,
     PLAIN,
     SIZE,
-    T_OFFSET,
     TILE_FIELDS,
     TILE_MATRIX,
     V_OFFSET,
@@ -46,29 +44,7 @@ from .tables import (
     is_aligned,
     parts_of,
     takes_part,
-    whole_loads,
 )
-
-
-@triton.jit
-def _ordered_sum(x, first, n):
-    """Return the sum of ``n`` float64 numbers from x[first] on, in an order of its own."""
-    total = tl.zeros([256], tl.float64)
-    for begin in range(0, n, 256):
-        i = begin + tl.arange(0, 256)
-        total += tl.load(x + first + i, mask=i < n, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _sum_tiles(t, n, n_tiles, c, TILES: tl.constexpr):
-    """Return columns ``c`` of t summed over the tiles, TILES at a time."""
-    total = tl.zeros([TILES, CHUNK_COLUMNS], tl.float32)
-    for first in range(0, n_tiles, TILES):
-        i = first + tl.arange(0, TILES)
-        mask = (i < n_tiles)[:, None] & (c < n)[None, :]
-        total += tl.load(t + (i[:, None] * n + c[None, :]), mask=mask, other=0.0)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -82,20 +58,12 @@ def _finish_chunk(
     Without t the first chunk's program writes sigma and penalty.
     """
     m = matrices + index * MATRIX_FIELDS
-    begin = whole_loads(tl.load(chunks + chunk_index * CHUNK_FIELDS + CHUNK_BEGIN), tl.float32)
+    begin = tl.load(chunks + chunk_index * CHUNK_FIELDS + CHUNK_BEGIN)
     value = tl.sqrt(squares)
     is_last = begin == 0
     if WITH_T:
-        first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
         n, v_offset = tl.load(m + OUTER) * tl.load(m + INNER), tl.load(m + V_OFFSET)
-        # A matrix without rows or columns has no tile, and tiles may be an empty table.
-        t_offset = tl.load(tiles + first * TILE_FIELDS + T_OFFSET, mask=n_tiles > 0, other=0)
-        c = begin + tl.arange(0, CHUNK_COLUMNS)
-        if n % 4 == 0:
-            t = t_partial + whole_loads(t_offset, tl.float32)
-            total = _sum_tiles(t, whole_loads(n, tl.float32), n_tiles, c, TILES)
-        else:
-            total = _sum_tiles(t_partial + t_offset, n, n_tiles, c, TILES)
+        c, total = sum_chunk(m, tiles, t_partial, begin, TILES)
         v, v_next = v + v_offset, v_next + v_offset
         if TOLERANCE > 0:  # it is what the products were taken with
             tl.store(v + c, tl.load(v_next + c, mask=c < n, other=0.0), mask=c < n)
@@ -111,7 +79,7 @@ def _finish_chunk(
         if WITH_T:
             tl.store(arrivals + index, 0)
             first_chunk = chunk_index - begin // CHUNK_COLUMNS
-            t_norm = tl.sqrt(_ordered_sum(chunk_squares, first_chunk, n_chunks))
+            t_norm = tl.sqrt(ordered_sum(chunk_squares, first_chunk, n_chunks))
             finite = (t_norm < INFINITY) & (value < INFINITY)  # false for NaN
             good = finite & (t_norm > 0)
             inverse = 1 / tl.where(good, t_norm, 1.0)
@@ -209,7 +177,7 @@ def rank_one(
             index = tl.load(chunks + chunk_index * CHUNK_FIELDS + CHUNK_MATRIX)
             if takes_part(scalars, n_matrices, index, 1, TOLERANCE):
                 m = matrices + index * MATRIX_FIELDS
-                squares = _ordered_sum(gram_partial, tl.load(m + FIRST_TILE), tl.load(m + N_TILES))
+                squares = sum_of_squares(m, gram_partial)
                 _finish_chunk(chunk_index, index, matrices, tiles, chunks, t_partial, squares,
                               chunk_squares, arrivals, v, v_next, scalars + index,
                               scalars + n_sigmas + index, penalties + index, targets + index, k,
@@ -223,11 +191,8 @@ def rank_one(
             m = matrices + index * MATRIX_FIELDS
             if (tl.load(m + GRAD) != 0) & (tl.load(m + GRAD_DTYPE) == grad_dtype):
                 if FINISH:
-                    squares = _ordered_sum(
-                        gram_partial, tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
-                    )
                     # As it is stored, so that the gradient is the same bits in two launches.
-                    sigma = tl.sqrt(squares).to(tl.float32)
+                    sigma = tl.sqrt(sum_of_squares(m, gram_partial)).to(tl.float32)
                 else:
                     sigma = tl.load(scalars + index)
                 strength = multiplier * tl.load(strengths + index).to(tl.float64)

@@ -41,6 +41,7 @@ class Sizes(NamedTuple):
     ritz: dict[str, int]
     transposed: dict[str, int]
     collect: dict[str, int]
+    collect_chunks: dict[str, int]
     gram_matvec_warps: int = 8
     rank_one_warps: int = 8
     update_warps: int = 8
@@ -51,6 +52,7 @@ class Sizes(NamedTuple):
     ritz_warps: int = 8
     transposed_warps: int = 8
     collect_warps: int = 2
+    collect_chunks_warps: int = 8
 
 
 _GRAM_MATVEC = {
@@ -61,9 +63,7 @@ _RANK_ONE = {
     "TILES": 32, "BN_SUM": 1024, "R": 16, "BN": 256, "R_NARROW": 32, "BN_NARROW": 128,
     "R_PLAIN": 4, "BN_PLAIN": 256, "R_PIECES": 4, "BN_PIECES": 256,
 }  # fmt: skip
-_UPDATE = {
-    "R_LONG": 1, "BN_LONG": 1024, "R_PLAIN": 2, "BN_PLAIN": 256, "R_PIECES": 2, "BN_PIECES": 256,
-}  # fmt: skip
+_UPDATE = {"R_LONG": 1, "R_PLAIN": 2, "BN_PLAIN": 256, "R_PIECES": 2, "BN_PIECES": 256}
 _TRANSPOSED = {
     "R0": 32, "BN0": 128, "R1": 16, "BN1": 512, "R2": 4, "BN2": 2048, "R_ODD": 8, "BN_ODD": 512,
     "GROUP": 1, "BN_GRAM": 256,
@@ -71,16 +71,17 @@ _TRANSPOSED = {
 _NARROW = Sizes(  # two bytes per element
     gram_matvec={**_GRAM_MATVEC, "BLOCK": 8192},
     rank_one=_RANK_ONE,
-    update={**_UPDATE, "BLOCK": 2048, "WIDTHS": 5},
+    update={**_UPDATE, "BLOCK": 2048, "WIDTHS": 5, "BN_LONG": 2048},
     subspace_products={},
     subspace_grams={},
     ritz={},
     transposed=_TRANSPOSED,
     collect={"BN": 256},
+    collect_chunks={"TILES": _RANK_ONE["TILES"]},
 )
 _WIDE = _NARROW._replace(  # four bytes
     gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096},
-    update={**_UPDATE, "BLOCK": 1024, "WIDTHS": 4},
+    update={**_UPDATE, "BLOCK": 1024, "WIDTHS": 4, "BN_LONG": 1024},
 )
 
 # r: blocks of subspace_products; columns at a time of ritz, and for its products.
