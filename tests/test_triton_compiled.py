@@ -24,10 +24,10 @@ from .triton_compiled import (  # noqa: E402
     usual,
 )
 
-# Bytes: Triton 3.7 runs out of registers in five kernels. 3.6, 3.8 and 3.9 do not, but for 10.0,
-# where 3.9 keeps two registers of a decoupled step there.
-STACK = 16 if triton.__version__.startswith("3.7.") else 0
-STACK_OF_DECOUPLED = 8
+# Bytes, of up to four registers for which a compiler finds no room in some optimizers' steps, in
+# others with 3.6 than with 3.9. Triton 3.7 runs out of registers in five kernels.
+STACK = {"update": 16}
+IN_3_7 = 16 if triton.__version__.startswith("3.7.") else 0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Nothing shows the compiler here that vectors are aligned.
 NARROW = ("ritz", "subspace_grams", "collect")
@@ -53,8 +53,7 @@ def test_nothing_spills_and_aligned_rows_are_read_128_bits_at_a_time(
     compilation, capability, configuration
 ):
     found = compilation[capability, configuration].result()
-    is_decoupled = capability == 100 and dict(configuration.constants).get("decoupled", False)
-    assert found.stack <= (STACK_OF_DECOUPLED if is_decoupled else STACK)
+    assert found.stack <= max(STACK.get(configuration.kernel, 0), IN_3_7)
     assert found.registers <= 255
     assert found.programs(capability) >= 1
     if configuration.kernel not in NARROW and dict(configuration.constants).get("accumulate", True):

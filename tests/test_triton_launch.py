@@ -85,3 +85,13 @@ def test_rocm_has_no_limit_of_registers(monkeypatch):
     assert "maxnreg" not in launch.Variant("update", 90, 2, 1, constants).options
     monkeypatch.setattr(torch.version, "hip", None)
     assert launch.Variant("update", 90, 2, 1, constants).options["maxnreg"] == 128
+
+
+def test_arguments_are_pointers_then_numbers_then_constants():
+    """A launch hands them over by their places."""
+    for name, kernel in launch.KERNELS.items():
+        constants = list(kernel.fn.__annotations__)
+        arguments = [n for n in kernel.arg_names if n not in constants]
+        assert kernel.arg_names == [*arguments, *constants], name
+        kinds = [n in launch.POINTERS for n in arguments]
+        assert kinds == sorted(kinds, reverse=True), name
