@@ -3,6 +3,7 @@
 import torch
 
 from spectral_kernels import backends
+from spectral_kernels import plan as plan_module
 from spectral_kernels.bucket import Bucket
 from spectral_kernels.buckets import orthonormal
 from spectral_kernels.plan import Plan
@@ -29,6 +30,12 @@ def bucket_of(
         v.copy_(orthonormal(x))
     poison(plan)
     return bucket
+
+
+def cut_as_on_a_gpu(patch):
+    """Have plans cut matrices into the tiles of a GPU; ``patch`` is pytest's monkeypatch."""
+    rows = plan_module.rows_of_tiles
+    patch.setattr(plan_module, "rows_of_tiles", lambda shapes, _, r=1: rows(shapes, "cuda", r))
 
 
 def named_weights(tensors):

@@ -15,7 +15,7 @@ from spectral_kernels.selection import select
 from spectral_kernels.state import State
 
 from . import cases
-from .buckets import bucket_of, gradients, named_weights
+from .buckets import bucket_of, cut_as_on_a_gpu, gradients, named_weights
 from .layouts import (
     LAYOUTS,
     bucket_in,
@@ -218,10 +218,6 @@ def test_rows_have_the_fields_of_the_structs_in_order(name):
 
 TILED = [(1, 1), (127, 3), (128, 3), (129, 3), (300, 7), (8191, 2), (8192, 2), (8193, 2),
          (20000, 3), (0, 5), (5, 0), (5, 1000)]  # fmt: skip
-
-
-def cut_as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(plan, "rows_of_tiles", lambda s, _, r=1: rows_of_tiles(s, "cuda", r))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from spectral_kernels import SpectralRegularizer, backends, plan
 
-from .buckets import bucket_of, gradients
+from .buckets import bucket_of, cut_as_on_a_gpu, gradients
 from .cases import random_weights
 
 tables = pytest.importorskip("spectral_kernels._triton.tables", reason="triton is not installed")
@@ -101,10 +101,9 @@ CUT = [(2100, 8), (300, 40), (9, 300), (40, 3), (64, 130), (0, 5), (5, 0), (1, 2
 
 def cut_into_small_tiles(monkeypatch):
     """Have plans cut matrices as on a GPU, into tiles of few elements."""
-    original = plan.rows_of_tiles
+    cut_as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(plan, "LEAST_ELEMENTS", 64)
     monkeypatch.setattr(plan, "MOST_ELEMENTS", 64)
-    monkeypatch.setattr(plan, "rows_of_tiles", lambda s, _, r=1: original(s, "cuda", r))
 
 
 def in_random_order(monkeypatch, seed):

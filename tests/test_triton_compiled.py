@@ -73,7 +73,7 @@ def test_rows_are_on_their_way_while_others_are_multiplied(compilation, dtype):
     assert compilation[90, chosen].result().sass.count("LDGSTS") >= 6  # a pair per width
 
 
-def test_rows_that_are_not_aligned_are_read_one_after_the_other(monkeypatch):
+def test_rows_that_are_not_aligned_are_read_one_after_the_other():
     """Neighbouring threads have neighbouring columns: the last dimension varies fastest."""
     chosen = next(d for d in usual(torch.float32) if d.kernel == "rank_one")
     made = precompile.compile_for(90, chosen)

@@ -50,12 +50,8 @@ class Triton:
         matrices, tiles, _, _ = plan.device_tables().views
         group = sizes(capability_of(plan.device), plan.dtype.itemsize, plan.r).transposed["GROUP"]
         if grid := plan.r // group * len(plan.tiles):
-            found = _variant(
-                "transposed",
-                plan,
-                with_t=state.v_next is not None,
-                tolerance=float(state.tolerance),
-            )
+            given = {"with_t": state.v_next is not None, "tolerance": float(state.tolerance)}
+            found = _variant("transposed", plan, **given)
             pointers = matrices, tiles, plan.t_partial, plan.gram_partial, state.s, state.scalars
             found.launch(plan.device, grid, pointers, (len(plan.matrices),))
 
@@ -120,9 +116,10 @@ class Triton:
                     n_matrices, n_chunks, len(plan.tiles), len(plan.vectors), plan.r * n_matrices,
                     DTYPES[dtype], float(k), integer_exponent(k),
                 )  # fmt: skip
-                _variant(
-                    "rank_one", plan, grad_type=dtype, finish=n_chunks > 0,
-                    with_t=with_t and n_chunks > 0, gradient=gradient, accumulate=accumulate,
+                variant(
+                    "rank_one", capability_of(plan.device), plan.dtype, grad_type=dtype,
+                    finish=n_chunks > 0, with_t=with_t and n_chunks > 0, gradient=gradient,
+                    accumulate=accumulate,
                     tolerance=float(state.tolerance) if n_chunks else 0.0,
                 ).launch(plan.device, grid, pointers, numbers)  # fmt: skip
             n_chunks = 0
@@ -140,12 +137,8 @@ class Triton:
             buffers = (step.steps, groups.view(torch.float64), *(step.steps,) * 4)
         else:
             plan, state = step.bucket.plan, step.bucket.local
-            tables, k, r, scale = (
-                plan.device_tables().views[:3],
-                state.exponent,
-                plan.r,
-                state.scale,
-            )
+            tables = plan.device_tables().views[:3]
+            k, r, scale = state.exponent, plan.r, state.scale
             numbers = (len(plan.matrices), len(plan.tiles), len(plan.vectors),
                        r * len(plan.matrices))  # fmt: skip
             buffers = (plan.t_partial, plan.gram_partial, state.v, state.v_next, state.s,

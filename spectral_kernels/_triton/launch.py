@@ -60,7 +60,7 @@ class Variant:
 
     def __init__(self, kernel: str, capability: int, itemsize: int, r: int, constants):
         own = sizes(capability, itemsize, r)
-        self.kernel, self.function = kernel, KERNELS[kernel]
+        self.function = KERNELS[kernel]
         names = list(self.function.fn.__annotations__)  # of the constants alone
         values = {**getattr(own, kernel), **constants}
         self.constants = tuple(values[name] for name in names)

@@ -54,7 +54,7 @@ def core(dtype: torch.dtype, r: int = 1) -> list[Description]:
     step = {"rule": 0, "with_moment": True, "decoupled": False, "products": r == 1}
     found = [
         describe("update", dtype, moment_type=dtype, **step),
-        describe("rank_one", dtype, r, **gradient, accumulate=False),
+        describe("rank_one", dtype, **gradient, accumulate=False),
     ]
     if r == 1:
         return [
@@ -65,7 +65,7 @@ def core(dtype: torch.dtype, r: int = 1) -> list[Description]:
         ]
     return [
         *found,
-        describe("rank_one", dtype, r, **gradient, accumulate=True),
+        describe("rank_one", dtype, **gradient, accumulate=True),
         describe("subspace_products", dtype, r, **usual),
         describe("ritz", None, r, **usual),
         *([describe("subspace_grams", dtype, r, tolerance=0.0)] if r > 4 else []),

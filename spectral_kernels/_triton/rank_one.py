@@ -49,8 +49,8 @@ from .tables import (
 
 @triton.jit
 def _finish_chunk(
-    chunk_index, index, matrices, tiles, chunks, t_partial, squares, chunk_squares, arrivals, v,
-    v_next, sigma, residual, penalty, target, k, integer,
+    chunk_index, index, matrices, tiles, chunks, t_partial, gram_partial, chunk_squares, arrivals,
+    v, v_next, sigma, residual, penalty, target, k, integer,
     WITH_T: tl.constexpr, TOLERANCE: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Sum t of a chunk; the last program of a matrix writes its sigma, residual, penalty, v_next.
@@ -59,7 +59,6 @@ def _finish_chunk(
     """
     m = matrices + index * MATRIX_FIELDS
     begin = tl.load(chunks + chunk_index * CHUNK_FIELDS + CHUNK_BEGIN)
-    value = tl.sqrt(squares)
     is_last = begin == 0
     if WITH_T:
         n, v_offset = tl.load(m + OUTER) * tl.load(m + INNER), tl.load(m + V_OFFSET)
@@ -75,6 +74,7 @@ def _finish_chunk(
         tl.debug_barrier()  # all threads have written before one says so
         is_last = tl.atomic_add(arrivals + index, 1, sem="acq_rel") == n_chunks - 1
     if is_last:
+        value = tl.sqrt(sum_of_squares(m, gram_partial))
         scale = inverse_power_of_two(tl.load(sigma))
         if WITH_T:
             tl.store(arrivals + index, 0)
@@ -176,9 +176,7 @@ def rank_one(
             chunk_index = program.to(tl.int64)
             index = tl.load(chunks + chunk_index * CHUNK_FIELDS + CHUNK_MATRIX)
             if takes_part(scalars, n_matrices, index, 1, TOLERANCE):
-                m = matrices + index * MATRIX_FIELDS
-                squares = sum_of_squares(m, gram_partial)
-                _finish_chunk(chunk_index, index, matrices, tiles, chunks, t_partial, squares,
+                _finish_chunk(chunk_index, index, matrices, tiles, chunks, t_partial, gram_partial,
                               chunk_squares, arrivals, v, v_next, scalars + index,
                               scalars + n_sigmas + index, penalties + index, targets + index, k,
                               integer, WITH_T, TOLERANCE, TILES, BN_SUM)  # fmt: skip

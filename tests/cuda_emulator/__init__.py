@@ -24,7 +24,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectral_kernels import backends, plan
+from spectral_kernels import backends
+
+from ..buckets import cut_as_on_a_gpu
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -110,8 +112,7 @@ def emulate(patch, native) -> None:
     for reason in (backends.unavailable, backends._refused):
         patch.setattr(backends, reason.__name__, but_for_cuda(reason))
     patch.setattr(backends, "_stream", lambda device: (0, 0))
-    rows = plan.rows_of_tiles
-    patch.setattr(plan, "rows_of_tiles", lambda shapes, kind, r=1: rows(shapes, "cuda", r))
+    cut_as_on_a_gpu(patch)
 
 
 def pytest_addoption(parser):
