@@ -51,8 +51,9 @@ R = (1, 2, 4, 8, 16)  # vectors per matrix that the kernels are made for
 # writes r N numbers of t.
 TILE_ROWS, TILE_ROWS_ON_GPU, MAX_TILES = 128, 64, 64
 # On a GPU with one vector: a tile per program that runs at once, of LEAST to MOST elements, but at
-# most about TILES; 8 to TILE_ROWS rows. Of a large plan more, or t would not stay in the cache.
-PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 264, 2048, 32 * 1024, 2048
+# most about TILES; 8 to MOST_ROWS rows. Of a large plan more, or t would not stay in the cache.
+PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 528, 2048, 65536, 1056
+MOST_ROWS = 256
 _LEAST_ROWS = ((2**27, 32), (2**25, 16), (0, 8))  # by elements of the plan
 CHUNK_COLUMNS = 128  # of one matrix, that one program of a GPU sums over the tiles
 _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
@@ -84,7 +85,7 @@ def rows_of_tiles(shapes: Sequence[tuple[int, int]], device_type: str, r: int = 
     least = next(rows for size, rows in _LEAST_ROWS if total >= size)
     found = []
     for m, n in shapes:
-        most = min(max(elements // max(n, 1), least), TILE_ROWS)
+        most = min(max(elements // max(n, 1), least), MOST_ROWS)
         n_tiles = -(-m // most)
         found.append(8 * -(-m // (8 * max(n_tiles, 1))) or 8)
     return found
@@ -155,6 +156,7 @@ class Tables:
         tiles: list[tuple[int, int, int, int]] = []
         chunks: list[tuple[int, int]] = []
         cols, every = [x.cols for x in self.layouts], self._tiles()
+        self.widths = tuple(set(cols))
         v_starts = _starts([self.r * n for n in cols], cols)
         t_sizes = [self.r * n * len(own) for n, own in zip(cols, every, strict=True)]
         t_starts, s_offset = _starts(t_sizes, cols), 0

@@ -24,7 +24,7 @@ namespace {
 constexpr int kRowsAhead = 8;  // whose loads a thread has under way
 
 struct Parts {
-  bool finish, accumulate;
+  bool finish, gradient, accumulate;
 };
 
 // The sums of t of a chunk, into v_next; with a tolerance, what was there becomes v. Returns the
@@ -210,12 +210,14 @@ __device__ __forceinline__ void vector_gradient(const Header& header, int64_t in
   }
 }
 
-// finish: block i < n_chunks takes chunk i; gradient: the following n_tiles blocks a tile each, the
-// n_vectors after them a vector each.
+// gradient: the first n_tiles blocks take a tile each, the n_vectors after them a vector each; finish:
+// n_chunks more, a chunk each. They wait for memory, and the tiles beside them make use of it: so
+// they come after half of those.
 __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header header, Parts parts) {
   int64_t block = blockIdx.x;
-  if (parts.finish) {
-    if (block < header.n_chunks) return finish_chunk(header, block);
+  const int64_t chunk = block - (parts.gradient ? header.n_tiles / 2 : 0);
+  if (parts.finish && chunk >= 0) {
+    if (chunk < header.n_chunks) return finish_chunk(header, chunk);
     block -= header.n_chunks;
   }
   if (block >= header.n_tiles) {
@@ -257,7 +259,7 @@ void rank_one(const Header& header, int device, int64_t stream, bool finish, boo
   if (blocks == 0) return;
   const DeviceGuard guard(device, "rank_one");
   launch<Header, Parts>("rank_one", rank_one_kernel, blocks, kThreads, 0, stream, header,
-                        Parts{finish, accumulate});
+                        Parts{finish, gradient, accumulate});
 }
 
 }  // namespace cuda

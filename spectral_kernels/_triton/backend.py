@@ -35,6 +35,11 @@ class Triton:
         if plan.r == 1:
             if grid := n_tiles + n_vectors:
                 _variant("gram_matvec", plan, **given).launch(device, grid, pointers, numbers)
+            long = sizes(capability_of(device), plan.dtype.itemsize).gram_matvec_long
+            if any(n > long["SHORTEST"] for n in plan.widths):
+                pointers = pointers[:2] + pointers[3:]
+                found = _variant("gram_matvec_long", plan, **given)
+                found.launch(device, n_tiles, pointers, numbers[:1])
             return
         group = sizes(capability_of(device), plan.dtype.itemsize, plan.r).subspace_products["GROUP"]
         groups = plan.r // group

@@ -2,8 +2,8 @@
 
 A program takes a tile: some rows of one matrix. Where a row fits into the registers of a program,
 a block of rows is loaded once, multiplied by v, and added to t while it is still there; the next
-blocks are on their way into shared memory meanwhile. Of longer rows the second read finds the block
-in a cache. The last programs take the vectors.
+one is on its way meanwhile. Of longer rows the second read finds the block in a cache. The last
+programs take the vectors.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ from .tables import (
     OUTER,
     OUTER_STRIDE,
     PLAIN,
+    ROW_BEGIN,
+    ROW_END,
     ROW_STRIDE,
+    S_OFFSET,
     SIZE,
+    T_OFFSET,
     TILE_FIELDS,
     TILE_MATRIX,
+    V_OFFSET,
     VECTOR_FIELDS,
     WEIGHT,
     columns_of,
@@ -36,6 +41,7 @@ from .tables import (
     parts_of,
     power,
     takes_part,
+    whole_loads,
 )
 
 
@@ -58,39 +64,66 @@ def add_long_rows(
 
 
 @triton.jit
-def _short_rows(
-    m, tile, v, s, t_partial, scale,
+def _store_rows(s, product, mask, R: tl.constexpr):
+    """Store a number per row: a lane of each warp those of its rows, without an exchange of them.
+
+    Pointers of the other lanes, which store nothing, make the compiler leave them where they are.
+    """
+    lane = tl.arange(0, 32)[None, :]
+    place = s + (tl.arange(0, R)[:, None] + lane)
+    tl.store(place, tl.broadcast_to(product[:, None], [R, 32]), mask=mask[:, None] & (lane == 0))
+
+
+@triton.jit
+def short_rows(
+    m, tile, v, s, t_partial, v_offset, s_offset, scale,
     DTYPE: tl.constexpr, WITH_T: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, PIECE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns; return the sum of squares of s.
 
-    t is summed up per row of a block, so that threads exchange numbers once, at the end.
+    A block is [R, BN / PIECE, PIECE], which makes the compiler give its rows to warps before it
+    gives them columns: sums of short rows then need no barrier. The next rows are loaded while
+    these are multiplied, where AHEAD: where registers suffice for them, and for v. t is summed up
+    per row of a block, so that warps exchange it once.
     """
     w, row_stride, inner, outer_stride, n = elements_of(
         m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
     )
-    v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial, LAYOUT)
+    t_offset, row_begin = tl.load(tile + T_OFFSET), tl.load(tile + ROW_BEGIN)
+    if LAYOUT == ALIGNED:
+        v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)
+    v, t, s = v + v_offset, t_partial + t_offset, s + s_offset + row_begin
+    w, count = w + row_begin * row_stride, (tl.load(tile + ROW_END) - row_begin).to(tl.int32)
+    c = (tl.arange(0, BN // PIECE) * PIECE)[None, :, None] + tl.arange(0, PIECE)[None, None, :]
+    inside = c < n.to(tl.int32)
+    r = tl.arange(0, R)
+    offsets = r[:, None, None] * row_stride + columns_of(c, inner, outer_stride, LAYOUT)
+    if AHEAD:
+        raw = tl.load(w + offsets, mask=inside & (r < count)[:, None, None], other=0.0)
+        x = tl.load(v + c, mask=inside, other=0.0)
     half, other_half = factors_of(scale)
-    c = tl.arange(0, BN)
-    inside = c < n
-    columns = columns_of(c, inner, outer_stride, LAYOUT)
-    x = tl.load(v + c, mask=inside, other=0.0)
-    total = tl.zeros([R, BN], tl.float32)
+    total = tl.zeros([R, BN // PIECE, PIECE], tl.float32)
     squares = tl.zeros([R], tl.float64)
-    for row in tl.range(row_begin, row_end, R, num_stages=STAGES):
-        r = row + tl.arange(0, R)
-        block = w + (r[:, None] * row_stride + columns[None, :])
-        mask = (r < row_end)[:, None] & inside[None, :]
-        rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
-        product = tl.sum(rows * x[None, :], 1)
-        tl.store(s + r, product, mask=r < row_end)
+    for row in range(0, count, R):
+        if AHEAD:
+            rows = raw.to(tl.float32)
+            w += R * row_stride
+            raw = tl.load(w + offsets, mask=inside & (r < count - row - R)[:, None, None],
+                          other=0.0)  # fmt: skip
+        else:
+            mask = inside & (r < count - row)[:, None, None]
+            rows = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(v + c, mask=inside, other=0.0)
+            w += R * row_stride
+        product = tl.sum(tl.reshape(rows * x, [R, BN]), 1)
+        _store_rows(s + row, product, r < count - row, R)
         wide = product.to(tl.float64)
         squares += wide * wide
         if WITH_T:
-            total += rows * (product * half * other_half)[:, None]
+            total += rows * (product * half * other_half)[:, None, None]
     if WITH_T:
-        tl.store(t + c, tl.sum(total, 0), mask=inside)
+        tl.store(t + c, tl.sum(total, 0, keep_dims=True), mask=inside)
     return tl.sum(squares, 0)
 
 
@@ -154,15 +187,16 @@ def gram_matvec(
     matrices, tiles, vectors, t_partial, gram_partial, v, s, scalars,
     n_matrices, n_tiles, n_vectors, k, integer,
     DTYPE: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTHS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.constexpr, LONGEST: tl.constexpr,
     R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
     """Program i < n_tiles takes tile i, the following n_vectors programs a vector each.
 
     Aligned rows of up to 128 columns, or twice as many and so on WIDTHS - 1 times, are taken BLOCK
-    elements at a time; longer ones R_LONG rows at a time, BN_LONG columns at a time, and rows that
-    are not aligned likewise, by PLAIN or PIECES.
+    elements at a time, or one row; longer ones of up to LONGEST columns by gram_matvec_long.py, the
+    rest R_LONG rows at a time, BN_LONG columns at a time, and rows that are not aligned likewise,
+    by PLAIN or PIECES.
     """
     program = tl.program_id(0)
     if program >= n_tiles:
@@ -175,8 +209,10 @@ def gram_matvec(
         index = tl.load(tile + TILE_MATRIX)
         if takes_part(scalars, n_matrices, index, 1, TOLERANCE):
             m = matrices + index * MATRIX_FIELDS
-            scale = inverse_power_of_two(tl.load(scalars + index))
-            outer = tl.load(m + OUTER)
+            # On their way together: what follows from them is where the first rows are.
+            sigma, outer = tl.load(scalars + index), tl.load(m + OUTER)
+            v_offset, s_offset = tl.load(m + V_OFFSET), tl.load(m + S_OFFSET)
+            scale = inverse_power_of_two(sigma)
             n = outer * tl.load(m + INNER)
             squares = tl.full([], 0.0, tl.float64)
             if not is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE):
@@ -184,19 +220,22 @@ def gram_matvec(
                     squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, IN_PIECES,
                                          R_PIECES, BN_PIECES)  # fmt: skip
                 elif n <= BN_PLAIN:
-                    squares = _short_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, PLAIN,
-                                          R_PLAIN, BN_PLAIN, 1)  # fmt: skip
+                    squares = short_rows(
+                        m, tile, v, s, t_partial, v_offset, s_offset, scale, DTYPE, WITH_T,
+                        PLAIN, R_PLAIN, BN_PLAIN, BN_PLAIN, True,
+                    )  # fmt: skip
                 else:
                     squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, PLAIN,
                                          R_PLAIN, BN_PLAIN)  # fmt: skip
-            elif n > 64 * 2**WIDTHS:
+            elif n > LONGEST:
                 squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, ALIGNED,
                                      R_LONG, BN_LONG)  # fmt: skip
             else:
                 for i in tl.static_range(WIDTHS):
                     if (n <= 128 * 2**i) & ((n > 64 * 2**i) | (i == 0)):
-                        squares = _short_rows(
-                            m, tile, v, s, t_partial, scale, DTYPE, WITH_T, ALIGNED,
-                            BLOCK // (128 * 2**i), 128 * 2**i, STAGES,
+                        squares = short_rows(
+                            m, tile, v, s, t_partial, v_offset, s_offset, scale, DTYPE, WITH_T,
+                            ALIGNED, max(BLOCK // (128 * 2**i), 1), 128 * 2**i,
+                            min(PIECE, 128 * 2**i), 128 * 2**i <= BLOCK,
                         )  # fmt: skip
             tl.store(gram_partial + program, squares)

@@ -14,6 +14,7 @@ import torch
 
 from .chunks import collect_chunks
 from .gram_matvec import gram_matvec
+from .gram_matvec_long import gram_matvec_long
 from .partials import collect, transposed
 from .rank_one import rank_one
 from .ritz import ritz
@@ -25,8 +26,8 @@ from .update import update
 KERNELS = {
     function.__name__: function
     for function in (
-        gram_matvec, rank_one, update, subspace_products, subspace_grams, ritz, transposed, collect,
-        collect_chunks,
+        gram_matvec, gram_matvec_long, rank_one, update, subspace_products, subspace_grams, ritz,
+        transposed, collect, collect_chunks,
     )
 }  # fmt: skip
 # What the pointers among their arguments point to; every other argument is a 32-bit integer, but

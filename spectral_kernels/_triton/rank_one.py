@@ -1,10 +1,10 @@
 """The penalty's gradient, and the stage that makes sigma and the next v of the sums over tiles.
 
-Both in one launch: the first programs take a chunk of columns of a matrix each and sum t over its
-tiles, the next take a tile each and add 2 k (sigma^k - tau^k) sigma^(k-1) u v^T to the gradient,
-the last ones the vectors. The programs of tiles do not wait for the first ones: they add the few
-squares up themselves. Nor do those of chunks for each other: they count, and the one that comes
-last divides v by its norm. Sums have a fixed order whichever it is.
+Both in one launch: programs take a tile each and add 2 k (sigma^k - tau^k) sigma^(k-1) u v^T to the
+gradient, half of them before and half of them after those that take a chunk of columns of a matrix
+each and sum t over its tiles; the last ones take the vectors. The programs of tiles do not wait for
+those of chunks: they add the few squares up themselves. Nor do those of chunks for each other: they
+count, and the one that comes last divides v by its norm. Sums have a fixed order whichever it is.
 """
 
 from __future__ import annotations
@@ -96,29 +96,59 @@ def _finish_chunk(
 
 
 @triton.jit
-def _tile_gradient(
-    m, tile, v, s, factor,
-    DTYPE: tl.constexpr, ACCUMULATE: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr,
-    BN: tl.constexpr,
+def _factor(
+    m, index, gram_partial, scalars, strengths, targets, multiplier, k, integer,
+    FINISH: tl.constexpr,
 ):  # fmt: skip
-    """Add factor * s v^T to the rows of a tile, or write it over them."""
+    """Return what u v^T of a matrix is multiplied by, over sigma."""
+    if FINISH:
+        # As it is stored, so that the gradient is the same bits in two launches.
+        sigma = tl.sqrt(sum_of_squares(m, gram_partial)).to(tl.float32)
+    else:
+        sigma = tl.load(scalars + index)
+    strength = multiplier * tl.load(strengths + index).to(tl.float64)
+    return matrix_factor(sigma, tl.load(targets + index), strength, k, integer)
+
+
+@triton.jit
+def _tile_gradient(
+    m, tile, v, s, index, gram_partial, scalars, strengths, targets, multiplier, k, integer,
+    DTYPE: tl.constexpr, ACCUMULATE: tl.constexpr, FINISH: tl.constexpr, LAYOUT: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Add factor * s v^T to the rows of a tile, or write it over them.
+
+    Blocks of R rows and BN columns follow each other along the rows; the next one is loaded before
+    this one is stored, and the first one while the factor is not yet known.
+    """
     grad, row_stride, inner, outer_stride, n = elements_of(
         m, GRAD, GRAD_ROW_STRIDE, GRAD_OUTER_STRIDE, DTYPE, LAYOUT
     )
     v, s, _, row_begin, row_end = parts_of(m, tile, v, s, s, LAYOUT)
-    for first in range(0, n, BN):
-        c = first + tl.arange(0, BN)
-        columns = columns_of(c, inner, outer_stride, LAYOUT)
-        x = tl.load(v + c, mask=c < n, other=0.0)
-        for row in range(row_begin, row_end, R):
-            r = row + tl.arange(0, R)
-            a = (tl.load(s + r, mask=r < row_end, other=0.0).to(tl.float64) * factor).to(tl.float32)
-            mask = (r < row_end)[:, None] & (c < n)[None, :]
-            block = grad + (r[:, None] * row_stride + columns[None, :])
-            value = a[:, None] * x[None, :]
-            if ACCUMULATE:
-                value += tl.load(block, mask=mask, other=0.0).to(tl.float32)
-            tl.store(block, value.to(DTYPE), mask=mask)
+    r, j = tl.arange(0, R), tl.arange(0, BN)
+    row, first = row_begin, row_begin * 0
+    columns = columns_of(first + j, inner, outer_stride, LAYOUT)
+    block = grad + ((row + r)[:, None] * row_stride + columns[None, :])
+    mask = (row + r < row_end)[:, None] & (first + j < n)[None, :]
+    if ACCUMULATE:
+        old = tl.load(block, mask=mask, other=0.0)
+    factor = _factor(m, index, gram_partial, scalars, strengths, targets, multiplier, k, integer,
+                     FINISH)  # fmt: skip
+    for _ in range(tl.cdiv(row_end - row_begin, R) * tl.cdiv(n, BN)):
+        x = tl.load(v + first + j, mask=first + j < n, other=0.0)
+        a = tl.load(s + row + r, mask=row + r < row_end, other=0.0).to(tl.float64) * factor
+        value = a.to(tl.float32)[:, None] * x[None, :]
+        this, inside = block, mask
+        first += BN
+        row = tl.where(first < n, row, row + R)
+        first = tl.where(first < n, first, 0)
+        columns = columns_of(first + j, inner, outer_stride, LAYOUT)
+        block = grad + ((row + r)[:, None] * row_stride + columns[None, :])
+        mask = (row + r < row_end)[:, None] & (first + j < n)[None, :]
+        if ACCUMULATE:
+            value += old.to(tl.float32)
+            old = tl.load(block, mask=mask, other=0.0)
+        tl.store(this, value.to(DTYPE), mask=inside)
 
 
 @triton.jit
@@ -160,7 +190,7 @@ def rank_one(
     R_NARROW: tl.constexpr, BN_NARROW: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """FINISH, of one vector: n_chunks programs; GRADIENT: n_tiles and then n_vectors more.
+    """FINISH, of one vector: n_chunks programs; GRADIENT: n_tiles around them, then n_vectors.
 
     Gradients of other types than GRAD_TYPE (grad_dtype in the tables) are left to other launches.
     Scalars are n_sigmas estimates, as many residuals, and the rest as in plan.SCALARS.
@@ -172,42 +202,45 @@ def rank_one(
     targets = strengths + n_matrices + n_vectors
     tile_index = program
     if FINISH:
-        if program < n_chunks:
-            chunk_index = program.to(tl.int64)
+        # Chunks wait for memory: the programs of tiles that run beside them make use of it.
+        first_chunk = n_tiles // 2 if GRADIENT else 0
+        chunk = program - first_chunk
+        if (chunk >= 0) & (chunk < n_chunks):
+            chunk_index = chunk.to(tl.int64)
             index = tl.load(chunks + chunk_index * CHUNK_FIELDS + CHUNK_MATRIX)
             if takes_part(scalars, n_matrices, index, 1, TOLERANCE):
                 _finish_chunk(chunk_index, index, matrices, tiles, chunks, t_partial, gram_partial,
                               chunk_squares, arrivals, v, v_next, scalars + index,
                               scalars + n_sigmas + index, penalties + index, targets + index, k,
                               integer, WITH_T, TOLERANCE, TILES, BN_SUM)  # fmt: skip
-        tile_index = program - n_chunks
+            tile_index = -1
+        elif chunk >= 0:
+            tile_index = program - n_chunks
     if GRADIENT and tile_index >= 0:
         multiplier = tl.load(scale).to(tl.float64)
         if tile_index < n_tiles:
             tile = tiles + tile_index.to(tl.int64) * TILE_FIELDS
             index = tl.load(tile + TILE_MATRIX)
             m = matrices + index * MATRIX_FIELDS
+            outer, aligned = tl.load(m + OUTER), is_aligned(m, GRAD, GRAD_ROW_STRIDE, GRAD_TYPE)
             if (tl.load(m + GRAD) != 0) & (tl.load(m + GRAD_DTYPE) == grad_dtype):
-                if FINISH:
-                    # As it is stored, so that the gradient is the same bits in two launches.
-                    sigma = tl.sqrt(sum_of_squares(m, gram_partial)).to(tl.float32)
-                else:
-                    sigma = tl.load(scalars + index)
-                strength = multiplier * tl.load(strengths + index).to(tl.float64)
-                factor = matrix_factor(sigma, tl.load(targets + index), strength, k, integer)
-                outer = tl.load(m + OUTER)
-                if not is_aligned(m, GRAD, GRAD_ROW_STRIDE, GRAD_TYPE):
+                if not aligned:
                     if outer > 1:
-                        _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, IN_PIECES,
-                                       R_PIECES, BN_PIECES)  # fmt: skip
+                        _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
+                                   targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
+                                   FINISH, IN_PIECES, R_PIECES, BN_PIECES)  # fmt: skip
                     else:
-                        _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, PLAIN,
-                                       R_PLAIN, BN_PLAIN)  # fmt: skip
+                        _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
+                                   targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
+                                   FINISH, PLAIN, R_PLAIN, BN_PLAIN)  # fmt: skip
                 elif outer * tl.load(m + INNER) <= BN_NARROW:
-                    _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, ALIGNED,
-                                   R_NARROW, BN_NARROW)  # fmt: skip
+                    _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
+                                   targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
+                                   FINISH, ALIGNED, R_NARROW, BN_NARROW)  # fmt: skip
                 else:
-                    _tile_gradient(m, tile, v, s, factor, GRAD_TYPE, ACCUMULATE, ALIGNED, R, BN)
+                    _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
+                                   targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
+                                   FINISH, ALIGNED, R, BN)  # fmt: skip
         else:
             i = tile_index - n_tiles
             vector = vectors + i * VECTOR_FIELDS

@@ -27,6 +27,7 @@ None of the sizes has been timed yet.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 
@@ -34,6 +35,7 @@ class Sizes(NamedTuple):
     """Constants of the kernels, warps per program, and registers that a thread may have."""
 
     gram_matvec: dict[str, int]
+    gram_matvec_long: dict[str, int]
     rank_one: dict[str, int]
     update: dict[str, int]
     subspace_products: dict[str, int]
@@ -43,9 +45,11 @@ class Sizes(NamedTuple):
     collect: dict[str, int]
     collect_chunks: dict[str, int]
     gram_matvec_warps: int = 8
-    rank_one_warps: int = 8
+    gram_matvec_long_warps: int = 16
+    rank_one_warps: int = 4
     update_warps: int = 8
     gram_matvec_registers: int = 128
+    gram_matvec_long_registers: int = 128
     update_registers: int = 128
     subspace_products_warps: int = 8
     subspace_grams_warps: int = 4
@@ -56,11 +60,11 @@ class Sizes(NamedTuple):
 
 
 _GRAM_MATVEC = {
-    "WIDTHS": 6, "STAGES": 3, "R_LONG": 4, "BN_LONG": 2048, "R_PLAIN": 8, "BN_PLAIN": 256,
+    "R_LONG": 4, "BN_LONG": 2048, "R_PLAIN": 8, "BN_PLAIN": 256,
     "R_PIECES": 2, "BN_PIECES": 256,
 }  # fmt: skip
 _RANK_ONE = {
-    "TILES": 32, "BN_SUM": 1024, "R": 16, "BN": 256, "R_NARROW": 32, "BN_NARROW": 128,
+    "TILES": 32, "BN_SUM": 1024, "R": 16, "BN": 512, "R_NARROW": 32, "BN_NARROW": 128,
     "R_PLAIN": 4, "BN_PLAIN": 256, "R_PIECES": 4, "BN_PIECES": 256,
 }  # fmt: skip
 _UPDATE = {"R_LONG": 1, "R_PLAIN": 2, "BN_PLAIN": 256, "R_PIECES": 2, "BN_PIECES": 256}
@@ -69,19 +73,29 @@ _TRANSPOSED = {
     "GROUP": 1, "BN_GRAM": 256,
 }  # fmt: skip
 _NARROW = Sizes(  # two bytes per element
-    gram_matvec={**_GRAM_MATVEC, "BLOCK": 8192},
+    gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096, "WIDTHS": 7, "PIECE": 256},
+    gram_matvec_long={"BN": 8192, "WIDTHS": 3, "AHEAD": 16384, "PIECE": 256},
     rank_one=_RANK_ONE,
-    update={**_UPDATE, "BLOCK": 2048, "WIDTHS": 5, "BN_LONG": 2048},
+    update={**_UPDATE, "BLOCK": 2048, "WIDTHS": 6, "BN_LONG": 2048},
     subspace_products={},
     subspace_grams={},
     ritz={},
     transposed=_TRANSPOSED,
     collect={"BN": 256},
     collect_chunks={"TILES": _RANK_ONE["TILES"]},
+    gram_matvec_warps=4,
+    gram_matvec_registers=168,
+    update_warps=4,
+    update_registers=168,
 )
 _WIDE = _NARROW._replace(  # four bytes
-    gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096},
-    update={**_UPDATE, "BLOCK": 1024, "WIDTHS": 4, "BN_LONG": 1024},
+    gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096, "WIDTHS": 7, "PIECE": 128},
+    gram_matvec_long={"BN": 8192, "WIDTHS": 2, "AHEAD": 8192, "PIECE": 128},
+    update={**_UPDATE, "BLOCK": 1024, "WIDTHS": 6, "BN_LONG": 1024},
+    gram_matvec_warps=8,
+    gram_matvec_registers=128,
+    update_warps=8,
+    update_registers=128,
 )
 
 # r: blocks of subspace_products; columns at a time of ritz, and for its products.
@@ -102,12 +116,18 @@ _INTERPRETED = {
 }  # fmt: skip
 
 
+@cache
 def sizes(capability: int, itemsize: int, r: int = 1) -> Sizes:
     """Return the sizes for a compute capability (90 for 9.0, 0 to interpret) and element size.
 
     With several vectors, ``r``, those of their kernels too.
     """
     found = _NARROW if itemsize == 2 else _WIDE
+    short, long = found.gram_matvec, found.gram_matvec_long
+    found = found._replace(
+        gram_matvec={**short, "LONGEST": long["BN"] * 2 ** (long["WIDTHS"] - 1)},
+        gram_matvec_long={**long, "SHORTEST": 64 * 2 ** short["WIDTHS"]},
+    )
     if r > 1:
         products, columns, gram = _SEVERAL[r]
         if not capability:

@@ -328,7 +328,7 @@ def update(
                     squares = _rows(
                         m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                         acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                        PRODUCTS, ALIGNED, False, BLOCK // (128 * 2**i), 128 * 2**i,
+                        PRODUCTS, ALIGNED, False, max(BLOCK // (128 * 2**i), 1), 128 * 2**i,
                     )  # fmt: skip
         if PRODUCTS:
             tl.store(gram_partial + program, squares)
