@@ -13,7 +13,8 @@ from .reference import Reference
 from .self_check import disagreement
 
 NAMES = ("triton", "cuda", "cpu", "reference")
-_AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by type of device, then the reference
+# By type of device, the fastest first (bench/results/2026-11-27-h200); then the reference.
+_AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _said: set[str] = set()
 _checked: dict[tuple, str | None] = {}  # by name, device, dtype, r and perhaps optimizer
 
@@ -148,8 +149,8 @@ def unavailable(name: str) -> str | None:
             native = native_module()
         except ModuleNotFoundError:
             return (
-                "the compiled module is missing: no C++ compiler was found when the package was "
-                "installed; install g++ or clang++ and reinstall spectral_kernels"
+                "the compiled module is missing: spectral_kernels was installed without a C++ "
+                "compiler, or not at all; install g++ or clang++, and spectral_kernels (again)"
             )
         except ImportError as error:
             return f"the compiled module cannot be used: {error}"
@@ -217,7 +218,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32, 
 
     float64 weights on a GPU go to the reference. What "auto" finds for a GPU has to agree with the
     reference on a small problem, once per process, device, dtype and number ``r`` of vectors; where
-    it does not, the next one serves, with a warning.
+    it does not, the next one serves, with a warning. That one of several is not installed, or not
+    built for the device, needs no warning; that only the reference is left does.
 
     Raises:
         ValueError: an unknown name.
@@ -232,15 +234,24 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32, 
         return Reference
     if device.type not in _AUTO:
         _say(f"no compiled backend serves {device.type} devices", "reference")
-    candidates = _AUTO.get(device.type, ())
+    candidates, missing = _AUTO.get(device.type, ()), []
     for i, candidate in enumerate(candidates):
-        reason = unavailable(candidate) or _refused(candidate, device)
-        if reason is None and device.type == "cuda":
+        if (reason := unavailable(candidate) or _refused(candidate, device)) is not None:
+            missing.append(reason)
+            continue
+        if device.type == "cuda":
             reason = failed_check(candidate, device, dtype, r)
         if reason is None:
             return _make(candidate, dtype)
-        _say(reason, (*candidates, "reference")[i + 1])
+        _say(reason, next(filter(_is_there(device), candidates[i + 1 :]), "reference"))
+    if missing:
+        _say("; ".join(dict.fromkeys(missing)), "reference")
     return Reference
+
+
+def _is_there(device: torch.device) -> Callable[[str], bool]:
+    """Return what tells whether a backend can run on ``device``."""
+    return lambda name: (unavailable(name) or _refused(name, device)) is None
 
 
 def _make(name: str, dtype: torch.dtype):

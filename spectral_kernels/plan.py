@@ -51,8 +51,9 @@ R = (1, 2, 4, 8, 16)  # vectors per matrix that the kernels are made for
 # writes r N numbers of t.
 TILE_ROWS, TILE_ROWS_ON_GPU, MAX_TILES = 128, 64, 64
 # On a GPU with one vector: a tile per program that runs at once, of LEAST to MOST elements, but at
-# most about TILES; 8 to MOST_ROWS rows. Of a large plan more, or t would not stay in the cache.
-PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 528, 2048, 65536, 1056
+# most about TILES, as a tile costs microseconds to begin and to end; 8 to MOST_ROWS rows. Of large
+# plans as many as _LEAST_ROWS says at least, or t would not stay in the cache.
+PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 528, 2048, 64 * 1024, 1056
 MOST_ROWS = 256
 _LEAST_ROWS = ((2**27, 32), (2**25, 16), (0, 8))  # by elements of the plan
 CHUNK_COLUMNS = 128  # of one matrix, that one program of a GPU sums over the tiles
@@ -156,7 +157,7 @@ class Tables:
         tiles: list[tuple[int, int, int, int]] = []
         chunks: list[tuple[int, int]] = []
         cols, every = [x.cols for x in self.layouts], self._tiles()
-        self.widths = tuple(set(cols))
+        self.widths = tuple(set(cols))  # of rows, in elements
         v_starts = _starts([self.r * n for n in cols], cols)
         t_sizes = [self.r * n * len(own) for n, own in zip(cols, every, strict=True)]
         t_starts, s_offset = _starts(t_sizes, cols), 0
@@ -179,7 +180,7 @@ class Tables:
         # Of the programs that finish a matrix together on a GPU; the last one sets arrivals back.
         self.chunk_squares = torch.empty(len(chunks), dtype=torch.float64, device=self.device)
         self.arrivals = torch.zeros(len(table), dtype=torch.int32, device=self.device)
-        elements = sum(x.rows * x.cols for x in self.layouts)
+        self.n_elements = sum(x.rows * x.cols for x in self.layouts)
         self.header = np.zeros(len(HEADER), np.int64)
         fields = {
             "weight_dtype": DTYPES[self.dtype],
@@ -188,7 +189,7 @@ class Tables:
             "vectors": address(vector_table), "n_vectors": len(vector_table),
             "t_partial": self.t_partial.data_ptr(), "gram_partial": self.gram_partial.data_ptr(),
             "scratch_size": max((x.cols for x in self.layouts), default=0),
-            "n_bytes": elements * self.dtype.itemsize, "r": self.r,
+            "n_bytes": self.n_elements * self.dtype.itemsize, "r": self.r,
             "chunks": address(self.chunks), "n_chunks": len(chunks),
             "chunk_squares": self.chunk_squares.data_ptr(), "arrivals": self.arrivals.data_ptr(),
         }  # fmt: skip

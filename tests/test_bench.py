@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import baselines, gate, gpu_model, interleave, memory, optimizers, report, traffic
+from bench import baselines, gate, interleave, memory, optimizers, report, traffic
 from spectral_kernels import backends
 from spectral_kernels.plan import SLOT, Plan
 from spectral_kernels.selection import select
@@ -272,28 +272,3 @@ def test_traffic_counts_what_the_plan_lays_out():
     vectors = 4 * (4 * plan.t_partial.numel() + 4 * columns + 2 * rows)
     assert counted.vectors == vectors + 2 * tables + chunks
     assert counted.seconds(1e9) == pytest.approx(counted.total / 1e9)
-
-
-def test_programs_of_the_modelled_gpu_share_its_bandwidth():
-    slow = gpu_model.Program(bytes=3e6, most=1e6, start=0)
-    assert gpu_model.simulate([slow], 4) == pytest.approx(3)
-    assert gpu_model.simulate(200 * [slow], 100) == pytest.approx(200 * 3e6 / gpu_model.BANDWIDTH)
-    waiting = slow._replace(start=1.5)
-    assert gpu_model.simulate(2 * [waiting], 1) == pytest.approx(2 * 4.5)
-    assert gpu_model.simulate(2 * [waiting], 2) == pytest.approx(4.5)
-
-
-# Parts of the copy rate that gram_matvec and rank_one reach in the model, and the step of
-# SpectralAdamW in units of the time that its bytes take.
-PREDICTED = {"vit_b": (0.73, 0.86, 1.1), "gpt2": (0.89, 0.86, 1.1), "llama_7b": (0.95, 0.86, 1.1),
-             "llama_1b": (0.95, 0.86, 1.1), "resnet18": (0.25, 0.5, 2)}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", PREDICTED)
-def test_tiles_and_blocks_are_as_good_as_the_model_says(case):
-    gram, rank_one, step = PREDICTED[case]
-    found = gpu_model.predict(cases.CASES[case](), torch.bfloat16)
-    read, add, moved = found.floors
-    assert read / found.gram_matvec >= gram
-    assert add / found.rank_one >= rank_one
-    assert found.update / moved <= step

@@ -136,22 +136,35 @@ def gpu(monkeypatch):
     return problems
 
 
-def test_auto_takes_triton_that_passes(gpu):
+def test_auto_takes_cuda_that_passes(gpu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("auto", GPU).name == "cuda"
+
+
+@pytest.mark.parametrize("lacks", ["unavailable", "_refused"])
+def test_auto_takes_triton_without_a_word_where_cuda_is_not_built(gpu, monkeypatch, lacks):
+    reasons = {"cuda": "the compiled module has no CUDA kernels"}
+    monkeypatch.setattr(backends, lacks, lambda name, *_: reasons.get(name))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.choose("auto", GPU).name == "triton"
+    reasons["triton"] = "triton cannot be imported"
+    with pytest.warns(UserWarning, match="PyTorch reference: the compiled module has no CUDA "
+                                         "kernels; triton cannot be imported"):  # fmt: skip
+        assert backends.choose("auto", GPU).name == "reference"
 
 
 def test_auto_says_once_that_it_takes_the_next(gpu):
-    gpu["triton"] = "sigma is wrong by 1.0e-01 of its size"
-    with pytest.warns(UserWarning, match="uses its 'cuda' backend: 'triton' failed its check on "
+    gpu["cuda"] = "sigma is wrong by 1.0e-01 of its size"
+    with pytest.warns(UserWarning, match="uses its 'triton' backend: 'cuda' failed its check on "
                                          "cuda:0 in torch.float32: sigma is wrong"):  # fmt: skip
-        assert backends.choose("auto", GPU).name == "cuda"
+        assert backends.choose("auto", GPU).name == "triton"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("auto", GPU).name == "cuda"
-    gpu["cuda"] = "RuntimeError: CUDA error"
-    with pytest.warns(UserWarning, match="PyTorch reference: 'cuda' failed its check"):
+        assert backends.choose("auto", GPU).name == "triton"
+    gpu["triton"] = "RuntimeError: CUDA error"
+    with pytest.warns(UserWarning, match="PyTorch reference: 'triton' failed its check"):
         assert backends.choose("auto", GPU, torch.bfloat16).name == "reference"
 
 
@@ -174,7 +187,7 @@ def test_an_optimizer_says_once_that_it_takes_the_reference(gpu):
         return "2.weight is wrong by 1.0e-01 of its size after two steps"
 
     own = backends.choose("auto", GPU)
-    with pytest.warns(UserWarning, match="PyTorch reference: SpectralAdamW: 'triton' failed its "
+    with pytest.warns(UserWarning, match="PyTorch reference: SpectralAdamW: 'cuda' failed its "
                                          "check on cuda:0 in torch.float32: 2.weight"):  # fmt: skip
         assert backends.for_steps(own, "SpectralAdamW", GPU, torch.float32, differs).name == (
             "reference"

@@ -61,6 +61,30 @@ def test_one_launch_gives_the_same_bits_as_two(triton_backend):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("large", [False, True], ids=["", "large"])
+def test_rows_of_all_widths_give_what_the_reference_does(triton_backend, monkeypatch, dtype, large):
+    """Aligned and not; those of 8,192 to 32,768 (16,384) columns have a kernel of their own."""
+    backend = pytest.importorskip("spectral_kernels._triton.backend")
+    monkeypatch.setattr(backend, "LARGE", 0 if large else 2**60)
+    cut_as_on_a_gpu(monkeypatch)
+    widths = [(70, 8), (33, 136), (20, 520), (19, 768), (5, 2040), (3, 4096), (9, 4608), (10, 8192),
+              (3, 8200), (9, 16384), (9, 20000), (2, 40000), (9, 131), (7, 9001)]  # fmt: skip
+    weights = random_weights(widths, dtype)
+    found = {}
+    for name in (triton_backend, "reference"):
+        bucket = bucket_of([w.clone() for w in weights], name)
+        bucket.iterate(1)
+        found[name] = bucket
+    ours, true = found[triton_backend], found["reference"]
+    for i, weight in enumerate(weights):
+        v, true_v = (b.state.columns(i, b.state.v_next) for b in (ours, true))
+        torch.testing.assert_close(v, true_v, rtol=1e-4, atol=1e-5)
+        off = abs(float(ours.state.sigmas[i] - true.state.sigmas[i]))
+        assert off <= 1e-5 * float(weight.float().norm())
+    torch.testing.assert_close(ours.state.s, true.state.s, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_of_several_dtypes_at_once(triton_backend):
     weights = random_weights([(20, 24), (30, 8), (9, 16)], torch.bfloat16)
     bucket = bucket_of(weights, triton_backend)

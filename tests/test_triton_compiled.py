@@ -24,9 +24,9 @@ from .triton_compiled import (  # noqa: E402
     usual,
 )
 
-# Bytes, of up to four registers for which a compiler finds no room in some optimizers' steps, in
-# others with 3.6 than with 3.9. Triton 3.7 runs out of registers in five kernels.
-STACK = {"update": 16}
+# Bytes, of registers for which a compiler finds no room. On an H200 such kernels were faster than
+# those with room for all: more programs run at once. Triton 3.7 runs out of them in five more.
+STACK = {"update": 256, "gram_matvec_long": 160, "gram_matvec large": 128}
 IN_3_7 = 16 if triton.__version__.startswith("3.7.") else 0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Nothing shows the compiler here that vectors are aligned.
@@ -53,7 +53,8 @@ def test_nothing_spills_and_aligned_rows_are_read_128_bits_at_a_time(
     compilation, capability, configuration
 ):
     found = compilation[capability, configuration].result()
-    assert found.stack <= max(STACK.get(configuration.kernel, 0), IN_3_7)
+    large = " large" if dict(configuration.constants).get("large") else ""
+    assert found.stack <= max(STACK.get(configuration.kernel + large, 0), IN_3_7)
     assert found.registers <= 255
     assert found.programs(capability) >= 1
     if configuration.kernel not in NARROW and dict(configuration.constants).get("accumulate", True):
@@ -87,7 +88,7 @@ def test_rows_that_are_not_aligned_are_read_one_after_the_other():
 def test_a_capability_and_a_dtype_have_few_compilations():
     """The number for a regularizer and SpectralAdamW, whatever the exponent and the scales."""
     for dtype in DTYPES:
-        assert len(set(precompile.core(dtype))) == 5
+        assert len(set(precompile.core(dtype))) == (6 if dtype.itemsize == 2 else 5)
 
 
 def test_compiling_ahead_leaves_what_a_launch_finds(tmp_path, monkeypatch):

@@ -76,6 +76,7 @@ def rare(dtype: torch.dtype) -> Iterator[Description]:
     finish = {**plain, "gradient": False, "accumulate": False}
     yield describe("gram_matvec", dtype, with_t=False, tolerance=0.0)
     yield describe("rank_one", dtype, **{**finish, "with_t": False})
+    yield describe("gram_matvec_long", dtype, with_t=True, tolerance=0.0)
     for other in TYPES:
         if other != dtype:
             yield describe("rank_one", dtype, **{**plain, "grad_type": other})

@@ -6,11 +6,13 @@ import torch
 
 from ..plan import DTYPES
 from .launch import capability_of, integer_exponent, neutral, variant
-from .sizes import sizes
+from .sizes import LARGE, sizes
 
 
 class Triton:
-    """All matrices and vectors of a plan in two launches per step, or up to four with several."""
+    """All matrices and vectors of a plan in two launches per step; a third one for very long rows,
+    and up to four for several vectors per matrix.
+    """
 
     name = "triton"
     scalars_on_device = True  # an optimizer's step reads lr, grad_scale and found_inf there
@@ -34,9 +36,10 @@ class Triton:
         given = {"with_t": state.v_next is not None, "tolerance": float(state.tolerance)}
         if plan.r == 1:
             if grid := n_tiles + n_vectors:
-                _variant("gram_matvec", plan, **given).launch(device, grid, pointers, numbers)
-            long = sizes(capability_of(device), plan.dtype.itemsize).gram_matvec_long
-            if any(n > long["SHORTEST"] for n in plan.widths):
+                found = _variant("gram_matvec", plan, large=plan.n_elements >= LARGE, **given)
+                found.launch(device, grid, pointers, numbers)
+            own = sizes(capability_of(device), plan.dtype.itemsize).gram_matvec
+            if any(own["SHORTEST"] < n <= own["LONGEST"] for n in plan.widths):
                 pointers = pointers[:2] + pointers[3:]
                 found = _variant("gram_matvec_long", plan, **given)
                 found.launch(device, n_tiles, pointers, numbers[:1])

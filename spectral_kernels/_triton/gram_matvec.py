@@ -64,6 +64,54 @@ def add_long_rows(
 
 
 @triton.jit
+def _parts(tile, v, s, t_partial, v_offset, s_offset, LAYOUT: tl.constexpr):
+    """Return v and s of a matrix, t, first row and end of a tile of it; see parts_of."""
+    t_offset = tl.load(tile + T_OFFSET)
+    if LAYOUT == ALIGNED:
+        v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)
+    begin, end = tl.load(tile + ROW_BEGIN), tl.load(tile + ROW_END)
+    return v + v_offset, s + s_offset, t_partial + t_offset, begin, end
+
+
+@triton.jit
+def _pipelined_rows(
+    m, tile, v, s, t_partial, v_offset, s_offset, scale,
+    DTYPE: tl.constexpr, WITH_T: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Take blocks of R rows of n <= BN columns; return the sum of squares of s.
+
+    The following blocks are on their way to shared memory. t is summed up per row of a block, so
+    that threads exchange numbers once, at the end.
+    """
+    w, row_stride, inner, outer_stride, n = elements_of(
+        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
+    )
+    v, s, t, row_begin, row_end = _parts(tile, v, s, t_partial, v_offset, s_offset, LAYOUT)
+    half, other_half = factors_of(scale)
+    c = tl.arange(0, BN)
+    inside = c < n
+    columns = columns_of(c, inner, outer_stride, LAYOUT)
+    x = tl.load(v + c, mask=inside, other=0.0)
+    total = tl.zeros([R, BN], tl.float32)
+    squares = tl.zeros([R], tl.float64)
+    for row in tl.range(row_begin, row_end, R, num_stages=STAGES):
+        r = row + tl.arange(0, R)
+        block = w + (r[:, None] * row_stride + columns[None, :])
+        mask = (r < row_end)[:, None] & inside[None, :]
+        rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+        product = tl.sum(rows * x[None, :], 1)
+        tl.store(s + r, product, mask=r < row_end)
+        wide = product.to(tl.float64)
+        squares += wide * wide
+        if WITH_T:
+            total += rows * (product * half * other_half)[:, None]
+    if WITH_T:
+        tl.store(t + c, tl.sum(total, 0), mask=inside)
+    return tl.sum(squares, 0)
+
+
+@triton.jit
 def _store_rows(s, product, mask, R: tl.constexpr):
     """Store a number per row: a lane of each warp those of its rows, without an exchange of them.
 
@@ -75,47 +123,36 @@ def _store_rows(s, product, mask, R: tl.constexpr):
 
 
 @triton.jit
-def short_rows(
+def _rows_ahead(
     m, tile, v, s, t_partial, v_offset, s_offset, scale,
     DTYPE: tl.constexpr, WITH_T: tl.constexpr, LAYOUT: tl.constexpr, R: tl.constexpr,
-    BN: tl.constexpr, PIECE: tl.constexpr, AHEAD: tl.constexpr,
+    BN: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns; return the sum of squares of s.
 
-    A block is [R, BN / PIECE, PIECE], which makes the compiler give its rows to warps before it
-    gives them columns: sums of short rows then need no barrier. The next rows are loaded while
-    these are multiplied, where AHEAD: where registers suffice for them, and for v. t is summed up
-    per row of a block, so that warps exchange it once.
+    The next ones are loaded to registers meanwhile. A block is [R, BN / PIECE, PIECE], which makes
+    the compiler give its rows to warps before it gives them columns: sums of rows that are not too
+    long need no barrier. t is summed up per row of a block, so that warps exchange it once, at the
+    end, which takes long: this is for tiles of many rows.
     """
     w, row_stride, inner, outer_stride, n = elements_of(
         m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
     )
-    t_offset, row_begin = tl.load(tile + T_OFFSET), tl.load(tile + ROW_BEGIN)
-    if LAYOUT == ALIGNED:
-        v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)
-    v, t, s = v + v_offset, t_partial + t_offset, s + s_offset + row_begin
-    w, count = w + row_begin * row_stride, (tl.load(tile + ROW_END) - row_begin).to(tl.int32)
+    v, s, t, row_begin, row_end = _parts(tile, v, s, t_partial, v_offset, s_offset, LAYOUT)
+    w, s, count = w + row_begin * row_stride, s + row_begin, (row_end - row_begin).to(tl.int32)
     c = (tl.arange(0, BN // PIECE) * PIECE)[None, :, None] + tl.arange(0, PIECE)[None, None, :]
     inside = c < n.to(tl.int32)
     r = tl.arange(0, R)
     offsets = r[:, None, None] * row_stride + columns_of(c, inner, outer_stride, LAYOUT)
-    if AHEAD:
-        raw = tl.load(w + offsets, mask=inside & (r < count)[:, None, None], other=0.0)
-        x = tl.load(v + c, mask=inside, other=0.0)
+    raw = tl.load(w + offsets, mask=inside & (r < count)[:, None, None], other=0.0)
+    x = tl.load(v + c, mask=inside, other=0.0)
     half, other_half = factors_of(scale)
     total = tl.zeros([R, BN // PIECE, PIECE], tl.float32)
     squares = tl.zeros([R], tl.float64)
     for row in range(0, count, R):
-        if AHEAD:
-            rows = raw.to(tl.float32)
-            w += R * row_stride
-            raw = tl.load(w + offsets, mask=inside & (r < count - row - R)[:, None, None],
-                          other=0.0)  # fmt: skip
-        else:
-            mask = inside & (r < count - row)[:, None, None]
-            rows = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
-            x = tl.load(v + c, mask=inside, other=0.0)
-            w += R * row_stride
+        rows = raw.to(tl.float32)
+        w += R * row_stride
+        raw = tl.load(w + offsets, mask=inside & (r < count - row - R)[:, None, None], other=0.0)
         product = tl.sum(tl.reshape(rows * x, [R, BN]), 1)
         _store_rows(s + row, product, r < count - row, R)
         wide = product.to(tl.float64)
@@ -187,16 +224,17 @@ def gram_matvec(
     matrices, tiles, vectors, t_partial, gram_partial, v, s, scalars,
     n_matrices, n_tiles, n_vectors, k, integer,
     DTYPE: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.constexpr, LONGEST: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTHS: tl.constexpr, STAGES: tl.constexpr, PIECE: tl.constexpr,
+    SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
     R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
     """Program i < n_tiles takes tile i, the following n_vectors programs a vector each.
 
     Aligned rows of up to 128 columns, or twice as many and so on WIDTHS - 1 times, are taken BLOCK
-    elements at a time, or one row; longer ones of up to LONGEST columns by gram_matvec_long.py, the
-    rest R_LONG rows at a time, BN_LONG columns at a time, and rows that are not aligned likewise,
-    by PLAIN or PIECES.
+    elements at a time; longer ones R_LONG rows at a time, BN_LONG columns at a time, and rows that
+    are not aligned likewise, by PLAIN or PIECES. Of more than SHORTEST and up to LONGEST columns
+    gram_matvec_long takes them.
     """
     program = tl.program_id(0)
     if program >= n_tiles:
@@ -220,22 +258,29 @@ def gram_matvec(
                     squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, IN_PIECES,
                                          R_PIECES, BN_PIECES)  # fmt: skip
                 elif n <= BN_PLAIN:
-                    squares = short_rows(
-                        m, tile, v, s, t_partial, v_offset, s_offset, scale, DTYPE, WITH_T,
-                        PLAIN, R_PLAIN, BN_PLAIN, BN_PLAIN, True,
+                    squares = _pipelined_rows(
+                        m, tile, v, s, t_partial, v_offset, s_offset, scale, DTYPE, WITH_T, PLAIN,
+                        R_PLAIN, BN_PLAIN, 1,
                     )  # fmt: skip
                 else:
                     squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, PLAIN,
                                          R_PLAIN, BN_PLAIN)  # fmt: skip
-            elif n > LONGEST:
-                squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, ALIGNED,
-                                     R_LONG, BN_LONG)  # fmt: skip
+            elif n > 64 * 2**WIDTHS:
+                if (n <= SHORTEST) | (n > LONGEST):  # the others are gram_matvec_long's
+                    squares = _long_rows(m, tile, v, s, t_partial, scale, DTYPE, WITH_T, ALIGNED,
+                                         R_LONG, BN_LONG)  # fmt: skip
             else:
                 for i in tl.static_range(WIDTHS):
                     if (n <= 128 * 2**i) & ((n > 64 * 2**i) | (i == 0)):
-                        squares = short_rows(
-                            m, tile, v, s, t_partial, v_offset, s_offset, scale, DTYPE, WITH_T,
-                            ALIGNED, max(BLOCK // (128 * 2**i), 1), 128 * 2**i,
-                            min(PIECE, 128 * 2**i), 128 * 2**i <= BLOCK,
-                        )  # fmt: skip
+                        if STAGES > 0:
+                            squares = _pipelined_rows(
+                                m, tile, v, s, t_partial, v_offset, s_offset, scale, DTYPE, WITH_T,
+                                ALIGNED, BLOCK // (128 * 2**i), 128 * 2**i, STAGES,
+                            )  # fmt: skip
+                        else:
+                            squares = _rows_ahead(
+                                m, tile, v, s, t_partial, v_offset, s_offset, scale, DTYPE, WITH_T,
+                                ALIGNED, max(BLOCK // (128 * 2**i), 1), 128 * 2**i,
+                                min(PIECE, 128 * 2**i),
+                            )  # fmt: skip
             tl.store(gram_partial + program, squares)

@@ -56,11 +56,12 @@ class Variant:
         capability: of the device, 90 for 9.0; 0 for the interpreter.
         itemsize: bytes per element of the weights.
         r: vectors per matrix that the sizes of blocks are for.
+        large: whether they are for a large plan.
         constants: beside those of sizes.py.
     """
 
-    def __init__(self, kernel: str, capability: int, itemsize: int, r: int, constants):
-        own = sizes(capability, itemsize, r)
+    def __init__(self, kernel: str, capability: int, itemsize: int, r: int, large: bool, constants):
+        own = sizes(capability, itemsize, r, large)
         self.function = KERNELS[kernel]
         names = list(self.function.fn.__annotations__)  # of the constants alone
         values = {**getattr(own, kernel), **constants}
@@ -111,8 +112,9 @@ class Variant:
 
 @cache
 def variant(
-    kernel: str, capability: int, dtype: torch.dtype | None = None, r: int = 1, **constants
-) -> Variant:
+    kernel: str, capability: int, dtype: torch.dtype | None = None, r: int = 1,
+    large: bool = False, **constants,
+) -> Variant:  # fmt: skip
     """Return the variant of ``kernel`` for weights of ``dtype`` and ``r`` vectors per matrix.
 
     ``constants`` are the kernel's own by their names in lower case; dtypes are torch's.
@@ -122,7 +124,7 @@ def variant(
               for name, x in constants.items()}  # fmt: skip
     if dtype is not None:
         values["DTYPE"] = TYPES[dtype]
-    return Variant(kernel, capability, itemsize, r, {"VECTORS": r, **values})
+    return Variant(kernel, capability, itemsize, r, large, {"VECTORS": r, **values})
 
 
 @cache

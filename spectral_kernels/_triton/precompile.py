@@ -46,7 +46,10 @@ def describe(kernel: str, dtype: torch.dtype | None, r: int = 1, **constants) ->
 
 
 def core(dtype: torch.dtype, r: int = 1) -> list[Description]:
-    """Return what SpectralRegularizer and SpectralAdamW start for weights of ``dtype``."""
+    """Return what SpectralRegularizer and SpectralAdamW start for weights of ``dtype``.
+
+    Rows of more than 8,192 columns have one kernel more.
+    """
     usual = {"with_t": True, "tolerance": 0.0}
     gradient = {"grad_type": dtype, "finish": False, "with_t": False, "gradient": True,
                 "tolerance": 0.0}  # fmt: skip
@@ -60,6 +63,7 @@ def core(dtype: torch.dtype, r: int = 1) -> list[Description]:
         return [
             *found,
             describe("gram_matvec", dtype, **usual),
+            *([describe("gram_matvec", dtype, **usual, large=True)] if dtype.itemsize == 2 else []),
             describe("rank_one", dtype, **finish, gradient=True, accumulate=True),
             describe("rank_one", dtype, **finish, gradient=False, accumulate=False),
         ]

@@ -1,18 +1,19 @@
 """Sizes of blocks and programs, by architecture and bytes per element.
 
-How they were chosen: two programs of 256 threads fit into a multiprocessor where a thread has at
-most 128 registers (65,536 / 512), and two are what keeps it busy while one of them exchanges sums.
-A block is held in registers as float32 beside as many sums for t and its columns of v;
-tests/test_triton_compiled.py shows the registers, that none of them spills, and what fits.
+Those of gram_matvec, rank_one and update are the best of some 30 that were timed on an H200
+(bench/results/2026-11-27-h200); the others have not been timed. At most 128 registers leave room
+for two programs of 256 threads on a multiprocessor (65,536 / 512), 168 for three of 128 threads:
+one that runs makes up for another that exchanges sums.
 
-* gram_matvec: blocks of BLOCK elements, whatever the width of the rows: 16 kB of memory, of which
-  STAGES - 1 are on their way to shared memory while one is multiplied. With two programs that is
-  64 kB per multiprocessor; 3 TB/s and 0.8 microseconds of latency want 18.
-* rank_one: R rows x BN columns of gradient, 8 or 16 kB; its programs hold fewer registers, so three
-  or four run at once. 256 columns of two bytes are one load of a warp.
+* gram_matvec: blocks of BLOCK elements, whatever the width of the rows, in registers as float32
+  beside as many sums for t and their columns of v. With STAGES, all but one of so many blocks are
+  on their way to shared memory. Without, the next block is on its way to registers: this leaves
+  room for rows of 8,192 columns. It was slower everywhere but in LARGE plans of 16-bit weights,
+  whose tiles have many rows: such programs end with long sums over all threads.
+* rank_one: R rows x BN columns of gradient, 16 kB, and the next one.
 * update: a block is held with gradient and moments of it, so it is smaller.
-* For both the compiler is told to make do with 128 registers: it may aim for more, and leave one
-  program, or for fewer, and spill.
+* The compiler is told how many registers to make do with: it may aim for more, and leave fewer
+  programs, or for fewer, and spill.
 * LONG rows do not fit and are read twice; t is summed up in memory, R_LONG rows at a time.
 * PLAIN rows are not aligned, and those in PIECES of a channels_last weight are not even that. They
   are rare, and their registers count for all: blocks are small.
@@ -22,7 +23,6 @@ With several vectors a program takes GROUP of them, each with BN numbers of v an
 kernel that compiles in seconds; with 8 or 16 vectors each tile has two or four programs, which read
 its rows from the second-level cache together. ritz holds VECTORS^2 BN products in float64.
 transposed reads each block once, and holds (R + GROUP) BN / threads.
-None of the sizes has been timed yet.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Sizes(NamedTuple):
     gram_matvec_warps: int = 8
     gram_matvec_long_warps: int = 16
     rank_one_warps: int = 4
-    update_warps: int = 8
+    update_warps: int = 4
     gram_matvec_registers: int = 128
     gram_matvec_long_registers: int = 128
-    update_registers: int = 128
+    update_registers: int = 168
     subspace_products_warps: int = 8
     subspace_grams_warps: int = 4
     ritz_warps: int = 8
@@ -59,9 +59,10 @@ class Sizes(NamedTuple):
     collect_chunks_warps: int = 8
 
 
+LARGE = 2**28  # elements of a plan from which on gram_matvec has other sizes
+
 _GRAM_MATVEC = {
-    "R_LONG": 4, "BN_LONG": 2048, "R_PLAIN": 8, "BN_PLAIN": 256,
-    "R_PIECES": 2, "BN_PIECES": 256,
+    "R_LONG": 4, "BN_LONG": 1024, "R_PLAIN": 8, "BN_PLAIN": 256, "R_PIECES": 2, "BN_PIECES": 256,
 }  # fmt: skip
 _RANK_ONE = {
     "TILES": 32, "BN_SUM": 1024, "R": 16, "BN": 512, "R_NARROW": 32, "BN_NARROW": 128,
@@ -73,8 +74,8 @@ _TRANSPOSED = {
     "GROUP": 1, "BN_GRAM": 256,
 }  # fmt: skip
 _NARROW = Sizes(  # two bytes per element
-    gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096, "WIDTHS": 7, "PIECE": 256},
-    gram_matvec_long={"BN": 8192, "WIDTHS": 3, "AHEAD": 16384, "PIECE": 256},
+    gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096, "WIDTHS": 6, "STAGES": 4, "PIECE": 256},
+    gram_matvec_long={"SHORTEST": 8192, "WIDTHS": 2, "AHEAD": 16384},
     rank_one=_RANK_ONE,
     update={**_UPDATE, "BLOCK": 2048, "WIDTHS": 6, "BN_LONG": 2048},
     subspace_products={},
@@ -84,18 +85,12 @@ _NARROW = Sizes(  # two bytes per element
     collect={"BN": 256},
     collect_chunks={"TILES": _RANK_ONE["TILES"]},
     gram_matvec_warps=4,
-    gram_matvec_registers=168,
-    update_warps=4,
-    update_registers=168,
 )
 _WIDE = _NARROW._replace(  # four bytes
-    gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096, "WIDTHS": 7, "PIECE": 128},
-    gram_matvec_long={"BN": 8192, "WIDTHS": 2, "AHEAD": 8192, "PIECE": 128},
-    update={**_UPDATE, "BLOCK": 1024, "WIDTHS": 6, "BN_LONG": 1024},
+    gram_matvec={**_GRAM_MATVEC, "BLOCK": 4096, "WIDTHS": 6, "STAGES": 4, "PIECE": 128},
+    gram_matvec_long={"SHORTEST": 8192, "WIDTHS": 1, "AHEAD": 8192},
+    update={**_UPDATE, "BLOCK": 1024, "WIDTHS": 5, "BN_LONG": 1024},
     gram_matvec_warps=8,
-    gram_matvec_registers=128,
-    update_warps=8,
-    update_registers=128,
 )
 
 # r: blocks of subspace_products; columns at a time of ritz, and for its products.
@@ -117,17 +112,19 @@ _INTERPRETED = {
 
 
 @cache
-def sizes(capability: int, itemsize: int, r: int = 1) -> Sizes:
+def sizes(capability: int, itemsize: int, r: int = 1, large: bool = False) -> Sizes:
     """Return the sizes for a compute capability (90 for 9.0, 0 to interpret) and element size.
 
-    With several vectors, ``r``, those of their kernels too.
+    With several vectors, ``r``, those of their kernels too; ``large`` is for plans of LARGE
+    elements.
     """
     found = _NARROW if itemsize == 2 else _WIDE
-    short, long = found.gram_matvec, found.gram_matvec_long
-    found = found._replace(
-        gram_matvec={**short, "LONGEST": long["BN"] * 2 ** (long["WIDTHS"] - 1)},
-        gram_matvec_long={**long, "SHORTEST": 64 * 2 ** short["WIDTHS"]},
-    )
+    if large and itemsize == 2:
+        ahead = {**found.gram_matvec, "BLOCK": 8192, "WIDTHS": 7, "STAGES": 0}
+        found = found._replace(gram_matvec=ahead, gram_matvec_warps=8)
+    long = found.gram_matvec_long
+    bounds = {"SHORTEST": long["SHORTEST"], "LONGEST": long["SHORTEST"] * 2 ** long["WIDTHS"]}
+    found = found._replace(gram_matvec={**found.gram_matvec, **bounds})
     if r > 1:
         products, columns, gram = _SEVERAL[r]
         if not capability:
