@@ -21,7 +21,7 @@ SPREAD = ["pytest", "-n", "auto", "--dist", "loadfile"]  # over the cores, a fil
 INTERPRETED = ["pytest", "-n", "auto", "--dist", "worksteal",
                "tests/test_triton.py", "tests/test_self_check.py", "tests/test_backends.py",
                "tests/test_subspace.py", "tests/test_optim.py", "tests/test_partials.py",
-               "tests/test_compile.py", "tests/test_gpu_like.py",
+               "tests/test_compile.py", "tests/test_gpu_like.py", "tests/test_gpu_sizes.py",
                "-k", "triton or do_not_know_them", "-m", "not gpu"]  # fmt: skip
 
 

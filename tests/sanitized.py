@@ -9,7 +9,8 @@ import sys
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralAdamW, SpectralSGD
+from bench.gpu.outside import NOT_AVAILABLE
+from spectral_kernels import SpectralAdamW, SpectralSGD, backends
 
 from .buckets import bucket_of, gradients
 
@@ -50,10 +51,13 @@ def main(backend: str, device: str) -> None:
                 optimizer.found_inf = torch.tensor(float(found_inf), device=device)
                 optimizer.step()
             assert all(torch.isfinite(p).all() for p in parameters)
+        print(f"done: {dtype}, vectors: {r}", flush=True)
 
 
 if __name__ == "__main__":
     if not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
         sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: in memory that torch has cut up, accesses "
                  "beyond a tensor are not seen")  # fmt: skip
+    if (reason := backends.unavailable(sys.argv[1])) is not None:
+        sys.exit(NOT_AVAILABLE + reason)
     main(sys.argv[1], "cuda")

@@ -1,18 +1,22 @@
 """The command that measures on a GPU: budgets, kills, what is kept, and a rehearsal on a CPU."""
 
+import argparse
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import on_gpu
-from bench.gpu import checks, inputs, job, measure, outside, stages, table
+from bench import baselines, on_gpu
+from bench.gpu import __main__ as one_stage
+from bench.gpu import checks, inputs, job, loops, measure, outside, parallel, stages, table
 from bench.gpu.environment import Device
 from bench.gpu.lines import FILE, Lines, read
 from bench.gpu.stages import Stage
@@ -146,10 +150,9 @@ def test_a_stage_waits_for_what_it_needs_while_others_run(tmp_path):
 
 
 def test_a_stage_ends_with_its_children_when_the_command_is_killed(tmp_path):
-    inner = (
-        "import threading; from bench.gpu.__main__ import _end_with_parent\n"
-        "threading.Thread(target=_end_with_parent, daemon=True).start()\n"
-    ) + SLEEPS.format(folder=str(tmp_path))
+    inner = ("from bench.gpu.group import end_with_parent\nend_with_parent()\n") + SLEEPS.format(
+        folder=str(tmp_path)
+    )
     outer = (
         "import sys; from pathlib import Path; from bench.gpu import stages\n"
         f"one = stages.Stage('slow', 1, lambda until: [sys.executable, '-c', {inner!r}])\n"
@@ -386,6 +389,112 @@ def test_a_stage_goes_on_without_the_backend_that_broke_the_device(tmp_path, mon
         again.go_on_where_the_device_broke("vit_b", torch.bfloat16, "triton")
 
 
+@pytest.mark.parametrize(
+    ("name", "case"), [("kernels", "mlp"), ("optimizers", "resnet18"), ("loops", "resnet18")]
+)
+def test_a_backend_that_cannot_run_is_left_out_of_a_stage_once(tmp_path, monkeypatch, name, case):
+    monkeypatch.setattr(backends, "unavailable", lambda backend: f"no {backend} here")
+    loop = baselines.CONTENDERS["inplace_loop"]
+    monkeypatch.setitem(baselines.CONTENDERS, "compiled_loop", loop)
+    lines = Lines(tmp_path, name, True)
+    one_stage._measure(lines, argparse.Namespace(until=time.monotonic() + TIMEOUT, cases=case,
+                                                 without="", after=None))  # fmt: skip
+    found, _ = read(tmp_path)
+    assert lines.failures == 0
+    said = {
+        (x["what"], x["backend"], x["reason"]) for x in found if x["backend"] in ("triton", "cpu")
+    }
+    assert said == {("available", x, f"no {x} here") for x in ("triton", "cpu")}
+    assert sum(x["what"] == "available" for x in found) == 2
+    assert any(x["case"] == case and x["value"] for x in found)  # the others are measured
+    text = table.table(found)
+    assert f"left out: {name} triton available: no triton here" in text
+    assert not any(row.split()[2:3] == ["triton"] for row in text.splitlines())
+
+
+def test_the_compiled_loop_follows_the_eager_ones_of_the_first_case(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(loops, "_group", lambda job, case, dtype, own, s: order.append((case, own)))
+    monkeypatch.setattr(loops, "_variants", lambda job, case, *more: order.append((case, "ours")))
+    loops.run(a_job(tmp_path))
+    eager, compiled = ("autograd_loop", "inplace_loop"), ("compiled_loop",)
+    assert order == [
+        ("vit_b", eager), ("vit_b", compiled), ("vit_b", "ours"), ("resnet18", eager),
+        ("resnet18", compiled), ("llama_1b", eager), ("llama_1b", compiled),
+    ]  # fmt: skip
+
+
+def test_a_compilation_that_does_not_fit_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops, "_group", lambda *arguments: None)
+    monkeypatch.setattr(loops, "_variants", lambda *arguments: None)
+    loops.run(a_job(tmp_path, seconds=4.0))
+    left = [x["case"] for x in read(tmp_path)[0] if x["what"] == "compiled_loop"]
+    assert left == ["vit_b", "resnet18", "llama_1b"]
+
+
+def in_parallel(functions, seconds=TIMEOUT):
+    return dict(parallel.answers(functions, 2, time.monotonic() + seconds))
+
+
+def test_a_process_that_dies_takes_no_other_answer_with_it():
+    found = in_parallel({
+        "dies": os.abort, "raises": partial(int, "x"), "fine": partial(abs, -1),
+        "too": partial(abs, -2),
+    })  # fmt: skip
+    assert found["dies"].error == "its process ended with signal SIGABRT"
+    assert found["raises"].error.startswith("ValueError: invalid literal")
+    assert [found[name][:2] for name in ("fine", "too")] == [(1, None), (2, None)]
+
+
+def test_what_is_not_done_in_time_is_killed_and_written_down():
+    hangs, start = partial(time.sleep, 600), time.monotonic()
+    found = in_parallel({"a": hangs, "b": hangs, "late": os.abort}, seconds=1.0)
+    assert time.monotonic() - start < 5
+    assert multiprocessing.active_children() == []
+    assert [x.error for x in found.values()] == [parallel.NOT_DONE] * 2 + [parallel.NOT_BEGUN]
+
+
+def first_dies(what, *more):  # in a process that imports this file
+    if what == parallel.CHECKS[0]:
+        os.abort()
+    return None, None
+
+
+def cannot_run(*what):
+    return "no compiler", None
+
+
+def checked(folder, monkeypatch, checks, name="triton", device="cuda"):
+    monkeypatch.setattr(parallel, "CHECKS", checks)
+    monkeypatch.setattr(parallel, "DTYPES", ("float32",))
+    monkeypatch.setattr(parallel, "PROCESSORS_LEFT", 0)
+    parallel.backend(Lines(folder, name, True), name, time.monotonic() + TIMEOUT, device)
+    return {x["what"]: x for x in read(folder)[0]}
+
+
+def test_checks_that_die_lose_no_other_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "one_check", first_dies)
+    found = checked(tmp_path, monkeypatch, parallel.CHECKS[:2])
+    assert found["1 vector"]["failed"]
+    assert "SIGABRT" in found["1 vector"]["reason"]
+    assert found["ragged shapes"]["value"] is not None
+
+
+def test_a_backend_that_cannot_run_is_one_line_of_its_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "one_check", cannot_run)
+    found = checked(tmp_path, monkeypatch, parallel.CHECKS)
+    assert [x["reason"] for x in found.values()] == ["no compiler"]
+
+
+def test_checks_run_in_parallel(tmp_path, monkeypatch):
+    if (reason := backends.unavailable("cpu")) is not None:
+        pytest.skip(reason)
+    own = ("4 vectors", "SpectralSGD")
+    found = checked(tmp_path, monkeypatch, own, "cpu", "cpu")
+    assert set(found) == {"available", *own}
+    assert all(x["value"] is not None for x in found.values()), found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [None, "s", "t"])
 def test_two_steps_are_compared_with_float64(monkeypatch, dtype, wrong):
@@ -454,15 +563,16 @@ def test_memcheck_says_what_is_missing_and_what_it_found(tmp_path, monkeypatch):
     lines = Lines(tmp_path, "memcheck", False)
     monkeypatch.setattr(outside, "CUDA", tmp_path)
     monkeypatch.setattr(outside.shutil, "which", lambda name: None)
-    outside.memcheck(lines, ("cuda",))
+    check = partial(outside.memcheck, lines, ("cuda",), time.monotonic() + TIMEOUT)
+    check()
     tool = tmp_path / outside._TOOL
     for errors, code in ((0, 0), (2, 9)):
         tool.write_text(f"#!/bin/sh\necho '=== ERROR SUMMARY: {errors} errors'\nexit {code}\n")
         tool.chmod(0o755)
-        outside.memcheck(lines, ("cuda",))
+        check()
     for code in (0, 1):
         tool.write_text(f"#!/bin/sh\necho '=== Device not supported'\nexit {code}\n")
-        outside.memcheck(lines, ("cuda",))
+        check()
     missing, right, wrong, *refused = read(tmp_path)[0]
     assert [x["reason"] for x in refused] == [
         f"exit code {code}: Device not supported, see stages.log" for code in (0, 1)
@@ -470,3 +580,45 @@ def test_memcheck_says_what_is_missing_and_what_it_found(tmp_path, monkeypatch):
     assert (missing["failed"], missing["reason"]) == (False, "there is no compute-sanitizer")
     assert right["value"] == 0
     assert (wrong["failed"], wrong["reason"]) == (True, "2 errors, see stages.log")
+
+
+def test_a_sanitizer_that_hangs_leaves_the_other_backend_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(outside, "CUDA", tmp_path)
+    monkeypatch.setattr(outside.shutil, "which", lambda name: None)
+    tool = tmp_path / outside._TOOL
+    tool.write_text(
+        "#!/bin/sh\nfor backend; do :; done\n"  # the last argument
+        f"if [ $backend = triton ]; then sleep 600 & echo $! > {tmp_path}/child; wait; fi\n"
+        "echo '=== ERROR SUMMARY: 0 errors'\n"
+    )
+    tool.chmod(0o755)
+    lines, start = Lines(tmp_path, "memcheck", False), time.monotonic()
+    outside.memcheck(lines, ("triton", "cuda"), start + 8.0)
+    assert time.monotonic() - start < 8
+    hung, right = read(tmp_path)[0]
+    assert (hung["failed"], hung["reason"]) == (True, "killed after 4 s")
+    assert (right["backend"], right["value"]) == ("cuda", 0)
+    wait_for(lambda: is_gone(int((tmp_path / "child").read_text())))
+
+
+def test_memcheck_leaves_out_a_backend_that_cannot_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(outside, "CUDA", tmp_path)
+    monkeypatch.setattr(outside.shutil, "which", lambda name: None)
+    tool = tmp_path / outside._TOOL
+    tool.write_text(  # the command after "--error-exitcode 9"
+        "#!/bin/sh\nshift 4\nCUDA_VISIBLE_DEVICES= \"$@\"\necho '=== ERROR SUMMARY: 0 errors'\n"
+        "exit 1\n"
+    )
+    tool.chmod(0o755)
+    lines = Lines(tmp_path, "memcheck", False)
+    outside.memcheck(lines, ("cuda",), time.monotonic() + TIMEOUT)
+    (line,) = read(tmp_path)[0]
+    assert (line["what"], line["failed"]) == ("available", False)
+    assert line["reason"]
+    assert lines.failures == 0
+
+
+@pytest.mark.parametrize("shape", [(70001, 1), (1, 70001)])
+def test_gradients_of_the_ragged_shapes_are_within_float16(monkeypatch, shape):
+    monkeypatch.setattr(inputs, "ragged_shapes", lambda dry_run: [shape])
+    assert checks.problem("ragged shapes", torch.float16, "cpu", torch.device("cpu"), False) is None

@@ -61,8 +61,9 @@ def test_one_launch_gives_the_same_bits_as_two(triton_backend):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("large", [False, True], ids=["", "large"])
+@pytest.mark.parametrize(
+    ("dtype", "large"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 def test_rows_of_all_widths_give_what_the_reference_does(triton_backend, monkeypatch, dtype, large):
     """Aligned and not; those of 8,192 to 32,768 (16,384) columns have a kernel of their own."""
     backend = pytest.importorskip("spectral_kernels._triton.backend")

@@ -21,8 +21,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 # Need sources, a module with CUDA C++ or CUDA's headers, or extras: they run where these are.
 ELSEWHERE = ("bench", "bench_plots", "checkpoint_files", "cli", "continual", "cuda_compiled",
-             "cuda_emulated", "demo", "docs", "ecosystem", "inspect", "install", "integrations",
-             "on_gpu", "plot_log", "readme", "selection_views")  # fmt: skip
+             "cuda_emulated", "demo", "docs", "ecosystem", "gpu_sizes", "inspect", "install",
+             "integrations", "on_gpu", "plot_log", "readme", "selection_views")  # fmt: skip
 # What an extra is for, by its name.
 EXTRAS = {
     "plot": "import spectral_kernels.log_plots, spectral_kernels.plotting",

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import stat
 import sys
-import threading
 from pathlib import Path
 
-from . import outside
+from . import group, outside, parallel
 from .lines import Lines
 
 
@@ -25,7 +21,7 @@ def main() -> int:
     parser.add_argument("--without", default="")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    group.end_with_parent()
     lines = Lines(arguments.folder, arguments.stage, arguments.dry_run)
     code = _run(lines, arguments)
     return code or int(lines.failures > 0 or bool(arguments.without))
@@ -37,7 +33,9 @@ def _run(lines: Lines, arguments: argparse.Namespace) -> int:
     elif lines.stage == "tests":
         return outside.tests(lines)
     elif lines.stage == "memcheck":
-        outside.memcheck(lines, ("cuda", "triton"))
+        outside.memcheck(lines, ("triton", "cuda"), arguments.until)
+    elif lines.stage in ("cuda", "triton") and not lines.dry_run:
+        parallel.backend(lines, lines.stage, arguments.until)
     else:
         _measure(lines, arguments)
     return 0
@@ -56,22 +54,15 @@ def _measure(lines: Lines, arguments: argparse.Namespace) -> None:
     stages = {
         "versions": checks.versions,
         "compile": checks.compile_core,
-        "cuda": lambda job: checks.backend(job, job.backends[1]),
+        "cuda": lambda job: checks.backend(job, "cpu"),
         "triton": lambda job: checks.backend(job, "triton"),
         "kernels": kernels.run,
         "optimizers": optimizers.run,
         "loops": loops.run,
     }
+    if lines.stage in ("kernels", "optimizers", "loops"):
+        job.leave_out_unavailable()
     stages[lines.stage](job)
-
-
-def _end_with_parent() -> None:
-    """End this process group when the process that holds the other end of the input is gone."""
-    if not stat.S_ISFIFO(os.fstat(0).st_mode):
-        return
-    while os.read(0, 4096):
-        pass
-    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import importlib
 import itertools
 import os
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -14,23 +13,20 @@ from spectral_kernels import SpectralAdamW, SpectralSGD, backends, optim_check
 
 from .. import gate
 from . import inputs, measure
-from .job import Job, name_of
+from .job import Job
+from .parallel import CHECKS, DTYPES, NOT_BEGUN, PROCESSORS_LEFT
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 _REHEARSED = ("1 vector", "ragged shapes")  # by interpreted kernels; stages to come do the others
-_PROCESSES_LEFT = 2  # processors that compilations leave to the other stages
+_OPTIMIZERS = {"SpectralAdamW": SpectralAdamW, "SpectralSGD": SpectralSGD}
 
 
 def versions(job: Job) -> None:
     """Load what there is, and measure how fast memory is."""
-    for name in ("triton", "spectral_kernels._triton.backend"):
-        start = time.perf_counter()
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            job.lines.failed(f"import {name}", error)
-            continue
-        job.lines.put(f"import {name}", time.perf_counter() - start, "s")
+    name = "spectral_kernels._triton.backend"
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        job.lines.failed(f"import {name}", error)
     start = time.perf_counter()
     torch.ones(1, device=job.device).add_(1)
     measure.synchronize(job.device)
@@ -41,12 +37,12 @@ def versions(job: Job) -> None:
 
 def compile_core(job: Job) -> None:
     """Compile Triton's kernels for the usual steps in parallel processes, into its cache."""
-    processes = max(1, len(os.sched_getaffinity(0)) - _PROCESSES_LEFT)
+    processes = max(1, len(os.sched_getaffinity(0)) - PROCESSORS_LEFT)
     start = time.perf_counter()
     try:
         module = importlib.import_module("spectral_kernels._triton.precompile")
         for what, seconds, error in module.compile_core(
-            torch.device(job.device), DTYPES, (1, 4), processes
+            torch.device(job.device), [getattr(torch, name) for name in DTYPES], (1, 4), processes
         ):
             if error is not None:
                 job.lines.failed(what, error, backend="triton")
@@ -63,63 +59,59 @@ def compile_core(job: Job) -> None:
 
 
 def backend(job: Job, name: str) -> None:
-    """Compare a backend with the reference, and on ragged shapes with float64."""
+    """Compare a backend with the reference, and on ragged shapes with float64, in a rehearsal.
+
+    On a GPU, ``parallel.backend`` does.
+    """
     reason = backends.unavailable(name)
     if reason is not None:
         job.lines.failed("available", reason, backend=name)
         return
     job.lines.put("available", 1, None, backend=name)
-    checks, longest = _checks(job, name), 0.0
-    for what, dtype in itertools.product(checks, DTYPES):
-        where = {"dtype": name_of(dtype), "backend": name}
+    longest = 0.0
+    for what, dtype in itertools.product(CHECKS, DTYPES):
+        where = {"dtype": dtype, "backend": name}
         reason = None
         if job.left() < longest:
-            reason = "the stage's time is used up"
-        elif job.dry_run and name == "triton" and what not in _REHEARSED:
+            reason = NOT_BEGUN
+        elif name == "triton" and what not in _REHEARSED:
             reason = "an interpreter takes minutes"
         if reason is not None:
             job.lines.left_out(what, reason, **where)
             continue
         start = time.perf_counter()
         try:
-            problem = checks[what](dtype)
+            found = problem(what, getattr(torch, dtype), name, torch.device(job.device), True)
         except Exception as error:
-            problem = error
+            found = error
         seconds = time.perf_counter() - start
         longest = max(longest, seconds)
-        if problem is None:
+        if found is None:
             job.lines.put(what, seconds, "s", **where)
         else:
-            job.lines.failed(what, problem, **where)
+            job.lines.failed(what, found, **where)
 
 
-def _checks(job: Job, name: str) -> dict[str, Callable[[torch.dtype], str | None]]:
-    """Return functions of the dtype that return what is wrong, by name, in order of worth."""
-    device = torch.device(job.device)
-    of_optimizers = {
-        kind.__name__: lambda dtype, kind=kind: optim_check.disagreement(kind, name, device, dtype)
-        for kind in (SpectralAdamW, SpectralSGD)
-    }
-    return {
-        "1 vector": lambda dtype: backends.failed_check(name, device, dtype),
-        "ragged shapes": _ragged(job, name),
-        **of_optimizers,
-        "4 vectors": lambda dtype: backends.failed_check(name, device, dtype, 4),
-    }
+def problem(
+    what: str, dtype: torch.dtype, name: str, device: torch.device, dry_run: bool
+) -> str | None:
+    """Return what one of CHECKS finds wrong with a backend that can run here, or None."""
+    if what in _OPTIMIZERS:
+        return optim_check.disagreement(_OPTIMIZERS[what], name, device, dtype)
+    if what == "ragged shapes":
+        return _ragged(dtype, name, device, dry_run)
+    return backends.failed_check(name, device, dtype, {"1 vector": 1, "4 vectors": 4}[what])
 
 
-def _ragged(job: Job, name: str):
-    """Return a function of the dtype that compares two steps with float64, a case at a time."""
-
-    def check(dtype: torch.dtype) -> str | None:
-        for i, shape in enumerate(inputs.ragged_shapes(job.dry_run)):
-            shapes = [shape, (7, 33)]
-            weights = gate.leaves(shapes, dtype, job.device, seed=i)
-            if (problem := two_steps(weights, name)) is not None:
-                return f"{shape}: {problem}"
-        return None
-
-    return check
+def _ragged(dtype: torch.dtype, name: str, device: torch.device, dry_run: bool) -> str | None:
+    """Compare two steps with float64, a shape at a time."""
+    for i, shape in enumerate(inputs.ragged_shapes(dry_run)):
+        weights = gate.leaves([shape, (7, 33)], dtype, device, seed=i)
+        m, n = shape
+        weights[0].detach().mul_(min(1.0, (n / m) ** 0.5))  # or gradients are beyond float16
+        if (found := two_steps(weights, name)) is not None:
+            return f"{shape}: {found}"
+    return None
 
 
 def two_steps(weights, name: str) -> str | None:
@@ -140,8 +132,8 @@ def two_steps(weights, name: str) -> str | None:
         off = float((weight.grad.double() - old.double() - expected).abs().max() / allowed)
         if not off <= 1:
             return f"the gradient of matrix {i} is off by {off:.3g} times what is allowed"
-        if (problem := _next_vectors(weight, v, reg, i)) is not None:
-            return problem
+        if (found := _next_vectors(weight, v, reg, i)) is not None:
+            return found
     return None
 
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from spectral_kernels import backends
+
 from . import inputs, measure
 from .lines import Lines
+from .parallel import LAST_PART, NOT_BEGUN
 
-_LAST_PART = 0.95  # of a stage's time; what is not begun by then is left out
 _LEAST = 0.5  # seconds that a group is worth
 
 
@@ -33,6 +35,11 @@ class Job:
     without: tuple[str, ...] = ()
     after: str | None = None
     begin: float = field(default_factory=time.monotonic)
+    backends: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        """Take both backends for the device; on a CPU, C++ stands in for CUDA C++."""
+        self.backends = self.backends or ("triton", "cpu" if self.dry_run else "cuda")
 
     @property
     def dry_run(self) -> bool:
@@ -40,18 +47,21 @@ class Job:
         return self.lines.dry_run
 
     @property
-    def backends(self) -> tuple[str, str]:
-        """Return the two backends for the device; on a CPU, C++ stands in for CUDA C++."""
-        return ("triton", "cpu" if self.dry_run else "cuda")
-
-    @property
     def rounds(self) -> int:
         """Return how many rounds there are at most; the figures of a rehearsal tell nothing."""
         return 1 if self.dry_run else measure.MOST
 
+    def leave_out_unavailable(self) -> None:
+        """Keep of the backends those that can run here, and write why the others cannot."""
+        reasons = {name: backends.unavailable(name) for name in self.backends}
+        self.backends = tuple(name for name in reasons if reasons[name] is None)
+        for name, reason in reasons.items():
+            if reason is not None and self.after is None:  # else it is written already
+                self.lines.left_out("available", reason, backend=name)
+
     def left(self) -> float:
         """Return the seconds in which something may still begin."""
-        return self.begin + _LAST_PART * (self.until - self.begin) - time.monotonic()
+        return self.begin + LAST_PART * (self.until - self.begin) - time.monotonic()
 
     def groups(self, wanted) -> Iterator[tuple[str, torch.dtype, float]]:
         """Yield case, dtype and seconds of those (case, dtype) that were asked for.
@@ -69,7 +79,7 @@ class Job:
                 torch.cuda.empty_cache()
             left = self.left()
             if left < _LEAST:
-                self.lines.left_out("group", "the stage's time is used up", case=case, dtype=dtype)
+                self.lines.left_out("group", NOT_BEGUN, case=case, dtype=dtype)
                 continue
             yield case, getattr(torch, dtype), left / (len(own) - i)
 

@@ -123,7 +123,7 @@ class Results:
 
     def backends(self, stage: str) -> list[str]:
         """Return the names of our backends that a stage has lines of."""
-        names = dict.fromkeys(x["backend"] for x in self.all if x["stage"] == stage)
+        names = {x["backend"] for x in self.all if x["stage"] == stage and x["what"] != "available"}
         return [name for name in ("triton", "cuda", "cpu") if name in names]
 
 

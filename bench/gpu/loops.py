@@ -10,6 +10,7 @@ from .. import baselines, gate
 from ..interleave import in_turn
 from . import inputs, measure
 from .job import Job, name_of
+from .parallel import NOT_BEGUN
 
 _EAGER = ("autograd_loop", "inplace_loop")
 # Of ours, beside one vector and one iteration: name, arguments of the regularizer.
@@ -19,24 +20,28 @@ _VARIANTS = {
     'step, 4 vectors, "auto"': {"n_vectors": 4, "iterations": "auto"},
 }
 _COMPILATION = 5.0  # seconds at least without which a loop is not given to torch.compile
+_TIMING = 1.5  # seconds at most for rounds beside loops of milliseconds: a few will do
 
 
 def run(job: Job) -> None:
-    """Measure the loops that need no compilation, our variants, then the compiled loops."""
+    """Measure of each case the loops that need no compilation, then the compiled one.
+
+    Our variants come after the first case's.
+    """
+    rate = 0.0  # seconds that a compilation takes for a matrix, of which there is code for each
     for case, dtype, seconds in job.groups(inputs.LOOPS):
-        _guarded(job, case, dtype, _EAGER, seconds / 3)
-        if (case, name_of(dtype)) == inputs.SEVERAL:
-            _variants(job, case, dtype, seconds / 3)
-    job.after, longest = None, _COMPILATION
-    for case, dtype, seconds in job.groups(inputs.LOOPS):
-        if job.left() < longest:
+        _guarded(job, case, dtype, _EAGER, min(_TIMING, seconds / 4))
+        matrices = len(inputs.shapes(case, job.dry_run))
+        if job.left() < max(_COMPILATION, rate * matrices):
             job.lines.left_out("compiled_loop", "too little time is left", case=case,
                                dtype=name_of(dtype))  # fmt: skip
-            continue
-        torch.compiler.reset()  # what was compiled for other shapes counts against a limit
-        start = time.monotonic()
-        _guarded(job, case, dtype, ("compiled_loop",), seconds / 4)
-        longest = max(longest, time.monotonic() - start)
+        else:
+            torch.compiler.reset()  # what was compiled for other shapes counts against a limit
+            start = time.monotonic()
+            _guarded(job, case, dtype, ("compiled_loop",), min(_TIMING, seconds / 4))
+            rate = max(rate, (time.monotonic() - start) / matrices)
+        if (case, name_of(dtype)) == inputs.SEVERAL:
+            _variants(job, case, dtype, min(_TIMING, seconds / 4))
 
 
 def _guarded(job: Job, case: str, dtype: torch.dtype, loops, seconds: float) -> None:
@@ -78,16 +83,20 @@ def _variants(job: Job, case: str, dtype: torch.dtype, seconds: float) -> None:
     """Time ours with more vectors and iterations, which the stages before have checked."""
     where = {"case": case, "dtype": name_of(dtype)}
     sets = inputs.input_sets(inputs.shapes(case, job.dry_run), dtype, job.device)
-    functions = {}
+    functions, longest = {}, 0.0
     for backend in job.backends:
         if not job.takes_part(case, dtype, backend):
             continue
         for name, arguments in {"step": {}, **_VARIANTS}.items():
+            if job.left() < longest:  # else what is measured might be lost with this process
+                job.lines.left_out(name, NOT_BEGUN, backend=backend, **where)
+                continue
             try:
                 regs = [inputs.regularizer(weights, backend, **arguments) for weights in sets]
                 start = measure.now(job.device)
                 regs[0].accumulate_grad_()
                 first = measure.now(job.device) - start
+                longest = max(longest, first)
                 functions[backend, name] = in_turn([reg.accumulate_grad_ for reg in regs])
                 functions[backend, name]()
             except Exception as error:

@@ -9,14 +9,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+from . import group
 from .environment import ROOT, cuda_device, output_of
 from .lines import Lines
+from .parallel import LAST_PART
 
 CUDA = Path("/usr/local/cuda/bin")
 TEST_SECONDS = 40  # of one test, where pytest-timeout is installed
+NOT_AVAILABLE = "this backend cannot run here: "  # what tests.sanitized says before the reason
 _TOOL = "compute-sanitizer"
 
 
@@ -122,32 +126,60 @@ def tests(lines: Lines) -> int:
 # --------------------------------------------------------------------------------- the sanitizer
 
 
-def memcheck(lines: Lines, backends: tuple[str, ...]) -> None:
-    """Run ``tests.sanitized`` under memcheck, every tensor in an allocation of its own."""
+def memcheck(lines: Lines, backends: tuple[str, ...], until: float) -> None:
+    """Run ``tests.sanitized`` under memcheck, every tensor in an allocation of its own.
+
+    Each backend may take its equal part of what is left until ``until``, a monotonic time.
+    """
     found = shutil.which(_TOOL) or next(map(str, filter(Path.exists, [CUDA / _TOOL])), None)
-    for backend in backends:
+    begin = time.monotonic()
+    end = begin + LAST_PART * (until - begin)
+    for i, backend in enumerate(backends):
         if found is None or lines.dry_run:
             reason = "a CPU has no device memory" if lines.dry_run else f"there is no {_TOOL}"
             lines.left_out("memcheck", reason, backend=backend)
-            continue
-        start = time.perf_counter()
-        command = [found, "--tool", "memcheck", "--error-exitcode", "9",
-                   sys.executable, "-m", "tests.sanitized", backend]  # fmt: skip
-        print("$", *command, flush=True)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        errors, last = None, ""
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = line.strip(" =\n") or last
-            if match := re.search(r"ERROR SUMMARY: (\d+) error", line):
-                errors = int(match[1])
-        code = process.wait()
-        if code or errors != 0:
-            reason = f"exit code {code}: {last}" if errors is None else f"{errors} errors"
-            lines.failed("memcheck", f"{reason}, see stages.log", backend=backend)
         else:
-            seconds = time.perf_counter() - start
-            lines.put("memcheck", errors, "errors", backend=backend, seconds=seconds)
+            _memcheck(lines, found, backend, (end - time.monotonic()) / (len(backends) - i))
+
+
+def _memcheck(lines: Lines, tool: str, backend: str, most: float) -> None:
+    """Run memcheck for one backend, and kill it after ``most`` seconds."""
+    start = time.monotonic()
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9",
+               sys.executable, "-m", "tests.sanitized", backend]  # fmt: skip
+    print("$", *command, flush=True)
+    process = group.start(
+        command, cwd=ROOT, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    killed = threading.Event()
+
+    def kill():
+        if process.returncode is None:
+            killed.set()
+            group.end(process)
+
+    timer = threading.Timer(max(most, 0), kill)
+    timer.start()
+    errors, last, reason = None, "", None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip(" =\n") or last
+        if NOT_AVAILABLE in line:
+            reason = line.partition(NOT_AVAILABLE)[2].strip()
+        if match := re.search(r"ERROR SUMMARY: (\d+) error", line):
+            errors = int(match[1])
+    code = process.wait()
+    timer.cancel()
+    process.stdin.close()
+    seconds = time.monotonic() - start
+    if reason is not None:
+        lines.left_out("available", reason, backend=backend)
+    elif killed.is_set():
+        said = f", the last it said: {last}" if last else ""
+        lines.failed("memcheck", f"killed after {seconds:.0f} s{said}", backend=backend)
+    elif code or errors != 0:
+        found = f"exit code {code}: {last}" if errors is None else f"{errors} errors"
+        lines.failed("memcheck", f"{found}, see stages.log", backend=backend)
+    else:
+        lines.put("memcheck", errors, "errors", backend=backend, seconds=seconds)

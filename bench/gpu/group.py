@@ -1,0 +1,45 @@
+"""A process group that ends with the process that started it, through the pipe to its input.
+
+``python -m bench.gpu.group COMMAND...`` runs a command in such a group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+
+
+def end_with_parent() -> None:
+    """End this process group once the process that holds the other end of the input is gone."""
+    threading.Thread(target=_wait, daemon=True).start()
+
+
+def _wait() -> None:
+    if not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return
+    while os.read(0, 4096):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def start(command, **options) -> subprocess.Popen:
+    """Start a command in a group of its own, which ends when this process does; see ``end``."""
+    command = [sys.executable, "-m", "bench.gpu.group", *command]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill everything in the group of a process that nobody has waited for."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    code = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, check=False).returncode
+    sys.exit(code if code >= 0 else 128 - code)
