@@ -86,6 +86,17 @@ def test_rows_of_all_widths_give_what_the_reference_does(triton_backend, monkeyp
     torch.testing.assert_close(ours.state.s, true.state.s, rtol=1e-4, atol=1e-4)
 
 
+def test_nothing_is_launched_for_long_rows_of_which_there_are_none(triton_backend, monkeypatch):
+    launch = pytest.importorskip("spectral_kernels._triton.launch")
+    grids, start = [], launch.Variant.launch
+    monkeypatch.setattr(launch.Variant, "launch", lambda self, device, grid, *arguments: (
+        grids.append(grid), start(self, device, grid, *arguments)))  # fmt: skip
+    bucket = bucket_of([torch.randn(0, 9000)], triton_backend)
+    bucket.iterate(1)
+    assert grids
+    assert all(grids)
+
+
 def test_gradients_of_several_dtypes_at_once(triton_backend):
     weights = random_weights([(20, 24), (30, 8), (9, 16)], torch.bfloat16)
     bucket = bucket_of(weights, triton_backend)

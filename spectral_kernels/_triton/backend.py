@@ -39,7 +39,7 @@ class Triton:
                 found = _variant("gram_matvec", plan, large=plan.n_elements >= LARGE, **given)
                 found.launch(device, grid, pointers, numbers)
             own = sizes(capability_of(device), plan.dtype.itemsize).gram_matvec
-            if any(own["SHORTEST"] < n <= own["LONGEST"] for n in plan.widths):
+            if n_tiles and any(own["SHORTEST"] < n <= own["LONGEST"] for n in plan.widths):
                 pointers = pointers[:2] + pointers[3:]
                 found = _variant("gram_matvec_long", plan, **given)
                 found.launch(device, n_tiles, pointers, numbers[:1])
