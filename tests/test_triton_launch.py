@@ -7,6 +7,8 @@ import torch
 
 launch = pytest.importorskip("spectral_kernels._triton.launch", reason="triton is not installed")
 
+from spectral_kernels._triton.sizes import sizes  # noqa: E402
+
 SECOND = torch.device("cuda", 1)
 
 
@@ -84,7 +86,8 @@ def test_rocm_has_no_limit_of_registers(monkeypatch):
                  "DTYPE": None, "MOMENT_TYPE": None}  # fmt: skip
     assert "maxnreg" not in launch.Variant("update", 90, 2, 1, constants).options
     monkeypatch.setattr(torch.version, "hip", None)
-    assert launch.Variant("update", 90, 2, 1, constants).options["maxnreg"] == 128
+    most = sizes(90, 2).update_registers
+    assert launch.Variant("update", 90, 2, 1, constants).options["maxnreg"] == most > 0
 
 
 def test_arguments_are_pointers_then_numbers_then_constants():

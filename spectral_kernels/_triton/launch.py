@@ -56,11 +56,13 @@ class Variant:
         capability: of the device, 90 for 9.0; 0 for the interpreter.
         itemsize: bytes per element of the weights.
         r: vectors per matrix that the sizes of blocks are for.
-        large: whether they are for a large plan.
         constants: beside those of sizes.py.
+        large: whether the sizes of blocks are for a large plan.
     """
 
-    def __init__(self, kernel: str, capability: int, itemsize: int, r: int, large: bool, constants):
+    def __init__(
+        self, kernel: str, capability: int, itemsize: int, r: int, constants, large: bool = False
+    ):
         own = sizes(capability, itemsize, r, large)
         self.function = KERNELS[kernel]
         names = list(self.function.fn.__annotations__)  # of the constants alone
@@ -124,7 +126,7 @@ def variant(
               for name, x in constants.items()}  # fmt: skip
     if dtype is not None:
         values["DTYPE"] = TYPES[dtype]
-    return Variant(kernel, capability, itemsize, r, large, {"VECTORS": r, **values})
+    return Variant(kernel, capability, itemsize, r, {"VECTORS": r, **values}, large)
 
 
 @cache
