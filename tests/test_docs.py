@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.utils.cpp_extension  # noqa: F401, before other tests load parts of setuptools
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
