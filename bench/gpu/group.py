@@ -35,7 +35,7 @@ def start(command, **options) -> subprocess.Popen:
 
 def end(process: subprocess.Popen) -> None:
     """Kill everything in the group of a process that nobody has waited for."""
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import group
 from .environment import ROOT
 from .lines import Lines
 
@@ -142,8 +143,7 @@ def _end(one: _Running, code: int | None, folder: Path, dry_run: bool) -> int:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    group.end(process)
     if process.stdin is not None:
         process.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a driver
