@@ -26,8 +26,9 @@ import transformers
 from pytest_benchmark.utils import get_commit_info
 from torch import nn
 
-from spectral_kernels import SpectralRegularizer, demo
-from spectral_kernels.cli import processor
+from spectral_kernels import SpectralRegularizer
+from spectral_kernels.cli.demo import experiment
+from spectral_kernels.cli.env import processor
 from tests import cases
 
 from . import gate, interleave
@@ -108,17 +109,17 @@ class Demo:
 
     def __init__(self, seed: int, tasks: int = 30, epochs: int = 40):
         self.generator = torch.Generator().manual_seed(seed)
-        self.images = demo.digits(self.generator)
-        self.model = demo.build_model(self.generator)
+        self.images = experiment.digits(self.generator)
+        self.model = experiment.build_model(self.generator)
         self.tasks, self.epochs = tasks, epochs
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of all tasks."""
         for _ in range(self.tasks):
             n = len(self.images)
-            self.labels = torch.randint(demo.CLASSES, (n,), generator=self.generator)
+            self.labels = torch.randint(experiment.CLASSES, (n,), generator=self.generator)
             for epoch in range(self.epochs):
-                order = torch.randperm(n, generator=self.generator).split(demo.BATCH)
+                order = torch.randperm(n, generator=self.generator).split(experiment.BATCH)
                 for i, chosen in enumerate(order):
                     last = (epoch, i) == (self.epochs - 1, len(order) - 1)
                     yield Batch(self.images[chosen], self.labels[chosen], last)
@@ -237,7 +238,7 @@ def _count_reads(estimator) -> list[float]:
 
         estimator._iterate = counting
         return counted
-    counted, (bucket,) = [0.0], estimator._ready()
+    counted, (bucket,) = [0.0], estimator._buckets.bound()
     backend, sizes = bucket.backend, np.array([x.rows * x.cols for x in bucket.plan.layouts])
 
     class Counting(type(backend)):

@@ -17,8 +17,8 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 
 from spectral_kernels import SpectralRegularizer
-from spectral_kernels.plan import R
-from spectral_kernels.reference import orthonormal_rows
+from spectral_kernels.backends.formulas import orthonormal_rows
+from spectral_kernels.tables.schema import R
 
 Step = Callable[[], object]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectral_kernels.cli import processor, triton_version
+from spectral_kernels.cli.env import processor, triton_version
 
 from . import devices
 from .gate import Group

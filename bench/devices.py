@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from spectral_kernels.cli import processor
+from spectral_kernels.cli.env import processor
 
 DEVICES = ("cpu", "cuda")
 

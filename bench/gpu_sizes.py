@@ -24,10 +24,12 @@ from unittest import mock
 
 import torch
 
-from spectral_kernels import SpectralAdamW, backends, plan
-from spectral_kernels._triton import backend as triton_backend
-from spectral_kernels._triton import launch, precompile
-from spectral_kernels._triton.sizes import sizes
+from spectral_kernels import SpectralAdamW
+from spectral_kernels.backends.choice import unavailable
+from spectral_kernels.backends.triton import backend as triton_backend
+from spectral_kernels.backends.triton import launch, precompile
+from spectral_kernels.backends.triton.sizes import sizes
+from spectral_kernels.tables import plan
 
 from .gpu import inputs
 from .gpu.measure import captured, synchronize
@@ -148,7 +150,7 @@ def run(put: Callable[..., object], cases: Sequence[str], until: float, dry_run:
         sets = inputs.input_sets(inputs.shapes(case, dry_run), dtype, device)
         for cut in CUTS:
             with mock.patch.multiple(plan, **cut):
-                for backend in ("triton", *(() if backends.unavailable("cuda") else ("cuda",))):
+                for backend in ("triton", *(() if unavailable("cuda") else ("cuda",))):
                     found = launches(sets, backend)
                     for choice in [None, *(CHOICES if backend == "triton" else ())]:
                         if choice is not None and choice.itemsize != dtype.itemsize:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from spectral_kernels.plan import CHUNK, CHUNK_COLUMNS, MATRIX, TILE, rows_of_tiles
+from spectral_kernels.tables.plan import rows_of_tiles
+from spectral_kernels.tables.schema import CHUNK, CHUNK_COLUMNS, MATRIX, TILE
 from tests import cases
 
 LAUNCHES = 2  # gram_matvec and rank_one, whatever the number of layers

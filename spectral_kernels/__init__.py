@@ -1,8 +1,14 @@
 """Spectral regularization for PyTorch: all layers at once."""
 
-from ._version import __version__
+from importlib.metadata import PackageNotFoundError, version
+
 from .diagnostics import spectral_norms
 from .optim import SpectralAdamW, SpectralSGD
 from .regularizer import SpectralRegularizer
 
 __all__ = ["SpectralAdamW", "SpectralRegularizer", "SpectralSGD", "__version__", "spectral_norms"]
+
+try:
+    __version__ = version("spectral_kernels")  # the repository's tag when the package was built
+except PackageNotFoundError:  # a checkout that nobody has installed
+    __version__ = "0+unknown"

@@ -2,7 +2,7 @@
 
 import torch
 
-from spectral_kernels import backends
+from spectral_kernels.backends import choice
 
 from .buckets import bucket_of
 from .test_backends import DTYPES, decaying_zoo
@@ -30,10 +30,10 @@ def main() -> None:
     """Print a Markdown table."""
     print(f"{len(decaying_zoo(torch.float32)[0])} shapes from 1 x 1 to 1024 x 4096\n")
     print("| backend | dtype of W | error of sigma_1 | error of u v^T |\n|---|---|---|---|")
-    for name in backends.NAMES:
-        if backends.unavailable(name) is not None:
+    for name in choice.NAMES:
+        if choice.unavailable(name) is not None:
             continue
-        cpu = backends.native_module().cpu if name == "cpu" else None
+        cpu = choice.native_module().cpu if name == "cpu" else None
         for level in cpu.levels() if cpu else [""]:
             if cpu:
                 cpu.set_level(level)

@@ -2,12 +2,12 @@
 
 import torch
 
-from spectral_kernels import backends
-from spectral_kernels import plan as plan_module
-from spectral_kernels.bucket import Bucket
-from spectral_kernels.buckets import orthonormal
-from spectral_kernels.plan import Plan
-from spectral_kernels.selection import select
+from spectral_kernels.backends import choice
+from spectral_kernels.backends.formulas import orthonormal
+from spectral_kernels.engine.bucket import Bucket
+from spectral_kernels.selection.rules import select
+from spectral_kernels.tables import plan as plan_module
+from spectral_kernels.tables.plan import Plan
 
 
 def bucket_of(
@@ -18,7 +18,7 @@ def bucket_of(
     found = select(named, trainable_only=False, **kw)
     owners = list(dict.fromkeys(x.owner for x in (*found.matrices, *found.vectors)))
     weights = [owner.get() for owner in owners]
-    chosen = backends.choose(backend, weights[0].device, weights[0].dtype, r)
+    chosen = choice.choose(backend, weights[0].device, weights[0].dtype, r)
     plan = Plan(found.matrices, found.vectors, weights, r)
     bucket = Bucket(plan, chosen, exponent, further)
     bucket.state.target.fill_(target)

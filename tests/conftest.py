@@ -3,7 +3,7 @@ import contextlib
 import pytest
 import torch
 
-from spectral_kernels import backends
+from spectral_kernels.backends import choice
 
 from .gpu_like import GpuLike
 
@@ -19,11 +19,11 @@ def backend(request):
     """Every backend, every instruction-set level, and torch's default device; yields the name."""
     name, _, device = request.param.partition("@")
     name, _, level = name.partition("-")
-    if (reason := backends.unavailable(name)) is not None:
+    if (reason := choice.unavailable(name)) is not None:
         pytest.skip(reason)
     if device:
         yield from on_device(device, name)
-    elif name == "triton" and not backends.interpreted():
+    elif name == "triton" and not choice.interpreted():
         pytest.skip("these tests run on a CPU: set TRITON_INTERPRET=1")
     elif name == "cpu":
         yield from at_level(level, name)
@@ -33,7 +33,7 @@ def backend(request):
 
 def on_device(device, name):
     """Make what the test makes on a device."""
-    if not torch.cuda.is_available() or (name == "triton" and backends.interpreted()):
+    if not torch.cuda.is_available() or (name == "triton" and choice.interpreted()):
         pytest.skip("needs a CUDA device and Triton's compiler")
     torch.set_default_device(device)
     with exact_products():
@@ -62,7 +62,7 @@ def exact():
 
 def at_level(level, name):
     """Let the C++ kernels run at an instruction-set level."""
-    cpu = backends.native_module().cpu
+    cpu = choice.native_module().cpu
     if level not in cpu.levels():
         pytest.skip(f"this processor or build has no instruction-set level {level!r}")
     before = cpu.level()
@@ -74,7 +74,7 @@ def at_level(level, name):
 @pytest.fixture(params=["triton", "cuda"])
 def kernels(request):
     """The backends that have kernels for a GPU; yields the name."""
-    if (reason := backends.unavailable(request.param)) is not None:
+    if (reason := choice.unavailable(request.param)) is not None:
         pytest.skip(reason)
     return request.param
 
@@ -82,7 +82,7 @@ def kernels(request):
 @pytest.fixture
 def gpu_like(monkeypatch):
     """A stand-in for a GPU on a CPU, for backend "cpu"."""
-    if (reason := backends.unavailable("cpu")) is not None:
+    if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
     return GpuLike(monkeypatch)
 

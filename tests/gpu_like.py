@@ -10,8 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spectral_kernels import SpectralAdamW, SpectralRegularizer, backends, device_tables
-from spectral_kernels.plan import SLOT, address
+from spectral_kernels import SpectralAdamW, SpectralRegularizer
+from spectral_kernels.backends import choice
+from spectral_kernels.tables import device as device_tables
+from spectral_kernels.tables.schema import SLOT, address
 
 WAYS = ("accumulate", "penalty", "optimizer")  # of having the penalty in a step
 _TABLES = [SLOT[name] for name in ("matrices", "tiles", "vectors", "chunks")]
@@ -78,9 +80,9 @@ class GpuLike:
         patch.setattr(device_tables, "shares_memory", lambda device: False)
         patch.setattr(device_tables, "pinned", self._pin)
         patch.setattr(device_tables, "is_capturing", lambda device: self.graph is not None)
-        make = backends._make
+        make = choice._make
         patch.setattr(
-            backends, "_make",
+            choice, "_make",
             lambda name, dtype: Kernels(self) if name == "cpu" else make(name, dtype),
         )  # fmt: skip
 
@@ -153,7 +155,7 @@ class Kernels:
     scalars_on_device = True  # all but found_inf, which these kernels do not know
 
     def __init__(self, gpu):
-        self._gpu, self._native = gpu, backends.native_module().cpu
+        self._gpu, self._native = gpu, choice.native_module().cpu
 
     def gram_matvec(self, plan, state):
         self._launch("gram_matvec", [self._header(plan, state)])

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bench.gpu.outside import NOT_AVAILABLE
-from spectral_kernels import SpectralAdamW, SpectralSGD, backends
+from spectral_kernels import SpectralAdamW, SpectralSGD
+from spectral_kernels.backends import choice
 
 from .buckets import bucket_of, gradients
 
@@ -58,6 +59,6 @@ if __name__ == "__main__":
     if not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
         sys.exit("set PYTORCH_NO_CUDA_MEMORY_CACHING=1: in memory that torch has cut up, accesses "
                  "beyond a tensor are not seen")  # fmt: skip
-    if (reason := backends.unavailable(sys.argv[1])) is not None:
+    if (reason := choice.unavailable(sys.argv[1])) is not None:
         sys.exit(NOT_AVAILABLE + reason)
     main(sys.argv[1], "cuda")

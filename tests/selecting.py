@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from spectral_kernels.plan import Plan
-from spectral_kernels.reference import stored
-from spectral_kernels.selection import select
+from spectral_kernels.backends.reference import stored
+from spectral_kernels.selection.rules import select
+from spectral_kernels.tables.plan import Plan
 
 
 def randomized(module):

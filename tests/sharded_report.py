@@ -15,7 +15,7 @@ from pytest_benchmark.utils import get_commit_info
 
 from bench import scale_model
 from bench.report import commit_name
-from spectral_kernels.cli import processor
+from spectral_kernels.cli.env import processor
 from tests import sharded_models, sharded_runs
 from tests.ranks import Ranks
 

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 import spectral_kernels
-from spectral_kernels import SpectralRegularizer, diagnostics, shards
+from spectral_kernels import SpectralRegularizer, diagnostics
+from spectral_kernels.sharding import shards
 from tests.collectives import Collectives
 from tests.sharded_models import VIEWS, Views, built, device, distributed, sharded, whole
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from spectral_kernels import backends
+from spectral_kernels.backends import choice
 
 from . import cases
 from .buckets import bucket_of, gradients, poison
@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 def rounding(backend, dtype):
     """Units of one rounding; Triton's interpreter, unlike a GPU, is not exact to bfloat16."""
-    in_python = backend == "triton" and backends.interpreted()
+    in_python = backend == "triton" and choice.interpreted()
     return 1.01 if in_python and dtype == torch.bfloat16 else 0.51
 
 
@@ -48,7 +48,7 @@ def _decaying_zoo(dtype):
 def test_sigma_and_direction_against_svd_over_the_zoo(backend, dtype):
     weights, triples = decaying_zoo(dtype)
     bucket = bucket_of(weights, backend)
-    in_python = bucket.backend.name == "triton" and backends.interpreted()
+    in_python = bucket.backend.name == "triton" and choice.interpreted()
     bucket.iterate(14 if in_python else 40)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for i, (sigma, product) in enumerate(triples):
@@ -320,7 +320,7 @@ def test_every_16_bit_gradient_value_survives_a_zero_update(backend, dtype):
     bucket.iterate(1)
     after = gradients(bucket, accumulate=True, grads=[grad.clone()])[0]
     same = (after == grad) | (after.isnan() & grad.isnan())
-    if backend == "triton" and dtype == torch.bfloat16 and backends.interpreted():
+    if backend == "triton" and dtype == torch.bfloat16 and choice.interpreted():
         # The interpreter, unlike a GPU, does not convert subnormal bfloat16 numbers rightly.
         same |= grad.abs() < torch.finfo(dtype).smallest_normal
     assert same.all()

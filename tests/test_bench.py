@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from bench import baselines, gate, interleave, memory, optimizers, report, traffic
-from spectral_kernels import backends
-from spectral_kernels.plan import SLOT, Plan
-from spectral_kernels.selection import select
+from spectral_kernels.backends import choice, native
+from spectral_kernels.selection.rules import select
+from spectral_kernels.tables.plan import Plan
+from spectral_kernels.tables.schema import SLOT
 from tests import cases
 
 SHAPES = [(30, 40), (64, 16), (30, 40)]
@@ -67,16 +68,16 @@ def test_a_contender_that_raises_does_not_stop_the_others():
 
 
 def test_our_kernel_with_a_flipped_sign_is_not_timed(monkeypatch):
-    if (reason := backends.unavailable("cpu")) is not None:
+    if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
-    right = backends.Cpu.rank_one
+    right = native.Cpu.rank_one
 
     def flipped_rank_one(self, plan, state, grads, accumulate):
         state.strength.neg_()
         right(self, plan, state, grads, accumulate)
         state.strength.neg_()
 
-    monkeypatch.setattr(backends.Cpu, "rank_one", flipped_rank_one)
+    monkeypatch.setattr(native.Cpu, "rank_one", flipped_rank_one)
     assert "off by" in compete(baselines.ours("cpu"), torch.float32)
 
 
@@ -145,7 +146,7 @@ def test_input_sets_are_taken_in_turn():
 def test_memory_of_a_step_is_that_of_vectors_not_of_matrices():
     if (reason := memory.missing("cpu")) is not None:
         pytest.skip(reason)
-    if (reason := backends.unavailable("cpu")) is not None:
+    if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
     of_weights = 4 * sum(m * n for m, n in cases.CASES["vit_tiny"]())
     peak = {

@@ -15,9 +15,11 @@ import zipfile
 import pytest
 import torch
 
-from spectral_kernels import checkpoint_files, cli, inspection_rows
-from spectral_kernels.checkpoint_files import Checkpoint, CheckpointError
-from spectral_kernels.inspection_rows import Patterns, measure
+from spectral_kernels import cli
+from spectral_kernels.cli.inspect import checkpoint as checkpoint_files
+from spectral_kernels.cli.inspect import measure
+from spectral_kernels.cli.inspect.checkpoint import Checkpoint, CheckpointError
+from spectral_kernels.cli.inspect.measure import Patterns
 from tests import TIMEOUT, processes
 from tests.checkpoints import check_against_svd, error_of, save_sharded, values
 
@@ -287,7 +289,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path, tensors, monkeypatch, suffix):
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", counting)
-    found = measure(Checkpoint(index), Patterns())
+    found = measure.measure(Checkpoint(index), Patterns())
     assert len(found.rows) == most[1] == 3
     assert most[0] == 1
 
@@ -296,7 +298,7 @@ def test_a_mapped_file_is_opened_anew_after_some_bytes(saved, monkeypatch):
     checkpoint = Checkpoint(saved)
     monkeypatch.setattr(checkpoint_files, "_MAPPED_BYTES", 100)
     before = checkpoint._reader
-    rows = measure(checkpoint, Patterns()).rows
+    rows = measure.measure(checkpoint, Patterns()).rows
     assert checkpoint._reader is not before
     assert len(rows) == 3
 
@@ -310,19 +312,20 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path, suffix):
     done = subprocess.run(
         [sys.executable, "-c",
          "import re, sys, threading\n"
-         "from spectral_kernels import checkpoint_files, inspection_rows as rows\n"
+         "from spectral_kernels.cli.inspect import checkpoint, measure\n"
          "def anonymous():\n"
          "    status = open('/proc/self/status').read()\n"
          "    return int(re.search(r'RssAnon:\\s*(\\d+) kB', status)[1]) / 1000\n"
-         "rows.measure(checkpoint_files.Checkpoint(sys.argv[2]), rows.Patterns())\n"
+         "small = checkpoint.Checkpoint(sys.argv[2])\n"
+         "measure.measure(small, measure.Patterns())\n"
          "before, most, done = anonymous(), [], threading.Event()\n"
          "def sample():\n"
          "    while not done.wait(0.001):\n"
          "        most.append(anonymous())\n"
          "sampler = threading.Thread(target=sample)\n"
          "sampler.start()\n"
-         "checkpoint = checkpoint_files.Checkpoint(sys.argv[1])\n"
-         "rows.measure(checkpoint, rows.Patterns(), lambda *_: most.append(anonymous()))\n"
+         "large = checkpoint.Checkpoint(sys.argv[1])\n"
+         "measure.measure(large, measure.Patterns(), lambda *_: most.append(anonymous()))\n"
          "done.set()\n"
          "sampler.join()\n"
          "print(max(most) - before)\n", path, _small(tmp_path)],
@@ -341,11 +344,11 @@ def _small(folder):
 
 
 def test_the_norm_is_made_piece_by_piece(monkeypatch):
-    monkeypatch.setattr(inspection_rows, "_PIECE", 7)
+    monkeypatch.setattr(measure, "_PIECE", 7)
     for shape in ((5, 30), (30, 5), (1, 40), (2, 3, 4), (3, 1)):
         weight = torch.randn(shape)
         exact = float(weight.double().norm())
-        assert inspection_rows._norm(weight) == pytest.approx(exact, rel=1e-12)
+        assert measure._norm(weight) == pytest.approx(exact, rel=1e-12)
 
 
 def test_a_file_that_breaks_between_listing_and_reading_is_named(saved, monkeypatch):

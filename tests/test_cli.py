@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from spectral_kernels import backends, cli
+from spectral_kernels import cli
+from spectral_kernels.backends import choice
 from tests import TIMEOUT, processes
 
 EXTRAS = ("sklearn", "matplotlib", "rich")
@@ -35,18 +36,18 @@ def test_env_names_versions_and_every_backend(capsys):
     rows = dict(line.split("  ", 1) for line in out.splitlines())
     assert rows["torch"].strip() == torch.__version__
     assert rows["threads"].strip() == str(torch.get_num_threads())
-    for name in backends.NAMES:
-        reason = backends.unavailable(name)
+    for name in choice.NAMES:
+        reason = choice.unavailable(name)
         assert rows[f"backend {name}"].strip() == ("works" if reason is None else f"no: {reason}")
-    if backends.unavailable("cpu") is None:
-        native = backends.native_module().cpu
+    if choice.unavailable("cpu") is None:
+        native = choice.native_module().cpu
         assert rows["instruction set"].split()[0] == native.level()
         assert all(level in rows["instruction set"] for level in native.levels())
 
 
 def test_env_says_why_a_backend_cannot_run(capsys, monkeypatch):
     why = {"cpu": "the compiled module is missing"}
-    monkeypatch.setattr(backends, "unavailable", why.get)
+    monkeypatch.setattr(choice, "unavailable", why.get)
     assert cli.main(["env"]) == 0
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert rows["backend cpu"].strip() == "no: the compiled module is missing"
@@ -101,22 +102,22 @@ def test_a_small_demo_prints_every_arm_and_writes_a_picture(extras, tmp_path):
 
 
 def test_a_failing_arm_is_an_exit_code(extras, capsys, monkeypatch, tmp_path):
-    from spectral_kernels import demo
+    from spectral_kernels.cli.demo import experiment
 
     def fail(*_):
-        raise demo.WorkerError("the 'L2' arm died, exit code -9")
+        raise experiment.WorkerError("the 'L2' arm died, exit code -9")
 
-    monkeypatch.setattr(demo, "run", fail)
+    monkeypatch.setattr(experiment, "run", fail)
     assert cli.main(["demo", "--out", str(tmp_path / "demo.png")]) == 1
     assert capsys.readouterr().err == "spectral-kernels: the 'L2' arm died, exit code -9\n"
     assert not (tmp_path / "demo.png").exists()
 
 
 def test_ctrl_c_before_any_task_is_finished(extras, tmp_path, capsys, monkeypatch):
-    from spectral_kernels import demo
+    from spectral_kernels.cli.demo import experiment
 
-    results = demo.Results(3, 1, 0, {"none": [], "L2": []}, interrupted=True)
-    monkeypatch.setattr(demo, "run", lambda *_: results)
+    results = experiment.Results(3, 1, 0, {"none": [], "L2": []}, interrupted=True)
+    monkeypatch.setattr(experiment, "run", lambda *_: results)
     assert cli.main(["demo", "--out", str(tmp_path / "demo.png")]) == 130
     said = "spectral-kernels: interrupted before any task was finished\n"
     assert capsys.readouterr().err == said

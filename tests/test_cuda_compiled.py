@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kernels import backends, plan
+from spectral_kernels.backends import choice
+from spectral_kernels.tables import schema
 
 triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
 
@@ -57,9 +58,9 @@ class Kernel(NamedTuple):
 
 @pytest.fixture(scope="module")
 def native():
-    if (reason := backends.unavailable("cpu")) is not None:
+    if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
-    module = backends.native_module()
+    module = choice.native_module()
     if not hasattr(module, "cuda"):
         pytest.skip("the compiled module has no CUDA kernels")
     return module
@@ -109,13 +110,13 @@ def test_without_a_device_a_launch_is_an_exception(native):
     if torch.cuda.is_available():
         pytest.skip("there is a device")
     assert "CUDA error" in native.cuda.problem(0)
-    header = np.zeros(len(plan.HEADER), np.int64)
-    header[plan.SLOT["n_tiles"]] = header[plan.SLOT["n_matrices"]] = 1
-    addresses = (plan.address(header), 0, 0, 0, 0)
-    update = np.zeros(len(plan.UPDATE), np.int64)
-    step = {"update": plan.address(update), "device": 0, "stream": 0}
-    for r in plan.R:
-        header[plan.SLOT["r"]] = r
+    header = np.zeros(len(schema.HEADER), np.int64)
+    header[schema.SLOT["n_tiles"]] = header[schema.SLOT["n_matrices"]] = 1
+    addresses = (schema.address(header), 0, 0, 0, 0)
+    update = np.zeros(len(schema.UPDATE), np.int64)
+    step = {"update": schema.address(update), "device": 0, "stream": 0}
+    for r in schema.R:
+        header[schema.SLOT["r"]] = r
         with pytest.raises(RuntimeError, match="gram_matvec: CUDA error"):
             native.cuda.gram_matvec(*addresses, device=0, stream=0)
         with pytest.raises(RuntimeError, match="transposed: CUDA error"):
@@ -128,10 +129,10 @@ def test_without_a_device_a_launch_is_an_exception(native):
             )
         with pytest.raises(RuntimeError, match="update: CUDA error"):
             native.cuda.update(*addresses, **step)
-    update[plan.UPDATE.index("moment_dtype")] = plan.DTYPES[torch.bfloat16]
+    update[schema.UPDATE.index("moment_dtype")] = schema.DTYPES[torch.bfloat16]
     with pytest.raises(ValueError, match="moments are of the weights' dtype or float32"):
         native.cuda.update(*addresses, **step)
-    header[plan.SLOT["weight_dtype"]] = plan.DTYPES[torch.float64]
+    header[schema.SLOT["weight_dtype"]] = schema.DTYPES[torch.float64]
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
         native.cuda.gram_matvec(*addresses, device=0, stream=0)
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from spectral_kernels import plan as plan_module
-from spectral_kernels.state import State
+from spectral_kernels.tables import plan as plan_module
+from spectral_kernels.tables.state import State
 
 from . import TIMEOUT, cuda_emulator
 from .buckets import bucket_of, poison

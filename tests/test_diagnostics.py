@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spectral_kernels import spectral_norms
-from spectral_kernels.bucket import Bucket
+from spectral_kernels.engine.bucket import Bucket
 
 from . import models
 

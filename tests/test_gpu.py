@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from bench import baselines, devices, gate, memory
-from spectral_kernels import SpectralRegularizer, backends, spectral_norms
+from spectral_kernels import SpectralRegularizer, spectral_norms
+from spectral_kernels.backends import choice
 
 from .gpu_like import WAYS, check_graph, training
 from .models import captured, close, net, with_gradients
@@ -188,7 +189,7 @@ def test_an_eager_step_does_not_move_the_gradients_of_a_graph(kernels):
 def test_a_capture_without_a_step_before_it_is_an_error(kernels):
     """Of tables that were built, and not used yet."""
     reg = SpectralRegularizer(with_gradients(net()), 0.1, warmup=0, backend=kernels)
-    reg._buckets.fresh()
+    reg._buckets.bound()
     graph = torch.cuda.graph(torch.cuda.CUDAGraph())
     with pytest.raises(RuntimeError, match="run a step before"), graph:
         reg.accumulate_grad_()
@@ -253,8 +254,8 @@ def test_compute_sanitizer_finds_nothing(kernels, tool):
 
 
 def test_auto_takes_the_first_that_can_run(recwarn):
-    names = [n for n in ("triton", "cuda") if backends.unavailable(n) is None]
-    chosen = backends.choose("auto", torch.device("cuda", 0)).name
+    names = [n for n in ("triton", "cuda") if choice.unavailable(n) is None]
+    chosen = choice.choose("auto", torch.device("cuda", 0)).name
     assert chosen == (names[0] if names else "reference")
     assert not [w for w in recwarn if "failed its check" in str(w.message)]
 
@@ -268,8 +269,8 @@ def test_the_cpu_backend_refuses_cuda_weights():
 @pytest.mark.parametrize("name", [n for n, c in baselines.CONTENDERS.items()
                                   if "cuda" in c.devices])  # fmt: skip
 def test_every_contender_passes_the_gate(name):
-    if name.removesuffix("_replay") in backends.NAMES and (
-        reason := backends.unavailable(name.removesuffix("_replay"))
+    if name.removesuffix("_replay") in choice.NAMES and (
+        reason := choice.unavailable(name.removesuffix("_replay"))
     ):
         pytest.skip(reason)
     weights = gate.leaves(SHAPES, torch.float32, "cuda")

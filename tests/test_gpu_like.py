@@ -8,15 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import (
-    SpectralAdamW,
-    SpectralRegularizer,
-    SpectralSGD,
-    backends,
-    spectral_norms,
-)
-from spectral_kernels.device_tables import SPARES, DeviceTables
-from spectral_kernels.reference import Reference
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD, spectral_norms
+from spectral_kernels.backends import choice
+from spectral_kernels.backends.reference import Reference
+from spectral_kernels.tables.device import SPARES, DeviceTables
 
 from .gpu_like import WAYS, check_graph, training
 from .models import close, grads
@@ -32,8 +27,8 @@ def small():
 
 
 def skip_without(backend):
-    if backend == "triton" and not (backends.unavailable(backend) is None and
-                                    backends.interpreted()):  # fmt: skip
+    if backend == "triton" and not (choice.unavailable(backend) is None and
+                                    choice.interpreted()):  # fmt: skip
         pytest.skip("set TRITON_INTERPRET=1")
 
 
@@ -336,7 +331,7 @@ def test_float64_weights_are_measured_by_a_backend_for_them(monkeypatch, n_vecto
         asked.append(dtype)
         return Reference
 
-    monkeypatch.setattr(backends, "_make", make)
+    monkeypatch.setattr(choice, "_make", make)
     model = nn.Linear(7, 5).double()
     found = spectral_norms(model, n_vectors=n_vectors, backend="cpu")["weight"]
     SpectralRegularizer(model, target="initial", n_vectors=n_vectors, backend="cpu").report()

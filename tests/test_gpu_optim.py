@@ -8,7 +8,8 @@ import copy
 import pytest
 import torch
 
-from spectral_kernels import SpectralAdamW, SpectralSGD, device_tables
+from spectral_kernels import SpectralAdamW, SpectralSGD
+from spectral_kernels.tables import device as device_tables
 
 from .gpu_like import check_graph, training
 from .models import captured, net, with_gradients

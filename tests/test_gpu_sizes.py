@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import gpu_sizes
-from spectral_kernels import backends
-from spectral_kernels._triton import launch
+from spectral_kernels.backends import choice
+from spectral_kernels.backends.triton import launch
 
 
 @pytest.mark.parametrize("choice", gpu_sizes.CHOICES, ids=lambda c: f"{c.kernel}-{c.itemsize}")
@@ -37,7 +37,7 @@ def test_a_choice_is_what_kernels_are_launched_with(choice):
     assert variant()[0] == usual
 
 
-@pytest.mark.skipif(not backends.interpreted(), reason="set TRITON_INTERPRET=1")
+@pytest.mark.skipif(not choice.interpreted(), reason="set TRITON_INTERPRET=1")
 def test_a_rehearsal_has_a_line_for_every_kernel_of_triton(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_sizes, "CHOICES", gpu_sizes.CHOICES[:1])
     monkeypatch.setattr(gpu_sizes, "CUTS", gpu_sizes.CUTS[:1])

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from spectral_kernels import cli
-from spectral_kernels.checkpoint_files import Checkpoint
-from spectral_kernels.inspection_rows import Patterns, Row, kind, measure
+from spectral_kernels.cli.inspect.checkpoint import Checkpoint
+from spectral_kernels.cli.inspect.measure import Patterns, Row, kind, measure
 from tests import TIMEOUT, processes
 from tests.checkpoints import values
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralRegularizer, memory
+from spectral_kernels import SpectralRegularizer
+from spectral_kernels.tables import addresses
 
 from . import models
 from .models import close
@@ -13,10 +14,10 @@ from .models import close
 @pytest.fixture(params=["native", "python"])
 def way(request, monkeypatch):
     if request.param == "python":
-        monkeypatch.setattr(memory, "_describe", None)
-    elif memory._describe is None:
+        monkeypatch.setattr(addresses, "_describe", None)
+    elif addresses._describe is None:
         pytest.skip("no compiled module")
-    elif memory._describe(torch.Tensor, []) is None:
+    elif addresses._describe(torch.Tensor, []) is None:
         pytest.skip("this torch has no DLPack exchange table")
     return request.param
 
@@ -24,7 +25,7 @@ def way(request, monkeypatch):
 def test_addresses(way):
     base = torch.randn(6, 5)
     tensors = [base, base[2:], nn.Parameter(base[:, 1:]), torch.empty(0, 3), torch.tensor(1.0)]
-    found = memory.memory_of(tensors)
+    found = addresses.memory_of(tensors)
     assert found.address_array().tolist() == [t.data_ptr() for t in tensors]
     assert isinstance(found.layouts, bytes) == (way == "native")
 
@@ -39,7 +40,7 @@ OTHERS = [
 
 @pytest.mark.usefixtures("way")
 def test_layouts_are_equal_for_the_same_and_differ_for_others():
-    layouts = [memory.memory_of([t]).layouts for t in (*SAME, *OTHERS)]
+    layouts = [addresses.memory_of([t]).layouts for t in (*SAME, *OTHERS)]
     assert layouts[0] == layouts[1] == layouts[2]
     assert all(a != b for i, a in enumerate(layouts[2:]) for b in layouts[i + 3 :])
 
@@ -47,7 +48,7 @@ def test_layouts_are_equal_for_the_same_and_differ_for_others():
 @pytest.mark.usefixtures("way")
 def test_a_tensor_without_an_address_raises():
     with pytest.raises(RuntimeError):
-        memory.memory_of([torch.zeros(2), torch.zeros(2, 2).to_sparse()])
+        addresses.memory_of([torch.zeros(2), torch.zeros(2, 2).to_sparse()])
 
 
 @pytest.mark.usefixtures("way")

@@ -20,7 +20,7 @@ from bench.gpu import checks, inputs, job, loops, measure, outside, parallel, st
 from bench.gpu.environment import Device
 from bench.gpu.lines import FILE, Lines, read
 from bench.gpu.stages import Stage
-from spectral_kernels import backends, reference
+from spectral_kernels.backends import choice, reference
 from tests import TIMEOUT
 
 ROOT = Path(__file__).parent.parent
@@ -237,7 +237,7 @@ def test_told_to_stop_it_shows_the_table_and_leaves_nothing_running(tmp_path):
 
 @pytest.mark.slow
 def test_a_rehearsal_of_cheap_stages(tmp_path):
-    if (reason := backends.unavailable("triton")) is not None and "CUDA device" not in reason:
+    if (reason := choice.unavailable("triton")) is not None and "CUDA device" not in reason:
         pytest.skip(reason)
     command = [sys.executable, "-m", "bench.on_gpu", str(tmp_path), "--dry-run", "--budget=120",
                "--only=versions", "--only=kernels", "--cases=mlp"]  # fmt: skip
@@ -393,7 +393,7 @@ def test_a_stage_goes_on_without_the_backend_that_broke_the_device(tmp_path, mon
     ("name", "case"), [("kernels", "mlp"), ("optimizers", "resnet18"), ("loops", "resnet18")]
 )
 def test_a_backend_that_cannot_run_is_left_out_of_a_stage_once(tmp_path, monkeypatch, name, case):
-    monkeypatch.setattr(backends, "unavailable", lambda backend: f"no {backend} here")
+    monkeypatch.setattr(choice, "unavailable", lambda backend: f"no {backend} here")
     loop = baselines.CONTENDERS["inplace_loop"]
     monkeypatch.setitem(baselines.CONTENDERS, "compiled_loop", loop)
     lines = Lines(tmp_path, name, True)
@@ -487,7 +487,7 @@ def test_a_backend_that_cannot_run_is_one_line_of_its_stage(tmp_path, monkeypatc
 
 
 def test_checks_run_in_parallel(tmp_path, monkeypatch):
-    if (reason := backends.unavailable("cpu")) is not None:
+    if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
     own = ("4 vectors", "SpectralSGD")
     found = checked(tmp_path, monkeypatch, own, "cpu", "cpu")

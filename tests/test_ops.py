@@ -5,7 +5,8 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from spectral_kernels import SpectralRegularizer, ops
+from spectral_kernels import SpectralRegularizer
+from spectral_kernels.engine import compiled
 
 pytestmark = pytest.mark.usefixtures("seeded", "compiled_once")
 
@@ -59,7 +60,7 @@ def test_operators_are_those_of_the_file():
                   if name.startswith("spectral_kernels::")}  # fmt: skip
     assert registered == checked
     for name in checked:
-        assert callable(getattr(ops, name))
+        assert callable(getattr(compiled, name))
 
 
 def test_an_operator_refuses_other_weights_than_the_bucket_is_made_for():
@@ -67,7 +68,7 @@ def test_an_operator_refuses_other_weights_than_the_bucket_is_made_for():
     held = [x.clone() for x in (state.v, state.v_next, state.s, state.scalars)]
     weights[0] = weights[0].mT.contiguous()
     with pytest.raises(RuntimeError, match="another device, dtype, shape or layout"):
-        ops.power_iteration(
+        compiled.power_iteration(
             weights, state.v, state.v_next, state.s, state.scalars, strength, *where, 1
         )
     now = state.v, state.v_next, state.s, state.scalars

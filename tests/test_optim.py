@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD, backends
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
+from spectral_kernels.backends import choice
 
 KINDS = {
     "adamw": (torch.optim.AdamW, SpectralAdamW, {"lr": 1e-2, "weight_decay": 0.1}),
@@ -137,7 +138,7 @@ def test_a_step_of_16_bit_parameters_is_right_to_one_rounding(backend, kind, dty
         q.grad = None if p.grad is None else p.grad.double()
     optimizer.step()
     wide.step()
-    in_python = backend == "triton" and backends.interpreted() and dtype == torch.bfloat16
+    in_python = backend == "triton" and choice.interpreted() and dtype == torch.bfloat16
     # Triton's interpreter, unlike a GPU, is not exact to bfloat16.
     unit = (2 if in_python else 1) * torch.finfo(dtype).eps
     for p, q, old in zip(model.parameters(), wide_model.parameters(), before, strict=True):
@@ -243,7 +244,7 @@ def test_several_dtypes(backend):
 
 
 def test_same_bits_at_any_number_of_threads(threads):
-    if (reason := backends.unavailable("cpu")) is not None:
+    if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
     results = []
     for n in (1, 2, 3):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kernels import plan as plan_module
-from spectral_kernels import reference
-from spectral_kernels.plan import SLOT, R
-from spectral_kernels.state import State
+from spectral_kernels.backends import reference
+from spectral_kernels.tables import schema as plan_module
+from spectral_kernels.tables.schema import SLOT, R
+from spectral_kernels.tables.state import State
 
 from . import cases
 from .buckets import bucket_of, poison

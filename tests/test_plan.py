@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import backends, plan
-from spectral_kernels.plan import Plan, rows_of_tiles
-from spectral_kernels.selection import select
-from spectral_kernels.state import State
+from spectral_kernels.backends import choice
+from spectral_kernels.selection.rules import select
+from spectral_kernels.tables import plan, schema
+from spectral_kernels.tables.plan import Plan, rows_of_tiles
+from spectral_kernels.tables.state import State
 
 from . import cases
 from .buckets import bucket_of, cut_as_on_a_gpu, gradients, named_weights
@@ -183,15 +184,15 @@ def test_gradients_may_come_and_go_and_move(backend):
 
 
 def native_table_sizes():
-    if (reason := backends.unavailable("cpu")) is not None:
+    if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
-    return backends.native_module().table_sizes
+    return choice.native_module().table_sizes
 
 
 def rows_of(name):
     if name.lower() == "header":
         return np.dtype(
-            [(n, "f8" if n in ("exponent", "tolerance") else "i8") for n in plan.HEADER]
+            [(n, "f8" if n in ("exponent", "tolerance") else "i8") for n in schema.HEADER]
         )
     return getattr(plan, name.upper())
 
@@ -253,7 +254,7 @@ def test_chunks_cover_every_column_once():
     for i, layout in enumerate(plan_.layouts):
         own = plan_.chunks[plan_.chunks["matrix"] == i]["begin"]
         # A matrix without columns has a chunk too: somebody has to write its sigma.
-        assert list(own) == list(range(0, max(layout.cols, 1), plan.CHUNK_COLUMNS))
+        assert list(own) == list(range(0, max(layout.cols, 1), schema.CHUNK_COLUMNS))
     assert (np.diff(plan_.chunks["matrix"]) >= 0).all()
     assert not plan_.arrivals.any()
     assert len(plan_of([torch.randn(7, 5)], r=4).chunks) == 0
@@ -312,7 +313,7 @@ def test_state_has_room_for_r_vectors(r):
         "sigma": 5, "residual": 5, "norm": 2, "penalty": 7, "strength": 7, "target": 5
     }.items():  # fmt: skip
         assert getattr(state, name).shape == (size,), name
-        assert state.header[plan.SLOT[name]] == getattr(state, name).data_ptr()
+        assert state.header[schema.SLOT[name]] == getattr(state, name).data_ptr()
     assert torch.isnan(torch.cat((state.v, state.v_next, state.s, state.scalars))).all()
     # The parts of the matrices are disjoint and leave nothing over.
     for i, layout in enumerate(plan_.layouts):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectral_kernels import cli, logs
+from spectral_kernels import cli
+from spectral_kernels.diagnostics import log as logs
 from tests import processes
 
 SUFFIXES = (".csv", ".jsonl")
@@ -118,7 +119,7 @@ def test_of_many_matrices_the_extremes_are_named_beside_median_and_range(tmp_pat
 
 
 def test_long_names_stay_apart():
-    plots = pytest.importorskip("spectral_kernels.plots", reason="needs matplotlib")
+    plots = pytest.importorskip("spectral_kernels.cli.style", reason="needs matplotlib")
     alike = [f"resnet.encoder.stages.{i}.layers.{j}.layer.{k}.convolution.weight"
              for i in range(4) for j in range(2) for k in range(2)]  # fmt: skip
     for names in (alike, [name[::-1] for name in alike], ["head.weight"]):

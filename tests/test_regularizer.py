@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralRegularizer, reference
-from spectral_kernels.regularizer import Row
+from spectral_kernels import SpectralRegularizer
+from spectral_kernels.backends import reference
+from spectral_kernels.diagnostics.readings import LayerReading
 
 from . import models
 from .models import close
@@ -272,7 +273,7 @@ def test_report_names_shapes_and_estimates():
     reg = SpectralRegularizer(model)
     rows = reg.report()
     assert [row.name for row in rows] == reg.names
-    assert isinstance(rows[0], Row)
+    assert isinstance(rows[0], LayerReading)
     assert dict((r.name, r.shape) for r in rows)["up.weight"] == (4, 24)
     assert [r.sigma for r in rows] == reg.sigma.tolist()
     assert all(0 <= r.residual < r.sigma for r in rows)

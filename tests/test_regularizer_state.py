@@ -102,7 +102,7 @@ def test_no_kernel_runs_on_weights_that_have_moved_since(monkeypatch):
     parameter = nn.Parameter(torch.randn(6, 9).t())
     reg = SpectralRegularizer([("w.weight", parameter)])
     reg.load_state_dict(reg.state_dict())
-    reg._buckets.fresh()
+    reg._buckets.bound()
     (bucket,) = reg._buckets.buckets
     real, calls = bucket.backend.gram_matvec, []
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels.selection import check_patterns, match, select
+from spectral_kernels.selection.arguments import check_patterns, match
+from spectral_kernels.selection.rules import select
 
 from .models import mixed
 from .selecting import assert_matrices, holding, kinds_of, names_of, numbered, randomized, skipped

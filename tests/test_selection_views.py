@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels.selection import select
+from spectral_kernels.selection.rules import select
 
 from .selecting import assert_matrices, holding, kinds_of, names_of, numbered, randomized, skipped
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralAdamW, SpectralSGD, backends, optim_check
-from spectral_kernels.self_check import disagreement
+from spectral_kernels import SpectralAdamW, SpectralSGD
+from spectral_kernels.backends import choice, selfcheck
+from spectral_kernels.backends.selfcheck import disagreement
 
 from . import sanitized
 
@@ -17,24 +18,24 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_backend_passes(backend, dtype):
-    own = backends.choose(backend, torch.get_default_device(), dtype)
+    own = choice.choose(backend, torch.get_default_device(), dtype)
     assert disagreement(own, torch.get_default_device(), dtype) is None
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])  # for Triton's interpreter it is too much
 def test_the_steps_for_compute_sanitizer_run(name):
-    if (reason := backends.unavailable(name)) is not None:
+    if (reason := choice.unavailable(name)) is not None:
         pytest.skip(reason)
     sanitized.main(name, "cpu")
 
 
 def test_random_numbers_stay_as_they_were():
     before = torch.get_rng_state()
-    disagreement(backends.Reference, CPU, torch.float32)
+    disagreement(choice.Reference, CPU, torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Planted(backends.Reference):
+class Planted(choice.Reference):
     """The reference with a bug."""
 
     def __init__(self, bug):
@@ -80,7 +81,7 @@ def test_a_bug_is_found_and_named(bug, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_backend_passes_with_an_optimizer(backend, dtype, optimizer):
     device = torch.get_default_device()
-    assert optim_check.disagreement(optimizer, backend, device, dtype) is None
+    assert selfcheck.step_disagreement(optimizer, backend, device, dtype) is None
 
 
 def move_a_row_twice(step):
@@ -104,17 +105,17 @@ def not_a_step(step):
     ],
 )
 def test_a_bug_in_a_step_is_found_and_named(monkeypatch, bug, message):
-    class Planted(backends.Reference):
+    class Planted(choice.Reference):
         @staticmethod
         def update(step):
-            backends.Reference.update(step)
+            choice.Reference.update(step)
             bug(step)
 
-    monkeypatch.setattr(backends, "check_name", lambda name: None)
+    monkeypatch.setattr(choice, "check_name", lambda name: None)
     monkeypatch.setattr(
-        backends, "choose", lambda name, *_: Planted if name == "cuda" else backends.Reference
+        choice, "choose", lambda name, *_: Planted if name == "cuda" else choice.Reference
     )
-    found = optim_check.disagreement(SpectralAdamW, "cuda", CPU, torch.float32)
+    found = selfcheck.step_disagreement(SpectralAdamW, "cuda", CPU, torch.float32)
     assert re.search(message, found), found
 
 
@@ -125,58 +126,56 @@ def test_a_bug_in_a_step_is_found_and_named(monkeypatch, bug, message):
 def gpu(monkeypatch):
     """As if there were a GPU with both backends; what a check finds is set by the test."""
     problems = {}
-    monkeypatch.setattr(backends, "_checked", {})
-    monkeypatch.setattr(backends, "_said", set())
-    monkeypatch.setattr(backends, "unavailable", lambda name: None)
-    monkeypatch.setattr(backends, "_refused", lambda name, device: None)
-    monkeypatch.setattr(
-        backends, "_make", lambda name, dtype: type("Backend", (), {"name": name})()
-    )
-    monkeypatch.setattr(backends, "disagreement", lambda backend, *_: problems.get(backend.name))
+    monkeypatch.setattr(choice, "_checked", {})
+    monkeypatch.setattr(choice, "_said", set())
+    monkeypatch.setattr(choice, "unavailable", lambda name: None)
+    monkeypatch.setattr(choice, "_refused", lambda name, device: None)
+    monkeypatch.setattr(choice, "_make", lambda name, dtype: type("Backend", (), {"name": name})())
+    monkeypatch.setattr(choice, "disagreement", lambda backend, *_: problems.get(backend.name))
     return problems
 
 
 def test_auto_takes_cuda_that_passes(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("auto", GPU).name == "cuda"
+        assert choice.choose("auto", GPU).name == "cuda"
 
 
 @pytest.mark.parametrize("lacks", ["unavailable", "_refused"])
 def test_auto_takes_triton_without_a_word_where_cuda_is_not_built(gpu, monkeypatch, lacks):
     reasons = {"cuda": "the compiled module has no CUDA kernels"}
-    monkeypatch.setattr(backends, lacks, lambda name, *_: reasons.get(name))
+    monkeypatch.setattr(choice, lacks, lambda name, *_: reasons.get(name))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("auto", GPU).name == "triton"
+        assert choice.choose("auto", GPU).name == "triton"
     reasons["triton"] = "triton cannot be imported"
     with pytest.warns(UserWarning, match="PyTorch reference: the compiled module has no CUDA "
                                          "kernels; triton cannot be imported"):  # fmt: skip
-        assert backends.choose("auto", GPU).name == "reference"
+        assert choice.choose("auto", GPU).name == "reference"
 
 
 def test_auto_says_once_that_it_takes_the_next(gpu):
     gpu["cuda"] = "sigma is wrong by 1.0e-01 of its size"
     with pytest.warns(UserWarning, match="uses its 'triton' backend: 'cuda' failed its check on "
                                          "cuda:0 in torch.float32: sigma is wrong"):  # fmt: skip
-        assert backends.choose("auto", GPU).name == "triton"
+        assert choice.choose("auto", GPU).name == "triton"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("auto", GPU).name == "triton"
+        assert choice.choose("auto", GPU).name == "triton"
     gpu["triton"] = "RuntimeError: CUDA error"
     with pytest.warns(UserWarning, match="PyTorch reference: 'triton' failed its check"):
-        assert backends.choose("auto", GPU, torch.bfloat16).name == "reference"
+        assert choice.choose("auto", GPU, torch.bfloat16).name == "reference"
 
 
 def test_a_backend_asked_for_by_name_is_not_replaced(gpu):
     gpu["triton"] = "sigma is wrong"
-    assert backends.choose("triton", GPU).name == "triton"
+    assert choice.choose("triton", GPU).name == "triton"
 
 
 def test_float64_goes_to_the_reference_without_a_word(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("auto", GPU, torch.float64).name == "reference"
+        assert choice.choose("auto", GPU, torch.float64).name == "reference"
 
 
 def test_an_optimizer_says_once_that_it_takes_the_reference(gpu):
@@ -186,24 +185,24 @@ def test_an_optimizer_says_once_that_it_takes_the_reference(gpu):
         asked.append(1)
         return "2.weight is wrong by 1.0e-01 of its size after two steps"
 
-    own = backends.choose("auto", GPU)
+    own = choice.choose("auto", GPU)
     with pytest.warns(UserWarning, match="PyTorch reference: SpectralAdamW: 'cuda' failed its "
                                          "check on cuda:0 in torch.float32: 2.weight"):  # fmt: skip
-        assert backends.for_steps(own, "SpectralAdamW", GPU, torch.float32, differs).name == (
+        assert choice.for_steps(own, "SpectralAdamW", GPU, torch.float32, differs).name == (
             "reference"
         )
-    backends.for_steps(own, "SpectralAdamW", GPU, torch.float32, differs)
+    choice.for_steps(own, "SpectralAdamW", GPU, torch.float32, differs)
     assert len(asked) == 1
-    assert backends.for_steps(own, "SpectralSGD", GPU, torch.float32, lambda: None) is own
-    for serves, device in ((own, CPU), (backends.Reference, GPU)):
-        assert backends.for_steps(serves, "SpectralAdamW", device, torch.float32, differs) is serves
+    assert choice.for_steps(own, "SpectralSGD", GPU, torch.float32, lambda: None) is own
+    for serves, device in ((own, CPU), (choice.Reference, GPU)):
+        assert choice.for_steps(serves, "SpectralAdamW", device, torch.float32, differs) is serves
     assert len(asked) == 1
 
 
 def test_an_optimizer_steps_by_the_backend_that_passed(monkeypatch):
-    monkeypatch.setattr(backends, "for_steps", lambda *_: backends.Reference)
+    monkeypatch.setattr(choice, "for_steps", lambda *_: choice.Reference)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     optimizer = SpectralAdamW(model, exclude=["1.*"])
     optimizer.step()
-    assert [b.backend for b in optimizer.regularizer._buckets.buckets] == [backends.Reference]
-    assert [u.backend for u in optimizer._updates] == [backends.Reference]
+    assert [b.backend for b in optimizer.regularizer._buckets.buckets] == [choice.Reference]
+    assert [u.backend for u in optimizer._updates] == [choice.Reference]

@@ -6,17 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralRegularizer, backends, plan
+from spectral_kernels import SpectralRegularizer
+from spectral_kernels.backends import choice
+from spectral_kernels.tables import plan, schema
 
 from .buckets import bucket_of, cut_as_on_a_gpu, gradients
 from .cases import random_weights
 
-tables = pytest.importorskip("spectral_kernels._triton.tables", reason="triton is not installed")
+tables = pytest.importorskip(
+    "spectral_kernels.backends.triton.tables", reason="triton is not installed"
+)
 
 
 @pytest.fixture
 def triton_backend():
-    if not backends.interpreted():
+    if not choice.interpreted():
         pytest.skip("these tests run on a CPU: set TRITON_INTERPRET=1")
     return "triton"
 
@@ -24,13 +28,13 @@ def triton_backend():
 @pytest.mark.parametrize(
     ("struct", "names", "fields"),
     [
-        (plan.MATRIX, "WEIGHT GRAD GRAD_DTYPE ROWS OUTER INNER ROW_STRIDE OUTER_STRIDE "
+        (schema.MATRIX, "WEIGHT GRAD GRAD_DTYPE ROWS OUTER INNER ROW_STRIDE OUTER_STRIDE "
          "GRAD_ROW_STRIDE GRAD_OUTER_STRIDE V_OFFSET S_OFFSET FIRST_TILE N_TILES", "MATRIX_FIELDS"),
-        (plan.TILE, "TILE_MATRIX ROW_BEGIN ROW_END T_OFFSET", "TILE_FIELDS"),
-        (plan.CHUNK, "CHUNK_MATRIX CHUNK_BEGIN", "CHUNK_FIELDS"),
-        (plan.VECTOR, "WEIGHT GRAD GRAD_DTYPE SIZE KIND", "VECTOR_FIELDS"),
-        (plan.MOMENT, "FIRST SECOND OWNER GROUP", "MOMENT_FIELDS"),
-        (plan.GROUP, "LR WEIGHT_DECAY OPTION_1 OPTION_2 EPS NESTEROV", "GROUP_FIELDS"),
+        (schema.TILE, "TILE_MATRIX ROW_BEGIN ROW_END T_OFFSET", "TILE_FIELDS"),
+        (schema.CHUNK, "CHUNK_MATRIX CHUNK_BEGIN", "CHUNK_FIELDS"),
+        (schema.VECTOR, "WEIGHT GRAD GRAD_DTYPE SIZE KIND", "VECTOR_FIELDS"),
+        (schema.MOMENT, "FIRST SECOND OWNER GROUP", "MOMENT_FIELDS"),
+        (schema.GROUP, "LR WEIGHT_DECAY OPTION_1 OPTION_2 EPS NESTEROV", "GROUP_FIELDS"),
     ],
 )  # fmt: skip
 def test_the_kernels_know_the_tables(struct, names, fields):
@@ -38,8 +42,8 @@ def test_the_kernels_know_the_tables(struct, names, fields):
              for name in names.split()}  # fmt: skip
     assert known == {name: i for i, name in enumerate(struct.names)}
     assert getattr(tables, fields).value == len(struct.names)
-    assert tables.GAIN.value == plan.KINDS["gain"]
-    assert tables.CHUNK_COLUMNS.value == plan.CHUNK_COLUMNS
+    assert tables.GAIN.value == schema.KINDS["gain"]
+    assert tables.CHUNK_COLUMNS.value == schema.CHUNK_COLUMNS
 
 
 def test_one_launch_gives_the_same_bits_as_two(triton_backend):
@@ -66,7 +70,7 @@ def test_one_launch_gives_the_same_bits_as_two(triton_backend):
 )
 def test_rows_of_all_widths_give_what_the_reference_does(triton_backend, monkeypatch, dtype, large):
     """Aligned and not; those of 8,192 to 32,768 (16,384) columns have a kernel of their own."""
-    backend = pytest.importorskip("spectral_kernels._triton.backend")
+    backend = pytest.importorskip("spectral_kernels.backends.triton.backend")
     monkeypatch.setattr(backend, "LARGE", 0 if large else 2**60)
     cut_as_on_a_gpu(monkeypatch)
     widths = [(70, 8), (33, 136), (20, 520), (19, 768), (5, 2040), (3, 4096), (9, 4608), (10, 8192),
@@ -87,7 +91,7 @@ def test_rows_of_all_widths_give_what_the_reference_does(triton_backend, monkeyp
 
 
 def test_nothing_is_launched_for_long_rows_of_which_there_are_none(triton_backend, monkeypatch):
-    launch = pytest.importorskip("spectral_kernels._triton.launch")
+    launch = pytest.importorskip("spectral_kernels.backends.triton.launch")
     grids, start = [], launch.Variant.launch
     monkeypatch.setattr(launch.Variant, "launch", lambda self, device, grid, *arguments: (
         grids.append(grid), start(self, device, grid, *arguments)))  # fmt: skip
@@ -117,16 +121,14 @@ def test_float64_weights_go_to_the_reference(triton_backend):
     assert [b.backend.name for b in reg._buckets.buckets] == ["reference", "triton"]
 
 
-@pytest.mark.skipif(
-    backends.unavailable("triton") is None, reason="the Triton backend can run here"
-)
+@pytest.mark.skipif(choice.unavailable("triton") is None, reason="the Triton backend can run here")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run here: .*CUDA device"):
         SpectralRegularizer(nn.Linear(3, 4), backend="triton")
 
 
 def test_integer_exponents_are_products():
-    from spectral_kernels._triton.launch import integer_exponent
+    from spectral_kernels.backends.triton.launch import integer_exponent
 
     assert [integer_exponent(k) for k in (1, 2.0, 16, 17, 2.5, math.pi)] == [1, 2, 16, -1, -1, -1]
 
@@ -190,7 +192,7 @@ def test_many_tiles_and_chunks_make_what_the_reference_makes(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * size, equal_nan=True)
     assert not bucket.plan.arrivals.any()  # ready for the next launch
     sums = []
-    for calls in (bucket.backend, backends.Reference):
+    for calls in (bucket.backend, choice.Reference):
         t, gram = torch.full_like(bucket.state.v, math.nan), bucket.plan.gram_partial.new_empty(8)
         calls.collect(bucket.plan, bucket.state, t, gram)
         sums.append((t.double(), gram))

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("triton interprets here", allow_module_level=True)
 
-from spectral_kernels._triton import precompile  # noqa: E402
+from spectral_kernels.backends.triton import precompile  # noqa: E402
 
 from .triton_compiled import (  # noqa: E402
     CAPABILITIES,

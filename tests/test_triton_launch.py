@@ -5,9 +5,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-launch = pytest.importorskip("spectral_kernels._triton.launch", reason="triton is not installed")
+launch = pytest.importorskip(
+    "spectral_kernels.backends.triton.launch", reason="triton is not installed"
+)
 
-from spectral_kernels._triton.sizes import sizes  # noqa: E402
+from spectral_kernels.backends.triton.sizes import sizes  # noqa: E402
 
 SECOND = torch.device("cuda", 1)
 

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from spectral_kernels._triton.precompile import Description, compile_for, core, describe
-from spectral_kernels._triton.sizes import sizes
-from spectral_kernels._triton.tables import TYPES
-from spectral_kernels.bucket import TOLERANCE
-from spectral_kernels.plan import R
+from spectral_kernels.backends.triton.precompile import Description, compile_for, core, describe
+from spectral_kernels.backends.triton.sizes import sizes
+from spectral_kernels.backends.triton.tables import TYPES
+from spectral_kernels.engine.bucket import TOLERANCE
+from spectral_kernels.tables.schema import R
 
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory of a multiprocessor, of which a program takes RESERVED more than it asks.

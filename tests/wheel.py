@@ -25,9 +25,9 @@ ELSEWHERE = ("bench", "bench_plots", "checkpoint_files", "cli", "continual", "cu
              "integrations", "on_gpu", "plot_log", "readme", "selection_views")  # fmt: skip
 # What an extra is for, by its name.
 EXTRAS = {
-    "plot": "import spectral_kernels.log_plots, spectral_kernels.plotting",
-    "inspect": "import spectral_kernels.inspection, spectral_kernels.plots, safetensors",
-    "demo": "import spectral_kernels.demo, sklearn.datasets; sklearn.datasets.load_digits()",
+    "plot": "import spectral_kernels.cli.plot.picture",
+    "inspect": "import spectral_kernels.cli.inspect.picture, safetensors",
+    "demo": "from spectral_kernels.cli.demo.experiment import *; digits(torch.Generator())",
     "transformers": "from spectral_kernels.integrations.transformers import SpectralCallback",
     "lightning": "from spectral_kernels.integrations.lightning import SpectralCallback",
 }

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from sklearn.datasets import load_digits
 
-from spectral_kernels import demo
+from spectral_kernels.cli.demo import experiment
 
 CLASSES = 10
 
@@ -27,7 +27,7 @@ def digits(generator: torch.Generator) -> Images:
     Standardized per pixel; a pixel that is the same in all images is 0.
     """
     found = load_digits()
-    x = demo.standardized(torch.from_numpy(found.data)).view(-1, 1, 8, 8)
+    x = experiment.standardized(torch.from_numpy(found.data)).view(-1, 1, 8, 8)
     y = torch.from_numpy(found.target).long()
     order = torch.randperm(len(x), generator=generator)
     return Images(x[order[:1280]], y[order[:1280]], x[order[1280:]], y[order[1280:]])

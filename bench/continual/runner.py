@@ -16,7 +16,7 @@ from pytest_benchmark.utils import get_commit_info
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spectral_kernels.cli import processor
+from spectral_kernels.cli.env import processor
 
 from ..report import commit_name
 from ..workers import end_with_parent

@@ -9,7 +9,8 @@ import time
 
 import torch
 
-from spectral_kernels import SpectralAdamW, SpectralSGD, backends, optim_check
+from spectral_kernels import SpectralAdamW, SpectralSGD
+from spectral_kernels.backends import choice, selfcheck
 
 from .. import gate
 from . import inputs, measure
@@ -63,7 +64,7 @@ def backend(job: Job, name: str) -> None:
 
     On a GPU, ``parallel.backend`` does.
     """
-    reason = backends.unavailable(name)
+    reason = choice.unavailable(name)
     if reason is not None:
         job.lines.failed("available", reason, backend=name)
         return
@@ -97,10 +98,10 @@ def problem(
 ) -> str | None:
     """Return what one of CHECKS finds wrong with a backend that can run here, or None."""
     if what in _OPTIMIZERS:
-        return optim_check.disagreement(_OPTIMIZERS[what], name, device, dtype)
+        return selfcheck.step_disagreement(_OPTIMIZERS[what], name, device, dtype)
     if what == "ragged shapes":
         return _ragged(dtype, name, device, dry_run)
-    return backends.failed_check(name, device, dtype, {"1 vector": 1, "4 vectors": 4}[what])
+    return choice.failed_check(name, device, dtype, {"1 vector": 1, "4 vectors": 4}[what])
 
 
 def _ragged(dtype: torch.dtype, name: str, device: torch.device, dry_run: bool) -> str | None:

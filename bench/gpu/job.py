@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spectral_kernels import backends
+from spectral_kernels.backends import choice
 
 from . import inputs, measure
 from .lines import Lines
@@ -35,7 +35,7 @@ class Job:
     without: tuple[str, ...] = ()
     after: str | None = None
     begin: float = field(default_factory=time.monotonic)
-    backends: tuple[str, ...] = ()
+    choice: tuple[str, ...] = ()
 
     def __post_init__(self):
         """Take both backends for the device; on a CPU, C++ stands in for CUDA C++."""
@@ -53,7 +53,7 @@ class Job:
 
     def leave_out_unavailable(self) -> None:
         """Keep of the backends those that can run here, and write why the others cannot."""
-        reasons = {name: backends.unavailable(name) for name in self.backends}
+        reasons = {name: choice.unavailable(name) for name in self.backends}
         self.backends = tuple(name for name in reasons if reasons[name] is None)
         for name, reason in reasons.items():
             if reason is not None and self.after is None:  # else it is written already
@@ -87,7 +87,7 @@ class Job:
         """Tell whether a backend has not broken the device in this group."""
         return f"{case}/{name_of(dtype)}/{backend}" not in self.without
 
-    def go_on_where_the_device_broke(self, case: str, dtype: torch.dtype, *backends: str) -> None:
+    def go_on_where_the_device_broke(self, case: str, dtype: torch.dtype, *choice: str) -> None:
         """Begin anew at this group without ``backends``, in this very process, if it must be.
 
         After an illegal access, say, every call of CUDA fails in a process.
@@ -98,7 +98,7 @@ class Job:
         except RuntimeError as error:
             broken = error
         group = f"{case}/{name_of(dtype)}"
-        without = {f"{group}/{backend}" for backend in backends}
+        without = {f"{group}/{backend}" for backend in choice}
         if without <= set(self.without):  # it is none of ours that breaks it
             raise broken
         command = [sys.executable, "-u", "-m", "bench.gpu", self.lines.stage,

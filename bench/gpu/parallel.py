@@ -43,12 +43,12 @@ def one_check(what: str, dtype: str, backend: str, device: str) -> tuple[str | N
     """Return why the backend cannot run here, or None, and what a check of it found wrong."""
     import torch
 
-    from spectral_kernels import backends
+    from spectral_kernels.backends import choice
 
     from . import checks
 
     torch.set_num_threads(1)  # the processors have other checks to do
-    if (reason := backends.unavailable(backend)) is not None:
+    if (reason := choice.unavailable(backend)) is not None:
         return reason, None
     dtype = getattr(torch, dtype)
     return None, checks.problem(what, dtype, backend, torch.device(device), device == "cpu")

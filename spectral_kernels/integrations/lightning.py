@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ..arguments import count
 from ..regularizer import SpectralRegularizer
-from .common import Held
+from ..selection.arguments import count
+from .session import Held
 
 # Where both are installed, the one that the program uses has been imported before.
 if "lightning.pytorch" in sys.modules or (

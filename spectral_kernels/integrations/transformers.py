@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..regularizer import SpectralRegularizer
-from .common import Held
+from .session import Held
 
 if TYPE_CHECKING:
     from transformers import Trainer

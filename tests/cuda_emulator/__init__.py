@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectral_kernels import backends
+from spectral_kernels.backends import choice
 
 from ..buckets import cut_as_on_a_gpu
 
@@ -104,14 +104,14 @@ def emulate(patch, native) -> None:
     ``patch`` is pytest's monkeypatch, ``native`` what :func:`load` returns.
     """
     patch.setitem(sys.modules, "spectral_kernels._native", native)
-    backends.native_module()  # or it was made from other tables
+    choice.native_module()  # or it was made from other tables
 
     def but_for_cuda(reason):
         return lambda name, *where: None if name == "cuda" else reason(name, *where)
 
-    for reason in (backends.unavailable, backends._refused):
-        patch.setattr(backends, reason.__name__, but_for_cuda(reason))
-    patch.setattr(backends, "_stream", lambda device: (0, 0))
+    for reason in (choice.unavailable, choice._refused):
+        patch.setattr(choice, reason.__name__, but_for_cuda(reason))
+    patch.setattr(choice, "_stream", lambda device: (0, 0))
     cut_as_on_a_gpu(patch)
 
 

@@ -1,0 +1,1 @@
+"""The mathematics, as plain PyTorch and as kernels, behind one contract."""

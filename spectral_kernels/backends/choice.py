@@ -1,0 +1,173 @@
+"""Which backends exist on this machine, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from .native import Cpu, Cuda, native_module
+from .reference import Reference
+from .selfcheck import disagreement
+
+NAMES = ("triton", "cuda", "cpu", "reference")
+
+
+# By type of device, the fastest first (bench/results/2026-11-27-h200); then the reference.
+_AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+_said: set[str] = set()
+
+
+_checked: dict[tuple, str | None] = {}  # by name, device, dtype, r and perhaps optimizer
+
+
+def unavailable(name: str) -> str | None:
+    """Return why backend ``name`` cannot run here, or None if it can."""
+    if name == "triton":
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"triton cannot be imported: {error}"
+        if interpreted():
+            return None
+    if name in ("cpu", "cuda"):
+        try:
+            native = native_module()
+        except ModuleNotFoundError:
+            return (
+                "the compiled module is missing: spectral_kernels was installed without a C++ "
+                "compiler, or not at all; install g++ or clang++, and spectral_kernels (again)"
+            )
+        except ImportError as error:
+            return f"the compiled module cannot be used: {error}"
+        if name == "cuda" and not hasattr(native, "cuda"):
+            return (
+                "the compiled module has no CUDA kernels: no nvcc was found when the package was "
+                "installed; put it on the PATH and reinstall spectral_kernels"
+            )
+    if name in ("triton", "cuda") and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def interpreted() -> bool:
+    """Tell whether Triton runs its kernels in Python, on tensors of a CPU (TRITON_INTERPRET=1)."""
+    return importlib.import_module("triton").knobs.runtime.interpret
+
+
+def failed_check(name: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> str | None:
+    """Return how a backend that can run here differs from the reference on a small problem.
+
+    None if it does not. The problem is computed once per process, device, dtype and number ``r`` of
+    vectors.
+    """
+    key = name, device, dtype, r
+    return _check(key, lambda: disagreement(_make(name, dtype), device, dtype, r))
+
+
+def for_steps(
+    backend, optimizer: str, device: torch.device, dtype: torch.dtype, differs: Callable, r: int = 1
+):
+    """Return ``backend``, or the reference where an optimizer's steps by it are wrong.
+
+    ``differs`` returns how they are, or None; it is called once per process, optimizer, device,
+    dtype and number ``r`` of vectors, and only for a GPU.
+    """
+    if device.type != "cuda" or backend.name == "reference":
+        return backend
+    reason = _check((backend.name, device, dtype, r, optimizer), differs)
+    if reason is None:
+        return backend
+    _say(f"{optimizer}: {reason}", "reference")
+    return Reference
+
+
+def _check(key: tuple, differs: Callable[[], str | None]) -> str | None:
+    if key not in _checked:
+        _checked[key] = differs()
+    name, device, dtype = key[:3]
+    found = _checked[key]
+    return None if found is None else f"{name!r} failed its check on {device} in {dtype}: {found}"
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for an unknown backend and RuntimeError for one that cannot run here."""
+    if name not in ("auto", *NAMES):
+        accepted = ", ".join(repr(n) for n in ("auto", *NAMES))
+        raise ValueError(f"backend: got {name!r}; accepted are {accepted}")
+    if name != "auto" and (reason := unavailable(name)) is not None:
+        raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32, r: int = 1):
+    """Return the backend for ``device``: the one asked for, or with "auto" the best there is.
+
+    float64 weights on a GPU go to the reference. What "auto" finds for a GPU has to agree with the
+    reference on a small problem, once per process, device, dtype and number ``r`` of vectors; where
+    it does not, the next one serves, with a warning. That one of several is not installed, or not
+    built for the device, needs no warning; that only the reference is left does.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend asked for by name that cannot run here or on that device.
+    """
+    check_name(name)
+    if name != "auto":
+        if (reason := _refused(name, device)) is not None:
+            raise RuntimeError(f"backend: {reason}")
+        return _make(name, dtype)
+    if device.type == "cuda" and dtype == torch.float64:
+        return Reference
+    if device.type not in _AUTO:
+        _say(f"no compiled backend serves {device.type} devices", "reference")
+    candidates, missing = _AUTO.get(device.type, ()), []
+    for i, candidate in enumerate(candidates):
+        if (reason := unavailable(candidate) or _refused(candidate, device)) is not None:
+            missing.append(reason)
+            continue
+        if device.type == "cuda":
+            reason = failed_check(candidate, device, dtype, r)
+        if reason is None:
+            return _make(candidate, dtype)
+        _say(reason, next(filter(_is_there(device), candidates[i + 1 :]), "reference"))
+    if missing:
+        _say("; ".join(dict.fromkeys(missing)), "reference")
+    return Reference
+
+
+def _is_there(device: torch.device) -> Callable[[str], bool]:
+    """Return what tells whether a backend can run on ``device``."""
+    return lambda name: (unavailable(name) or _refused(name, device)) is None
+
+
+def _make(name: str, dtype: torch.dtype):
+    if name == "reference" or (name in ("triton", "cuda") and dtype == torch.float64):
+        return Reference
+    if name == "triton":
+        return importlib.import_module("spectral_kernels.backends.triton.backend").Triton()
+    return Cpu(native_module().cpu) if name == "cpu" else Cuda(native_module().cuda)
+
+
+def _refused(name: str, device: torch.device) -> str | None:
+    """Return why a backend that can run here does not serve ``device``, or None if it does."""
+    if name == "cpu" and device.type != "cpu":
+        return f"'cpu' serves weights on a CPU; these are on {device}"
+    if name == "triton" and device.type == "cpu" and interpreted():
+        return None
+    if name in ("triton", "cuda") and device.type != "cuda":
+        where = "a CPU" if device.type == "cpu" else str(device)
+        return f"{name!r} serves weights on a CUDA device; these are on {where}"
+    if name == "cuda" and (problem := native_module().cuda.problem(device.index or 0)):
+        return f"'cuda' cannot run on {device}: {problem}"
+    return None
+
+
+def _say(reason: str, instead: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        serves = "PyTorch reference" if instead == "reference" else f"{instead!r} backend"
+        warnings.warn(f"spectral_kernels uses its {serves}: {reason}", stacklevel=3)

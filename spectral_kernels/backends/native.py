@@ -1,0 +1,125 @@
+"""The compiled module's kernels as backends: C++ for a CPU, CUDA C++ for a GPU."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from ..tables import schema as plan_module
+
+
+class Cpu:
+    """The C++ kernels, on torch's number of threads."""
+
+    name = "cpu"
+    scalars_on_device = False
+
+    def __init__(self, native):
+        self._gram_matvec = native.gram_matvec
+        self._transposed = native.transposed
+        self._collect = native.collect
+        self._normalize = native.normalize
+        self._rank_one = native.rank_one
+        self._update = native.update
+
+    def gram_matvec(self, plan, state) -> None:
+        """See :func:`reference.gram_matvec`."""
+        self._gram_matvec(state.address, torch.get_num_threads())
+
+    def transposed(self, plan, state) -> None:
+        """See :func:`reference.transposed`."""
+        self._transposed(state.address, torch.get_num_threads())
+
+    def collect(self, plan, state, t, gram) -> None:
+        """See :func:`reference.collect`."""
+        where = 0 if t is None else t.data_ptr()
+        self._collect(state.address, where, gram.data_ptr(), torch.get_num_threads())
+
+    def normalize(self, plan, state) -> None:
+        """See :func:`reference.normalize`."""
+        self._normalize(state.address, torch.get_num_threads())
+
+    def rank_one(self, plan, state, grads, accumulate: bool) -> None:
+        """See :func:`reference.rank_one`; the plan is bound to ``grads`` already."""
+        self._rank_one(state.address, accumulate, torch.get_num_threads())
+
+    def update(self, step) -> None:
+        """See :func:`reference.update`; one pass over weights, gradients and moments."""
+        self._update(step.header_address, step.address, torch.get_num_threads())
+
+    def finish(self, plan, state, grads, accumulate: bool) -> None:
+        """Do what normalize and rank_one do."""
+        self.normalize(plan, state)
+        self.rank_one(plan, state, grads, accumulate)
+
+
+class Cuda:
+    """The CUDA C++ kernels, in the current stream: two launches per step, three with r > 1."""
+
+    name = "cuda"
+    scalars_on_device = True  # an optimizer's step reads lr, grad_scale and found_inf there
+
+    def __init__(self, native):
+        self._gram_matvec = native.gram_matvec
+        self._transposed = native.transposed
+        self._collect = native.collect
+        self._rank_one = native.rank_one
+        self._update = native.update
+
+    def gram_matvec(self, plan, state) -> None:
+        """See :func:`reference.gram_matvec`."""
+        self._gram_matvec(*self._where(plan, state))
+
+    def transposed(self, plan, state) -> None:
+        """See :func:`reference.transposed`."""
+        self._transposed(*self._where(plan, state))
+
+    def collect(self, plan, state, t, gram) -> None:
+        """See :func:`reference.collect`."""
+        where = 0 if t is None else t.data_ptr()
+        self._collect(*self._where(plan, state), where, gram.data_ptr())
+
+    def normalize(self, plan, state) -> None:
+        """See :func:`reference.normalize`."""
+        self._rank_one(*self._where(plan, state), True, False, False)
+
+    def rank_one(self, plan, state, grads, accumulate: bool) -> None:
+        """See :func:`reference.rank_one`; the plan is bound to ``grads`` already."""
+        self._rank_one(*self._where(plan, state), False, True, accumulate)
+
+    def finish(self, plan, state, grads, accumulate: bool) -> None:
+        """Do what normalize and rank_one do, with one vector per matrix in one launch."""
+        self._rank_one(*self._where(plan, state), True, True, accumulate)
+
+    def update(self, step) -> None:
+        """See :func:`reference.update`; one launch, with several vectors one more for products."""
+        tables = (0, 0, 0, 0) if step.bucket is None else step.bucket.plan.device_tables().addresses
+        self._update(step.header_address, *tables, step.address, *_stream(step.device))
+
+    @staticmethod
+    def _where(plan, state) -> tuple[int, ...]:
+        return state.address, *plan.device_tables().addresses, *_stream(plan.device)
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def native_module():
+    """Import the compiled module; ImportError says why there is none that can be used."""
+    native = importlib.import_module("spectral_kernels._native")
+    expected = {
+        "matrix": plan_module.MATRIX.itemsize,
+        "tile": plan_module.TILE.itemsize,
+        "vector": plan_module.VECTOR.itemsize,
+        "chunk": plan_module.CHUNK.itemsize,
+        "header": 8 * len(plan_module.HEADER),
+        "moment": plan_module.MOMENT.itemsize,
+        "group": plan_module.GROUP.itemsize,
+        "update": 8 * len(plan_module.UPDATE),
+    }
+    if native.table_sizes != expected:
+        raise ImportError("it was built from another version of the package; reinstall it")
+    return native

@@ -1,0 +1,142 @@
+"""Does a backend, or an optimizer's step by it, agree with the reference here?"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..selection.rules import select
+from ..tables.plan import Plan
+from ..tables.state import State
+from . import formulas, reference
+
+# (M, N): short and long rows that wide loads can take, rows that they cannot, several tiles, and
+# several of them beside several chunks.
+SHAPES = ((70, 192), (5, 2048), (130, 31), (3, 9000))
+
+
+EXPONENT, STRENGTH, TARGET = 2.0, 0.5, 0.7
+
+
+def disagreement(backend, device: torch.device, dtype: torch.dtype, r: int = 1) -> str | None:
+    """Return how ``backend`` differs from the reference on ``device``, or None if it agrees.
+
+    Two power iterations with ``r`` vectors per matrix, the penalty's gradient added to gradients
+    after the first, at fresh random weights without any effect on torch's random numbers. Waits for
+    the device.
+    """
+    model = small_model(device, dtype)
+    try:
+        found = _steps(model, backend, r)
+    except Exception as error:  # whatever a compiler or driver has to say
+        return f"{type(error).__name__}: {error}"
+    truth = _steps(model, reference.Reference, r)
+    for name, own in found.items():
+        expected = truth[name].double()
+        # Sums in another order, then one rounding to the gradient's type on either side.
+        unit = max(2 * torch.finfo(own.dtype).eps, 1e-4)
+        error, size = (own.double() - expected).abs().max(), expected.abs().max()
+        if not error <= unit * size:  # NaN is a disagreement
+            return f"{name} is wrong by {float(error / size):.1e} of its size"
+    return None
+
+
+def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a model of those shapes, the same at every call, that takes no gradients."""
+
+    def fresh(kind, *sizes):
+        return nn.utils.skip_init(kind, *sizes, device=device, dtype=dtype)
+
+    linears = [fresh(nn.Linear, n, m) for m, n in SHAPES]
+    model = nn.Sequential(*linears, fresh(nn.LayerNorm, 40))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            values = torch.randn(p.shape, generator=generator, device="cpu") / p.shape[-1] ** 0.5
+            p.copy_(values)
+    return model.requires_grad_(False)
+
+
+def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
+    """Return what two iterations make, by name."""
+    selection = select(model, trainable_only=False)
+    owners = list(dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors)))
+    tensors = [owner.get() for owner in owners]
+    plan = Plan(selection.matrices, selection.vectors, tensors, r)
+    state = State.fresh(plan, EXPONENT)
+    state.strength.fill_(STRENGTH)
+    state.target.fill_(TARGET)
+    generator = torch.Generator().manual_seed(1)
+    for i, layout in enumerate(plan.layouts):
+        x = torch.randn(r, layout.cols, generator=generator, dtype=torch.float64, device="cpu")
+        state.columns(i, state.v).copy_(formulas.orthonormal_rows(x))
+    grads = [0.1 * t.flip(0) for t in tensors]
+    plan.bind_grads(grads)
+    backend.gram_matvec(plan, state)
+    backend.finish(plan, state, grads, True)
+    made = {"sigma": state.sigma.clone(), "the residual": state.residual.clone(),
+            "the penalty": state.penalty.clone()}  # fmt: skip
+    if r == 1:
+        made["the next v"] = state.v_next.clone()
+    made.update({f"the gradient of {owner.name}": grad
+                 for owner, grad in zip(owners, grads, strict=True)})  # fmt: skip
+    state.swap()
+    backend.gram_matvec(plan, state)
+    # What sharded weights go through: s^T W again, and sums over the tiles.
+    t, gram = torch.empty_like(state.v), plan.gram_partial.new_empty(len(plan.matrices) * r * r)
+    backend.transposed(plan, state)
+    backend.collect(plan, state, t, gram)
+    made["the collected s^T s"] = gram.view(-1, r, r).diagonal(dim1=1, dim2=2).sum(1)
+    if r == 1:
+        made["the collected t"] = t
+    backend.normalize(plan, state)
+    return {**made, "the next sigmas": state.sigmas}  # whatever basis v_next was
+
+
+STEPS = 2
+
+
+# So large that a step is more than the rounding of a 16-bit weight, and that the sign of a gradient
+# near zero does not decide about AdamW's direction.
+LR, EPS = 0.1, 0.1
+
+
+def step_disagreement(
+    optimizer: type, backend: str, device: torch.device, dtype: torch.dtype, r: int = 1
+):
+    """Return how the parameters or sigma differ after two steps by ``backend``, or None.
+
+    Without any effect on torch's random numbers. Waits for the device.
+
+    Args:
+        optimizer: SpectralAdamW or SpectralSGD.
+        backend: name of the one to check.
+        device: where.
+        dtype: of the parameters.
+        r: vectors per matrix.
+    """
+    try:
+        found = _optimizer_steps(optimizer, backend, device, dtype, r)
+    except Exception as error:  # whatever a compiler or driver has to say
+        return f"{type(error).__name__}: {error}"
+    truth = _optimizer_steps(optimizer, "reference", device, dtype, r)
+    for name, own in found.items():
+        expected = truth[name].double()
+        # A step may be rounded to the parameter's type one way or the other.
+        unit = max(2 * torch.finfo(dtype).eps, 1e-4)
+        error, size = (own.double() - expected).abs().max(), expected.abs().max()
+        if not error <= unit * size:  # NaN is a disagreement
+            return f"{name} is wrong by {float(error / size):.1e} of its size after two steps"
+    return None
+
+
+def _optimizer_steps(optimizer: type, backend: str, device, dtype, r) -> dict[str, torch.Tensor]:
+    model = small_model(device, dtype).requires_grad_(True)
+    own = optimizer(model, LR, strength=STRENGTH, backend=backend, n_vectors=r)
+    for group in own.param_groups:
+        group.update({"eps": EPS} if "eps" in group else {"momentum": 0.9})
+    for p in model.parameters():
+        p.grad = p.detach().flip(0) * p.shape[-1] ** 0.5
+    for _ in range(STEPS):
+        own.step()
+    return {**{name: p.detach() for name, p in model.named_parameters()}, "sigma": own.sigma}

@@ -1,0 +1,5 @@
+"""The command ``spectral-kernels``."""
+
+from .app import main
+
+__all__ = ["main"]

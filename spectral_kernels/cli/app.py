@@ -1,0 +1,33 @@
+"""The command line: what runs here, a demo, checkpoints, pictures of logs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .. import __version__
+from . import env
+from .console import INTERRUPTED
+from .demo import command as demo
+from .inspect import command as inspect
+from .plot import command as plot
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spectral-kernels", description="Spectral regularization for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (env, demo, inspect, plot):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,84 @@
+"""The picture of the demo."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+if TYPE_CHECKING:
+    from .experiment import Results
+
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; shapes tell them apart too.
+_STYLES = {
+    "none": {"color": "#D55E00", "marker": "o"},
+    "L2": {"color": "#0072B2", "marker": "s"},
+    "spectral": {"color": "#009E73", "marker": "^"},
+    # Its curve is that of "spectral" to rounding: on top of it, and does not hide it.
+    "SpectralAdamW": {"color": "#000000", "marker": "None", "linestyle": (0, (3, 3))},
+}
+
+
+_CHANCE = 0.1
+
+
+def draw(results: Results, path: str | PathLike[str]) -> None:
+    """Write the PNG: accuracy and largest singular values over the tasks, for every arm.
+
+    Args:
+        results: with at least one finished task in one arm.
+        path: of the PNG, 1400 x 600 pixels.
+    """
+    figure = Figure(figsize=(1400 / 150, 600 / 150), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for arm, done in results.arms.items():
+        if not done:
+            continue
+        tasks = range(1, len(done) + 1)
+        style = {"label": arm, "linewidth": 1.5, "markersize": 3, **_STYLES[arm]}
+        left.plot(tasks, [r.accuracy for r in done], **style)
+        means = [sum(r.sigmas) / len(r.sigmas) for r in done]
+        right.plot(tasks, means, **style)
+        if "linestyle" in style:  # its range would lie on that of the curve below it
+            continue
+        low, high = [min(r.sigmas) for r in done], [max(r.sigmas) for r in done]
+        color = _STYLES[arm]["color"]
+        right.fill_between(tasks, low, high, color=color, alpha=0.12, linewidth=0)
+        # Thin edges, since the bands' colours mix where they overlap.
+        for edge in (low, high):
+            right.plot(tasks, edge, color=color, linewidth=0.7, alpha=0.6)
+
+    left.axhline(_CHANCE, color="0.35", linewidth=1, linestyle="--", zorder=1)
+    left.annotate(
+        "chance (0.1)", (0, _CHANCE), xycoords=("axes fraction", "data"), xytext=(4, -3),
+        textcoords="offset points", va="top", fontsize="small", color="0.35",
+    )  # fmt: skip
+    left.set(
+        title="Memorizing random labels, task after task",
+        ylabel="accuracy at the end of the task",
+        ylim=(0, 1.03),
+    )
+    right.set(
+        title="Largest singular value: mean and range of the layers",
+        ylabel=r"$\sigma_1$ at the end of the task (log scale)",
+        yscale="log",
+    )
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    right.yaxis.set_minor_formatter(NullFormatter())
+    last = max(len(done) for done in results.arms.values())
+    for axes in (left, right):
+        axes.title.set_fontsize("medium")
+        axes.set_xlim(0.5, last + 0.5)
+        axes.set_xlabel(f"task (each {results.epochs} epochs)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, format="png")

@@ -1,0 +1,271 @@
+"""Measurements of the matrices of a checkpoint, row by row."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...engine.lanczos import singular_values
+from ...selection.arguments import check_patterns
+from ...selection.matrices import Matrix, NothingSelected
+from ...selection.rules import FLOAT_DTYPES, select
+from ...tables.layout import layout_of
+from .checkpoint import Checkpoint, Entry, natural
+
+RTOL = 1e-4
+_READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
+_PIECE = 1 << 18  # elements that are made float64 at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One matrix [rows, cols] of a checkpoint; nan where an element is not finite."""
+
+    name: str
+    kind: str
+    """The name with the numbers of layers replaced by ``*``."""
+    shape: tuple[int, ...]
+    """Of the tensor, or of the part of it that is this matrix."""
+    rows: int
+    cols: int
+    dtype: str
+    sigma: float
+    norm: float
+    """||W||_F."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.rows * self.cols
+
+    @property
+    def stable_rank(self) -> float:
+        """||W||_F^2 / sigma^2; 0 for a matrix of zeros."""
+        return 0.0 if self.sigma == 0 else (self.norm / self.sigma) ** 2
+
+    @property
+    def usual(self) -> float:
+        """sigma_1 of such a matrix as torch initializes nn.Linear and convolutions.
+
+        Elements have the variance 1 / (3 cols), so that sigma_1 is near (sqrt(rows) + sqrt(cols)) /
+        sqrt(3 cols) (Bai and Yin, Ann. Probab. 21, 1993).
+        """
+        spread = math.sqrt(self.rows) + math.sqrt(self.cols)
+        return spread / math.sqrt(3 * self.cols) if self.cols else 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Sigma over its usual value at initialization."""
+        return self.sigma / self.usual if self.usual else 0.0
+
+
+@dataclass
+class Measured:
+    """What a checkpoint holds, in the order of its layers."""
+
+    path: Path
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[tuple[Entry, str]] = field(default_factory=list)
+    """Tensors with two or more dimensions that are no matrix here, and why."""
+    of_optimizer: int = 0
+    """How many tensors of an optimizer's state were left out."""
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """What is taken, and how it is viewed: as for :class:`SpectralRegularizer`."""
+
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    splits: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    stacked: Sequence[str] = ()
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ValueError for a pattern that matches none of the names."""
+        for argument in ("include", "exclude", "splits", "stacked"):
+            check_patterns(argument, getattr(self, argument) or (), names)
+
+    def of(self, names: Sequence[str]) -> dict:
+        """Return the arguments of ``select`` for one checkpoint: the patterns that match there."""
+        include = ["*"] if self.include is None else self.include
+        here = {p for p in (*include, *self.exclude, *self.splits, *self.stacked)
+                if fnmatch.filter(names, p)}  # fmt: skip
+        return {
+            "include": [p for p in include if p in here],
+            "exclude": [p for p in self.exclude if p in here],
+            "splits": {p: n for p, n in self.splits.items() if p in here},
+            "stacked": [p for p in self.stacked if p in here],
+        }
+
+
+def measure(
+    checkpoint: Checkpoint,
+    patterns: Patterns,
+    step: Callable[[str, int], None] = lambda name, elements: None,
+    backend: str = "auto",
+) -> Measured:
+    """Measure every matrix of a checkpoint, one tensor in memory at a time.
+
+    Args:
+        checkpoint: whose tensors with two or more dimensions are matrices (dim 0, rest).
+        patterns: which of them, and how they are divided.
+        step: is called with a tensor's name before it is read and its number of elements after.
+        backend: as for SpectralRegularizer.
+
+    Raises:
+        CheckpointError: a tensor that cannot be read.
+        ValueError: a split or a stack that does not fit a tensor.
+    """
+    found = Measured(checkpoint.path)
+    entries, plan = _planned(checkpoint, patterns, found)
+    rows: dict[str, Row] = {}
+    for entry in sorted(entries, key=lambda e: str(e.file)):
+        if entry.name not in plan:
+            continue
+        step(entry.name, 0)
+        try:
+            for row in _rows(checkpoint, entry, plan[entry.name], backend):
+                rows[row.name] = row
+        except RuntimeError as error:  # no convergence
+            found.skipped.append((entry, str(error)))
+        step(entry.name, math.prod(entry.shape))
+    for name in plan:
+        found.rows += [rows[m.name] for m in plan[name] if m.name in rows]
+    return found
+
+
+def elements(checkpoint: Checkpoint, patterns: Patterns) -> int:
+    """Return how many numbers ``measure`` will read."""
+    entries, plan = _planned(checkpoint, patterns, Measured(checkpoint.path))
+    return sum(math.prod(entry.shape) for entry in entries if entry.name in plan)
+
+
+def _planned(
+    checkpoint: Checkpoint, patterns: Patterns, found: Measured
+) -> tuple[list[Entry], dict[str, list[Matrix]]]:
+    """Choose the matrices by the rules of ``select``, from shapes alone: name -> matrices."""
+    entries = [e for e in checkpoint.entries if patterns.include or not e.in_optimizer]
+    found.of_optimizer = len(checkpoint.entries) - len(entries)
+    reasons: dict[str, str] = {}
+    metas = []
+    for entry in entries:
+        dtype, shape = _READABLE.get(entry.dtype), entry.shape
+        if entry.unusable is not None or dtype is None:
+            reasons[entry.name] = entry.unusable or f"dtype {entry.dtype}"
+            dtype, shape = torch.bool, (0,) * len(shape)
+        metas.append((entry.name, torch.empty(shape, dtype=dtype, device="meta")))
+    arguments = patterns.of([entry.name for entry in entries])
+    plan: dict[str, list[Matrix]] = {}
+    try:
+        selection = select(metas, biases=False, norms=False, trainable_only=False, **arguments)
+        skipped = selection.skipped
+        for matrix in selection.matrices:
+            plan.setdefault(matrix.owner.name, []).append(matrix)
+    except NothingSelected as nothing:
+        skipped = nothing.skipped
+    by_name = {entry.name: entry for entry in entries}
+    for name, why in skipped:
+        left_out = why == "not in include" or why.startswith("exclude ")
+        if len(by_name[name].shape) >= 2 and not left_out:
+            found.skipped.append((by_name[name], reasons.get(name, why)))
+    return entries, plan
+
+
+def _rows(
+    checkpoint: Checkpoint, entry: Entry, matrices: Sequence[Matrix], backend: str
+) -> list[Row]:
+    """Read one tensor and measure the matrices that it is."""
+    tensor = checkpoint.read(entry)
+    rows = []
+    for matrix in matrices:
+        part = matrix.of(tensor)
+        norm = _norm(part)
+        if not math.isfinite(norm):
+            sigma = norm = math.nan
+        else:
+            try:
+                layout_of(matrix, tensor)
+            except ValueError:  # neither rows nor columns in one piece
+                tensor = tensor.contiguous()
+            (sigma,) = singular_values(matrix, tensor, RTOL, backend)
+        named = kind(entry.name) + ("" if matrix.index is None else "[*]")
+        label = re.search(r"\[\w+\]$", matrix.name) if matrix.part is not None else None
+        rows.append(
+            Row(
+                matrix.name, named + (label[0] if label else ""), tuple(part.shape), *matrix.shape,
+                entry.dtype, sigma, norm,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _norm(part: torch.Tensor) -> float:
+    """Return the Euclidean norm in float64, piece by piece."""
+    if part.numel() == 0:
+        return 0.0
+    dim = max(range(part.dim()), key=part.shape.__getitem__)
+    length = max(1, _PIECE * part.shape[dim] // part.numel())
+    norms = [torch.linalg.vector_norm(p.double()) for p in part.split(length, dim)]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def kind(name: str) -> str:
+    """Return a tensor's name with the numbers of layers replaced by ``*``.
+
+    ``h.11.mlp.c_fc.weight`` is ``h.*.mlp.c_fc.weight`` and ``layer1.0.conv2.weight`` is
+    ``layer*.*.conv2.weight``: what is told apart by a number in its own name stays so.
+    """
+    parts = name.split(".")
+    own = len(parts) - 2
+    return ".".join(
+        "*" if part.isdecimal() else re.sub(r"\d+", "*", part) if i < own else part
+        for i, part in enumerate(parts)
+    )
+
+
+_KEYS: dict[str, Callable[[Row], float]] = {
+    "sigma": lambda row: row.sigma,
+    "stable-rank": lambda row: row.stable_rank,
+    "ratio": lambda row: row.ratio,
+    "size": lambda row: row.size,
+}
+SORTS = (*_KEYS, "name", "change")
+
+
+def ordered(
+    rows: Sequence[tuple[Row, Row | None]], sort: str | None, top: int | None
+) -> list[tuple[Row, Row | None]]:
+    """Sort rows, largest first and what is not finite before that, and keep the ``top`` ones.
+
+    Args:
+        rows: each with that of another checkpoint, or None; by the first one they are sorted.
+        sort: one of ``SORTS``, "change" being that of sigma, either way; None: as they come, but by
+            sigma if only the top ones are kept.
+        top: how many are kept; None: all.
+    """
+    sort = sort or ("sigma" if top is not None else None)
+    found = list(rows)
+    if sort == "name":
+        found.sort(key=lambda pair: natural(pair[0].name))
+    elif sort is not None:
+
+        def descending(pair: tuple[Row, Row | None]) -> float:
+            one, other = pair
+            value = abs(change(one.sigma, other.sigma)) if sort == "change" else _KEYS[sort](one)
+            return -math.inf if math.isnan(value) else -value
+
+        found.sort(key=descending)
+    return found[:top]
+
+
+def change(before: float, after: float) -> float:
+    """Return by how many percent ``after`` is above ``before``; inf or 0 where that is zero."""
+    if before == 0:
+        return 0.0 if after == 0 else after * math.inf
+    return 100 * (after / before - 1)

@@ -1,0 +1,43 @@
+"""The command ``spectral-kernels plot``: the picture of a log that log_to() has written."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ...diagnostics import log as logs
+from ..console import png, say
+
+
+def add_parser(commands) -> None:
+    """Add the command to the subparsers ``commands``."""
+    parser = commands.add_parser(
+        "plot",
+        help="the picture of a log of log_to(): sigma and residuals over the steps",
+        description="Draw sigma_1 of every matrix over the steps, also of a run that goes on.",
+    )
+    parser.add_argument("log", type=Path, metavar="LOG", help=".csv or .jsonl file")
+    parser.add_argument("--out", type=png, metavar="FILE.png", help="default: beside the log")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line asks for and return the exit code."""
+    out = arguments.out or arguments.log.with_suffix(".png")
+    try:
+        from . import picture
+
+        history = logs.read(arguments.log)
+        picture.draw(history, arguments.log.name, out)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        return say("plot needs matplotlib: pip install 'spectral_kernels[plot]'")
+    except logs.LogError as error:
+        return say(str(error))
+    except OSError as error:
+        return say(f"{error.filename or out}: {error.strerror or error}")
+    first, last = history.steps[0], history.steps[-1]
+    print(f"{len(history.names)} matrices, {len(history.steps)} rows, steps {first} to {last}")
+    print(f"picture: {out}", flush=True)
+    return 0

@@ -1,0 +1,205 @@
+"""The picture of a log: sigma over steps, as curves and as a map of the layers, and residuals."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
+
+from ...diagnostics.log import History
+from ..style import COLORS, apart, layers_of, shortened
+
+_MOST_CURVES = 12  # above, median and range stand for the curves
+_LARGEST, _SMALLEST = 4, 2  # of which these are named
+_MOST_NAMES = 40  # beside the map; above, where layers begin
+_MOST_CELLS = 800  # of the map, from left to right
+_MOST_POINTS = 200  # of a curve of residuals, which go up and down
+_BROKEN = "#D55E00"
+
+
+def draw(history: History, title: str, path: str | PathLike[str]) -> None:
+    """Write the PNG: sigma_1 over the steps, a map of it, and residual / sigma_1.
+
+    Args:
+        history: of at least one matrix and one step.
+        title: of the picture.
+        path: of the PNG.
+    """
+    n, steps = len(history.names), history.steps
+    map_height = max(0.16 * n, 1.2) if n <= _MOST_NAMES else 5.2
+    heights = (3.4, map_height + 0.4, 2.6)
+    figure = Figure(figsize=(12, sum(heights) + 0.9), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(3, 1, height_ratios=heights)
+    figure.suptitle(f"{shortened(title, 80)}: {n} {'matrix' if n == 1 else 'matrices'}")
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(history.residual == 0, 0, history.residual / history.sigma)
+    shown = [_shown(values, least) for values, least in ((history.sigma, _SMALLEST), (ratio, 0))]
+    # A matrix has the same line in both panels, and if all have one, in every picture of the run.
+    listed = range(n) if n <= _MOST_CURVES else dict.fromkeys((*shown[0], *shown[1]))
+    line_of = {i: k for k, i in enumerate(listed)}
+    lines = [(i, line_of[i]) for i in shown[0]], [(i, line_of[i]) for i in shown[1]]
+    _curves(panels[0], history, history.sigma, lines[0], every=1)
+    _curves(panels[2], history, ratio, lines[1], every=math.ceil(len(steps) / _MOST_POINTS))
+    end = steps[-1] + (float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0)
+    _map(figure, panels[1], history, end)
+
+    for axes, text in zip(panels, (
+        r"Largest singular value of each matrix, $\sigma_1$",
+        r"$\sigma_1$ of every matrix as a colour",
+        r"Residual: a singular value lies within this fraction of $\sigma_1$",
+    ), strict=True):  # fmt: skip
+        text += " (orange: not finite)" if axes is panels[1] and _is_broken(history) else ""
+        axes.set_title(text, fontsize="medium", loc="left")
+        axes.set(xlabel="step", xlim=(steps[0], end))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    panels[0].set_ylabel(r"$\sigma_1$ (log scale)")
+    panels[2].set_ylabel(r"residual / $\sigma_1$ (log scale)")
+    figure.savefig(path, format="png")
+
+
+def _is_broken(history: History) -> bool:
+    return not np.isfinite(history.sigma).all()
+
+
+# ---------------------------------------------------------------------------------------- curves
+
+
+def _shown(values: np.ndarray, smallest: int) -> list[int]:
+    """Return the matrices that get a curve and a name, the largest at the last step first."""
+    last = np.where(np.isfinite(values[-1]), values[-1], np.inf)  # what is broken comes first
+    order = np.argsort(-last, kind="stable").tolist()
+    if len(order) <= _MOST_CURVES:
+        return order
+    return order[:_LARGEST] + order[len(order) - smallest :]
+
+
+def _curves(
+    axes, history: History, values: np.ndarray, lines: Sequence[tuple[int, int]], every: int
+) -> None:
+    """Draw ``values`` [T, n_matrices] over the steps, with the names beside the axes.
+
+    Args:
+        axes: where.
+        history: has names and steps.
+        values: sigma or residual / sigma.
+        lines: matrices and which line they have, as they are listed.
+        every: so many rows are one point, their median.
+    """
+    steps, n = history.steps, len(history.names)
+    good = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+    starts = np.arange(0, len(steps), every)
+    few, names = len(lines) == n, apart(history.names)
+    if not few:
+        _range(axes, steps, good, starts)
+    for i, number in lines:
+        points = _medians(good[:, i], starts)
+        axes.plot(
+            steps[starts], points, label=_label(names[history.names[i]], values[:, i], steps),
+            color=COLORS[number % len(COLORS)], marker="." if len(starts) <= 30 else None,
+            linestyle="-" if number < len(COLORS) else (0, (4, 2)), linewidth=1.3,
+        )  # fmt: skip
+    if np.isfinite(good).any():
+        axes.set_yscale("log")
+        _log_ticks(axes.yaxis, *axes.get_ylim())
+    smallest = len(lines) - _LARGEST
+    extremes = f"{_LARGEST} largest" + (f", {smallest} smallest" if smallest else "")
+    title = f"{'largest first' if few else extremes}, at the last step"
+    title += f"\nmedians of {every} rows" if every > 1 else ""
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.005, 1.02), frameon=False, fontsize="small",
+        borderaxespad=0, title=title, title_fontsize="small", alignment="left",
+    )  # fmt: skip
+
+
+def _label(name: str, column: np.ndarray, steps: np.ndarray) -> str:
+    broken = ~np.isfinite(column)
+    if broken.any():
+        return f"{name}\n(not finite at step {steps[broken.argmax()]})"
+    return name + ("" if column[-1] else " (zero)")
+
+
+def _range(axes, steps: np.ndarray, good: np.ndarray, starts: np.ndarray) -> None:
+    """Draw the median, the middle half and the range of the matrices."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a step at which nothing is finite
+        bounds = np.nanquantile(good, (0, 0.25, 0.5, 0.75, 1), axis=1)
+    low, high = np.fmin.reduceat(bounds[0], starts), np.fmax.reduceat(bounds[4], starts)
+    lower, median, upper = (_medians(row, starts) for row in bounds[1:4])
+    at = steps[starts]
+    axes.fill_between(at, low, high, color="0.4", alpha=0.13, linewidth=0, label="range of all")
+    axes.fill_between(at, lower, upper, color="0.4", alpha=0.3, linewidth=0, label="middle half")
+    axes.plot(at, median, color="0.25", linewidth=2.2, label="median")
+
+
+def _medians(column: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the median of each piece of ``column`` that begins at one of ``starts``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a piece in which nothing is finite
+        return np.array([np.nanmedian(piece) for piece in np.split(column, starts[1:])])
+
+
+def _log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Write plain numbers at a log axis, enough of them for a short one."""
+    axis.set_minor_formatter(NullFormatter())
+    if high >= 1e3 * low:
+        return
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if high < 4 * low:
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+# ------------------------------------------------------------------------------------------- map
+
+
+def _map(figure: Figure, axes, history: History, end: float) -> None:
+    """Draw sigma_1 as a colour: matrices from top to bottom, steps from left to right."""
+    steps, names = history.steps, history.names
+    starts = np.arange(0, len(steps), math.ceil(len(steps) / _MOST_CELLS))
+    cells = np.maximum.reduceat(history.sigma, starts, axis=0).T  # spikes stay, NaN too
+    edges = np.append(steps[starts], end).astype(float)
+    good = cells[np.isfinite(cells) & (cells > 0)]
+    low, high = (good.min() / 1.02, good.max() * 1.02) if good.size else (0.5, 2.0)
+    shown = np.ma.masked_invalid(np.where(cells == 0, low / 2, cells))  # zero: the darkest
+    rows = np.arange(len(names) + 1) - 0.5
+    colours = axes.pcolormesh(edges, rows, shown, norm=LogNorm(low, high), cmap="viridis")
+    axes.set_facecolor(_BROKEN)
+    axes.invert_yaxis()
+    _label_matrices(axes, names)
+    beside = axes.inset_axes((1.01, 0, 0.016, 1))
+    bar = figure.colorbar(colours, cax=beside, label=r"$\sigma_1$ (log scale)")
+    _log_ticks(bar.ax.yaxis, low, high)
+
+
+def _label_matrices(axes, names: Sequence[str]) -> None:
+    """Write all names beside the map, or where layers begin, or some of the names."""
+    labels = dict(enumerate(names))
+    if len(names) > _MOST_NAMES:
+        layers = layers_of(names)
+        begins = [i for i, layer in enumerate(layers)
+                  if layer is not None and (i == 0 or layers[i - 1] != layer)]  # fmt: skip
+        labels = {i: layers[i] for i in begins} if len(begins) > 1 else labels
+    places = list(labels)[:: math.ceil(len(labels) / _MOST_NAMES)]
+    short = apart(list(labels.values()))
+    axes.set_yticks(places, [short[labels[i]] for i in places])
+    axes.tick_params(axis="y", labelsize=7, length=2)

@@ -1,0 +1,16 @@
+"""Whether a network can still learn: what its weights, gradients and activations tell."""
+
+from .plasticity import Dormant, accuracy, dormant_units, gradient_diversity, weight_norm
+from .singular_values import Spectrum, effective_rank, spectra, spectral_norms
+
+__all__ = [
+    "Dormant",
+    "Spectrum",
+    "accuracy",
+    "dormant_units",
+    "effective_rank",
+    "gradient_diversity",
+    "spectra",
+    "spectral_norms",
+    "weight_norm",
+]

@@ -1,0 +1,187 @@
+"""Whether a network can still learn: what its gradients and activations tell."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .singular_values import effective_rank
+
+# Of torch.nn.modules.activation, what acts on every element of its input alone.
+_ACTIVATIONS = tuple(
+    getattr(nn, name)
+    for name in ("CELU", "ELU", "GELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh",
+                 "LeakyReLU", "LogSigmoid", "Mish", "PReLU", "RReLU", "ReLU", "ReLU6", "SELU",
+                 "SiLU", "Sigmoid", "Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink",
+                 "Threshold")
+)  # fmt: skip
+
+
+def gradient_diversity(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = nn.functional.cross_entropy,
+    chunk_size: int | None = None,
+) -> float:
+    """Return the effective rank of the matrix of per-example gradients.
+
+    As many directions as the examples pull the parameters in: near ``n`` for a network that can
+    tell its examples apart, near 1 where all of them say the same (Lewandowski et al.,
+    arXiv 2406.06811, section 3). The model is evaluated in eval mode, so that examples do not
+    depend on each other, and left in the mode it was in.
+
+    Args:
+        model: with parameters that require gradients, P numbers together.
+        inputs: of ``n`` examples, [n, ...].
+        targets: of the same examples, [n, ...].
+        loss: takes outputs and targets of a batch, here of one example, and returns a 0-d tensor.
+        chunk_size: examples whose gradients are computed at a time; None: all. n x P numbers are
+            held in any case.
+
+    Returns:
+        between 1 and min(n, P); 0 where all gradients are zero, nan where one is not finite.
+
+    Raises:
+        ValueError: no examples, or different numbers of inputs and targets.
+    """
+    _check_examples(inputs, targets)
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    rest = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    rest |= dict(model.named_buffers())
+
+    def of_one(parameters, x, y):
+        outputs = torch.func.functional_call(model, (parameters, rest), (x[None],))
+        return loss(outputs, y[None])
+
+    gradient = torch.func.vmap(torch.func.grad(of_one), in_dims=(None, 0, 0), chunk_size=chunk_size)
+    # The fused kernels of attention have no rule for batches of gradients.
+    with _evaluating(model), sdpa_kernel(SDPBackend.MATH):
+        found = gradient(parameters, inputs, targets).values()
+    gram = torch.zeros(len(inputs), len(inputs), dtype=torch.float64, device=inputs.device)
+    for g in found:
+        wide = g.flatten(1).double()
+        gram += wide @ wide.mT
+    if not bool(torch.isfinite(gram).all()):
+        return math.nan
+    return float(effective_rank(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()))
+
+
+class Dormant(NamedTuple):
+    """Of the units of a layer."""
+
+    dormant: int
+    units: int
+
+
+def dormant_units(
+    model: nn.Module, inputs: torch.Tensor, threshold: float = 0.025
+) -> dict[str, Dormant]:
+    """Return how many units of every activation module hardly react to ``inputs``.
+
+    The score of a unit is the mean of |h| over inputs and positions, divided by the mean of that
+    over the layer's units; a unit whose score is at most ``threshold`` is dormant, and so are all
+    of a layer that is silent (Sokar et al., "The Dormant Neuron Phenomenon in Deep Reinforcement
+    Learning", ICML 2023). The model is evaluated in eval mode and left in the mode it was in.
+
+    Args:
+        model: with its activations as modules (nn.ReLU, nn.GELU, ...); functions are not seen.
+        inputs: one batch, [n, ...], on the model's device.
+        threshold: 0 counts units that never react.
+
+    Returns:
+        name of the module -> Dormant; a module that is called again is counted as ``name#2`` and so
+        on. Units lie along dim 1 of outputs with two, four and five dimensions, along the last of
+        those with three (n, positions, units).
+
+    Raises:
+        ValueError: a model without activation modules, or a threshold below zero.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold: got {threshold!r}; accepted are numbers from 0 on")
+    found: dict[str, Dormant] = {}
+
+    def hook(name: str):
+        def count(_, __, output: torch.Tensor) -> None:
+            dim = output.dim() - 1 if output.dim() in (1, 3) else 1
+            others = [d for d in range(output.dim()) if d != dim]
+            size = output.detach().abs().double().mean(others)
+            number = sum(n == name or n.startswith(f"{name}#") for n in found)
+            dormant = int((size <= threshold * size.mean()).sum())
+            found[name if number == 0 else f"{name}#{number + 1}"] = Dormant(dormant, len(size))
+
+        return count
+
+    handles = [module.register_forward_hook(hook(name))
+               for name, module in model.named_modules()
+               if isinstance(module, _ACTIVATIONS)]  # fmt: skip
+    if not handles:
+        raise ValueError(
+            "model: no activation module was found; accepted are models whose activations are "
+            "modules such as nn.ReLU"
+        )
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def weight_norm(model: nn.Module) -> float:
+    """Return the Euclidean norm of all parameters of ``model`` together."""
+    norms = [torch.linalg.vector_norm(p.detach().double()) for p in model.parameters()]
+    return math.hypot(*map(float, norms))
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int = 1024
+) -> float:
+    """Return the share of examples whose largest output is that of their class.
+
+    On the examples of a task at its end this is trainability, on held-out ones generalization. The
+    model is evaluated in eval mode and left in the mode it was in.
+
+    Args:
+        model: gives outputs [n, classes].
+        inputs: [n, ...].
+        targets: classes [n], integers.
+        batch_size: examples at a time.
+
+    Raises:
+        ValueError: no examples, or different numbers of inputs and targets.
+    """
+    _check_examples(inputs, targets)
+    with _evaluating(model):
+        right = sum(
+            int((model(x).argmax(1) == y).sum())
+            for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+        )
+    return right / len(inputs)
+
+
+def _check_examples(inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    if len(inputs) == 0 or len(inputs) != len(targets):
+        raise ValueError(
+            f"inputs, targets: got {len(inputs)} and {len(targets)} examples; accepted are equally "
+            "many, one or more"
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,157 @@
+"""What a regularizer and an optimizer can tell of their matrices: singular values and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..engine.bucket import Bucket
+from ..engine.model_buckets import Buckets
+from ..engine.untraced import untraced
+from .log import Log
+
+
+class LayerReading(NamedTuple):
+    """One line of ``Readings.report``."""
+
+    name: str
+    shape: tuple[int, int]
+    sigma: float
+    residual: float
+
+
+class Readings:
+    """Members that SpectralRegularizer and the optimizers share, about the matrices they hold."""
+
+    _buckets: Buckets
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the matrices; parts of a split or stacked parameter carry a suffix."""
+        return [matrix.name for matrix in self._buckets.selection.matrices]
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Estimates of sigma_1, [n_matrices], in the order of ``names``, on the device; a copy.
+
+        As of the last step; an optimizer's are those of the weights that its step has left.
+        """
+        return self.singular_values[:, 0]
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """Some singular value of W lies within ``residual`` of ``sigma``; [n_matrices], a copy."""
+        return self.residuals[:, 0]
+
+    @property
+    @untraced
+    def singular_values(self) -> torch.Tensor:
+        """Estimates of the ``n_vectors`` largest ones of each matrix, [n_matrices, n_vectors].
+
+        Largest first, in the order of ``names``; a copy. None is above the singular value that it
+        stands for. What a matrix has fewer of, or is below a millionth of the largest, is 0.
+        """
+        return gather(self._buckets.bound(), self.names, "sigmas")
+
+    @property
+    @untraced
+    def residuals(self) -> torch.Tensor:
+        """Some singular value of W lies within each of them; [n_matrices, n_vectors], a copy."""
+        return gather(self._buckets.bound(), self.names, "residuals")
+
+    @untraced
+    def report(self) -> list[LayerReading]:
+        """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
+        values = torch.stack((self.sigma, self.residual)).tolist()
+        return [
+            LayerReading(matrix.name, matrix.shape_now(), sigma, residual)
+            for matrix, sigma, residual in zip(
+                self._buckets.selection.matrices, *values, strict=True
+            )
+        ]
+
+    @untraced
+    def metrics(self, per_layer: bool = False) -> dict[str, float]:
+        """Return numbers for a logger, as of the last step; this synchronizes a GPU once.
+
+        "spectral/sigma_max", "spectral/sigma_median" and "spectral/sigma_min" over the matrices,
+        "spectral/residual_max", the largest residual / sigma, "spectral/above_target", how many
+        sigma are above their target by more than the residual, and "spectral/penalty",
+        ``strength * R``. Without a matrix those of sigma and residual are left out.
+
+        Args:
+            per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix.
+        """
+        return metrics(self._buckets.bound(), self.names, per_layer)
+
+    @untraced
+    def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
+        """Return ``log``: ``log(step)`` in the loop appends sigma and residual of every matrix.
+
+        To a ``.csv`` or ``.jsonl`` file; one of the same matrices is continued. See ``log.Log``.
+        """
+        return Log(path, self.names, lambda: torch.stack((self.sigma, self.residual)), every)
+
+
+def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch.Tensor:
+    """Return "sigmas" or "residuals" of all matrices, [n_matrices, n_vectors], a copy.
+
+    On the device of the first bucket, in the order of ``names``.
+    """
+    first, by_name = buckets[0].plan, {}
+    for bucket in buckets:
+        bucket.measure()
+        values = getattr(bucket.state, field).view(first.r, -1).mT
+        if len(buckets) == 1:
+            return values.clone(memory_format=torch.contiguous_format)
+        by_name.update(zip((m.name for m in bucket.plan.matrices), values.unbind(), strict=True))
+    dtype = _dtype(by_name.values())
+    if not names:
+        return torch.empty(0, first.r, dtype=dtype, device=first.device)
+    return torch.stack([by_name[n].to(device=first.device, dtype=dtype) for n in names])
+
+
+def metrics(buckets: Sequence[Bucket], names: Sequence[str], per_layer: bool) -> dict[str, float]:
+    """See ``Readings.metrics``; ``names`` is the order of the matrices."""
+    parts = []
+    for bucket in buckets:
+        bucket.measure()
+        state = bucket.state
+        parts += [state.sigma, state.residual, state.target, bucket.value(state).view(1)]
+    devices = [bucket.plan.device for bucket in buckets]
+    device = next((d for d in devices if d.type != "cpu"), devices[0])
+    dtype = _dtype(parts)
+    numbers = torch.cat([part.to(device=device, dtype=dtype) for part in parts]).tolist()
+
+    penalty, by_name = 0.0, {}
+    for bucket in buckets:
+        n = len(bucket.plan.matrices)
+        columns = (numbers[:n], numbers[n : 2 * n], numbers[2 * n : 3 * n])
+        for matrix, *values in zip(bucket.plan.matrices, *columns, strict=True):
+            by_name[matrix.name] = values
+        penalty += numbers[3 * n]
+        numbers = numbers[3 * n + 1 :]
+    found = {"spectral/penalty": penalty, "spectral/above_target": 0.0}
+    if names:
+        sigma, residual, target = np.array([by_name[name] for name in names]).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(residual == 0, 0, residual / sigma)
+            found |= {
+                "spectral/sigma_max": float(sigma.max()),
+                "spectral/sigma_median": float(np.median(sigma)),
+                "spectral/sigma_min": float(sigma.min()),
+                "spectral/residual_max": float(ratio.max()),
+                "spectral/above_target": float((sigma - residual > target).sum()),
+            }
+    if per_layer:
+        found |= {f"spectral/sigma/{name}": by_name[name][0] for name in names}
+        found |= {f"spectral/residual/{name}": by_name[name][1] for name in names}
+    return found
+
+
+def _dtype(tensors) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

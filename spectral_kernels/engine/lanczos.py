@@ -1,0 +1,167 @@
+"""The largest singular values of one matrix, to a tolerance, by Lanczos iteration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..backends.choice import choose
+from ..backends.formulas import orthonormal_rows
+from ..selection.matrices import Matrix
+from ..sharding.shards import local_of
+from .bucket import Bucket
+
+BETWEEN = 5  # iterations from one look at the singular values to the next
+
+
+def singular_values(
+    matrix: Matrix, tensor: torch.Tensor, rtol: float, backend: str = "auto", r: int = 1
+) -> tuple[float, ...]:
+    """Return the ``r`` largest singular values of one matrix of a parameter.
+
+    See :func:`diagnostics.spectral_norms`.
+    """
+    finest = 1e-12 if tensor.dtype == torch.float64 else 1e-5
+    if not isinstance(rtol, float) or not finest <= rtol < 1:
+        raise ValueError(
+            f"rtol: got {rtol!r}; accepted for {tensor.dtype} are numbers from {finest} to 1"
+        )
+    if tensor.numel() == 0:
+        return (0.0,) * r
+    chosen = choose(backend, local_of(tensor).device, tensor.dtype, r)
+    bucket = Bucket.of([matrix], [], [tensor], chosen, exponent=1, r=r)
+    bucket.state.target.zero_()
+    if r == 1:
+        # A start outside of the row space of W adds one dimension to what can be reached.
+        return (_lanczos(bucket, rtol, matrix.name, min(matrix.shape) + 1),)
+    return _block_lanczos(bucket, rtol, matrix.name)
+
+
+def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
+    plan, state = bucket.plan, bucket.state
+    n = state.plan.layouts[0].cols
+    limit = min(n, limit)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(plan.device)
+    v /= torch.linalg.vector_norm(v)
+    basis: list[torch.Tensor] = []
+    alphas: list[float] = []
+    betas: list[float] = []
+    unit = 1.0  # sigma of the first product: W / unit keeps every number near one
+    history: list[float] = []
+    # The first product only tells the magnitude, by which later ones are scaled.
+    state.v_next.copy_(v)
+    bucket.iterate(1)
+    while True:
+        basis.append(v)
+        state.v_next.copy_(v)
+        bucket.iterate(1)
+        sigma, residual = float(state.sigma), float(state.residual)
+        if not math.isfinite(sigma):
+            return math.nan
+        if sigma == 0 and len(basis) == 1:
+            return 0.0
+        if len(basis) == 1:
+            unit = sigma
+        # W^T W v = length * v_next, and the residual tells its length (see normalize).
+        length = math.hypot(sigma, residual) * sigma / unit**2
+        alphas.append((sigma / unit) ** 2)
+        t = state.v_next.double() * length
+        stacked = torch.stack(basis)
+        for _ in range(2):
+            t = t - stacked.mT @ (stacked @ t)
+        beta = float(torch.linalg.vector_norm(t))
+        if len(basis) % BETWEEN == 0 or len(basis) >= limit or beta <= 1e-14 * alphas[0]:
+            ritz, rest = _top_ritz_value(alphas, betas, beta)
+            history.append(math.sqrt(max(ritz, 0.0)))
+            # sigma is half as wrong as its square; the margin is for clustered singular values.
+            settled = len(history) > 2 and history[-1] - history[-3] <= 0.1 * rtol * history[-1]
+            if len(basis) >= limit or (rest <= 0.1 * rtol * ritz and settled) or beta == 0:
+                return history[-1] * unit
+            if len(basis) >= 2000:
+                raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
+        betas.append(beta)
+        v = t / beta
+
+
+def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
+    """Return r singular values: the Ritz values of W on the space that all blocks of v span.
+
+    Each block comes with its s = W v, so that s s^T over all blocks is what W does there.
+    """
+    plan, state = bucket.plan, bucket.state
+    r, n = plan.r, state.plan.layouts[0].cols
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(r, n, generator=generator, dtype=torch.float64, device="cpu")
+    block = orthonormal_rows(start).to(plan.device)
+    # The first product only tells the magnitude, by which later ones are scaled.
+    state.columns(0, state.v_next).copy_(block)
+    bucket.iterate(1)
+    basis = torch.zeros(0, n, dtype=torch.float64, device=plan.device)
+    images = torch.zeros(0, plan.layouts[0].rows, dtype=torch.float64, device=plan.device)
+    history: list[torch.Tensor] = []  # of every BETWEEN-th block
+    n_blocks = 0
+    while True:
+        state.columns(0, state.v_next).copy_(block)
+        bucket.iterate(1)
+        if not torch.isfinite(state.sigma).all():
+            return (math.nan,) * r
+        basis = torch.cat((basis, state.columns(0, state.v).double()))
+        images = torch.cat((images, state.rows(0).double()))
+        block = _beside(basis, state.columns(0, state.v_next).double(), generator)
+        n_blocks += 1
+        complete = not block.any()
+        if not complete and n_blocks % BETWEEN:
+            continue
+        squares = torch.linalg.eigvalsh(bucket.sum_rows(images @ images.mT)).flip(0)[:r]
+        history.append(squares.clamp(min=0).sqrt())
+        settled = len(history) > 1 and bool(
+            (history[-1] - history[-2] <= 0.1 * rtol * history[-1][0]).all()
+        )
+        if settled or complete:
+            return tuple(history[-1].tolist())
+        if n_blocks >= 2000:
+            raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
+
+
+def _beside(basis: torch.Tensor, block: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return the rows of ``block`` orthonormal to ``basis`` and each other.
+
+    Where a row holds nothing new, as that of a singular value far below the largest may after
+    rounding, a random one takes its place, and zeros where the basis is complete.
+    """
+    least = 10 * torch.finfo(torch.float32).eps
+    found = basis[torch.linalg.vector_norm(basis, dim=1) > 0.5]
+    following = torch.zeros_like(block)
+    for i, row in enumerate(block):
+        if len(found) == len(row):
+            break
+        unit = _unit_beside(found, row, least)
+        if unit is None:
+            random = torch.randn(len(row), generator=generator, dtype=torch.float64, device="cpu")
+            unit = _unit_beside(found, random.to(row.device), least)
+        if unit is not None:
+            following[i] = unit
+            found = torch.cat((found, unit[None]))
+    return following
+
+
+def _unit_beside(basis: torch.Tensor, row: torch.Tensor, least: float) -> torch.Tensor | None:
+    """Return the part of ``row`` orthogonal to ``basis`` as a unit, None if all but ``least``."""
+    length = torch.linalg.vector_norm(row)
+    for _ in range(2):
+        row = row - basis.mT @ (basis @ row)
+        norm = torch.linalg.vector_norm(row)
+        if not norm > least * length:
+            return None
+        row, length = row / norm, 1.0
+    return row
+
+
+def _top_ritz_value(alphas, betas, beta: float) -> tuple[float, float]:
+    """Return the largest eigenvalue of the tridiagonal matrix and its residual norm."""
+    diagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
+    off = torch.tensor(betas, dtype=torch.float64, device="cpu")
+    values, vectors = torch.linalg.eigh(diagonal + torch.diag(off, 1) + torch.diag(off, -1))
+    return float(values[-1]), beta * abs(float(vectors[-1, -1]))

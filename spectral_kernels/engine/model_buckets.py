@@ -1,0 +1,362 @@
+"""The plans of a selection, one per device and dtype, kept in step with the parameters."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+
+from ..backends import choice, reference
+from ..backends.formulas import orthonormal, orthonormal_if_finite
+from ..selection.matrices import Matrix, Selection
+from ..selection.parameters import Computed
+from ..sharding import shards
+from ..sharding.shards import Spread
+from .bucket import Bucket
+from .coefficients import Coefficients
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the matrices of a model are iterated.
+
+    Attributes:
+        backend: name of the backend.
+        exponent: k.
+        warmup: iterations for vectors that start from random numbers.
+        seed: of those random numbers; each matrix has its own stream, keyed by its name.
+        n_vectors: singular vectors per matrix.
+        extra_iterations: at most, for stale matrices, after every other iteration.
+    """
+
+    backend: str = "auto"
+    exponent: float = 2.0
+    warmup: int = 10
+    seed: int = 0
+    n_vectors: int = 1
+    extra_iterations: int = 0
+
+
+class Buckets:
+    """All buckets of a selection, built at first use and rebuilt when parameters change.
+
+    Args:
+        selection: matrices and vectors.
+        settings: how they are iterated.
+        coefficients: strength and target of each.
+    """
+
+    by_number: ClassVar[WeakValueDictionary[int, Buckets]] = WeakValueDictionary()
+    _some_traced: ClassVar[bool] = False
+    _numbers = count(2)  # compilers have code of their own for 0 and for 1
+
+    def __init__(self, selection: Selection, settings: Settings, coefficients: Coefficients):
+        self.selection, self.settings, self.coefficients = selection, settings, coefficients
+        self.number = next(self._numbers)
+        self.by_number[self.number] = self
+        self._traced = False  # is in a graph
+        self.buckets: list[Bucket] | None = None
+        self._indices: list[list[int]] = []  # of each bucket's owners
+        self._sharded: dict[int, torch.Tensor] = {}  # parameters that were DTensors last
+        self._warm = True  # what is known needs no warm-up
+        self._managed: set | None = None  # modules that FSDP2 looks after
+        self.known: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
+        # Of each owner, in their order, what it has first.
+        self._first = {x.owner: x for x in (*selection.vectors[::-1], *selection.matrices[::-1])}
+        self.owners = list(
+            dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors))
+        )
+        self._computed = next((o for o in self.owners if o.computed), None)
+        self._slots = [
+            ({o.attribute: o.tensor}, o.attribute)
+            if o.module is None
+            else (Computed(o) if o.computed else o.module._parameters, o.attribute)
+            for o in self.owners
+        ]
+
+    def check_in_place(self) -> None:
+        """Raise ValueError if there is no ``.grad`` to add to, or parameter to change."""
+        if self._computed is not None:
+            raise ValueError(
+                f"parameter {self._computed.name!r} is made by a parametrization at every use; "
+                "accepted is penalty(), whose gradient goes through it, or leave it out with "
+                "exclude"
+            )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the parameter of every owner as it is now."""
+        try:
+            tensors = [slot[key] for slot, key in self._slots]
+        except KeyError:
+            tensors = [None]
+        kinds = set(map(type, tensors))
+        if type(None) in kinds:
+            tensors = [owner.get() for owner in self.owners]
+        if self._sharded or shards.DTensor in kinds:
+            tensors = [self._settled(i, tensor) for i, tensor in enumerate(tensors)]
+        return tensors
+
+    def _settled(self, i: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Return parameter ``i``: its shards where FSDP2 shows the gathered one for a while."""
+        known = self._sharded.get(i)
+        if known is not None and shards.is_gathered(tensor, known):
+            if self._managed is None:
+                self._managed = shards.managed(self.selection.root)
+            if self.owners[i].module in self._managed:
+                return known
+        if shards.is_sharded(tensor) and tensor is not known:
+            self._sharded[i], self._managed = tensor, None
+        elif not shards.is_sharded(tensor):
+            self._sharded.pop(i, None)
+        return tensor
+
+    def bound(self) -> list[Bucket]:
+        """Return buckets whose tables point at the parameters of this moment, warmed up."""
+        buckets = self._bound()
+        for bucket in buckets:
+            if not bucket.warm:
+                bucket.iterate(self.settings.warmup)
+                bucket.warm = True
+        if self.coefficients.strength_tensor is not None:  # its value may have changed
+            self.fill_strength()
+        return buckets
+
+    def fill_strength(self) -> None:
+        """Write the strength of the coefficients into every bucket that is there."""
+        for bucket in self.buckets or ():
+            self.coefficients.fill_strength(bucket)
+
+    def accumulate_gradients(self, n_iterations: int, scale: float | torch.Tensor | None) -> None:
+        """Run power iterations and add the gradient of ``strength * R`` to every ``.grad``.
+
+        Args:
+            n_iterations: how many, 1 or more.
+            scale: a factor of the gradient, or None.
+
+        Raises:
+            ValueError, RuntimeError: see ``SpectralRegularizer.accumulate_grad_``.
+        """
+        self.check_in_place()
+        buckets = self.bound()
+        grads = [bucket.grads() for bucket in buckets]
+        for bucket, own in zip(buckets, grads, strict=True):
+            bucket.plan.bind_grads(own)
+        for bucket, own in zip(buckets, grads, strict=True):
+            bucket.make_missing_grads(own)
+            bucket.state.set_scale(scale)
+        for bucket in buckets:
+            bucket.begin(n_iterations)
+        for bucket, own in zip(buckets, grads, strict=True):
+            bucket.finish(n_iterations, own)
+
+    def _bound(self) -> list[Bucket]:
+        """Return buckets whose tables point at the parameters of this moment."""
+        tensors = self.tensors()
+        if self.buckets is not None:
+            for bucket, indices in zip(self.buckets, self._indices, strict=True):
+                is_all = len(self.buckets) == 1  # in the order of the owners
+                if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
+                    self._warm = self.is_warm
+                    self.known, self.buckets = self.vectors(), None
+                    break
+        if self.buckets is None:
+            # The state outlives an inference mode in which it happens to be made.
+            with torch.inference_mode(False):
+                self._build(tensors)
+        return self.buckets
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether vectors are there and warmed up."""
+        return self.buckets is not None and all(bucket.warm for bucket in self.buckets)
+
+    def ready_to_trace(self) -> bool:
+        """Build what a graph refers to, while it is traced; False: it cannot be in a graph."""
+        Buckets._some_traced = self._traced = True
+        return not any(bucket.is_sharded for bucket in self._bound())
+
+    def ready_for_graphs(self) -> None:
+        """Build at once if steps are compiled in this process: one may serve these buckets too.
+
+        Graphs expect buckets that are there, and would be compiled anew for each regularizer.
+        """
+        if not self._some_traced:
+            return
+        tensors = [owner.get() for owner in self.owners]
+        if not any(t.is_meta or shards.is_sharded(t) for t in tensors):
+            self._bound()
+
+    def with_tensors(self) -> Iterator[tuple[Bucket, list[torch.Tensor]]]:
+        """Yield every bucket with the parameters of its owners as they are now."""
+        tensors = self.tensors()
+        for bucket, indices in zip(self.buckets, self._indices, strict=True):
+            yield bucket, [tensors[i] for i in indices]
+
+    def _build(self, tensors: list[torch.Tensor]) -> None:
+        place = {owner: i for i, owner in enumerate(self.owners)}
+        groups: dict[tuple, list[int]] = {}
+        for i, (owner, tensor) in enumerate(zip(self.owners, tensors, strict=True)):
+            if tensor.is_meta:
+                raise RuntimeError(
+                    f"parameter {owner.name!r} is on the meta device: materialize the model before "
+                    "the regularizer is first used"
+                )
+            groups.setdefault((tensor.device, tensor.dtype, self._spread(i, tensor)), []).append(i)
+        settings, buckets, orders = self.settings, [], []
+        for (device, dtype, _), members in groups.items():
+            inside = set(members)
+            matrices = [m for m in self.selection.matrices if place[m.owner] in inside]
+            vectors = [v for v in self.selection.vectors if place[v.owner] in inside]
+            order = list(dict.fromkeys(place[x.owner] for x in (*matrices, *vectors)))
+            backend = choice.choose(settings.backend, device, dtype, settings.n_vectors)
+            own = [tensors[i] for i in order]
+            bucket = Bucket.of(
+                matrices, vectors, own, backend, settings.exponent, settings.n_vectors,
+                settings.extra_iterations,
+            )  # fmt: skip
+            bucket.warm = self._start(bucket) and self._warm
+            if bucket.is_sharded:
+                bucket.backend.agree(bucket.state.v_next)
+            self.coefficients.fill(bucket)
+            buckets.append(bucket)
+            orders.append(order)
+        self.buckets, self._indices, self.known, self._warm = buckets, orders, {}, True
+
+    def _spread(self, i: int, parameter: torch.Tensor) -> Spread:
+        """Return over which axes what owner ``i`` has is spread."""
+        if not shards.is_sharded(parameter):
+            return Spread()
+        first = self._first[self.owners[i]]
+        if isinstance(first, Matrix):
+            return shards.held(first, parameter).spread
+        return shards.spread_of_vector(first, parameter)
+
+    def _start(self, bucket: Bucket) -> bool:
+        """Write the vectors to start from; tell whether all of them were known."""
+        state, all_known = bucket.state, True
+        for i, (matrix, layout) in enumerate(
+            zip(bucket.plan.matrices, state.plan.layouts, strict=True)
+        ):
+            v = self.known.get(matrix.name)
+            if v is not None and layout.side == "left" and bucket.is_sharded:
+                v = None  # its left vectors would take a sum over the ranks
+            n = layout.rows if layout.side == "left" else layout.cols
+            if v is not None and v.shape[-1] == n:
+                v = layout.from_logical(v[: self.settings.n_vectors].to(state.v))
+                if layout.side == "left":
+                    v = orthonormal_if_finite(v @ reference.matrix(bucket.plan, i))
+            else:
+                v = None
+            if v is None or len(v) < self.settings.n_vectors:
+                all_known = False
+                random = self._random(matrix.name, layout.cols)
+                if layout.side == "right":
+                    random = layout.from_logical(random)
+                if v is not None:
+                    random[: len(v)] = v
+                v = orthonormal(random)
+            state.columns(i, state.v_next).copy_(v)
+        return all_known
+
+    def _random(self, name: str, cols: int) -> torch.Tensor:
+        # torch's generator on a CPU has 32 bits of seed.
+        generator = torch.Generator().manual_seed(
+            zlib.crc32(f"{self.settings.seed}/{name}".encode())
+        )
+        shape = self.settings.n_vectors, cols
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """Return right singular vectors to start from again: name -> [r, N], copies.
+
+        They do not depend on how the weight lies in memory. A zero matrix that is stored column by
+        column has none.
+        """
+        # Copies may go into an optimizer's state, which outlives an inference mode.
+        with torch.inference_mode(False):
+            return self._vectors()
+
+    def _vectors(self) -> dict[str, torch.Tensor]:
+        found = dict(self.known)
+        for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
+            layouts, state = bucket.state.plan.layouts, bucket.state
+            if bucket.is_sharded:  # rows of s, left vectors, are on other ranks
+                layouts = [None if x.side == "left" else x for x in layouts]
+            elif not bucket.measured and any(layout.side == "left" for layout in layouts):
+                # s has to be computed, from weights that may have moved since the last use.
+                tensors = self.tensors()
+                if bucket.bind([tensors[i] for i in indices]):
+                    bucket.measure()
+            for i, (matrix, layout) in enumerate(zip(bucket.plan.matrices, layouts, strict=True)):
+                if layout is None:
+                    continue
+                is_left = layout.side == "left"
+                right = state.v if bucket.ahead else state.v_next
+                v = orthonormal_if_finite(state.rows(i)) if is_left else state.columns(i, right)
+                if v is not None:
+                    found[matrix.name] = layout.to_logical(v).clone()
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out addresses and buffers; copies and pickles carry the vectors."""
+        return {"arguments": (self.selection, self.settings, self.coefficients),
+                "vectors": self.vectors()}  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["arguments"])
+        self.known = state["vectors"]
+
+    def restart(self, vectors: Mapping[str, torch.Tensor], warm: bool) -> None:
+        """Start from ``vectors`` at the next use; unless ``warm``, with a warm-up."""
+        self.known = {**self.vectors(), **vectors}
+        self.buckets, self._warm = None, warm
+        if self._traced:
+            self._bound()
+
+
+class LoadResult(NamedTuple):
+    """What a state_dict did not have, and what of it was not used."""
+
+    missing: list[str]
+    unexpected: list[str]
+
+
+def vectors_of(
+    state: Mapping[str, Any], matrices: Sequence[Matrix]
+) -> tuple[dict[str, torch.Tensor], LoadResult]:
+    """Return orthonormal vectors [r, N] by name of the matrix, and which names did not match.
+
+    Raises:
+        TypeError: not a dict with "vectors".
+        ValueError: vectors of the wrong shape, or zero, or not finite.
+    """
+    if not isinstance(state, Mapping) or not isinstance(state.get("vectors"), Mapping):
+        raise TypeError('state: accepted is the dict that state_dict() returns, with "vectors"')
+    by_name = {matrix.name: matrix for matrix in matrices}
+    given = state["vectors"]
+    found = {name: _checked(by_name[name], v) for name, v in given.items() if name in by_name}
+    missing = [name for name in by_name if name not in found]
+    return found, LoadResult(missing, [name for name in given if name not in by_name])
+
+
+def _checked(matrix: Matrix, v) -> torch.Tensor:
+    rows, cols = matrix.shape_now()
+    shape = tuple(getattr(v, "shape", ()))
+    if not isinstance(v, torch.Tensor) or len(shape) != 2 or shape[0] < 1 or shape[1] != cols:
+        raise ValueError(
+            f"state: the vectors of {matrix.name!r} have shape {shape}; accepted is (1, {cols}), "
+            f"or a row for each of several, for this matrix of {rows} x {cols}"
+        )
+    wide = v.detach().to(torch.promote_types(v.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(wide.double(), dim=1)
+    if not torch.isfinite(norms).all() or (norms[0] == 0 and v.numel()):
+        raise ValueError(f"state: the vectors of {matrix.name!r} have norms {norms.tolist()}")
+    # Vectors that are orthonormal already keep their bits; those beyond N are zero.
+    gram = wide.double() @ wide.double().mT
+    off = (gram - torch.diag((norms > 0).to(gram))).abs().max()
+    return wide.clone() if off < 2e-6 else orthonormal(wide)

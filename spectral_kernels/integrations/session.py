@@ -1,0 +1,67 @@
+"""What the callbacks have in common: a regularizer that lives from begin to end of a training."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engine.attach import Attachment
+from ..optim.base import SpectralOptimizer
+from ..regularizer import SpectralRegularizer
+
+
+class Held:
+    """The regularizer of one model at a time, attached to its optimizer while training lasts.
+
+    If the optimizer is SpectralAdamW or SpectralSGD, the regularizer is that of the optimizer,
+    which carries its state too (``is_own`` is False then).
+
+    Args:
+        arguments: of SpectralRegularizer, but for the model.
+
+    Raises:
+        TypeError: an argument that SpectralRegularizer does not have.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]):
+        inspect.signature(SpectralRegularizer).bind(None, **arguments)
+        self.arguments = dict(arguments)
+        self.regularizer: SpectralRegularizer | None = None
+        self.is_own = False
+        self._model: nn.Module | None = None
+        self._attachment: Attachment | None = None
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> SpectralRegularizer:
+        """Build the regularizer, or keep it if ``model`` is that of before, and attach it."""
+        self.end()
+        optimizer = unwrapped(optimizer)
+        if isinstance(optimizer, SpectralOptimizer):
+            if self.arguments:
+                raise ValueError(
+                    f"{', '.join(self.arguments)}: {type(optimizer).__name__} has the penalty in "
+                    "its step; give these arguments to it, and none to the callback"
+                )
+            self.regularizer, self.is_own = optimizer.regularizer, False
+            return self.regularizer
+        if not self.is_own or model is not self._model:
+            self.regularizer = SpectralRegularizer(model, **self.arguments)
+            self.is_own, self._model = True, model
+        self._attachment = self.regularizer.attach(optimizer)
+        return self.regularizer
+
+    def end(self) -> None:
+        """Detach the regularizer, which stays for a look at it."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that takes the steps, inside of wrappers such as accelerate's."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer

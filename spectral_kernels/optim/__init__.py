@@ -1,0 +1,6 @@
+"""Optimizers whose step contains the penalty: no further pass over the weights."""
+
+from .adamw import SpectralAdamW
+from .sgd import SpectralSGD
+
+__all__ = ["SpectralAdamW", "SpectralSGD"]

@@ -1,0 +1,265 @@
+"""An optimizer's step over the parameters of one device and dtype, the penalty's gradient in it.
+
+At step t the state holds, from the step before, s = W v, sigma = ||s|| and the next v. The step
+takes g + strength * dR/dW(W; v) through the optimizer's rule and multiplies the new weights by the
+next v: the iteration that a regularizer would run at the start of the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..backends import formulas
+from ..engine.bucket import Bucket
+from ..tables.addresses import memory_of
+from ..tables.device import DeviceTables, fill, number_on
+from ..tables.schema import DTYPES, GROUP, HEADER, MOMENT, SLOT, UPDATE, VECTOR, address
+
+PART = 32768  # elements of a parameter without a penalty that one task takes
+_FIELD = {name: i for i, name in enumerate(UPDATE)}
+_ON_DEVICE = "others", "matrix_moments", "vector_moments", "other_moments", "groups"
+_TABLES = [_FIELD[name] for name in _ON_DEVICE]
+
+
+class Rule(NamedTuple):
+    """How gradients become steps."""
+
+    number: int  # in csrc/table.h
+    moments: tuple[str, ...]  # their names in torch.optim
+    apply: Callable  # see reference.adamw
+
+
+ADAMW = Rule(0, ("exp_avg", "exp_avg_sq"), formulas.adamw)
+SGD = Rule(1, ("momentum_buffer",), formulas.sgd)
+
+
+class Update:
+    """Tables of an optimizer for the parameters of one device and dtype.
+
+    Args:
+        rule: the optimizer.
+        backend: takes the step.
+        bucket: what is regularized among the parameters, or None.
+        names: of the parameters, for errors.
+        weights: the parameters; those of the bucket first, in the order of its owners.
+        moments: exp_avg and exp_avg_sq, or momentum_buffer, or nothing, of each parameter.
+        group_of: the row of groups of each parameter.
+        moment_dtype: that of the parameters, or float32.
+        n_groups: number of groups, whose hyperparameters go into ``groups`` (GROUP) before a step.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        backend,
+        bucket: Bucket | None,
+        names: Sequence[str],
+        weights: Sequence[torch.Tensor],
+        moments: Sequence[tuple[torch.Tensor, ...]],
+        group_of: Sequence[int],
+        moment_dtype: torch.dtype,
+        n_groups: int,
+    ):
+        self.rule, self.backend, self.bucket = rule, backend, bucket
+        self.moment_dtype = moment_dtype
+        self.names, self.weights, self.moments = names, list(weights), list(moments)
+        self.group_of = np.array(group_of, np.int64)
+        self.device, self.dtype = weights[0].device, weights[0].dtype
+        self.n_owned = len(bucket.plan.owners) if bucket is not None else 0
+        self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
+        self.grads: list[torch.Tensor | None] = []
+        self.acts: list[bool] = []  # whose step it is
+        self._acting = torch.zeros_like(self.steps)
+        self._versions: list[int] = []
+        self._seen = self._seen_weights = self._checked = None
+        self.groups = np.zeros(n_groups, GROUP)
+        self._options: list[tuple] = []  # what they hold
+        self._groups_version = 0
+        self._placed: tuple[int, ...] = ()  # the addresses of _ON_DEVICE in the header
+        self.grad_scale: torch.Tensor | None = None
+        self.found_inf: torch.Tensor | None = None
+        self.decoupled = False
+        self._build_tables()
+
+    def _build_tables(self) -> None:
+        others = [
+            (owner, start, min(PART, self.weights[owner].numel() - start))
+            for owner in range(self.n_owned, len(self.weights))
+            for start in range(0, self.weights[owner].numel(), PART)
+        ]
+        owner, self._other_start, size = np.array(others, np.int64).reshape(-1, 3).T.copy()
+        self.others = np.zeros(len(others), VECTOR)
+        self.others["grad_dtype"], self.others["size"] = DTYPES[self.dtype], size
+        self._other_owner = owner
+        none = np.zeros(0, np.int64)
+        plan = None if self.bucket is None else self.bucket.plan
+        # Owner and first element of every row, by table.
+        rows = {
+            "matrix_moments": (none, none) if plan is None else (plan.matrix_owner, plan.offsets),
+            "vector_moments": (none, none) if plan is None else (plan.vector_owner, 0),
+            "other_moments": (owner, self._other_start),
+        }
+        self._rows = [(np.zeros(len(own), MOMENT), own, start) for own, start in rows.values()]
+        self._lone_header = np.zeros(len(HEADER), np.int64)  # without anything to regularize
+        self._lone_header[SLOT["weight_dtype"]] = DTYPES[self.dtype]
+        tables = self.others, *(row[0] for row in self._rows)
+        what = "an address of a parameter, a gradient or a moment"
+        self.tables, self._version = DeviceTables(tables, self.device, what), 0
+        self.group_table = DeviceTables([self.groups], self.device, "a hyperparameter")
+        self.header = np.zeros(len(UPDATE), np.int64)
+        self.address = address(self.header)
+        fields = {
+            "rule": self.rule.number, "moment_dtype": DTYPES[self.moment_dtype],
+            "n_others": len(self.others), "steps": self.steps.data_ptr(),
+        }  # fmt: skip
+        for name, value in fields.items():
+            self.header[_FIELD[name]] = value
+
+    @property
+    def header_address(self) -> int:
+        """Address of the Header that goes with the tables."""
+        return address(self._lone_header) if self.bucket is None else self.bucket.local.address
+
+    def bind(self, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+        """Point the tables at the parameters and gradients of this step.
+
+        Raises:
+            ValueError: one that cannot be used in place.
+        """
+        self.weights, self.grads = weights, grads
+        if self.bucket is not None:
+            self.bucket.plan.bind_grads(grads[: self.n_owned])
+        try:
+            seen = self._looked_at()
+        except RuntimeError:  # a gradient without plain memory, which has no address
+            self._check()
+            raise
+        if seen == self._seen:
+            return
+        if (layouts := self._layouts(seen)) != self._checked:
+            self._check()
+            self._checked = layouts
+        acts = [grad is not None for grad in grads]
+        for i in range(self.n_owned):
+            acts[i] |= weights[i].requires_grad
+        if acts != self.acts:
+            self.acts = acts
+            fill(self._acting, acts)
+        self._place_others(seen)
+        group = np.where(self.acts, self.group_of, -1)
+        kept = [memory_of(m).address_array() for m in zip(*self.moments, strict=True)]
+        for table, owner, start in self._rows:
+            table["owner"], table["group"] = owner, group[owner]
+            for field, address_of in zip(("first", "second"), kept, strict=False):
+                table[field] = address_of[owner] + start * self.moment_dtype.itemsize
+        self._version += 1
+        self._seen = seen
+
+    def _place_others(self, seen: tuple) -> None:
+        """Write addresses of what has no penalty, as they were looked at."""
+        here, others, _ = seen
+        if not others:
+            return
+        found = np.zeros((2, len(self.weights)), np.int64)
+        found[0, self.n_owned :] = others[0].address_array()
+        found[1, [self.n_owned + i for i in here]] = others[1].address_array()
+        offsets = self._other_start * self.dtype.itemsize
+        for field, addresses in zip(("weight", "grad"), found[:, self._other_owner], strict=True):
+            self.others[field] = np.where(addresses, addresses + offsets, 0)
+
+    def _looked_at(self) -> tuple:
+        """Return what changes when an address does; the plan knows about its own."""
+        weights, grads = self.weights[self.n_owned :], self.grads[self.n_owned :]
+        here = [i for i, grad in enumerate(grads) if grad is not None]
+        others = (memory_of(weights), memory_of([grads[i] for i in here])) if weights else ()
+        return here, others, self.bucket and self.bucket.plan.version
+
+    def _layouts(self, seen: tuple) -> tuple:
+        """Return what changes when _check might find something else."""
+        here, others, _ = seen
+        plan = None if self.bucket is None else self.bucket.plan
+        own = None if plan is None else (plan.grads_seen[0], plan.grads_seen[1].layouts,
+                                         plan.weights_seen.layouts)  # fmt: skip
+        return here, [memory.layouts for memory in others], own
+
+    def _check(self) -> None:
+        for name, weight, grad, moments in zip(
+            self.names, self.weights, self.grads, self.moments, strict=True
+        ):
+            if torch.empty_like(weight, device="meta").stride() != weight.stride():
+                raise ValueError(
+                    f"parameter {name!r} has strides {tuple(weight.stride())}; accepted are "
+                    "parameters without gaps between their elements"
+                )
+            expected = [(grad, "gradient", weight.dtype)] if grad is not None else []
+            expected += [(m, "moment", self.moment_dtype) for m in moments]
+            for tensor, what, dtype in expected:
+                if (tensor.layout, tensor.dtype) != (torch.strided, dtype):
+                    raise ValueError(
+                        f"the {what} of parameter {name!r} is {tensor.dtype}, {tensor.layout}; "
+                        f"accepted is {dtype}, {torch.strided}"
+                    )
+                if tensor.stride() != weight.stride() and tensor.numel():
+                    raise ValueError(
+                        f"the {what} of parameter {name!r} has strides {tuple(tensor.stride())}; "
+                        f"accepted are those of the parameter, {tuple(weight.stride())}"
+                    )
+
+    def look_ahead(self, changed: bool) -> None:
+        """Have the products of the weights as they are, which may be ``changed`` from outside."""
+        if self.bucket is None:
+            return
+        versions, seen = self._owned_versions(), self.bucket.plan.weights_seen
+        changed = changed or versions != self._versions or seen is not self._seen_weights
+        self.bucket.look_ahead(changed)
+        self._seen_weights = seen
+
+    def set_options(self, rows: Sequence[tuple], decoupled: bool) -> None:
+        """Write the hyperparameters of every group, in the order of GROUP.
+
+        A learning rate that is a tensor on a GPU stays there: its value may change between replays
+        of a CUDA graph. Numbers are those of the capture in every replay, as in torch.optim.
+        """
+        self.decoupled = self.header[_FIELD["decoupled"]] = decoupled
+        on_device = {i: row[0] for i, row in enumerate(rows) if isinstance(row[0], torch.Tensor)}
+        rows = [(0.0 if i in on_device else row[0], *row[1:]) for i, row in enumerate(rows)]
+        if rows != self._options:
+            self.groups[:] = np.array(rows, GROUP)
+            self._options = rows
+            self._groups_version += 1
+        self.group_table.refresh(self._groups_version)
+        if on_device:
+            numbers = self.group_table.views[0].view(torch.float64).view(len(rows), -1)
+            for i, lr in on_device.items():
+                numbers[i, 0].copy_(lr)
+
+    def set_scaling(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+        """Divide gradients by ``grad_scale``; leave all as it is where ``found_inf`` > 0."""
+        for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+            if number is not None:
+                number = number_on(self.device, torch.float32, number)
+            setattr(self, name, number)
+            self.header[_FIELD[name]] = 0 if number is None else number.data_ptr()
+
+    def run(self) -> None:
+        """Take a step."""
+        self.tables.refresh(self._version)
+        placed = *self.tables.addresses, *self.group_table.addresses
+        if placed != self._placed:
+            self.header[_TABLES] = self._placed = placed
+        if self.found_inf is None:
+            self.steps += self._acting
+        else:
+            self.steps += self._acting * (self.found_inf <= 0)
+        self.backend.update(self)
+        if self.bucket is not None:
+            self.bucket.stepped()
+        torch.autograd.graph.increment_version(self.weights)  # the kernels know addresses alone
+        self._versions = self._owned_versions()
+
+    def _owned_versions(self) -> list[int]:
+        return [weight._version for weight in self.weights[: self.n_owned]]

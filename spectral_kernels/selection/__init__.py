@@ -1,0 +1,1 @@
+"""Which parameters of a model are regularized, and how each is viewed."""

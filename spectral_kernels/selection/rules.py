@@ -1,0 +1,163 @@
+"""Which parameters of a model are regularized, and how each is viewed as matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .arguments import check_pattern_list, check_patterns, match_any
+from .matrices import CONVOLUTIONS, TRANSPOSED, NothingSelected, Selection, Vector, matrices_of
+from .parameters import Owner, made_before_use, owners_of
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+_NORMS = tuple(
+    getattr(nn, name)
+    for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d",
+                 "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm", "RMSNorm")
+)  # fmt: skip
+
+
+_GAINS = ("weight", "gamma", "scale", "gain", "g")
+
+
+_SHIFTS = ("bias", "beta", "shift", "b")
+
+
+# Norms that multiply by (1 + weight): pulling |weight| to one would double their gain.
+_OFFSET_GAINS = (
+    "GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "MiniMaxM3VLRMSNorm",
+    "MuseGlimmerTextCenteredRMSNorm", "MuseSparkTextCenteredRMSNorm",
+    "MuseSparkTextInputScaledRMSNorm", "NemotronLayerNorm1P", "Qwen3NextRMSNorm", "Qwen3_5RMSNorm",
+    "Qwen3_5MoeRMSNorm", "Qwen4ExpTextRMSNorm", "RecurrentGemmaRMSNorm", "Step3p7RMSNorm",
+    "T5GemmaRMSNorm", "T5Gemma2RMSNorm", "VaultGemmaRMSNorm", "VideoPrismLayerNorm",
+)  # fmt: skip
+
+
+def select(
+    source: nn.Module | Iterable[tuple[str, torch.Tensor]],
+    *,
+    biases: bool = True,
+    norms: bool = True,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    splits: Mapping[str, int | Sequence[int]] | None = None,
+    stacked: Sequence[str] = (),
+    trainable_only: bool = True,
+) -> Selection:
+    """Choose the matrices and vectors of a model.
+
+    A tensor with several names (tied weights) counts once; a pattern may name it by any of them.
+
+    Args:
+        source: a module, or an iterable of (name, tensor).
+        biases: select biases.
+        norms: select the gains and shifts of normalization layers.
+        include: glob patterns; when given, only parameters whose name matches one are selected,
+            embedding tables among them.
+        exclude: glob patterns of names to leave out.
+        splits: pattern -> number of equal parts, or their sizes, along the output dimension
+            (dim 0; dim 1 for transposed convolutions and transformers' ``Conv1D``).
+        stacked: patterns of stacks (E, out, in) that are E matrices.
+        trainable_only: leave out parameters that do not require a gradient.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a pattern that matches nothing, sizes that do not add up, nothing selected.
+    """
+    include = check_pattern_list("include", include)
+    exclude, stacked = (
+        check_pattern_list("exclude", exclude) or [],
+        check_pattern_list("stacked", stacked) or [],
+    )
+    splits = {} if splits is None else splits
+    if not isinstance(splits, Mapping) or not all(isinstance(p, str) for p in splits):
+        raise TypeError(
+            f"splits: got {splits!r:.80}; accepted is a mapping from name patterns to a "
+            'number of parts or their sizes, such as {"*.qkv.weight": 3}'
+        )
+    owners = owners_of(source)
+    names = [owner.name for group in owners for owner in group]
+    for argument, patterns in (
+        ("include", include or []), ("exclude", exclude), ("splits", splits), ("stacked", stacked)
+    ):  # fmt: skip
+        check_patterns(argument, patterns, names)
+
+    found = Selection(root=source if isinstance(source, nn.Module) else None)
+    for group in owners:
+        owner = next((o for o in group if not _is_embedding(o)), group[0])
+        with torch.enable_grad():
+            aliases, tensor = [o.name for o in group], owner.get()
+        reason = _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only)
+        if reason is None:
+            chosen = include is not None or match_any(aliases, stacked) is not None
+            role = _role(owner, tensor, chosen)
+            if role == "matrix":
+                found.matrices += matrices_of(owner, aliases, tensor, splits, stacked)
+                continue
+            if role in ("bias", "shift", "gain"):
+                wanted, argument = (biases, "biases") if role == "bias" else (norms, "norms")
+                if wanted:
+                    kind = "gain" if role == "gain" else "shift"
+                    found.vectors.append(Vector(owner.name, owner, kind))
+                    continue
+                role = f"{argument}=False"
+            reason = role
+        found.skipped.append((owner.name, reason))
+    if not found.matrices and not found.vectors:
+        raise NothingSelected(found.skipped)
+    return found
+
+
+def _is_embedding(owner: Owner) -> bool:
+    return isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag))
+
+
+def _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only) -> str | None:
+    if include is not None and match_any(aliases, include) is None:
+        return "not in include"
+    if (pattern := match_any(aliases, exclude)) is not None:
+        return f"exclude {pattern!r}"
+    if trainable_only and not tensor.requires_grad:
+        return "requires_grad is False"
+    if tensor.dtype not in FLOAT_DTYPES:
+        return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(
+            f"parameter {owner.name!r} is not initialized yet: run the lazy module once before "
+            "building the regularizer"
+        )
+    if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
+        return "part of a parametrization; the weight that it makes is taken instead"
+    if (problem := made_before_use(owner)) is not None:
+        raise ValueError(f"parameter {owner.name!r} {problem}, or leave it out with exclude")
+    if tensor.layout != torch.strided:
+        return f"layout {str(tensor.layout).removeprefix('torch.')}"
+    return None
+
+
+def _role(owner: Owner, tensor: torch.Tensor, chosen: bool) -> str:
+    """Return "matrix", "bias", "gain", "shift", or the reason why it is none of them."""
+    kind = type(owner.module).__name__
+    if isinstance(owner.module, _NORMS) or ("norm" in kind.lower() and tensor.dim() == 1):
+        if owner.attribute in _GAINS:
+            is_offset = kind in _OFFSET_GAINS or getattr(owner.module, "unit_offset", False)
+            return f"a gain of {kind} is stored as its distance from one" if is_offset else "gain"
+        if owner.attribute in _SHIFTS:
+            return "shift"
+    if _is_embedding(owner) and not chosen:
+        return "embedding table (name it in include to regularize it)"
+    if tensor.dim() >= 2:
+        layers = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
+        is_weight = owner.attribute.startswith("weight") and isinstance(owner.module, layers)
+        if tensor.dim() >= 3 and tensor.shape[0] == 1 and not (is_weight or chosen):
+            return "additive embedding or token (name it in include to regularize it)"
+        return "matrix"
+    if tensor.dim() == 1 and (
+        owner.attribute.startswith("bias") or owner.attribute.endswith("bias")
+    ):
+        return "bias"
+    return f"{tensor.dim()}-D, neither a bias nor a parameter of a norm"

@@ -1,0 +1,294 @@
+"""Power iteration of sharded matrices: local products, and sums over the ranks between them.
+
+Of W [M, N] a rank holds a block: some rows, some columns or both. Every rank has the whole v [N]
+and its rows' part of s [M]:
+
+    s = W v           columns are spread: an all-reduce of the local products over their ranks
+    t = W^T s         an all-reduce of the local products over all ranks that W is spread over
+    sigma = ||s||     rows are spread: an all-reduce of one number per matrix (r^2 of them)
+
+The s, the t and the numbers of all matrices go together, so that neither the number nor the order
+of the collectives depends on how many matrices there are or when their gradients were ready. What
+follows, the next v among it, every rank computes itself from the same numbers: the same bits.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from ..tables.layout import Layout
+from ..tables.plan import Plan, Tables
+from ..tables.state import State
+from .shards import Axis, Held, Spread
+
+
+class Whole(Tables):
+    """Tables through which ``normalize`` finds what was summed over tiles and ranks.
+
+    A matrix has all of its columns, its local rows and one tile.
+    """
+
+    def __init__(self, plan: Plan, layouts: Sequence[Layout]):
+        sizes = [0] * len(plan.vectors)
+        super().__init__(
+            plan.matrices, plan.vectors, layouts, sizes, plan.device, plan.dtype, plan.r
+        )
+
+    def _tiles(self) -> list[list[tuple[int, int]]]:
+        return [[(0, x.rows)] for x in self.layouts]
+
+    def _partials(self, t_size: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return t and S S^T of every matrix, beside which ``numbers`` has those of the vectors.
+
+        Where both are float64 they are one piece of memory, so that one all-reduce does.
+        """
+        n_products, nv = self.r * self.r * n_tiles, len(self.vectors)
+        n_numbers = n_products + 2 * nv
+
+        def zeros(n, dtype):
+            return torch.zeros(n, dtype=dtype, device=self.device)
+
+        if self.state_dtype == torch.float64:
+            both = zeros(t_size + n_numbers, torch.float64)
+            t, self.numbers = both.split([t_size, n_numbers])
+            self.to_sum = [both]
+        else:
+            t, self.numbers = zeros(t_size, self.state_dtype), zeros(n_numbers, torch.float64)
+            self.to_sum = [t, self.numbers]
+        products, self.squares, self.penalties = self.numbers.split([n_products, nv, nv])
+        return t, products
+
+
+class Sharded:
+    """A backend whose matrices are spread over ranks, around the one that has the kernels.
+
+    Args:
+        inner: the backend of the local products.
+        plan: of what this rank holds.
+        matrices: the same matrix by matrix.
+        spread: over which axes, the same for all.
+    """
+
+    def __init__(self, inner, plan: Plan, matrices: Sequence[Held], spread: Spread):
+        self.inner, self.name, self.spread = inner, inner.name, spread
+        self.scalars_on_device = inner.scalars_on_device
+        self.whole = Whole(plan, [one.whole for one in matrices])
+        self._is_gain = torch.tensor([v.kind == "gain" for v in plan.vectors], device=plan.device)
+        self._pending: list[tuple] = []  # collectives that normalize waits for
+        self._columns = None
+        if spread.columns or any(one.columns is not None for one in matrices):
+            self._columns = _Columns(plan, self.whole, matrices, spread.columns)
+
+    # -------------------------------------------------------------------- the calls of a backend
+
+    def gram_matvec(self, plan: Plan, state: State) -> None:
+        """See :func:`reference.gram_matvec`; sums over the ranks are on their way then."""
+        local = self.local(plan, state)
+        if not self.spread.columns:
+            self.inner.gram_matvec(plan, local)
+        else:
+            self.inner.gram_matvec(plan, self._columns.products(plan, local))
+            self._columns.sum(self.spread.columns, local, state)
+            self.inner.transposed(plan, local)
+        self._sum(plan, local)
+
+    def normalize(self, plan: Plan, state: State) -> None:
+        """See :func:`reference.normalize`."""
+        self._wait()
+        self.inner.normalize(self.whole, state)
+        if plan.vectors:
+            whole = self.whole
+            state.norm.copy_(whole.squares.sqrt())
+            penalties = whole.squares**state.exponent
+            penalties = torch.where(self._is_gain, whole.penalties, penalties)
+            state.penalty[len(plan.matrices) :].copy_(penalties)
+
+    def rank_one(self, plan: Plan, state: State, grads, accumulate: bool) -> None:
+        """See :func:`reference.rank_one`."""
+        self.inner.rank_one(plan, self.local(plan, state), grads, accumulate)
+
+    def finish(self, plan: Plan, state: State, grads, accumulate: bool) -> None:
+        """Do what normalize and rank_one do."""
+        self.normalize(plan, state)
+        self.rank_one(plan, state, grads, accumulate)
+
+    def update(self, step) -> None:
+        """See :func:`reference.update`."""
+        plan, state = step.bucket.plan, step.bucket.state
+        if step.found_inf is not None:  # a step that is skipped takes the products with v
+            state.v_next.copy_(torch.where(step.found_inf > 0, state.v, state.v_next))
+        self.inner.update(step)
+        local = self.local(plan, state)
+        if self.spread.columns:
+            self._columns.sum_in_place(self.spread.columns, state)
+            self.inner.transposed(plan, local)
+        self._sum(plan, local)
+
+    # -------------------------------------------------------------------------- what is around it
+
+    def local(self, plan: Plan, state: State) -> State:
+        """Return ``state`` as ``plan`` sees it, its vectors cut down to the local columns."""
+        found = state.__dict__.get("_local")
+        if found is None:
+            found = State(plan, state.v, state.v_next, state.s, state.scalars, state.exponent)
+            state._local = found
+        if self._columns is None:
+            found.use(state.v, state.v_next)
+        else:
+            self._columns.cut(state, found)
+        found.set_scale(state.scale)
+        found.set_tolerance(state.tolerance)
+        return found
+
+    def agree(self, v: torch.Tensor) -> None:
+        """Give every rank of the mesh the first one's ``v``."""
+        for axis in self.spread.mesh:
+            dist.broadcast(v, dist.get_global_rank(axis.group, 0), axis.group)
+
+    def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum of ``x`` over the ranks that have other rows."""
+        for axis in self.spread.rows:
+            dist.all_reduce(x, group=axis.group)
+        return x
+
+    def _sum(self, plan: Plan, local: State) -> None:
+        """Start to sum what the tiles have over tiles and ranks."""
+        whole, n = self.whole, len(plan.matrices)
+        with_t = local.v_next is not None
+        t = whole.t_partial if self._columns is None else self._columns.t
+        self.inner.collect(plan, local, t if with_t else None, whole.gram_partial)
+        whole.squares.copy_(local.norm.double() ** 2)
+        whole.penalties.copy_(local.penalty[n:])
+        self._wait()
+        if with_t and self._columns is not None:
+            whole.t_partial.zero_()
+            whole.t_partial[self._columns.index] = t
+        if self.spread.columns:
+            # All ranks of a column axis have the same s: that of one of them counts.
+            products = whole.gram_partial.view(n, -1)
+            products.masked_fill_(~self._columns.counts[:, None], 0)
+        for tensor in whole.to_sum if with_t else [whole.numbers]:
+            self._start(tensor, self.spread.columns + self.spread.rows)
+
+    def _start(self, tensor: torch.Tensor, axes: Sequence[Axis]) -> None:
+        if axes and tensor.numel():
+            work = dist.all_reduce(tensor, group=axes[0].group, async_op=True)
+            self._pending.append((work, tensor, axes[1:]))
+
+    def _wait(self) -> None:
+        """Wait for the sums; over a second axis they are taken when those over the first are."""
+        pending, self._pending = self._pending, []
+        for work, tensor, further in pending:
+            work.wait()
+            for axis in further:
+                dist.all_reduce(tensor, group=axis.group)
+
+
+class _Columns:
+    """Which columns this rank has, and the products with them."""
+
+    def __init__(self, plan: Plan, whole: Whole, matrices: Sequence[Held], axes: Sequence[Axis]):
+        # Where the local columns, vector by vector, are among all of v.
+        starts, own = (x.table["v_offset"].tolist() for x in (whole, plan))
+        index = torch.empty(plan.r * sum(x.cols for x in plan.layouts), dtype=torch.int64)
+        for start, place, one in zip(starts, own, matrices, strict=True):
+            n = one.whole.cols
+            columns = torch.arange(n) if one.columns is None else one.columns
+            for j in range(plan.r):
+                index[place + j * len(columns) :][: len(columns)] = start + j * n + columns
+        self.index = index.to(plan.device)
+        sizes = torch.tensor([plan.r * x.rows for x in plan.layouts])
+        self._matrix_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(plan.device)
+        empty = torch.tensor([x.cols == 0 for x in plan.layouts])
+        self._empty = empty.to(plan.device)[self._matrix_of]  # what of s no kernel writes
+        # Of which matrices this is the first rank that has columns.
+        own = torch.where(empty, dist.get_world_size(), dist.get_rank()).to(plan.device)
+        first = own.clone()
+        for axis in axes:
+            dist.all_reduce(first, dist.ReduceOp.MIN, axis.group)
+        self.counts = (own == first) & ~empty.to(plan.device)
+
+        def zeros(n):
+            return torch.zeros(n, dtype=plan.state_dtype, device=plan.device)
+
+        n = len(self.index)
+        self._v, self._v_next, self.t = zeros(n), zeros(n), zeros(n)
+        self._part = zeros(len(self._matrix_of))
+
+    def cut(self, state: State, local: State) -> None:
+        """Give ``local`` the local columns of the vectors of ``state``."""
+        torch.index_select(state.v, 0, self.index, out=self._v)
+        if state.v_next is None:
+            return local.use(self._v, None)
+        torch.index_select(state.v_next, 0, self.index, out=self._v_next)
+        return local.use(self._v, self._v_next)
+
+    def products(self, plan: Plan, local: State) -> State:
+        """Return a state that takes a product with the local columns alone, and no t."""
+        v = local.v_next if local.tolerance > 0 else local.v
+        return State(plan, v, None, self._part, local.scalars, local.exponent)
+
+    def sum(self, axes: Sequence[Axis], local: State, state: State) -> None:
+        """Sum the products over ``axes``, and put those of matrices that take part into s."""
+        self._part.masked_fill_(self._empty, 0)
+        for axis in axes:
+            dist.all_reduce(self._part, group=axis.group)
+        part = self._part
+        if local.tolerance > 0:
+            stale = local.residual > local.tolerance * local.sigma
+            part = torch.where(stale[self._matrix_of], part, state.s)
+        state.s.copy_(part)
+
+    def sum_in_place(self, axes: Sequence[Axis], state: State) -> None:
+        """Sum s over ``axes``."""
+        state.s.masked_fill_(self._empty, 0)
+        for axis in axes:
+            dist.all_reduce(state.s, group=axis.group)
+
+
+def check_ranks(names: Sequence[str], vectors: Sequence[torch.Tensor], axes: Sequence[Axis]):
+    """Raise RuntimeError where ranks of ``axes`` have other matrices or vectors than this one.
+
+    Args:
+        names: of the matrices.
+        vectors: of each of them, the same bits on every rank.
+        axes: whose groups are to agree; () for all ranks.
+    """
+    groups = [axis.group for axis in axes] or [dist.group.WORLD]
+    device = vectors[0].device
+    known = zlib.crc32("\n".join(names).encode())
+    for group in groups:
+        ranks = dist.get_process_group_ranks(group)
+        found = _gather(torch.tensor([known], device=device), group)
+        for rank, other in zip(ranks, found, strict=True):
+            if int(other) != known:
+                raise RuntimeError(
+                    f"ranks {ranks[dist.get_rank(group)]} and {rank} regularize different matrices"
+                )
+        sums = torch.stack([_bits(v) for v in vectors])
+        for rank, other in zip(ranks, _gather(sums, group), strict=True):
+            different = (other != sums).any(1).nonzero().flatten().tolist()
+            if different:
+                raise RuntimeError(
+                    f"the vectors of {names[different[0]]!r} and of {len(different) - 1} other "
+                    f"matrices differ between ranks {ranks[dist.get_rank(group)]} and {rank}: "
+                    "their weights, or seed or strength, have come apart"
+                )
+
+
+def _gather(tensor: torch.Tensor, group) -> list[torch.Tensor]:
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, tensor, group=group)
+    return found
+
+
+def _bits(v: torch.Tensor) -> torch.Tensor:
+    """Return two sums over the bits of ``v``, the second one of the order too."""
+    kind = torch.int64 if v.dtype == torch.float64 else torch.int32
+    bits = v.contiguous().view(kind).flatten().long()
+    place = torch.arange(1, len(bits) + 1, device=v.device)
+    return torch.stack((bits.sum(), (bits * place).sum()))

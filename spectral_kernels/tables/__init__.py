@@ -1,0 +1,1 @@
+"""How matrices lie in memory, byte for byte what the kernels read."""

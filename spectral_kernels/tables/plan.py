@@ -1,0 +1,370 @@
+"""Tables, tiles and flat state for the matrices and vectors of one (device, dtype) bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..selection.matrices import Matrix, Vector
+from .addresses import memory_of
+from .device import DeviceTables
+from .layout import Layout, layout_of
+from .schema import (
+    CHUNK,
+    CHUNK_COLUMNS,
+    DTYPES,
+    HEADER,
+    KINDS,
+    MATRIX,
+    SCALARS,
+    SLOT,
+    TILE,
+    VECTOR,
+    address,
+)
+
+# On a CPU, and with several vectors: rows of a tile at most, if MAX_TILES per matrix allow. A tile
+# writes r N numbers of t.
+TILE_ROWS, TILE_ROWS_ON_GPU, MAX_TILES = 128, 64, 64
+
+
+# On a GPU with one vector: a tile per program that runs at once, of LEAST to MOST elements, but at
+# most about TILES, as a tile costs microseconds to begin and to end; 8 to MOST_ROWS rows. Of large
+# plans as many as _LEAST_ROWS says at least, or t would not stay in the cache.
+PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 528, 2048, 64 * 1024, 1056
+
+
+MOST_ROWS = 256
+
+
+_LEAST_ROWS = ((2**27, 32), (2**25, 16), (0, 8))  # by elements of the plan
+
+
+_NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
+
+
+def rows_of_tiles(shapes: Sequence[tuple[int, int]], device_type: str, r: int = 1) -> list[int]:
+    """Return how many rows go into each tile but the last of each of the (M, N) ``shapes``.
+
+    On a CPU more than 64 rows make two tiles at least, or one thread would have most of a small
+    model. On a GPU tiles are equal in elements rather than in rows, and small plans have as many as
+    keep every multiprocessor busy. Nothing but the shapes decides, so results are the same bits on
+    every machine of that type.
+    """
+    if device_type == "cpu" or r > 1:
+        most = TILE_ROWS * min(r, 2) if device_type == "cpu" else TILE_ROWS_ON_GPU * r
+        counts = [max(-(-m // most), 2 if m > 64 else 1) for m, _ in shapes]
+        return [
+            max(4, 4 * -(-m // (4 * min(n_tiles, MAX_TILES))))
+            for (m, _), n_tiles in zip(shapes, counts, strict=True)
+        ]
+    total = sum(m * n for m, n in shapes)
+    elements = min(max(total // PROGRAMS, LEAST_ELEMENTS), MOST_ELEMENTS)
+    elements = max(elements, total // TILES)
+    least = next(rows for size, rows in _LEAST_ROWS if total >= size)
+    found = []
+    for m, n in shapes:
+        most = min(max(elements // max(n, 1), least), MOST_ROWS)
+        n_tiles = -(-m // most)
+        found.append(8 * -(-m // (8 * max(n_tiles, 1))) or 8)
+    return found
+
+
+def _starts(sizes: Sequence[int], cols: Sequence[int]) -> list[int]:
+    """Return where each matrix's numbers start in a flat buffer.
+
+    Those of rows that are a multiple of four come first: each then starts at a multiple of 16
+    bytes, as loads of four float32 numbers want it.
+    """
+    starts, place = [0] * len(sizes), 0
+    for i in sorted(range(len(sizes)), key=lambda i: cols[i] % 4 != 0):
+        starts[i], place = place, place + sizes[i]
+    return starts
+
+
+class Tables:
+    """What kernels need to know of some matrices and vectors, but for addresses of weights.
+
+    Args:
+        matrices: the matrices, in order.
+        vectors: the biases, gains and shifts, in order.
+        layouts: how each matrix lies.
+        sizes: how many elements each vector has.
+        device: of the weights, whose dtype is ``dtype``.
+        dtype: see there.
+        r: vectors per matrix, one of R.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        vectors: Sequence[Vector],
+        layouts: Sequence[Layout],
+        sizes: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        r: int,
+    ):
+        self.matrices, self.vectors, self.layouts = list(matrices), list(vectors), list(layouts)
+        self.device, self.dtype, self.r = device, dtype, r
+        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        nm, nv = len(self.matrices), len(self.vectors)
+        self.scalar_sizes = (r * nm, r * nm, nv, nm + nv, nm + nv, nm)  # of SCALARS
+        self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
+        self.version = 0  # counts changes of the tables
+        self._device_tables: DeviceTables | None = None
+        self._build(sizes)
+
+    def _tiles(self) -> list[list[tuple[int, int]]]:
+        """Return first and last row + 1 of every tile of every matrix."""
+        shapes = [(x.rows, x.cols) for x in self.layouts]
+        steps = rows_of_tiles(shapes, self.device.type, self.r)
+        return [
+            [(start, min(start + step, m)) for start in (range(0, m, step) if n else ())]
+            for (m, n), step in zip(shapes, steps, strict=True)
+        ]
+
+    def _partials(self, t_size: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return memory for the tiles' t, and for their products of s."""
+        t = torch.empty(t_size, dtype=self.state_dtype, device=self.device)
+        n_products = self.r * self.r * n_tiles
+        return t, torch.empty(n_products, dtype=torch.float64, device=self.device)
+
+    def _build(self, sizes: Sequence[int]) -> None:
+        table = np.zeros(len(self.matrices), MATRIX)
+        tiles: list[tuple[int, int, int, int]] = []
+        chunks: list[tuple[int, int]] = []
+        cols, every = [x.cols for x in self.layouts], self._tiles()
+        self.widths = tuple(set(cols))  # of rows, in elements
+        v_starts = _starts([self.r * n for n in cols], cols)
+        t_sizes = [self.r * n * len(own) for n, own in zip(cols, every, strict=True)]
+        t_starts, s_offset = _starts(t_sizes, cols), 0
+        for i, (x, own) in enumerate(zip(self.layouts, every, strict=True)):
+            table[i] = (
+                0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,
+                v_starts[i], s_offset, len(tiles), len(own),
+            )  # fmt: skip
+            for j, (begin, end) in enumerate(own):
+                tiles.append((i, begin, end, t_starts[i] + j * self.r * x.cols))
+            s_offset += self.r * x.rows
+            if self.r == 1:  # a matrix without columns is finished too
+                chunks += [(i, begin) for begin in range(0, max(x.cols, 1), CHUNK_COLUMNS)]
+        vector_table = np.zeros(len(self.vectors), VECTOR)
+        for i, (vector, size) in enumerate(zip(self.vectors, sizes, strict=True)):
+            vector_table[i] = (0, 0, DTYPES[self.dtype], size, KINDS[vector.kind])
+        self.table, self.vector_table = table, vector_table
+        self.tiles, self.chunks = np.array(tiles, TILE), np.array(chunks, CHUNK)
+        self.t_partial, self.gram_partial = self._partials(sum(t_sizes), len(tiles))
+        # Of the programs that finish a matrix together on a GPU; the last one sets arrivals back.
+        self.chunk_squares = torch.empty(len(chunks), dtype=torch.float64, device=self.device)
+        self.arrivals = torch.zeros(len(table), dtype=torch.int32, device=self.device)
+        self.n_elements = sum(x.rows * x.cols for x in self.layouts)
+        self.header = np.zeros(len(HEADER), np.int64)
+        fields = {
+            "weight_dtype": DTYPES[self.dtype],
+            "matrices": address(table), "n_matrices": len(table),
+            "tiles": address(self.tiles), "n_tiles": len(self.tiles),
+            "vectors": address(vector_table), "n_vectors": len(vector_table),
+            "t_partial": self.t_partial.data_ptr(), "gram_partial": self.gram_partial.data_ptr(),
+            "scratch_size": max((x.cols for x in self.layouts), default=0),
+            "n_bytes": self.n_elements * self.dtype.itemsize, "r": self.r,
+            "chunks": address(self.chunks), "n_chunks": len(chunks),
+            "chunk_squares": self.chunk_squares.data_ptr(), "arrivals": self.arrivals.data_ptr(),
+        }  # fmt: skip
+        for name, value in fields.items():
+            self.header[SLOT[name]] = value
+
+    def device_tables(self) -> DeviceTables:
+        """Return the tables of matrices, tiles, vectors and chunks on the device, up to date."""
+        if self._device_tables is None:
+            tables = self.table, self.tiles, self.vector_table, self.chunks
+            what = "an address of a weight or a gradient"
+            self._device_tables = DeviceTables(tables, self.device, what)
+        self._device_tables.refresh(self.version)
+        return self._device_tables
+
+
+class Plan(Tables):
+    """Tables of a fixed set of matrices and vectors that share a device and a dtype.
+
+    The addresses in the tables are compared with the tensors at every use; the cut into tiles
+    depends on the shapes alone, so results do not depend on the number of threads.
+
+    Args:
+        matrices: the matrices, in order.
+        vectors: the biases, gains and shifts, in order.
+        tensors: the parameter of each distinct owner, in the order in which ``matrices`` and then
+            ``vectors`` first name them; all on one device and of one dtype.
+        r: vectors per matrix, one of R.
+
+    Raises:
+        ValueError: a parameter that cannot be used in place.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        vectors: Sequence[Vector],
+        tensors: Sequence[torch.Tensor],
+        r: int = 1,
+    ):
+        self.owners = list(dict.fromkeys(x.owner for x in (*matrices, *vectors)))
+        by_owner = {owner: i for i, owner in enumerate(self.owners)}
+        self.matrix_owner = np.array([by_owner[x.owner] for x in matrices], dtype=np.int64)
+        self.vector_owner = np.array([by_owner[x.owner] for x in vectors], dtype=np.int64)
+        self.tensors = list(tensors)
+        layouts = [layout_of(m, tensors[by_owner[m.owner]]) for m in matrices]
+        sizes = [tensors[by_owner[v.owner]].numel() for v in vectors]
+        super().__init__(matrices, vectors, layouts, sizes, tensors[0].device, tensors[0].dtype, r)
+        self.offsets = np.array([x.offset for x in self.layouts], dtype=np.int64)
+        self._strides = np.array([x.strides for x in self.layouts], dtype=np.int64).reshape(-1, 2)
+        self.weights_seen = self.grads_seen = None
+        self._grads_usual = False
+        self.grad_dtypes: list[torch.dtype] = []  # of the gradients that are bound
+        self.bind_weights(tensors)
+
+    def bind_weights(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Point the tables at ``tensors`` (one per owner).
+
+        Returns:
+            False when a tensor's device, dtype, shape or layout is not the one that this plan was
+            made for; the plan is then unchanged and a new one is needed.
+
+        Raises:
+            ValueError: a parameter that cannot be used in place.
+        """
+        now, before = memory_of(tensors), self.weights_seen
+        if now == before:
+            self.tensors = tensors  # other objects, perhaps, for the same memory
+            return True
+        addresses = now.address_array()
+        if any(t.device != self.device or t.dtype != self.dtype for t in tensors):
+            return False
+        for owner, tensor, where in zip(self.owners, tensors, addresses, strict=True):
+            if where == 0 and tensor.numel():
+                raise ValueError(f"parameter {owner.name!r} has {_NO_MEMORY}")
+        if (before is None or now.layouts != before.layouts) and not self._fits(tensors):
+            return False
+        self.table["weight"] = addresses[self.matrix_owner] + self.offsets * self.dtype.itemsize
+        self.vector_table["weight"] = addresses[self.vector_owner]
+        self.tensors, self.weights_seen = list(tensors), now
+        self.version += 1
+        return True
+
+    def _fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether shapes and layouts are those that this plan was made for."""
+        for vector, owner, size in zip(
+            self.vectors, self.vector_owner, self.vector_table["size"], strict=True
+        ):
+            if not tensors[owner].is_contiguous():
+                raise ValueError(
+                    f"parameter {vector.name!r} has strides {tensors[owner].stride()}; "
+                    "accepted are contiguous biases and norm parameters"
+                )
+            if tensors[owner].numel() != size:
+                return False
+        return all(
+            layout_of(matrix, tensors[owner]) == layout
+            for matrix, owner, layout in zip(
+                self.matrices, self.matrix_owner, self.layouts, strict=True
+            )
+        )
+
+    def bind_grads(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Point the tables at the gradients (one per owner; None: skip what it owns).
+
+        Raises:
+            ValueError: a gradient that is sparse, on another device, of a dtype that does not go
+                with the weight's, or laid out differently from the weight.
+        """
+        present, here = grads, range(len(grads))
+        if type(None) in set(map(type, grads)):
+            here = [i for i in here if grads[i] is not None]
+            present = [grads[i] for i in here]
+        try:
+            now = memory_of(present)
+        except RuntimeError:  # a gradient without plain memory, which has no address
+            self._check_grads(grads)
+            raise
+        if (here, now) == self.grads_seen:
+            return
+        whole = len(present) == len(grads)
+        like = self.weights_seen if whole else memory_of([self.tensors[i] for i in here])
+        addresses = np.zeros(len(grads), np.int64)
+        addresses[list(here)] = now.address_array()
+        # Gradients that lie like their weights need no closer look.
+        usual = now.layouts == like.layouts and bool(now.address_array().all())
+        if not usual:
+            self._check_grads(grads)
+        owned = addresses[self.matrix_owner]
+        if usual and self._grads_usual:
+            offsets = self.offsets * self.dtype.itemsize
+        else:
+            offsets = self._describe_grads(grads)
+        self.table["grad"] = np.where(owned, owned + offsets, 0)
+        self.vector_table["grad"] = addresses[self.vector_owner]
+        self.grads_seen, self._grads_usual = (here, now), usual
+        self.grad_dtypes = [self.dtype] if usual else list(dict.fromkeys(g.dtype for g in present))
+        self.version += 1
+
+    def _describe_grads(self, grads: Sequence[torch.Tensor | None]) -> np.ndarray:
+        """Write dtype and strides of gradients, and return the offset of each matrix in bytes."""
+        found = [self.dtype if g is None else g.dtype for g in grads]
+        dtypes = np.array([DTYPES[dtype] for dtype in found], dtype=np.int64)
+        sizes = np.array([dtype.itemsize for dtype in found], dtype=np.int64)
+        offsets, strides = self.offsets.copy(), self._strides.copy()
+        for i, owner in enumerate(self.matrix_owner):
+            grad = grads[owner]
+            if grad is not None and grad.stride() != self.tensors[owner].stride():
+                layout = self._grad_layout(i, grad)
+                offsets[i], strides[i] = layout.offset, layout.strides
+        self.table["grad_dtype"] = dtypes[self.matrix_owner]
+        self.table["grad_row_stride"], self.table["grad_outer_stride"] = strides.T
+        self.vector_table["grad_dtype"] = dtypes[self.vector_owner]
+        return offsets * sizes[self.matrix_owner]
+
+    def _grad_layout(self, i: int, grad: torch.Tensor) -> Layout | None:
+        """Describe how ``grad`` lies if rows and columns are those of matrix ``i``, else None."""
+        try:
+            own, found = self.layouts[i], layout_of(self.matrices[i], grad)
+        except ValueError:
+            return None
+        if own.cols == 1 and found.rows == 1 and found.outer == 1:
+            # One column, apart in the weight and contiguous in the gradient.
+            found = replace(own, offset=found.offset, row_stride=1)
+        return found if own.fits(found) else None
+
+    def _check_grads(self, grads: Sequence[torch.Tensor | None]) -> None:
+        for owner, grad in enumerate(grads):
+            problem = None if grad is None else self._grad_problem(owner, grad)
+            if problem is not None:
+                name = self.owners[owner].name
+                raise ValueError(f"the gradient of parameter {name!r} has {problem}")
+
+    def _grad_problem(self, owner: int, grad: torch.Tensor) -> str | None:
+        weight = self.tensors[owner]
+        wide = self.dtype == torch.float64
+        if grad.layout != torch.strided:
+            return f"layout {grad.layout}; accepted are dense gradients"
+        if grad.device != self.device:
+            return f"device {grad.device}; accepted is {self.device}"
+        if grad.dtype not in DTYPES or (grad.dtype == torch.float64) != wide:
+            accepted = "float64" if wide else "float32, bfloat16 and float16"
+            return f"dtype {grad.dtype}; accepted for a weight of {self.dtype}: {accepted}"
+        if grad.shape != weight.shape:
+            return f"shape {tuple(grad.shape)}; accepted is {tuple(weight.shape)}"
+        if grad.data_ptr() == 0 and grad.numel():
+            return _NO_MEMORY
+        if grad.stride() != weight.stride():
+            owned = np.flatnonzero(self.matrix_owner == owner)
+            same = all(self._grad_layout(i, grad) is not None for i in owned)
+            if not same or (owner in self.vector_owner and not grad.is_contiguous()):
+                return (
+                    f"strides {grad.stride()}, those of the weight are {weight.stride()}; accepted "
+                    "are gradients laid out like the weight (zero_grad(set_to_none=True) lets "
+                    "autograd make such ones)"
+                )
+        return None

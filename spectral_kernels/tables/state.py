@@ -1,0 +1,117 @@
+"""What power iteration carries from step to step, in flat buffers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from .device import number_on
+from .plan import Plan
+from .schema import SCALARS, SLOT, address
+
+_ADDRESSES = slice(SLOT["v"], SLOT["target"] + 1)
+
+
+class State:
+    """Vectors and scalars of one plan, with the header through which kernels find them.
+
+    ``v`` [sum of r * N] made ``s`` [sum of r * M] and ``sigmas`` [r * n_matrices], all largest
+    values first; ``v_next`` is what the next iteration starts from (None in a copy from which there
+    is no next one). ``scalars`` holds sigmas, residuals and target of every matrix, norm of every
+    vector, penalty and strength of both. With a ``tolerance`` above 0, calls are about the matrices
+    whose residual is more than that times sigma alone, and start from ``v_next``.
+    """
+
+    def __init__(self, plan: Plan, v, v_next, s, scalars, exponent: float):
+        self.plan, self.v, self.v_next, self.s, self.scalars = plan, v, v_next, s, scalars
+        self.exponent = exponent
+        self.scale: torch.Tensor | None = None
+        self.tolerance = 0.0
+        self.header = plan.header.copy()
+        self.address = address(self.header)
+        self.header.view(np.float64)[SLOT["exponent"]] = exponent
+        first, size = scalars.data_ptr(), scalars.element_size()
+        self.header[_ADDRESSES] = (
+            v.data_ptr(), 0 if v_next is None else v_next.data_ptr(), s.data_ptr(),
+            *[first + size * start for start in plan.scalar_starts],
+        )  # fmt: skip
+        if v_next is None:
+            self.header[SLOT["t_partial"]] = 0
+
+    @classmethod
+    def fresh(cls, plan: Plan, exponent: float) -> State:
+        """Allocate the state of ``plan`` for exponent k, everything unknown (NaN)."""
+
+        def unknown(n):
+            return torch.full((n,), math.nan, dtype=plan.state_dtype, device=plan.device)
+
+        n, m = sum(x.cols for x in plan.layouts), sum(x.rows for x in plan.layouts)
+        vectors = unknown(plan.r * n), unknown(plan.r * n), unknown(plan.r * m)
+        return cls(plan, *vectors, unknown(sum(plan.scalar_sizes)), exponent)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        """Return the part of ``scalars`` with that name, a view."""
+        if name not in SCALARS:
+            raise AttributeError(name)
+        i = SCALARS.index(name)
+        start = self.plan.scalar_starts[i]
+        part = self.scalars[start : start + self.plan.scalar_sizes[i]]
+        self.__dict__[name] = part
+        return part
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Estimates of sigma_1, [n_matrices], a view."""
+        return self.sigmas[: len(self.plan.matrices)]
+
+    @property
+    def residual(self) -> torch.Tensor:
+        """Their residuals, [n_matrices], a view."""
+        return self.residuals[: len(self.plan.matrices)]
+
+    def set_tolerance(self, tolerance: float) -> None:
+        """Let calls be about the matrices alone whose residual / sigma is more (0: all)."""
+        self.tolerance = self.header.view(np.float64)[SLOT["tolerance"]] = tolerance
+
+    def swap(self) -> None:
+        """Make ``v_next`` the vectors that the next iteration reads."""
+        self.v, self.v_next = self.v_next, self.v
+        header, v = self.header, SLOT["v"]
+        header[v], header[v + 1] = header[v + 1], header[v]
+
+    def use(self, v: torch.Tensor, v_next: torch.Tensor | None) -> None:
+        """Let ``v`` and ``v_next`` be others."""
+        self.v, self.v_next = v, v_next
+        self.header[SLOT["v"]] = v.data_ptr()
+        self.header[SLOT["v_next"]] = 0 if v_next is None else v_next.data_ptr()
+
+    def snapshot(self) -> State:
+        """Copy what a gradient needs, so that later iterations do not change it."""
+        copies = self.v.clone(), None, self.s.clone(), self.scalars.clone()
+        return State(self.plan, *copies, self.exponent)
+
+    def evaluation(self) -> State:
+        """Return a state that reads ``v_next`` and writes nothing of this one."""
+        own = None, torch.empty_like(self.s), self.scalars.clone()
+        return State(self.plan, self.v_next, *own, self.exponent)
+
+    def set_scale(self, scale: float | torch.Tensor | None) -> None:
+        """Let one number on the device multiply every strength (None: no such number)."""
+        if scale is not None:
+            scale = number_on(self.plan.device, self.plan.state_dtype, scale)
+            self.header[SLOT["scale"]] = scale.data_ptr()
+        elif self.scale is not None:
+            self.header[SLOT["scale"]] = 0
+        self.scale = scale
+
+    def columns(self, i: int, v: torch.Tensor) -> torch.Tensor:
+        """Return the part of a flat v buffer that belongs to matrix ``i``, [r, N]."""
+        r, start, n = self.plan.r, int(self.plan.table["v_offset"][i]), self.plan.layouts[i].cols
+        return v[start : start + r * n].view(r, n)
+
+    def rows(self, i: int) -> torch.Tensor:
+        """Return the part of s that belongs to matrix ``i``, [r, M]."""
+        r, start, m = self.plan.r, int(self.plan.table["s_offset"][i]), self.plan.layouts[i].rows
+        return self.s[start : start + r * m].view(r, m)
