@@ -43,8 +43,8 @@ class TorchIteration:
     def __init__(self, model: nn.Module, strength: float):
         selection = SpectralRegularizer(model, strength, norms=False)._selection
         self.strength, self.reads = strength, 3
-        self.weights = [matrix.owner.get() for matrix in selection.matrices]
-        self.biases = [vector.owner.get() for vector in selection.vectors]
+        self.weights = [matrix.ref.get() for matrix in selection.matrices]
+        self.biases = [vector.ref.get() for vector in selection.elementwise]
         self.vectors = []
         for w in self.weights:
             v = nn.functional.normalize(torch.randn(w.shape[1]), dim=0)
@@ -204,7 +204,7 @@ def run(problem: str, estimator: str, strength: float, seed: int, sizes: dict[st
         loss.backward()
         before = None
         if step % made.every == 0:
-            before = [m.of(m.owner.get().detach()).double().flatten(1) for m in matrices]
+            before = [m.of(m.ref.get().detach()).double().flatten(1) for m in matrices]
         optimizer.step()
         if before is not None:
             values = own.singular_values.double()

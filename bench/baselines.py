@@ -18,7 +18,7 @@ from torch._dynamo import config as dynamo_config
 
 from spectral_kernels import SpectralRegularizer
 from spectral_kernels.backends.formulas import orthonormal_rows
-from spectral_kernels.tables.schema import R
+from spectral_kernels.tables.schema import N_VECTORS
 
 Step = Callable[[], object]
 
@@ -256,7 +256,7 @@ SEVERAL = {
             devices=CONTENDERS[name].devices, r=r,
         )
         for name in ("triton", "cuda", "cpu")
-        for r in R[1:]
+        for r in N_VECTORS[1:]
     },
 }  # fmt: skip
 FLOORS = {

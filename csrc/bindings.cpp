@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <initializer_list>
+#include <utility>
+
 #include "cpu/backend.h"
 #ifdef SPECTRAL_CUDA
 #include "cuda/backend.h"
@@ -15,16 +19,26 @@ using spectral::Header;
 
 namespace {
 
+// Names and offsets of the fields of a struct, compared with tables/schema.py when the module is
+// loaded.
+#define FIELD(type, name) {#name, offsetof(spectral::type, name)}
+py::dict fields(size_t size, std::initializer_list<std::pair<const char*, size_t>> offsets) {
+  py::dict found;
+  for (const auto& [name, offset] : offsets) found[name] = offset;
+  found["sizeof"] = size;
+  return found;
+}
+
 const Header& header_at(int64_t address) { return *reinterpret_cast<const Header*>(address); }
 
 #ifdef SPECTRAL_CUDA
 // The header with the tables' addresses on the device in the place of those on the host.
-Header device_header(int64_t address, int64_t matrices, int64_t tiles, int64_t vectors,
+Header device_header(int64_t address, int64_t matrices, int64_t tiles, int64_t elementwise,
                      int64_t chunks) {
   Header header = header_at(address);
   header.matrices = matrices;
   header.tiles = tiles;
-  header.vectors = vectors;
+  header.elementwise = elementwise;
   header.chunks = chunks;
   return header;
 }
@@ -34,54 +48,54 @@ void bind_cuda(py::module_ cuda) {
            "Why the kernels cannot run on a device, in CUDA's words; empty: they can.");
   cuda.def(
       "gram_matvec",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t elementwise, int64_t chunks,
          int device, int64_t stream) {
         py::gil_scoped_release unlocked;
-        spectral::cuda::gram_matvec(device_header(header, matrices, tiles, vectors, chunks), device,
-                                    stream);
+        spectral::cuda::gram_matvec(device_header(header, matrices, tiles, elementwise, chunks),
+                                    device, stream);
       },
-      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("elementwise"),
       py::arg("chunks"), py::arg("device"), py::arg("stream"));
   cuda.def(
       "transposed",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t elementwise, int64_t chunks,
          int device, int64_t stream) {
         py::gil_scoped_release unlocked;
-        spectral::cuda::transposed(device_header(header, matrices, tiles, vectors, chunks), device,
-                                   stream);
+        spectral::cuda::transposed(device_header(header, matrices, tiles, elementwise, chunks),
+                                   device, stream);
       },
-      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("elementwise"),
       py::arg("chunks"), py::arg("device"), py::arg("stream"));
   cuda.def(
       "collect",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t elementwise, int64_t chunks,
          int device, int64_t stream, int64_t t, int64_t gram) {
         py::gil_scoped_release unlocked;
-        spectral::cuda::collect(device_header(header, matrices, tiles, vectors, chunks), t, gram,
-                                device, stream);
+        spectral::cuda::collect(device_header(header, matrices, tiles, elementwise, chunks), t,
+                                gram, device, stream);
       },
-      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("elementwise"),
       py::arg("chunks"), py::arg("device"), py::arg("stream"), py::arg("t"), py::arg("gram"));
   cuda.def(
       "rank_one",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t elementwise, int64_t chunks,
          int device, int64_t stream, bool finish, bool gradient, bool accumulate) {
         py::gil_scoped_release unlocked;
-        spectral::cuda::rank_one(device_header(header, matrices, tiles, vectors, chunks), device,
-                                 stream, finish, gradient, accumulate);
+        spectral::cuda::rank_one(device_header(header, matrices, tiles, elementwise, chunks),
+                                 device, stream, finish, gradient, accumulate);
       },
-      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("elementwise"),
       py::arg("chunks"), py::arg("device"), py::arg("stream"), py::arg("finish"),
       py::arg("gradient"), py::arg("accumulate"));
   cuda.def(
       "update",
-      [](int64_t header, int64_t matrices, int64_t tiles, int64_t vectors, int64_t chunks,
+      [](int64_t header, int64_t matrices, int64_t tiles, int64_t elementwise, int64_t chunks,
          int64_t update, int device, int64_t stream) {
         py::gil_scoped_release unlocked;
-        spectral::cuda::update(device_header(header, matrices, tiles, vectors, chunks),
+        spectral::cuda::update(device_header(header, matrices, tiles, elementwise, chunks),
                                *reinterpret_cast<const spectral::Update*>(update), device, stream);
       },
-      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("vectors"),
+      py::arg("header"), py::arg("matrices"), py::arg("tiles"), py::arg("elementwise"),
       py::arg("chunks"), py::arg("update"), py::arg("device"), py::arg("stream"));
 }
 #endif
@@ -91,16 +105,62 @@ void bind_cuda(py::module_ cuda) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of spectral_kernels; the tables are described in csrc/table.h";
 
-  py::dict sizes;
-  sizes["matrix"] = sizeof(spectral::Matrix);
-  sizes["tile"] = sizeof(spectral::Tile);
-  sizes["vector"] = sizeof(spectral::Vector);
-  sizes["chunk"] = sizeof(spectral::Chunk);
-  sizes["header"] = sizeof(Header);
-  sizes["moment"] = sizeof(spectral::Moment);
-  sizes["group"] = sizeof(spectral::Group);
-  sizes["update"] = sizeof(spectral::Update);
-  m.attr("table_sizes") = sizes;
+  py::dict tables;
+  tables["Matrix"] = fields(
+      sizeof(spectral::Matrix),
+      {FIELD(Matrix, weight), FIELD(Matrix, grad), FIELD(Matrix, grad_dtype), FIELD(Matrix, rows),
+       FIELD(Matrix, outer), FIELD(Matrix, inner), FIELD(Matrix, row_stride),
+       FIELD(Matrix, outer_stride), FIELD(Matrix, grad_row_stride),
+       FIELD(Matrix, grad_outer_stride), FIELD(Matrix, v_offset), FIELD(Matrix, s_offset),
+       FIELD(Matrix, first_tile), FIELD(Matrix, n_tiles)});
+  tables["Tile"] = fields(sizeof(spectral::Tile), {FIELD(Tile, matrix), FIELD(Tile, row_begin),
+                                                   FIELD(Tile, row_end), FIELD(Tile, t_offset)});
+  tables["Chunk"] = fields(sizeof(spectral::Chunk), {FIELD(Chunk, matrix), FIELD(Chunk, begin)});
+  tables["Elementwise"] =
+      fields(sizeof(spectral::Elementwise),
+             {FIELD(Elementwise, weight), FIELD(Elementwise, grad), FIELD(Elementwise, grad_dtype),
+              FIELD(Elementwise, size), FIELD(Elementwise, kind)});
+  tables["Moment"] =
+      fields(sizeof(spectral::Moment), {FIELD(Moment, first), FIELD(Moment, second),
+                                        FIELD(Moment, parameter), FIELD(Moment, group)});
+  tables["Group"] = fields(sizeof(spectral::Group),
+                           {FIELD(Group, lr), FIELD(Group, weight_decay), FIELD(Group, option_1),
+                            FIELD(Group, option_2), FIELD(Group, eps), FIELD(Group, nesterov)});
+  tables["Update"] =
+      fields(sizeof(spectral::Update),
+             {FIELD(Update, rule), FIELD(Update, moment_dtype), FIELD(Update, matrix_moments),
+              FIELD(Update, elementwise_moments), FIELD(Update, others), FIELD(Update, n_others),
+              FIELD(Update, other_moments), FIELD(Update, groups), FIELD(Update, steps),
+              FIELD(Update, decoupled), FIELD(Update, grad_scale), FIELD(Update, found_inf)});
+  tables["Header"] = fields(sizeof(spectral::Header), {FIELD(Header, weight_dtype),
+                                                       FIELD(Header, matrices),
+                                                       FIELD(Header, n_matrices),
+                                                       FIELD(Header, tiles),
+                                                       FIELD(Header, n_tiles),
+                                                       FIELD(Header, elementwise),
+                                                       FIELD(Header, n_elementwise),
+                                                       FIELD(Header, t_partial),
+                                                       FIELD(Header, gram_partial),
+                                                       FIELD(Header, v),
+                                                       FIELD(Header, v_next),
+                                                       FIELD(Header, s),
+                                                       FIELD(Header, sigmas),
+                                                       FIELD(Header, residuals),
+                                                       FIELD(Header, norm),
+                                                       FIELD(Header, raw_penalty),
+                                                       FIELD(Header, strength),
+                                                       FIELD(Header, target),
+                                                       FIELD(Header, scale),
+                                                       FIELD(Header, exponent),
+                                                       FIELD(Header, scratch_size),
+                                                       FIELD(Header, n_bytes),
+                                                       FIELD(Header, r),
+                                                       FIELD(Header, tolerance),
+                                                       FIELD(Header, chunks),
+                                                       FIELD(Header, n_chunks),
+                                                       FIELD(Header, chunk_squares),
+                                                       FIELD(Header, arrivals)});
+  m.attr("tables") = tables;
 
   m.def("describe", &spectral::describe, py::arg("type"), py::arg("tensors"),
         "Addresses and layouts of tensors of a type, as bytes; None: ask each of them.");

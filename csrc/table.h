@@ -1,7 +1,8 @@
-// The tables that spectral_kernels/plan.py writes and the kernels read, byte for byte.
+// The tables that Python writes and the kernels read, byte for byte.
 //
 // Every field is eight bytes wide, so that no compiler inserts padding; an address is an int64.
-// The sizes are checked against plan.py when the module is loaded.
+// spectral_kernels/tables/schema.py has the same fields: the two are compared when the module is
+// loaded.
 #pragma once
 
 #include <stdint.h>
@@ -40,10 +41,10 @@ struct Chunk {
 
 constexpr int kChunkColumns = 128;
 
-enum VectorKind : int64_t { kShift = 0, kGain = 1 };
+enum ElementwiseKind : int64_t { kShift = 0, kGain = 1 };
 
 // A bias, a norm's shift (both pulled to 0) or a norm's gain (each element pulled to 1).
-struct Vector {
+struct Elementwise {
   int64_t weight;
   int64_t grad;
   int64_t grad_dtype;
@@ -53,12 +54,13 @@ struct Vector {
 
 enum Rule : int64_t { kAdamW = 0, kSgd = 1 };
 
-// What an optimizer keeps beside one matrix, one vector or (a part of) another parameter.
+// What an optimizer keeps beside one matrix, one elementwise parameter or (a part of) another
+// parameter.
 struct Moment {
   int64_t first;   // address that goes with the first element: exp_avg or momentum_buffer; 0: none
   int64_t second;  // the same of exp_avg_sq
-  int64_t owner;   // which parameter, for its number of steps
-  int64_t group;   // which row of groups; negative: the parameter is left as it is
+  int64_t parameter;  // which parameter, for its number of steps
+  int64_t group;      // which row of groups; negative: the parameter is left as it is
 };
 
 // The hyperparameters of a group of parameters, as in torch.optim.
@@ -74,8 +76,8 @@ struct Update {
   int64_t rule;
   int64_t moment_dtype;    // that of the weights, or float32
   int64_t matrix_moments;  // in the order of the matrices
-  int64_t vector_moments;
-  int64_t others, n_others;  // parameters without a penalty, in parts, as Vector
+  int64_t elementwise_moments;
+  int64_t others, n_others;  // parameters without a penalty, in parts, as Elementwise
   int64_t other_moments;
   int64_t groups;
   int64_t steps;       // float32 per parameter, this step included
@@ -87,30 +89,30 @@ struct Update {
 constexpr int kMaxVectors = 16;  // per matrix
 
 // Everything one call needs. State arrays are float32, or float64 for float64 weights. A matrix has
-// r vectors, one after the other; sigma and residual have a row per vector, the largest first.
+// r vectors, one after the other; sigmas and residuals have a row per vector, the largest first.
 struct Header {
   int64_t weight_dtype;
   int64_t matrices, n_matrices;
   int64_t tiles, n_tiles;
-  int64_t vectors, n_vectors;
+  int64_t elementwise, n_elementwise;
   int64_t t_partial;     // per tile [r, N]; 0: only s is wanted
   int64_t gram_partial;  // per tile [r, r], float64: products of the rows' numbers in s, summed
   int64_t v;             // [sum of r N] the vectors that the products are taken with
   int64_t v_next;        // [sum of r N] normalize writes the next ones here
   int64_t s;             // [sum of r M] W v
-  int64_t sigma;         // [r, n_matrices]
-  int64_t residual;      // [r, n_matrices]
-  int64_t norm;          // [n_vectors] Euclidean norm
-  int64_t penalty;       // [n_matrices + n_vectors] without strength
-  int64_t strength;      // [n_matrices + n_vectors]
+  int64_t sigmas;        // [r, n_matrices]
+  int64_t residuals;     // [r, n_matrices]
+  int64_t norm;          // [n_elementwise] Euclidean norm
+  int64_t raw_penalty;   // [n_matrices + n_elementwise] without strength
+  int64_t strength;      // [n_matrices + n_elementwise]
   int64_t target;        // [n_matrices]
   int64_t scale;         // one number that multiplies every strength; 0: there is none
   double exponent;
   int64_t scratch_size;  // elements of the longest row
   int64_t n_bytes;       // size of the weights, to decide whether threads pay
   int64_t r;             // vectors per matrix: 1, 2, 4, 8 or 16
-  // 0: all matrices take part. Above: those whose residual exceeds tolerance * sigma, with the
-  // products taken with v_next, which normalize copies to v; the others stay as they are.
+  // 0: all matrices take part. Above: those whose first residual exceeds tolerance * its sigma,
+  // with the products taken with v_next, which normalize copies to v; the others stay as they are.
   double tolerance;
   int64_t chunks, n_chunks;  // those of a matrix one after the other
   int64_t chunk_squares;     // per chunk, float64: squares of its sums of t, summed

@@ -12,14 +12,14 @@ from .backends import choice
 from .diagnostics.readings import LayerReading, Readings
 from .engine import autograd
 from .engine.attach import Attachment, attach
-from .engine.bucket import MOST_FURTHER
+from .engine.bucket import MAX_EXTRA_ITERATIONS
 from .engine.coefficients import Coefficients, Strength, Target
-from .engine.model_buckets import Buckets, LoadResult, Settings, vectors_of
+from .engine.model_buckets import LoadResult, ModelBuckets, Settings, vectors_of
 from .engine.untraced import outside, untraced
-from .selection.arguments import count, number, one_of
+from .selection.arguments import check_choice, check_count, check_number
 from .selection.matrices import listing
 from .selection.rules import select
-from .tables.schema import R
+from .tables.schema import N_VECTORS
 
 __all__ = ["Attachment", "LayerReading", "LoadResult", "SpectralRegularizer", "Strength", "Target"]
 
@@ -47,7 +47,7 @@ class SpectralRegularizer(Readings):
         target: tau; a number, "initial" (sigma_1 of each matrix when the regularizer is built), or
             a mapping from name patterns to these.
         n_power_iterations: per step; each reads every weight once. "auto": one, and up to 8
-            further ones for those matrices whose residual is more than 1 % of sigma, so that a
+            extra ones for those matrices whose residual is more than 1 % of sigma, so that a
             sudden change of the weights is caught up in a few steps.
         n_vectors: singular vectors that are iterated per matrix: 1, 2, 4, 8 or 16. More are
             sharper where the largest singular values are close together, which the penalty brings
@@ -90,24 +90,24 @@ class SpectralRegularizer(Readings):
         seed: int = 0,
     ):
         choice.check_name(backend)
-        self.exponent = number("exponent", exponent, at_least=1)
+        self.exponent = check_number("exponent", exponent, at_least=1)
         auto = n_power_iterations == "auto"
         if not auto:
-            count("n_power_iterations", n_power_iterations, 1, words=("auto",))
+            check_count("n_power_iterations", n_power_iterations, 1, words=("auto",))
         self.n_power_iterations = n_power_iterations
-        self.n_vectors = one_of("n_vectors", n_vectors, R)
+        self.n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
         self._selection = select(
             model, biases=biases, norms=norms, include=include, exclude=exclude,
             splits=splits, stacked=stacked,
         )  # fmt: skip
         settings = Settings(
-            backend, self.exponent, count("warmup", warmup, 0), count("seed", seed, 0), n_vectors,
-            MOST_FURTHER if auto else 0,
+            backend, self.exponent, check_count("warmup", warmup, 0), check_count("seed", seed, 0),
+            n_vectors, MAX_EXTRA_ITERATIONS if auto else 0,
         )  # fmt: skip
         self._coefficients = Coefficients(self._selection, strength, target, backend)
-        self._buckets = Buckets(self._selection, settings, self._coefficients)
+        self._buckets = ModelBuckets(self._selection, settings, self._coefficients)
         self._attached: list[Attachment] = []
-        if not any(owner.get().is_meta for owner in self._buckets.owners):
+        if not any(ref.get().is_meta for ref in self._buckets.refs):
             self._coefficients.measure_initial()
         self._buckets.ready_for_graphs()
 
@@ -155,7 +155,7 @@ class SpectralRegularizer(Readings):
         if torch.compiler.is_compiling():
             return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
-            grad_scale = number("grad_scale", grad_scale)
+            grad_scale = check_number("grad_scale", grad_scale)
         self._buckets.accumulate_gradients(self._iterations, grad_scale)
 
     @untraced
@@ -180,7 +180,7 @@ class SpectralRegularizer(Readings):
         """
         self._buckets.check_in_place()
         self._attached = [a for a in self._attached if a.active]
-        attachment = attach(self.accumulate_grad_, optimizer, self._buckets.owners, self._attached)
+        attachment = attach(self.accumulate_grad_, optimizer, self._buckets.refs, self._attached)
         self._attached.append(attachment)
         return attachment
 
@@ -234,7 +234,7 @@ class SpectralRegularizer(Readings):
 
         Copies, [n_vectors, N].
         """
-        if not self._buckets.is_warm and not self._buckets.known:
+        if not self._buckets.is_warm and not self._buckets.start_vectors:
             self._buckets.bound()
         return {"vectors": self._buckets.vectors(), "initial": dict(self._coefficients.initial)}
 
@@ -256,7 +256,7 @@ class SpectralRegularizer(Readings):
         self._coefficients.initial.update(
             {n: float(x) for n, x in state.get("initial", {}).items()}
         )
-        self._buckets.restart(found, warm=not result.missing)
+        self._buckets.restart(found, warm=not result.missing_keys)
         return result
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Buckets over plain lists of tensors, for tests of plans and backends."""
+"""ModelBuckets over plain lists of tensors, for tests of plans and backends."""
 
 import torch
 
@@ -11,16 +11,17 @@ from spectral_kernels.tables.plan import Plan
 
 
 def bucket_of(
-    tensors, backend="reference", exponent=2, target=1.0, strength=1.0, seed=0, r=1, further=0, **kw
-):
+    tensors, backend="reference", exponent=2, target=1.0, strength=1.0, seed=0, r=1,
+    extra_iterations=0, **kw,
+):  # fmt: skip
     """A bucket with random unit vectors and poisoned scratch; tensors become leaf parameters."""
     named = tensors if isinstance(tensors, torch.nn.Module) else list(named_weights(tensors))
     found = select(named, trainable_only=False, **kw)
-    owners = list(dict.fromkeys(x.owner for x in (*found.matrices, *found.vectors)))
-    weights = [owner.get() for owner in owners]
+    refs = list(dict.fromkeys(x.ref for x in (*found.matrices, *found.elementwise)))
+    weights = [ref.get() for ref in refs]
     chosen = choice.choose(backend, weights[0].device, weights[0].dtype, r)
-    plan = Plan(found.matrices, found.vectors, weights, r)
-    bucket = Bucket(plan, chosen, exponent, further)
+    plan = Plan(found.matrices, found.elementwise, weights, r)
+    bucket = Bucket(plan, chosen, exponent, extra_iterations)
     bucket.state.target.fill_(target)
     bucket.state.strength.fill_(strength)
     generator = torch.Generator().manual_seed(seed)

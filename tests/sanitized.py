@@ -29,7 +29,7 @@ def main(backend: str, device: str) -> None:
     for dtype, r in ((torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 1),
                      (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 16)):  # fmt: skip
         weights = [(torch.randn(s, device=device) / s[-1] ** 0.5).to(dtype) for s in SHAPES]
-        bucket = bucket_of(weights, backend, r=r, further=2 if r > 1 else 0)
+        bucket = bucket_of(weights, backend, r=r, extra_iterations=2 if r > 1 else 0)
         bucket.iterate(1)
         bucket.backend.transposed(bucket.plan, bucket.state)
         t = torch.empty_like(bucket.state.v)

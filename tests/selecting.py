@@ -32,7 +32,7 @@ def names_of(source, **options):
 
 
 def kinds_of(source, **options):
-    return {vector.name: vector.kind for vector in select(source, **options).vectors}
+    return {vector.name: vector.kind for vector in select(source, **options).elementwise}
 
 
 def skipped(source, **options):
@@ -43,11 +43,11 @@ def assert_matrices(source, expected, **options):
     """Names in order, shapes and singular values of all matrices are those of ``expected``."""
     found = select(source, **options)
     assert [matrix.name for matrix in found.matrices] == list(expected)
-    owners = list(dict.fromkeys(matrix.owner for matrix in found.matrices))
-    plan = Plan(found.matrices, [], [owner.get() for owner in owners])
+    refs = list(dict.fromkeys(matrix.ref for matrix in found.matrices))
+    plan = Plan(found.matrices, [], [ref.get() for ref in refs])
     for i, (matrix, truth) in enumerate(zip(found.matrices, expected.values(), strict=True)):
         assert matrix.shape == tuple(truth.shape), matrix.name
-        layout, tensor = plan.layouts[i], matrix.owner.get().detach()
+        layout, tensor = plan.layouts[i], matrix.ref.get().detach()
         weight = stored(plan, i, tensor).reshape(layout.rows, layout.cols)
         assert sorted(weight.shape) == sorted(truth.shape), matrix.name
         torch.testing.assert_close(

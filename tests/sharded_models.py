@@ -82,7 +82,7 @@ def built(kind=Model, seed=0, **options):
 
 
 def distributed(model, mesh, placements):
-    """Spread every parameter with as many dimensions as that by its ``placements``."""
+    """ShardAxes every parameter with as many dimensions as that by its ``placements``."""
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:

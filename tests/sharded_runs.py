@@ -176,7 +176,7 @@ def counted(placement, blocks, n_vectors, way):
     sizes = {
         "v": [len(x.v) for x in states], "s": [len(x.s) for x in states],
         "matrices": [len(x.plan.matrices) for x in states],
-        "vectors": [len(x.plan.vectors) for x in states],
+        "vectors": [len(x.plan.elementwise) for x in states],
     }  # fmt: skip
     return {str(k): n for k, n in mode.get_comm_counts().items() if n}, seen.found, sizes
 

@@ -127,7 +127,7 @@ def test_one_slow_bit_flips_per_task():
 # --------------------------------------------------------------------------------------- methods
 
 
-def stepped(name, strength, steps=1, seed=0, lr=1e-3):
+def after_update(name, strength, steps=1, seed=0, lr=1e-3):
     """A method after steps on random batches, and the initial parameters."""
     model = models.build("mlp", (1, 8, 8), 10, generator(seed))
     before = [p.detach().clone() for p in model.parameters()]
@@ -170,14 +170,14 @@ def test_penalties_add_their_gradient(name):
 
 
 def test_l2_shrinks_and_l2_init_holds():
-    plain, initial = stepped("none", 0, 200)
+    plain, initial = after_update("none", 0, 200)
     for name, others in (("l2", [torch.zeros(())] * 8), ("l2_init", initial)):
-        method, _ = stepped(name, 0.1, 200)
+        method, _ = after_update(name, 0.1, 200)
         assert distance(method, others) < 0.7 * distance(plain, others), name
 
 
 def test_shrink_and_perturb_goes_to_what_weights_were_like():
-    method, initial = stepped("shrink_perturb", 0.05, 1, lr=0.0)
+    method, initial = after_update("shrink_perturb", 0.05, 1, lr=0.0)
     for p, start in zip(method.model.parameters(), initial, strict=True):
         if p.numel() < 100:  # too few numbers to tell
             continue
@@ -186,7 +186,7 @@ def test_shrink_and_perturb_goes_to_what_weights_were_like():
 
 
 def test_redo_brings_dormant_units_back():
-    method, _ = stepped("redo", 0.01, 5)
+    method, _ = after_update("redo", 0.01, 5)
     linear, following = method.hidden[0][0], method.hidden[1][0]
     with torch.no_grad():
         linear.bias[:9] = -100
@@ -221,8 +221,8 @@ def test_spectral_norm_holds_every_matrix_at_one():
 def test_spectral_methods_hold_sigma_down(name):
     if name == "spectral_norm":
         pytest.skip("has no strength")
-    plain, _ = stepped("none", 0, 150, lr=3e-3)
-    held, _ = stepped(name, 0.1, 150, lr=3e-3)
+    plain, _ = after_update("none", 0, 150, lr=3e-3)
+    held, _ = after_update(name, 0.1, 150, lr=3e-3)
     largest = [max(float(torch.linalg.svdvals(w)[0]) for _, w in train._weights(m.model))
                for m in (plain, held)]  # fmt: skip
     assert largest[1] < 0.7 * largest[0]

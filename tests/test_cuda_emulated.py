@@ -108,7 +108,7 @@ def check(bucket, tolerance=0.0):
     assert_same(apart, found)
     expected = results(wide.backend, wide.plan, truth)
     assert_near(state.sigma, truth.sigma, rtol=1e-5)
-    assert_near(state.penalty, truth.penalty, rtol=1e-4)
+    assert_near(state.raw_penalty, truth.penalty, rtol=1e-4)
     # The residual is the square root of a difference.
     assert_near(state.residual / state.sigma, truth.residual / truth.sigma, rtol=0, atol=3e-3)
     assert_near(state.v, truth.v, rtol=0)

@@ -214,7 +214,7 @@ def test_strengths_by_name_arrive(gpu_like):
     reg.accumulate_grad_()
     reg.strength = {"0.*": 0.1, "*": 0.3}
     (bucket,) = reg._buckets.buckets
-    names = [x.name for x in (*bucket.plan.matrices, *bucket.plan.vectors)]
+    names = [x.name for x in (*bucket.plan.matrices, *bucket.plan.elementwise)]
     expected = [0.1 if name.startswith("0.") else 0.3 for name in names]
     assert bucket.state.strength.tolist() == pytest.approx(expected)
 

@@ -13,7 +13,7 @@ import torch
 
 from spectral_kernels import cli
 from spectral_kernels.cli.inspect.checkpoint import Checkpoint
-from spectral_kernels.cli.inspect.measure import Patterns, Row, kind, measure
+from spectral_kernels.cli.inspect.measure import MatrixRow, Patterns, kind, measure
 from tests import TIMEOUT, processes
 from tests.checkpoints import values
 
@@ -27,7 +27,7 @@ def test_fresh_layers_of_torch_are_near_the_usual_value(shape):
     layer = torch.nn.Linear(shape[1], shape[0]) if len(shape) == 2 else torch.nn.Conv2d(32, 64, 3)
     weight = layer.weight.detach().flatten(1)
     sigma = float(torch.linalg.svdvals(weight)[0])
-    row = Row("w", "w", shape, *weight.shape, "float32", sigma, float(weight.norm()))
+    row = MatrixRow("w", "w", shape, *weight.shape, "float32", sigma, float(weight.norm()))
     assert 0.95 < row.ratio < 1.03
 
 

@@ -167,13 +167,13 @@ def assert_refused(bucket, grad, *parts):
     """bind_grads names the parameter and says what is accepted; the tables stay as they were."""
     good = [torch.zeros_like(t) for t in bucket.plan.tensors]
     bucket.plan.bind_grads(good)
-    before = bucket.plan.table.tobytes(), bucket.plan.vector_table.tobytes()
+    before = bucket.plan.table.tobytes(), bucket.plan.elementwise_table.tobytes()
     for _ in range(2):
         with pytest.raises(ValueError, match="accepted") as caught:
             bucket.plan.bind_grads([grad, *good[1:]])
         for part in (f"gradient of parameter {bucket.plan.owners[0].name!r}", *parts):
             assert part in str(caught.value)
-    assert (bucket.plan.table.tobytes(), bucket.plan.vector_table.tobytes()) == before
+    assert (bucket.plan.table.tobytes(), bucket.plan.elementwise_table.tobytes()) == before
 
 
 @pytest.mark.parametrize("case", INCOMPATIBLE)

@@ -44,7 +44,7 @@ def test_metrics_are_those_of_the_last_step(backend):
     reg, optimizer = attached(model, strength=0.1, target=0.5, backend=backend)
     steps(model, optimizer)
     (bucket,) = reg._buckets.buckets
-    penalty = float((bucket.state.strength * bucket.state.penalty).sum())
+    penalty = float((bucket.state.strength * bucket.state.raw_penalty).sum())
     before = bucket.state.v_next.clone()
     found = reg.metrics()
     sigma, residual = reg.sigma, reg.residual

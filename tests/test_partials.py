@@ -8,7 +8,7 @@ import torch
 
 from spectral_kernels.backends import reference
 from spectral_kernels.tables import schema as plan_module
-from spectral_kernels.tables.schema import SLOT, R
+from spectral_kernels.tables.schema import N_VECTORS, SLOT
 from spectral_kernels.tables.state import State
 
 from . import cases
@@ -88,7 +88,7 @@ def assert_partials(bucket, s, with_t=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("r", R)
+@pytest.mark.parametrize("r", N_VECTORS)
 def test_transposed_is_that_of_the_s_in_the_state(backend, r, dtype):
     shapes = [*(cases.ZOO if r == 1 else SMALL), *EMPTY]
     bucket = bucket_of(cases.random_weights(shapes, dtype, seed=r), backend, r=r)
@@ -111,7 +111,7 @@ def test_transposed_in_every_layout(backend, r, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("r", R)
+@pytest.mark.parametrize("r", N_VECTORS)
 def test_transposed_of_the_s_of_gram_matvec_is_what_that_makes(backend, r, dtype):
     bucket = bucket_of(cases.random_weights(FEW, dtype, seed=r), backend, r=r)
     plan, state = bucket.plan, bucket.state
@@ -130,7 +130,7 @@ def test_transposed_of_the_s_of_gram_matvec_is_what_that_makes(backend, r, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("r", R)
+@pytest.mark.parametrize("r", N_VECTORS)
 def test_collect_sums_tiles_in_their_order(backend, r, dtype):
     shapes = [*FEW, (9, 2), (1000, 3), (2, 9001)]
     bucket = bucket_of(cases.random_weights(shapes, dtype), backend, r=r)

@@ -58,12 +58,12 @@ def test_gradient_is_autograd_of_the_formula(backend):
     total = 0.0
     (bucket,) = reg._buckets.buckets
     for i, matrix in enumerate(bucket.plan.matrices):
-        weight = reference.stored(bucket.plan, i, matrix.owner.get())
+        weight = reference.stored(bucket.plan, i, matrix.ref.get())
         weight = weight.reshape(bucket.plan.layouts[i].rows, -1)
         v = bucket.state.columns(i, bucket.state.v)[0]
         total = total + ((weight @ v).norm() ** 2.5 - 0.8**2.5) ** 2
-    for vector in bucket.plan.vectors:
-        x = vector.owner.get()
+    for vector in bucket.plan.elementwise:
+        x = vector.ref.get()
         gain = ((x.abs() ** 2.5 - 1) ** 2).sum()
         total = total + (gain if vector.kind == "gain" else x.square().sum() ** 2.5)
     (0.3 * total).backward()

@@ -55,8 +55,8 @@ def test_loading_normalizes_tolerates_and_refuses():
     v = state["vectors"]["0.weight"]
     assert v.shape == (1, 10)
     result = reg.load_state_dict({"vectors": {"0.weight": 5 * v, "gone": v}})
-    assert result.missing == ["1.weight"]
-    assert result.unexpected == ["gone"]
+    assert result.missing_keys == ["1.weight"]
+    assert result.unexpected_keys == ["gone"]
     torch.testing.assert_close(reg.state_dict()["vectors"]["0.weight"], v)
     with pytest.raises(ValueError, match=r"0\.weight.*\(1, 9\).*\(1, 10\)"):
         reg.load_state_dict({"vectors": {"0.weight": torch.randn(1, 9)}})

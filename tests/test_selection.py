@@ -255,7 +255,7 @@ def test_every_parameter_is_accounted_for_once():
     model.frozen = nn.Parameter(torch.randn(3, 3), requires_grad=False)
     model.scalar = nn.Parameter(torch.randn(()))
     found = select(model, exclude=["up.*"])
-    used = {x.owner.name for x in (*found.matrices, *found.vectors)}
+    used = {x.ref.name for x in (*found.matrices, *found.elementwise)}
     left = [name for name, _ in found.skipped]
     assert not used & set(left)
     every = {id(p) for p in model.parameters()}
@@ -274,8 +274,8 @@ def test_any_iterable_of_names_and_tensors(kind):
     source = named.items() if kind is dict.items else kind(list(named.items()))
     found = select(source, trainable_only=False)
     assert [m.name for m in found.matrices] == ["a.weight"]
-    assert found.matrices[0].owner.get() is weight
-    assert [(v.name, v.kind) for v in found.vectors] == [("a.bias", "shift")]
+    assert found.matrices[0].ref.get() is weight
+    assert [(v.name, v.kind) for v in found.elementwise] == [("a.bias", "shift")]
     assert [name for name, _ in found.skipped] == ["gain"]
 
 
@@ -292,7 +292,7 @@ def test_a_compiled_model_has_the_names_of_the_original():
     assert compiled is not model
     assert names_of(compiled) == names_of(model) == ["0.weight"]
     assert kinds_of(compiled) == kinds_of(model)
-    assert select(compiled).matrices[0].owner.get() is model[0].weight
+    assert select(compiled).matrices[0].ref.get() is model[0].weight
 
 
 def test_data_parallel_is_unwrapped():
@@ -324,17 +324,17 @@ def test_a_lazy_module_must_have_run(kind, arguments, shape):
     assert names_of(model, exclude=["lazy.*"]) == ["lin.weight"]
     lazy(torch.randn(shape))
     found = select(model)
-    assert "lazy.weight" in {x.name for x in (*found.matrices, *found.vectors)}
+    assert "lazy.weight" in {x.name for x in (*found.matrices, *found.elementwise)}
 
 
 def test_an_owner_follows_its_parameter():
     model = nn.Sequential(nn.Linear(3, 4))
-    owner = select(model).matrices[0].owner
+    ref = select(model).matrices[0].ref
     model[0].weight = nn.Parameter(torch.randn(4, 3))
-    assert owner.get() is model[0].weight
+    assert ref.get() is model[0].weight
     nn.utils.parametrizations.orthogonal(model[0])
     with pytest.raises(RuntimeError, match=r"'0\.weight' is no longer a parameter.*build a new"):
-        owner.get()
+        ref.get()
 
 
 # --------------------------------------------------------------------------------------- errors

@@ -160,7 +160,7 @@ def test_vectors_of_another_number_are_taken_over(saved):
     old = SpectralRegularizer(model, n_vectors=saved, warmup=60)
     assert old.state_dict()["vectors"]["0.weight"].shape == (saved, 100)
     new = SpectralRegularizer(model, n_vectors=4, warmup=2)
-    assert new.load_state_dict(old.state_dict()).missing == []
+    assert new.load_state_dict(old.state_dict()).missing_keys == []
     assert (new.singular_values[:, 0] >= old.sigma * (1 - 1e-4)).all()
     v = new.state_dict()["vectors"]["0.weight"]
     torch.testing.assert_close(v @ v.mT, torch.eye(4), rtol=0, atol=1e-6)
@@ -187,7 +187,7 @@ def test_copies_keep_number_and_policy(copier):
     reg.penalty()
     other.penalty()
     assert torch.equal(reg.singular_values, other.singular_values)
-    assert other._buckets.buckets[0].further == bucket.MOST_FURTHER
+    assert other._buckets.buckets[0].extra_iterations == bucket.MAX_EXTRA_ITERATIONS
     assert other_model[0].weight is not model[0].weight
 
 
@@ -238,13 +238,13 @@ def steps(model, way, n_vectors, backend, iterations="auto"):
 @pytest.mark.parametrize("way", ["penalty", "accumulate", "SpectralAdamW"])
 def test_auto_catches_up_with_new_weights_within_five_steps(backend, way, n_vectors):
     model = net((60, 40, 20))
-    step, owner = steps(model, way, n_vectors, backend)
+    step, ref = steps(model, way, n_vectors, backend)
     step()
     for _ in range(2):
         replace(model)
         for _ in range(5):
             step()
-        error = 1 - owner.sigma.double().cpu() / truth(model)[:, 0].cpu()
+        error = 1 - ref.sigma.double().cpu() / truth(model)[:, 0].cpu()
         # A single vector may rest on the second of two close singular values.
         assert (error.abs() < (0.03 if n_vectors == 1 else 0.01)).all(), error
 
@@ -253,12 +253,12 @@ def test_one_iteration_does_not_catch_up_that_fast():
     worst = 0.0
     for _ in range(5):
         model = net()
-        step, owner = steps(model, "accumulate", 1, "auto", iterations=1)
+        step, ref = steps(model, "accumulate", 1, "auto", iterations=1)
         step()
         replace(model)
         for _ in range(5):
             step()
-        worst = max(worst, float((1 - owner.sigma.double() / truth(model)[:, 0]).max()))
+        worst = max(worst, float((1 - ref.sigma.double() / truth(model)[:, 0]).max()))
     assert worst > 0.02
 
 
@@ -278,7 +278,7 @@ def counted(own):
     return calls
 
 
-def test_auto_spends_at_most_eight_further_iterations_and_none_on_settled_weights():
+def test_auto_spends_at_most_eight_extra_iterations_and_none_on_settled_weights():
     model = net()
     reg = SpectralRegularizer(model, n_power_iterations="auto", backend="cpu", n_vectors=4)
     for _ in range(30):
@@ -289,7 +289,7 @@ def test_auto_spends_at_most_eight_further_iterations_and_none_on_settled_weight
     calls.clear()
     replace(model)
     reg.accumulate_grad_()
-    assert calls == [0, *[bucket.TOLERANCE] * bucket.MOST_FURTHER]
+    assert calls == [0, *[bucket.TOLERANCE] * bucket.MAX_EXTRA_ITERATIONS]
     assert reg._buckets.buckets[0].state.tolerance == 0
 
 

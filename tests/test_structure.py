@@ -154,7 +154,8 @@ def test_a_module_built_from_other_tables_is_refused(monkeypatch):
     if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
     native = choice.native_module()
-    monkeypatch.setattr(native, "table_sizes", {**native.table_sizes, "tile": 8})
+    changed = {**native.tables["Tile"], "row_end": 8}
+    monkeypatch.setattr(native, "tables", {**native.tables, "Tile": changed})
     assert "another version" in choice.unavailable("cpu")
     with pytest.raises(RuntimeError, match=r"backend: 'cpu' cannot run here.*reinstall"):
         choice.check_name("cpu")

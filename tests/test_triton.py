@@ -32,7 +32,7 @@ def triton_backend():
          "GRAD_ROW_STRIDE GRAD_OUTER_STRIDE V_OFFSET S_OFFSET FIRST_TILE N_TILES", "MATRIX_FIELDS"),
         (schema.TILE, "TILE_MATRIX ROW_BEGIN ROW_END T_OFFSET", "TILE_FIELDS"),
         (schema.CHUNK, "CHUNK_MATRIX CHUNK_BEGIN", "CHUNK_FIELDS"),
-        (schema.VECTOR, "WEIGHT GRAD GRAD_DTYPE SIZE KIND", "VECTOR_FIELDS"),
+        (schema.ELEMENTWISE, "WEIGHT GRAD GRAD_DTYPE SIZE KIND", "ELEMENTWISE_FIELDS"),
         (schema.MOMENT, "FIRST SECOND OWNER GROUP", "MOMENT_FIELDS"),
         (schema.GROUP, "LR WEIGHT_DECAY OPTION_1 OPTION_2 EPS NESTEROV", "GROUP_FIELDS"),
     ],
@@ -174,7 +174,7 @@ def steps_of(backend, weights, tolerance=0.0):
     state = bucket.state
     # The residual itself is the root of a difference of two large numbers.
     relative = (state.residual / state.sigma.clamp(min=1e-30)) ** 2
-    return bucket, [state.sigma, relative, state.penalty, state.v, state.v_next, *grads]
+    return bucket, [state.sigma, relative, state.raw_penalty, state.v, state.v_next, *grads]
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.05])

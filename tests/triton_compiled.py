@@ -20,7 +20,7 @@ from spectral_kernels.backends.triton.precompile import Description, compile_for
 from spectral_kernels.backends.triton.sizes import sizes
 from spectral_kernels.backends.triton.tables import TYPES
 from spectral_kernels.engine.bucket import TOLERANCE
-from spectral_kernels.tables.schema import R
+from spectral_kernels.tables.schema import N_VECTORS
 
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory of a multiprocessor, of which a program takes RESERVED more than it asks.
@@ -100,14 +100,14 @@ def several_vectors(dtype: torch.dtype, capability: int) -> Iterator[Description
         yield describe("subspace_products", dtype, r, **{**plain, **changes})
     if dtype == torch.float32:
         yield next(d for d in core(dtype, 4) if d.kernel == "update")
-        for r in R[1:]:
+        for r in N_VECTORS[1:]:
             yield describe("ritz", None, r, with_t=True, tolerance=TOLERANCE if r == 8 else 0.0)
         yield describe("subspace_grams", dtype, 16, tolerance=0.0)
 
 
 def partials(dtype: torch.dtype) -> Iterator[Description]:
     """Yield the kernels of partial results: for all numbers of vectors with float32, else four."""
-    for r in R if dtype == torch.float32 else (4,):
+    for r in N_VECTORS if dtype == torch.float32 else (4,):
         tolerance = TOLERANCE if r == 8 else 0.0
         yield describe("transposed", dtype, r, with_t=True, tolerance=tolerance)
         if dtype == torch.float32 and r == 1:

@@ -194,7 +194,7 @@ class Spectral8(Spectral):
 
 
 class SpectralSharp(Spectral):
-    """The same with four vectors per matrix, and further iterations where they are needed."""
+    """The same with four vectors per matrix, and extra iterations where they are needed."""
 
     options: ClassVar[dict] = {"n_vectors": 4, "n_power_iterations": "auto"}
 

@@ -35,7 +35,7 @@ class Job:
     without: tuple[str, ...] = ()
     after: str | None = None
     begin: float = field(default_factory=time.monotonic)
-    choice: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
 
     def __post_init__(self):
         """Take both backends for the device; on a CPU, C++ stands in for CUDA C++."""
@@ -87,7 +87,7 @@ class Job:
         """Tell whether a backend has not broken the device in this group."""
         return f"{case}/{name_of(dtype)}/{backend}" not in self.without
 
-    def go_on_where_the_device_broke(self, case: str, dtype: torch.dtype, *choice: str) -> None:
+    def go_on_where_the_device_broke(self, case: str, dtype: torch.dtype, *backends: str) -> None:
         """Begin anew at this group without ``backends``, in this very process, if it must be.
 
         After an illegal access, say, every call of CUDA fails in a process.
@@ -98,7 +98,7 @@ class Job:
         except RuntimeError as error:
             broken = error
         group = f"{case}/{name_of(dtype)}"
-        without = {f"{group}/{backend}" for backend in choice}
+        without = {f"{group}/{backend}" for backend in backends}
         if without <= set(self.without):  # it is none of ours that breaks it
             raise broken
         command = [sys.executable, "-u", "-m", "bench.gpu", self.lines.stage,

@@ -49,12 +49,13 @@ int useful_threads(int64_t n_bytes, int threads) {
   return n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
 }
 
-// One parallel region over all tiles and all vectors, and what else is to be done after these.
-template <class OnTile, class OnVector>
+// One parallel region over all tiles and all elementwise parameters, and what else is to be done
+// after these.
+template <class OnTile, class OnElementwise>
 void for_each_task(const Header& header, int64_t n_bytes, int threads, OnTile on_tile,
-                   OnVector on_vector, int64_t n_others = 0) {
+                   OnElementwise on_elementwise, int64_t n_others = 0) {
   const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
-  const int64_t n_tasks = header.n_tiles + header.n_vectors + n_others;
+  const int64_t n_tasks = header.n_tiles + header.n_elementwise + n_others;
   const int useful = useful_threads(n_bytes, threads);
 #pragma omp parallel num_threads(useful)
   {
@@ -66,7 +67,7 @@ void for_each_task(const Header& header, int64_t n_bytes, int threads, OnTile on
         on_tile(tiles[i], i + useful < header.n_tiles ? &tiles[i + useful] : nullptr,
                 scratch.get());
       else
-        on_vector(i - header.n_tiles);
+        on_elementwise(i - header.n_tiles);
     }
   }
 }
@@ -108,13 +109,13 @@ void gram_matvec(const Header& header, int threads) {
       [&](const Tile& tile, const Tile* next, double* scratch) {
         kernels.gram_matvec(header, tile, next, scratch);
       },
-      [&](int64_t vector) { kernels.vector_norm(header, vector); });
+      [&](int64_t index) { kernels.elementwise_norm(header, index); });
 }
 
 void transposed(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
   Header now = header;
-  now.n_vectors = 0;
+  now.n_elementwise = 0;
   for_each_task(
       now, header.n_bytes, threads,
       [&](const Tile& tile, const Tile*, double* scratch) {
@@ -143,7 +144,7 @@ void rank_one(const Header& header, bool accumulate, int threads) {
       [&](const Tile& tile, const Tile*, double* scratch) {
         kernels.rank_one(header, tile, accumulate, scratch);
       },
-      [&](int64_t vector) { kernels.vector_gradient(header, vector, accumulate); });
+      [&](int64_t index) { kernels.elementwise_gradient(header, index, accumulate); });
 }
 
 void update(const Header& header, const Update& update, int threads) {
@@ -151,14 +152,14 @@ void update(const Header& header, const Update& update, int threads) {
   constexpr int64_t kArrays = 4;  // weights, gradients and two moments
   int64_t n_others = 0;
   for (int64_t i = 0; i < update.n_others; ++i)
-    n_others += reinterpret_cast<const Vector*>(update.others)[i].size;
+    n_others += reinterpret_cast<const Elementwise*>(update.others)[i].size;
   const int64_t n_bytes = kArrays * (header.n_bytes + n_others * (int64_t)sizeof(float));
   for_each_task(
       header, n_bytes, threads,
       [&](const Tile& tile, const Tile* next, double* scratch) {
         kernels.update_tile(header, update, tile, next, scratch);
       },
-      [&](int64_t index) { kernels.update_vector(header, update, index); }, update.n_others);
+      [&](int64_t index) { kernels.update_elementwise(header, update, index); }, update.n_others);
 }
 
 }  // namespace cpu

@@ -1,4 +1,5 @@
-// The CPU backend: one parallel region per call over all matrices and vectors of a table.
+// The CPU backend: one parallel region per call over all matrices and elementwise parameters of a
+// table.
 #pragma once
 
 #include <string>

@@ -1,10 +1,10 @@
 // s = W v and t = W^T s of every tile, and the stage that makes sigma and the next v of them.
 
+#include "elementwise_norm.h"
 #include "isa.h"
 #include "ritz.h"
 #include "tile_products.h"
 #include "tile_sums.h"
-#include "vector_norm.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
@@ -81,8 +81,8 @@ template <class S>
 void normalize_matrix(const Header& header, int64_t index) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[index];
   const int64_t r = header.r;
-  S* sigmas = reinterpret_cast<S*>(header.sigma) + index;
-  S* residuals = reinterpret_cast<S*>(header.residual) + index;
+  S* sigmas = reinterpret_cast<S*>(header.sigmas) + index;
+  S* residuals = reinterpret_cast<S*>(header.residuals) + index;
   if (!takes_part<S>(header, index)) return;
   if (header.tolerance > 0) {
     const int64_t size = r * m.outer * m.inner;
@@ -103,7 +103,7 @@ void normalize_matrix(const Header& header, int64_t index) {
   else
     next_vectors<S>(header, m, products, scale, found);
   const double excess = power(found.sigma[0], header.exponent) - power(target, header.exponent);
-  reinterpret_cast<S*>(header.penalty)[index] = (S)(excess * excess);
+  reinterpret_cast<S*>(header.raw_penalty)[index] = (S)(excess * excess);
   for (int64_t j = 0; j < r; ++j) {
     const double sigma = found.sigma[j];
     sigmas[j * header.n_matrices] = (S)sigma;
@@ -140,8 +140,8 @@ void normalize(const Header& header, int64_t matrix) {
     normalize_matrix<float>(header, matrix);
 }
 
-void vector_norm(const Header& header, int64_t vector) {
-  with_dtype(header.weight_dtype, [&](auto t) { vector_norm_of<decltype(t)>(header, vector); });
+void elementwise_norm(const Header& header, int64_t index) {
+  with_dtype(header.weight_dtype, [&](auto t) { elementwise_norm_of<decltype(t)>(header, index); });
 }
 
 }  // namespace SPECTRAL_LEVEL

@@ -26,7 +26,7 @@ struct Given {
         tile(tile),
         n(m.outer * m.inner),
         r(header.r),
-        scale(inverse_power_of_two(reinterpret_cast<const S*>(header.sigma)[tile.matrix])),
+        scale(inverse_power_of_two(reinterpret_cast<const S*>(header.sigmas)[tile.matrix])),
         s(reinterpret_cast<const S*>(header.s) + m.s_offset),
         t(header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset),
         gram(reinterpret_cast<double*>(header.gram_partial) +

@@ -1,4 +1,4 @@
-// The scalars of the penalty's gradient, for a matrix and for a vector.
+// The scalars of the penalty's gradient, for a matrix and for what is elementwise.
 #pragma once
 
 #include "scalar_math.h"
@@ -18,25 +18,25 @@ SPECTRAL_INLINE double strength_of(const Header& header, int64_t entry) {
 template <class S>
 SPECTRAL_INLINE double gradient_factor(const Header& header, int64_t matrix) {
   const double k = header.exponent;
-  const double sigma = reinterpret_cast<const S*>(header.sigma)[matrix];
+  const double sigma = reinterpret_cast<const S*>(header.sigmas)[matrix];
   const double target = reinterpret_cast<const S*>(header.target)[matrix];
   if (sigma == 0) return 0;
   return strength_of<S>(header, matrix) * 2 * k * (power(sigma, k) - power(target, k)) *
          power(sigma, k - 1) / sigma;
 }
 
-// strength * dR/dx of the elements of a vector, at the norm in the state.
+// strength * dR/dx of the elements of a bias, shift or gain, at the norm in the state.
 template <class S>
-struct VectorGradient {
+struct ElementwiseGradient {
   const double k, strength, shift_factor;
   const bool is_shift;
 
-  VectorGradient(const Header& header, const Vector& vector, int64_t index)
+  ElementwiseGradient(const Header& header, const Elementwise& entry, int64_t index)
       : k(header.exponent),
         strength(strength_of<S>(header, header.n_matrices + index)),
         shift_factor(strength * 2 * k *
                      power((double)reinterpret_cast<const S*>(header.norm)[index], 2 * k - 2)),
-        is_shift(vector.kind == kShift) {}
+        is_shift(entry.kind == kShift) {}
 
   SPECTRAL_INLINE S at(double x) const {
     const double magnitude = __builtin_fabs(x);

@@ -60,13 +60,13 @@ void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
 }
 
 template <bool kAccumulate, class T, class G, class S = typename Simd<T>::Accumulator>
-void vector_gradient_of(const Header& header, const Vector& vector, int64_t index) {
-  const VectorGradient<S> gradient(header, vector, index);
-  const T* x = reinterpret_cast<const T*>(vector.weight);
-  G* grad = reinterpret_cast<G*>(vector.grad);
+void elementwise_gradient_of(const Header& header, const Elementwise& entry, int64_t index) {
+  const ElementwiseGradient<S> gradient(header, entry, index);
+  const T* x = reinterpret_cast<const T*>(entry.weight);
+  G* grad = reinterpret_cast<G*>(entry.grad);
   constexpr int kLanes = Simd<T>::kLanes;
-  for (int64_t i = 0; i < vector.size; i += kLanes) {
-    const int64_t width = vector.size - i < kLanes ? vector.size - i : kLanes;
+  for (int64_t i = 0; i < entry.size; i += kLanes) {
+    const int64_t width = entry.size - i < kLanes ? entry.size - i : kLanes;
     auto value = width == kLanes ? Simd<T>::load(x + i) : load_part(x + i, width);
     for (int64_t j = 0; j < width; ++j) value[j] = gradient.at(value[j]);
     if (kAccumulate)
@@ -103,17 +103,17 @@ void rank_one(const Header& header, const Tile& tile, bool accumulate, double* s
   });
 }
 
-void vector_gradient(const Header& header, int64_t index, bool accumulate) {
-  const Vector& vector = reinterpret_cast<const Vector*>(header.vectors)[index];
-  if (vector.grad == 0) return;
+void elementwise_gradient(const Header& header, int64_t index, bool accumulate) {
+  const Elementwise& entry = reinterpret_cast<const Elementwise*>(header.elementwise)[index];
+  if (entry.grad == 0) return;
   with_dtype(header.weight_dtype, [&](auto t) {
     using T = decltype(t);
-    with_grad_dtype<T>(vector.grad_dtype, [&](auto g) {
+    with_grad_dtype<T>(entry.grad_dtype, [&](auto g) {
       using G = decltype(g);
       if (accumulate)
-        vector_gradient_of<true, T, G>(header, vector, index);
+        elementwise_gradient_of<true, T, G>(header, entry, index);
       else
-        vector_gradient_of<false, T, G>(header, vector, index);
+        elementwise_gradient_of<false, T, G>(header, entry, index);
     });
   });
 }

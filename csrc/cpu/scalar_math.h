@@ -32,8 +32,8 @@ SPECTRAL_INLINE double inverse_power_of_two(double sigma) {
 template <class S>
 SPECTRAL_INLINE bool takes_part(const Header& header, int64_t matrix) {
   return header.tolerance == 0 ||
-         reinterpret_cast<const S*>(header.residual)[matrix] >
-             header.tolerance * (double)reinterpret_cast<const S*>(header.sigma)[matrix];
+         reinterpret_cast<const S*>(header.residuals)[matrix] >
+             header.tolerance * (double)reinterpret_cast<const S*>(header.sigmas)[matrix];
 }
 
 }  // namespace

@@ -98,10 +98,10 @@ SPECTRAL_INLINE u32v float16_bits(u32v x) {
 template <class T>
 struct Simd;
 
-template <class T, class Vector, class S>
+template <class T, class Elementwise, class S>
 struct Contiguous {
   using Accumulator = S;
-  using V = Vector;
+  using V = Elementwise;
   static constexpr int kLanes = sizeof(V) / sizeof(S);
   static constexpr bool kSplits = false;
   static SPECTRAL_INLINE void load_pair(const T* p, V& a, V& b) {

@@ -219,7 +219,7 @@ void subspace_products(const Header& header, const Tile& tile, const T* next, co
                        double* scratch, RowFunction before) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   const int64_t n = m.outer * m.inner, r = header.r;
-  const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
+  const double sigma = reinterpret_cast<const S*>(header.sigmas)[tile.matrix];
   S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
   S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
   const int64_t index = &tile - reinterpret_cast<const Tile*>(header.tiles);

@@ -154,7 +154,7 @@ SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const
     return products_of_several<T, kPrefetch>(header, tile, following, v, scratch,
                                              RowFunction(before));
   const int64_t n = m.outer * m.inner;
-  const double sigma = reinterpret_cast<const S*>(header.sigma)[tile.matrix];
+  const double sigma = reinterpret_cast<const S*>(header.sigmas)[tile.matrix];
   v += m.v_offset;
   S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
   S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;

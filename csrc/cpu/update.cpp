@@ -4,10 +4,10 @@
 // pass before has left; what is still in the cache is then multiplied by v_next, and by that into
 // t, for the next step. AdamW and SGD are rules of the same pass.
 
+#include "elementwise_norm.h"
 #include "isa.h"
 #include "penalty_gradient.h"
 #include "tile_products.h"
-#include "vector_norm.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
@@ -180,10 +180,10 @@ struct RowFactor {
 
 // x of a bias, shift or gain: the gradient itself.
 template <class T, class S>
-struct VectorFactor {
+struct ElementwiseFactor {
   using V = typename Simd<T>::V;
   const T* p;
-  const VectorGradient<S>& gradient;
+  const ElementwiseGradient<S>& gradient;
 
   SPECTRAL_INLINE V of(V x) const {
     for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = gradient.at(x[i]);
@@ -208,7 +208,7 @@ struct NoFactor {
 
 template <class S>
 double steps_of(const Update& update, const Moment& moment) {
-  return reinterpret_cast<const float*>(update.steps)[moment.owner];
+  return reinterpret_cast<const float*>(update.steps)[moment.parameter];
 }
 
 template <class Rule, class T, class M, class S>
@@ -273,20 +273,20 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
 }
 
 template <template <class> class RuleOf, class T, class M>
-void update_elements(const Header& header, const Update& update, const Vector& vector,
+void update_elements(const Header& header, const Update& update, const Elementwise& entry,
                      const Moment& moment, int64_t index) {
   using S = typename Simd<T>::Accumulator;
   if (moment.group < 0) return;
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   const RuleOf<S> rule(group, steps_of<S>(update, moment));
-  auto stretch = stretch_of<RuleOf<S>, T, M, S>(update, vector.weight, vector.grad, moment);
+  auto stretch = stretch_of<RuleOf<S>, T, M, S>(update, entry.weight, entry.grad, moment);
   if (index < 0) {
-    stretch.run(rule, vector.size, NoFactor<typename Simd<T>::V>{});
+    stretch.run(rule, entry.size, NoFactor<typename Simd<T>::V>{});
     return;
   }
-  const VectorGradient<S> gradient(header, vector, index);
+  const ElementwiseGradient<S> gradient(header, entry, index);
   put_penalty(stretch, update, group, (S)1);
-  stretch.run(rule, vector.size, VectorFactor<T, S>{stretch.p, gradient});
+  stretch.run(rule, entry.size, ElementwiseFactor<T, S>{stretch.p, gradient});
 }
 
 // Calls function(T{}, M{}) with the types of weights and moments.
@@ -313,20 +313,20 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   });
 }
 
-void update_vector(const Header& header, const Update& update, int64_t index) {
-  const bool other = index >= header.n_vectors;
-  const int64_t i = other ? index - header.n_vectors : index;
-  const Vector& vector = reinterpret_cast<const Vector*>(other ? update.others : header.vectors)[i];
+void update_elementwise(const Header& header, const Update& update, int64_t index) {
+  const bool other = index >= header.n_elementwise;
+  const int64_t i = other ? index - header.n_elementwise : index;
+  const Elementwise& entry =
+      reinterpret_cast<const Elementwise*>(other ? update.others : header.elementwise)[i];
   const Moment& moment =
-      reinterpret_cast<const Moment*>(other ? update.other_moments : update.vector_moments)[i];
+      reinterpret_cast<const Moment*>(other ? update.other_moments : update.elementwise_moments)[i];
   with_dtypes(header, update, [&](auto t, auto m) {
     if (update.rule == kAdamW)
-      update_elements<AdamW, decltype(t), decltype(m)>(header, update, vector, moment,
+      update_elements<AdamW, decltype(t), decltype(m)>(header, update, entry, moment,
                                                        other ? -1 : i);
     else
-      update_elements<Sgd, decltype(t), decltype(m)>(header, update, vector, moment,
-                                                     other ? -1 : i);
-    if (!other) vector_norm_of<decltype(t)>(header, i);
+      update_elements<Sgd, decltype(t), decltype(m)>(header, update, entry, moment, other ? -1 : i);
+    if (!other) elementwise_norm_of<decltype(t)>(header, i);
   });
 }
 

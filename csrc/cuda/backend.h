@@ -1,5 +1,5 @@
-// The CUDA backend: two launches per step over all matrices and vectors of a table, three where
-// matrices have several vectors.
+// The CUDA backend: two launches per step over all matrices and elementwise parameters of a table,
+// three where matrices have several vectors.
 //
 // The header itself is read on the host. Every address in it is one on the device, the tables'
 // too; state arrays and scale are float32. A call puts its launch into the stream (a cudaStream_t
@@ -20,7 +20,8 @@ namespace cuda {
 // Why the kernels cannot run on a device, in CUDA's words; empty: they can.
 std::string problem(int device);
 
-// s, partial t and the products of s of every tile; norm and penalty of every vector.
+// s, partial t and the products of s of every tile; norm and penalty of every elementwise
+// parameter.
 void gram_matvec(const Header& header, int device, int64_t stream);
 
 // Partial t and products of every tile from the s that is given.

@@ -198,8 +198,8 @@ __device__ __forceinline__ double power_of_two(int e) {
 
 // Tells whether a call is about a matrix; see Header.tolerance.
 __device__ __forceinline__ bool takes_part(const Header& header, int64_t matrix) {
-  return header.tolerance == 0 || at<const float>(header.residual)[matrix] >
-                                      header.tolerance * at<const float>(header.sigma)[matrix];
+  return header.tolerance == 0 || at<const float>(header.residuals)[matrix] >
+                                      header.tolerance * at<const float>(header.sigmas)[matrix];
 }
 
 }  // namespace cuda

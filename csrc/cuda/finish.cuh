@@ -17,7 +17,7 @@ __device__ __forceinline__ double residual_of(double sigma, double t_norm, int e
 __device__ __forceinline__ void put_penalty(const Header& header, int64_t index, double sigma) {
   const double target = at<const float>(header.target)[index];
   const double excess = power(sigma, header.exponent) - power(target, header.exponent);
-  at<float>(header.penalty)[index] = (float)(excess * excess);
+  at<float>(header.raw_penalty)[index] = (float)(excess * excess);
 }
 
 }  // namespace cuda

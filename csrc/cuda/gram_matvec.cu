@@ -1,4 +1,4 @@
-// s = W v and t = W^T s per tile, the norms and penalties of vectors: see products.cuh.
+// s = W v and t = W^T s per tile, norms and penalties of the elementwise: see products.cuh.
 
 #include "backend.h"
 #include "penalty.cuh"
@@ -29,12 +29,12 @@ __device__ __forceinline__ double products(const Matrix& m, const Tile& tile, co
   return long_rows<16, 1, true>(w, o, shared_floats);
 }
 
-// Block i < n_tiles takes tile i, the following n_vectors blocks a vector each.
+// Block i < n_tiles takes tile i, the following n_elementwise blocks an elementwise parameter each.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     gram_matvec_kernel(const Header header, int64_t shared_floats) {
   const int64_t block = blockIdx.x;
-  if (block >= header.n_tiles) return vector_norm<T>(header, block - header.n_tiles);
+  if (block >= header.n_tiles) return elementwise_norm<T>(header, block - header.n_tiles);
   const Tile& tile = at<const Tile>(header.tiles)[block];
   if (!takes_part(header, tile.matrix)) return;
   const Matrix& m = at<const Matrix>(header.matrices)[tile.matrix];
@@ -46,8 +46,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T>
 void launch_gram_matvec(const Header& header, int device, int64_t stream) {
   const int64_t bytes = bytes_for_t(header, device, "gram_matvec");
-  launch<Header, int64_t>("gram_matvec", gram_matvec_kernel<T>, header.n_tiles + header.n_vectors,
-                          kThreads, bytes, stream, header, bytes / (int64_t)sizeof(float));
+  launch<Header, int64_t>("gram_matvec", gram_matvec_kernel<T>,
+                          header.n_tiles + header.n_elementwise, kThreads, bytes, stream, header,
+                          bytes / (int64_t)sizeof(float));
 }
 
 }  // namespace
@@ -67,7 +68,7 @@ std::string problem(int device) {
 
 void gram_matvec(const Header& header, int device, int64_t stream) {
   check_dtype(header, "gram_matvec");
-  if (header.n_tiles + header.n_vectors == 0) return;
+  if (header.n_tiles + header.n_elementwise == 0) return;
   const DeviceGuard guard(device, "gram_matvec");
   Header now = header;
   if (header.tolerance > 0) now.v = header.v_next;

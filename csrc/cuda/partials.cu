@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2) transposed_kernel(const Header he
   const float* s = at<const float>(header.s) + m.s_offset + tile.row_begin;
   if (header.t_partial != 0) {
     float* t = at<float>(header.t_partial) + tile.t_offset;
-    const Scale scale(binary_exponent(at<const float>(header.sigma)[tile.matrix]));
+    const Scale scale(binary_exponent(at<const float>(header.sigmas)[tile.matrix]));
     if (is_aligned<T>(m.weight, m.row_stride, m.outer * m.inner, m.outer))
       add_rows<kVectors>(Rows<T, true>(m, tile), s, m.rows, r, scale, factor, total, t);
     else

@@ -1,4 +1,4 @@
-// The penalty: the scalars of its gradient, and norm and penalty of a vector.
+// The penalty: the scalars of its gradient, and norm and penalty of a elementwise parameter.
 #pragma once
 
 #include "common.cuh"
@@ -20,17 +20,17 @@ __device__ __forceinline__ double gradient_factor(const Header& header, int64_t 
          power(sigma, k - 1) / sigma;
 }
 
-// strength * dR/dx of the elements of a vector, at the norm in the state.
-struct VectorGradient {
+// strength * dR/dx of the elements of a bias, shift or gain, at the norm in the state.
+struct ElementwiseGradient {
   double k, strength, shift_factor;  // strength times 2 k
   bool is_shift;
 
-  __device__ __forceinline__ VectorGradient(const Header& header, const Vector& vector,
-                                            int64_t index)
+  __device__ __forceinline__ ElementwiseGradient(const Header& header, const Elementwise& entry,
+                                                 int64_t index)
       : k(header.exponent),
         strength(strength_of(header, header.n_matrices + index) * 2 * k),
         shift_factor(strength * power(at<const float>(header.norm)[index], 2 * k - 2)),
-        is_shift(vector.kind == kShift) {}
+        is_shift(entry.kind == kShift) {}
 
   __device__ __forceinline__ float of(double x) const {
     if (is_shift) return (float)(shift_factor * x);
@@ -42,15 +42,15 @@ struct VectorGradient {
 };
 
 template <class T>
-__device__ __forceinline__ void vector_norm(const Header& header, int64_t index) {
-  const Vector vector = at<const Vector>(header.vectors)[index];
-  const T* x = at<const T>(vector.weight);
+__device__ __forceinline__ void elementwise_norm(const Header& header, int64_t index) {
+  const Elementwise entry = at<const Elementwise>(header.elementwise)[index];
+  const T* x = at<const T>(entry.weight);
   const double k = header.exponent;
   double squares = 0, gains = 0;
-  for (int64_t i = threadIdx.x; i < vector.size; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < entry.size; i += kThreads) {
     const double value = to_float(x[i]);
     squares += value * value;
-    if (vector.kind == kGain) {
+    if (entry.kind == kGain) {
       const double excess = power(fabs(value), k) - 1;
       gains += excess * excess;
     }
@@ -59,8 +59,8 @@ __device__ __forceinline__ void vector_norm(const Header& header, int64_t index)
   gains = sum_over_block(gains);
   if (threadIdx.x > 0) return;
   at<float>(header.norm)[index] = (float)sqrt(squares);
-  at<float>(header.penalty)[header.n_matrices + index] =
-      (float)(vector.kind == kGain ? gains : power(squares, k));
+  at<float>(header.raw_penalty)[header.n_matrices + index] =
+      (float)(entry.kind == kGain ? gains : power(squares, k));
 }
 
 }  // namespace cuda

@@ -201,7 +201,7 @@ __device__ __forceinline__ Operands operands_of(const Header& header, const Tile
                                                 const Matrix& m, int64_t v) {
   return {at<const float>(v) + m.v_offset, at<float>(header.s) + m.s_offset + tile.row_begin,
           header.t_partial == 0 ? nullptr : at<float>(header.t_partial) + tile.t_offset,
-          Scale(binary_exponent(at<const float>(header.sigma)[tile.matrix]))};
+          Scale(binary_exponent(at<const float>(header.sigmas)[tile.matrix]))};
 }
 
 // Bytes of shared memory for the longest row, as long as two blocks fit into a multiprocessor. Each

@@ -3,10 +3,10 @@
 //
 // Both in one launch: the first blocks take a chunk of a matrix each and sum its t, the next take a
 // tile each and add strength * 2 k (sigma^k - tau^k) sigma^(k-1) u v^T with u = s / sigma to the
-// gradient, the last ones the vectors. No block waits for another: of those with a chunk of the
-// same matrix the one that is done last finishes it, and those of tiles add the squares up
-// themselves. With several vectors per matrix or a tolerance, v and s change as well, so that there
-// are two launches; see ritz.cu for the first.
+// gradient, the last ones the elementwise parameters. No block waits for another: of those with a
+// chunk of the same matrix the one that is done last finishes it, and those of tiles add the
+// squares up themselves. With several vectors per matrix or a tolerance, v and s change as well, so
+// that there are two launches; see ritz.cu for the first.
 
 #include <type_traits>
 
@@ -118,9 +118,9 @@ __device__ __forceinline__ void finish_chunk(const Header& header, int64_t chunk
   const int64_t first_chunk = chunk_index - chunk.begin / kChunkColumns;
   const double t_norm = with_t ? normalize(header, m, first_chunk, sigma) : 0;
   if (threadIdx.x > 0) return;
-  float& stored = at<float>(header.sigma)[index];
+  float& stored = at<float>(header.sigmas)[index];
   if (with_t)
-    at<float>(header.residual)[index] = (float)residual_of(sigma, t_norm, binary_exponent(stored));
+    at<float>(header.residuals)[index] = (float)residual_of(sigma, t_norm, binary_exponent(stored));
   put_penalty(header, index, sigma);
   stored = (float)sigma;
 }
@@ -196,23 +196,23 @@ __device__ __forceinline__ float load_element(int64_t address, int64_t dtype, in
   return x;
 }
 
-__device__ __forceinline__ void vector_gradient(const Header& header, int64_t index,
-                                                bool accumulate) {
-  const Vector vector = at<const Vector>(header.vectors)[index];
-  const VectorGradient gradient(header, vector, index);
-  for (int64_t i = threadIdx.x; i < vector.size; i += kThreads) {
-    float sum = gradient.of(load_element(vector.weight, header.weight_dtype, i));
-    if (accumulate) sum += load_element(vector.grad, vector.grad_dtype, i);
-    with_dtype(vector.grad_dtype, [&](auto type) {
+__device__ __forceinline__ void elementwise_gradient(const Header& header, int64_t index,
+                                                     bool accumulate) {
+  const Elementwise entry = at<const Elementwise>(header.elementwise)[index];
+  const ElementwiseGradient gradient(header, entry, index);
+  for (int64_t i = threadIdx.x; i < entry.size; i += kThreads) {
+    float sum = gradient.of(load_element(entry.weight, header.weight_dtype, i));
+    if (accumulate) sum += load_element(entry.grad, entry.grad_dtype, i);
+    with_dtype(entry.grad_dtype, [&](auto type) {
       using G = decltype(type);
-      at<G>(vector.grad)[i] = from_float<G>(sum);
+      at<G>(entry.grad)[i] = from_float<G>(sum);
     });
   }
 }
 
-// gradient: the first n_tiles blocks take a tile each, the n_vectors after them a vector each; finish:
-// n_chunks more, a chunk each. They wait for memory, and the tiles beside them make use of it: so
-// they come after half of those.
+// gradient: the first n_tiles blocks take a tile each, the n_elementwise after them an elementwise
+// parameter each; finish: n_chunks more, a chunk each. They wait for memory, and the tiles beside
+// them make use of it: so they come after half of those.
 __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header header, Parts parts) {
   int64_t block = blockIdx.x;
   const int64_t chunk = block - (parts.gradient ? header.n_tiles / 2 : 0);
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header head
   }
   if (block >= header.n_tiles) {
     block -= header.n_tiles;
-    if (at<const Vector>(header.vectors)[block].grad != 0)
-      vector_gradient(header, block, parts.accumulate);
+    if (at<const Elementwise>(header.elementwise)[block].grad != 0)
+      elementwise_gradient(header, block, parts.accumulate);
     return;
   }
   const Tile tile = at<const Tile>(header.tiles)[block];
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header head
   if (m.grad == 0) return;
   // As it is stored, so that the gradient is the same bits in two launches.
   const double sigma = parts.finish ? (float)sqrt(sum_of_squares(header, m))
-                                    : at<const float>(header.sigma)[tile.matrix];
+                                    : at<const float>(header.sigmas)[tile.matrix];
   const double factor = gradient_factor(header, tile.matrix, sigma);
   with_dtype(m.grad_dtype, [&](auto type) {
     tile_gradient<decltype(type)>(header, tile, m, factor, parts.accumulate);
@@ -255,7 +255,7 @@ void rank_one(const Header& header, int device, int64_t stream, bool finish, boo
     return ritz("rank_one", header, stream);
   }
   const int64_t blocks =
-      (finish ? header.n_chunks : 0) + (gradient ? header.n_tiles + header.n_vectors : 0);
+      (finish ? header.n_chunks : 0) + (gradient ? header.n_tiles + header.n_elementwise : 0);
   if (blocks == 0) return;
   const DeviceGuard guard(device, "rank_one");
   launch<Header, Parts>("rank_one", rank_one_kernel, blocks, kThreads, 0, stream, header,

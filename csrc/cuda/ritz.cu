@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) ritz_kernel(const Header header) 
   const int64_t index = blockIdx.x;
   const Matrix m = at<const Matrix>(header.matrices)[index];
   if (!begins(header, m, index)) return;
-  float* const sigmas = at<float>(header.sigma) + index;
+  float* const sigmas = at<float>(header.sigmas) + index;
   const int e = binary_exponent(*sigmas);
   const bool finite = find_values(header, m, found);
   if (header.t_partial != 0) {
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 2) ritz_kernel(const Header header) 
   const int j = threadIdx.x;
   if (j >= R) return;
   if (header.t_partial != 0)
-    at<float>(header.residual)[j * header.n_matrices + index] =
+    at<float>(header.residuals)[j * header.n_matrices + index] =
         (float)residual_of(found.sigma[j], found.t_norm[j], e);
   sigmas[j * header.n_matrices] = (float)found.sigma[j];
   if (j == 0) put_penalty(header, index, found.sigma[0]);

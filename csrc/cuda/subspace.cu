@@ -158,7 +158,7 @@ __device__ __forceinline__ void tile_products(const Header& header, int64_t inde
   const Matrix m = at<const Matrix>(header.matrices)[tile.matrix];
   if (threadIdx.x == 0) task = Task<T>(header, m, tile);
   __syncthreads();
-  const Scale scale(binary_exponent(at<const float>(header.sigma)[tile.matrix]));
+  const Scale scale(binary_exponent(at<const float>(header.sigmas)[tile.matrix]));
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = task.r;
   int chunk = kMaxChunk;
   while (chunk > kRows &&
@@ -210,11 +210,11 @@ __device__ __forceinline__ void tile_products(const Header& header, int64_t inde
   at<double>(header.gram_partial)[index * pairs + pair] = gram;
 }
 
-// Block i < n_tiles takes tile i, the following n_vectors blocks a vector each.
+// Block i < n_tiles takes tile i, the following n_elementwise blocks an elementwise parameter each.
 template <class T, int kVectors>
 __global__ void __launch_bounds__(kThreads, 2) subspace_kernel(const Header header) {
   const int64_t block = blockIdx.x;
-  if (block >= header.n_tiles) return vector_norm<T>(header, block - header.n_tiles);
+  if (block >= header.n_tiles) return elementwise_norm<T>(header, block - header.n_tiles);
   tile_products<T, kVectors>(header, block);
 }
 
@@ -224,7 +224,7 @@ void launch_subspace(const char* what, const Header& header, int64_t stream) {
   const auto kernel = header.r == 2   ? subspace_kernel<T, 2>
                       : header.r == 4 ? subspace_kernel<T, 4>
                                       : subspace_kernel<T, kSums / kPerLoad<T>>;
-  launch<Header>(what, kernel, header.n_tiles + header.n_vectors, kThreads, 0, stream, header);
+  launch<Header>(what, kernel, header.n_tiles + header.n_elementwise, kThreads, 0, stream, header);
 }
 
 }  // namespace

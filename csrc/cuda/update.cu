@@ -10,7 +10,7 @@ void update(const Header& header, const Update& update, int device, int64_t stre
   check_dtype(header, "update");
   if (update.moment_dtype != header.weight_dtype && update.moment_dtype != kFloat32)
     throw std::invalid_argument("update: moments are of the weights' dtype or float32");
-  if (header.n_tiles + header.n_vectors + update.n_others == 0) return;
+  if (header.n_tiles + header.n_elementwise + update.n_others == 0) return;
   const DeviceGuard guard(device, "update");
   const auto step = update.rule == kAdamW ? adamw : sgd;
   if (header.r <= 1) return step(header, update, device, stream);
@@ -21,7 +21,7 @@ void update(const Header& header, const Update& update, int device, int64_t stre
   step(now, update, device, stream);
   now.t_partial = header.t_partial;
   now.v = header.v_next;
-  now.n_vectors = 0;
+  now.n_elementwise = 0;
   if (now.n_tiles > 0) subspace_products("update", now, stream);
 }
 

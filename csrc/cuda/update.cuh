@@ -66,7 +66,7 @@ __device__ __forceinline__ const Change<Rule, T, M>& change_of(const Update& upd
     change.acts = moment.group >= 0 && !is_skipped(update);
     if (change.acts) {
       const Group& group = at<const Group>(update.groups)[moment.group];
-      change.rule = Rule(group, at<const float>(update.steps)[moment.owner]);
+      change.rule = Rule(group, at<const float>(update.steps)[moment.parameter]);
       change.inverse_scale = update.grad_scale == 0 ? 1 : 1 / *at<const float>(update.grad_scale);
       change.in_gradient = update.decoupled ? 0 : 1;
       change.beside_it = update.decoupled ? (float)-group.lr : 0;
@@ -263,7 +263,7 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
   const Moment moment = at<const Moment>(update.matrix_moments)[tile.matrix];
   __shared__ double factor;
   if (threadIdx.x == kThreads - 1)
-    factor = gradient_factor(header, tile.matrix, at<const float>(header.sigma)[tile.matrix]);
+    factor = gradient_factor(header, tile.matrix, at<const float>(header.sigmas)[tile.matrix]);
   const Change<Rule, T, M>& change = change_of<Rule, T, M>(
       update, moment, arrays_at<T, M>(m.weight, m.grad, moment, tile.row_begin * m.row_stride));
   // A step that is skipped leaves the state as it is: the products with v again, which the caller
@@ -301,22 +301,22 @@ __device__ __forceinline__ void update_elements(const Change<Rule, T, M>& change
 }
 
 template <class Rule, class T, class M>
-__device__ __forceinline__ void update_vector(const Header& header, const Update& update,
-                                              int64_t index) {
-  const Vector vector = at<const Vector>(header.vectors)[index];
-  const Moment moment = at<const Moment>(update.vector_moments)[index];
+__device__ __forceinline__ void update_elementwise(const Header& header, const Update& update,
+                                                   int64_t index) {
+  const Elementwise entry = at<const Elementwise>(header.elementwise)[index];
+  const Moment moment = at<const Moment>(update.elementwise_moments)[index];
   const Change<Rule, T, M>& change =
-      change_of<Rule, T, M>(update, moment, arrays_at<T, M>(vector.weight, vector.grad, moment, 0));
+      change_of<Rule, T, M>(update, moment, arrays_at<T, M>(entry.weight, entry.grad, moment, 0));
   if (change.acts) {
-    const VectorGradient gradient(header, vector, index);
-    update_elements<1>(change, 0, vector.size, [&](float p) { return gradient.of(p); });
+    const ElementwiseGradient gradient(header, entry, index);
+    update_elements<1>(change, 0, entry.size, [&](float p) { return gradient.of(p); });
   }
-  vector_norm<T>(header, index);  // whose threads read what they have written
+  elementwise_norm<T>(header, index);  // whose threads read what they have written
 }
 
 template <class Rule, class T, class M>
 __device__ __forceinline__ void update_other(const Update& update, int64_t index) {
-  const Vector other = at<const Vector>(update.others)[index];
+  const Elementwise other = at<const Elementwise>(update.others)[index];
   const Moment moment = at<const Moment>(update.other_moments)[index];
   const Change<Rule, T, M>& change =
       change_of<Rule, T, M>(update, moment, arrays_at<T, M>(other.weight, other.grad, moment, 0));
@@ -328,23 +328,23 @@ __device__ __forceinline__ void update_other(const Update& update, int64_t index
   update_elements<1>(change, wide, other.size, none);
 }
 
-// Block i < n_tiles takes tile i, the following n_vectors blocks a vector each, the n_others after
-// them one of the others.
+// Block i < n_tiles takes tile i, the following n_elementwise blocks an elementwise parameter each,
+// the n_others after them one of the others.
 template <class Rule, class T, class M>
 __global__ void __launch_bounds__(kThreads, 2)
     update_kernel(const Header header, const Update update, int64_t shared_floats) {
   int64_t block = blockIdx.x;
   if (block < header.n_tiles) return update_tile<Rule, T, M>(header, update, block, shared_floats);
   block -= header.n_tiles;
-  if (block < header.n_vectors) return update_vector<Rule, T, M>(header, update, block);
-  update_other<Rule, T, M>(update, block - header.n_vectors);
+  if (block < header.n_elementwise) return update_elementwise<Rule, T, M>(header, update, block);
+  update_other<Rule, T, M>(update, block - header.n_elementwise);
 }
 
 template <class Rule, class T, class M>
 void launch_update(const Header& header, const Update& update, int device, int64_t stream) {
   const int64_t bytes = bytes_for_t(header, device, "update");
   launch<Header, Update, int64_t>("update", update_kernel<Rule, T, M>,
-                                  header.n_tiles + header.n_vectors + update.n_others, kThreads,
+                                  header.n_tiles + header.n_elementwise + update.n_others, kThreads,
                                   bytes, stream, header, update, bytes / (int64_t)sizeof(float));
 }
 

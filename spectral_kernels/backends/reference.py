@@ -22,13 +22,13 @@ def stored(plan, i: int, tensor: Tensor) -> Tensor:
 
 def matrix(plan, i: int) -> Tensor:
     """Return matrix ``i`` as [M, N] in the dtype of the state."""
-    layout, tensor = plan.layouts[i], plan.tensors[plan.matrix_owner[i]].detach()
+    layout, tensor = plan.layouts[i], plan.tensors[plan.matrix_ref[i]].detach()
     return stored(plan, i, tensor).reshape(layout.rows, layout.cols).to(plan.state_dtype)
 
 
-def _vector_penalty(plan, i: int, x: Tensor, exponent: float) -> Tensor:
+def _elementwise_penalty(plan, i: int, x: Tensor, exponent: float) -> Tensor:
     """Return R of vector ``i`` at ``x``, by its kind."""
-    return (gain_penalty if plan.vectors[i].kind == "gain" else shift_penalty)(x, exponent)
+    return (gain_penalty if plan.elementwise[i].kind == "gain" else shift_penalty)(x, exponent)
 
 
 def _stale(state) -> Tensor:
@@ -78,10 +78,12 @@ def gram_matvec(plan, state) -> None:
         weight, s, v = matrix(plan, i), state.rows(i), state.columns(i, vectors)
         _put(s, v @ weight.mT, stale[i])
         _put_parts(plan, state, i, weight, scales[i], stale[i])
-    for i, owner in enumerate(plan.vector_owner):
-        vector = plan.tensors[owner].detach().to(plan.state_dtype)
+    for i, ref in enumerate(plan.elementwise_ref):
+        vector = plan.tensors[ref].detach().to(plan.state_dtype)
         state.norm[i] = torch.linalg.vector_norm(vector.double())
-        state.penalty[len(plan.matrices) + i] = _vector_penalty(plan, i, vector, state.exponent)
+        state.raw_penalty[len(plan.matrices) + i] = _elementwise_penalty(
+            plan, i, vector, state.exponent
+        )
 
 
 def transposed(plan, state) -> None:
@@ -127,7 +129,7 @@ def normalize(plan, state) -> None:
             sigma, turn = rayleigh_ritz(gram)
         _put(sigmas[:, i], sigma, stale[i])
         excess = sigma[0] ** k - state.target[i].double() ** k
-        _put(state.penalty[i], excess**2, stale[i])
+        _put(state.raw_penalty[i], excess**2, stale[i])
         if state.v_next is None:
             continue
         v_next, t = state.columns(i, state.v_next), t_parts.sum(0)
@@ -152,7 +154,7 @@ def normalize(plan, state) -> None:
 
 
 def rank_one(plan, state, grads, accumulate: bool) -> None:
-    """Add strength * dR/dW to ``grads`` (one per owner), or write it over them."""
+    """Add strength * dR/dW to ``grads`` (one per parameter), or write it over them."""
     k = state.exponent
     strength = state.strength.double()
     if state.scale is not None:
@@ -161,22 +163,22 @@ def rank_one(plan, state, grads, accumulate: bool) -> None:
     sigma, target, norm = state.sigma.double(), state.target.double(), state.norm.double()
     coefficient = strength[:n] * 2 * k * (sigma**k - target**k) * sigma ** (k - 1) / sigma
     coefficient = torch.where(sigma == 0, torch.zeros_like(sigma), coefficient)
-    for i, owner in enumerate(plan.matrix_owner):
-        if grads[owner] is None:
+    for i, ref in enumerate(plan.matrix_ref):
+        if grads[ref] is None:
             continue
         u = (coefficient[i] * state.rows(i)[0]).to(plan.state_dtype)
-        view = stored(plan, i, grads[owner].detach())
+        view = stored(plan, i, grads[ref].detach())
         value = torch.outer(u, state.columns(i, state.v)[0]).reshape(view.shape)
         _put_gradient(view, value, accumulate)
-    for i, owner in enumerate(plan.vector_owner):
-        if grads[owner] is None:
+    for i, ref in enumerate(plan.elementwise_ref):
+        if grads[ref] is None:
             continue
-        x = plan.tensors[owner].detach().double()
-        if plan.vectors[i].kind == "gain":
+        x = plan.tensors[ref].detach().double()
+        if plan.elementwise[i].kind == "gain":
             value = 2 * k * (x.abs() ** k - 1) * x.abs() ** (k - 1) * x.sign()
         else:
             value = 2 * k * norm[i] ** (2 * k - 2) * x
-        _put_gradient(grads[owner].detach(), strength[n + i] * value, accumulate)
+        _put_gradient(grads[ref].detach(), strength[n + i] * value, accumulate)
 
 
 def _put_gradient(grad: Tensor, value: Tensor, accumulate: bool) -> None:
@@ -223,22 +225,22 @@ def update(step) -> None:
 
 
 def differentiable_penalty(plan, state, weights) -> Tensor:
-    """Return sum of strength * R at ``state``'s v as a function of ``weights`` (one per owner).
+    """Return sum of strength * R at ``state``'s v as a function of ``weights`` (one per parameter).
 
     Autograd sees every operation, so that it may be differentiated any number of times.
     """
     k, n = state.exponent, len(plan.matrices)
     total = torch.zeros((), dtype=plan.state_dtype, device=plan.device)
-    for i, owner in enumerate(plan.matrix_owner):
+    for i, ref in enumerate(plan.matrix_ref):
         layout = plan.layouts[i]
-        weight = stored(plan, i, weights[owner]).reshape(layout.rows, layout.cols)
+        weight = stored(plan, i, weights[ref]).reshape(layout.rows, layout.cols)
         value = formulas.penalty(
             weight.to(plan.state_dtype), state.columns(i, state.v)[0], k, state.target[i]
         )
         total = total + state.strength[i] * value
-    for i, owner in enumerate(plan.vector_owner):
-        vector = weights[owner].to(plan.state_dtype)
-        total = total + state.strength[n + i] * _vector_penalty(plan, i, vector, k)
+    for i, ref in enumerate(plan.elementwise_ref):
+        vector = weights[ref].to(plan.state_dtype)
+        total = total + state.strength[n + i] * _elementwise_penalty(plan, i, vector, k)
     return total
 
 

@@ -60,10 +60,10 @@ def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
 def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     """Return what two iterations make, by name."""
     selection = select(model, trainable_only=False)
-    owners = list(dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors)))
-    tensors = [owner.get() for owner in owners]
-    plan = Plan(selection.matrices, selection.vectors, tensors, r)
-    state = State.fresh(plan, EXPONENT)
+    refs = list(dict.fromkeys(x.ref for x in (*selection.matrices, *selection.elementwise)))
+    tensors = [ref.get() for ref in refs]
+    plan = Plan(selection.matrices, selection.elementwise, tensors, r)
+    state = State.allocate(plan, EXPONENT)
     state.strength.fill_(STRENGTH)
     state.target.fill_(TARGET)
     generator = torch.Generator().manual_seed(1)
@@ -75,11 +75,11 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     backend.gram_matvec(plan, state)
     backend.finish(plan, state, grads, True)
     made = {"sigma": state.sigma.clone(), "the residual": state.residual.clone(),
-            "the penalty": state.penalty.clone()}  # fmt: skip
+            "the penalty": state.raw_penalty.clone()}  # fmt: skip
     if r == 1:
         made["the next v"] = state.v_next.clone()
-    made.update({f"the gradient of {owner.name}": grad
-                 for owner, grad in zip(owners, grads, strict=True)})  # fmt: skip
+    made.update({f"the gradient of {ref.name}": grad
+                 for ref, grad in zip(refs, grads, strict=True)})  # fmt: skip
     state.swap()
     backend.gram_matvec(plan, state)
     # What sharded weights go through: s^T W again, and sums over the tiles.

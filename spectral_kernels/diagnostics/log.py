@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..engine.untraced import untraced
-from ..selection.arguments import count
+from ..selection.arguments import check_count
 
 SUFFIXES = (".csv", ".jsonl")
 SIGMA, RESIDUAL = "sigma/", "residual/"  # before the names in the header of a CSV
@@ -51,7 +51,7 @@ class Log:
         every: int = 1,
     ):
         self.path, self.names, self._read = Path(path), list(names), read
-        self.every = count("every", every, 1)
+        self.every = check_count("every", every, 1)
         if self.path.suffix not in SUFFIXES:
             raise ValueError(
                 f"path: got '{self.path}'; accepted are names that end in .csv, .jsonl"
@@ -67,7 +67,7 @@ class Log:
 
         Rank 0 alone writes. This synchronizes a GPU, if ``step`` is divisible by ``every``.
         """
-        if count("step", step, 0) % self.every:
+        if check_count("step", step, 0) % self.every:
             return
         values = self._read()
         if not _writes():

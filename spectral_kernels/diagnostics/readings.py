@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..engine.bucket import Bucket
-from ..engine.model_buckets import Buckets
+from ..engine.model_buckets import ModelBuckets
 from ..engine.untraced import untraced
 from .log import Log
 
@@ -27,7 +27,7 @@ class LayerReading(NamedTuple):
 class Readings:
     """Members that SpectralRegularizer and the optimizers share, about the matrices they hold."""
 
-    _buckets: Buckets
+    _buckets: ModelBuckets
 
     @property
     def names(self) -> list[str]:

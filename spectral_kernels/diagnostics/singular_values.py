@@ -11,11 +11,11 @@ from torch import nn
 
 from ..backends.choice import check_name
 from ..engine.lanczos import singular_values
-from ..selection.arguments import one_of
+from ..selection.arguments import check_choice
 from ..selection.matrices import Matrix
 from ..selection.rules import select
 from ..sharding.shards import whole_of
-from ..tables.schema import R
+from ..tables.schema import N_VECTORS
 
 _MATRICES = {"include", "exclude", "splits", "stacked"}
 
@@ -52,10 +52,10 @@ def spectral_norms(
         RuntimeError: a backend that cannot run here, or no convergence.
     """
     check_name(backend)
-    one_of("n_vectors", n_vectors, R)
+    check_choice("n_vectors", n_vectors, N_VECTORS)
     matrices = _matrices("spectral_norms", model_or_named_tensors, selection)
     found = {
-        matrix.name: singular_values(matrix, matrix.owner.get().detach(), rtol, backend, n_vectors)
+        matrix.name: singular_values(matrix, matrix.ref.get().detach(), rtol, backend, n_vectors)
         for matrix in matrices
     }
     return {name: values[0] for name, values in found.items()} if n_vectors == 1 else found
@@ -95,7 +95,7 @@ def spectra(
     """
     found = {}
     for matrix in _matrices("spectra", model_or_named_tensors, selection):
-        part = matrix.of(whole_of(matrix.owner.get().detach()))
+        part = matrix.of(whole_of(matrix.ref.get().detach()))
         weight = part.movedim(matrix.row_dim, 0).flatten(1).double()
         if weight.numel() == 0:
             found[matrix.name] = Spectrum(0.0, 0.0, 0.0, 0.0, 0.0)

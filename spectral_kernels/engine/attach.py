@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..selection.parameters import Owner
+from ..selection.parameters import ParameterRef
 
 
 class Attachment:
@@ -26,7 +26,7 @@ class Attachment:
 def attach(
     accumulate_grad: Callable[[torch.Tensor | None], None],
     optimizer: torch.optim.Optimizer,
-    owners: Sequence[Owner],
+    refs: Sequence[ParameterRef],
     others: Sequence[Attachment],
 ) -> Attachment:
     """Have ``accumulate_grad(grad_scale)`` called in every step; see SpectralRegularizer.attach."""
@@ -42,10 +42,10 @@ def attach(
     if any(other.optimizer is optimizer for other in others):
         raise RuntimeError("optimizer: this regularizer is attached to it already")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for owner in owners:
-        if id(owner.get()) not in held:
+    for ref in refs:
+        if id(ref.get()) not in held:
             raise ValueError(
-                f"optimizer: it does not hold parameter {owner.name!r}; build one "
+                f"optimizer: it does not hold parameter {ref.name!r}; build one "
                 "SpectralRegularizer per optimizer, each with the parameters of that optimizer "
                 "(include, exclude)"
             )

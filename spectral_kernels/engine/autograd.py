@@ -24,7 +24,7 @@ class SpectralPenalty(torch.autograd.Function):
             ctx: what the backward pass will find.
             buckets: what the weights belong to.
             iterations: power iterations to run.
-            weights: the parameter of every owner, bucket by bucket.
+            weights: the parameter of every parameter, bucket by bucket.
         """
         total = None
         ctx.parts = []
@@ -47,7 +47,7 @@ class SpectralPenalty(torch.autograd.Function):
             return None, None, *_differentiable(ctx.parts, weights, needed, upstream)
         grads: list[torch.Tensor | None] = []
         for bucket, state in ctx.parts:
-            own = slice(len(grads), len(grads) + len(bucket.plan.owners))
+            own = slice(len(grads), len(grads) + len(bucket.plan.refs))
             local = [shards.local_of(weight) for weight in weights[own]]
             fresh = [
                 torch.empty_like(weight) if wanted else None
@@ -73,7 +73,7 @@ def _differentiable(parts, weights, needed, upstream):
                 f"parameter {bucket.plan.owners[0].name!r} is sharded: of its penalty there are no "
                 "second derivatives; call backward() without create_graph"
             )
-        own = weights[start : start + len(bucket.plan.owners)]
+        own = weights[start : start + len(bucket.plan.refs)]
         total = total + differentiable_penalty(bucket.plan, state, own).to(upstream.device)
         start += len(own)
     chosen = [w for w, wanted in zip(weights, needed, strict=True) if wanted]

@@ -6,64 +6,64 @@ from collections.abc import Sequence
 
 import torch
 
-from ..selection.matrices import Matrix, Vector
+from ..selection.matrices import Elementwise, Matrix
 from ..sharding import shards
-from ..sharding.backend import Sharded, check_ranks
+from ..sharding.backend import ShardedBackend, check_ranks
 from ..tables import device as device_tables
 from ..tables.plan import Plan
 from ..tables.state import State
 
 # With "auto" power iterations, those matrices whose residual / sigma is above TOLERANCE get up to
-# MOST_FURTHER further ones per step. An estimate that is off by 1 % has a residual of 1 to 3 %.
-TOLERANCE, MOST_FURTHER = 0.01, 8
+# MAX_EXTRA_ITERATIONS more per step. An estimate that is off by 1 % has a residual of 1 to 3 %.
+TOLERANCE, MAX_EXTRA_ITERATIONS = 0.01, 8
 
 
 class Bucket:
-    """One plan with its state and its backend, and how many ``further`` iterations may be run.
+    """One plan with its state and its backend, and how many extra iterations it may run.
 
     The plan is about what this rank has of the ``parameters``, the state about whole matrices.
     """
 
-    def __init__(self, plan: Plan, backend, exponent: float, further: int = 0):
-        self.plan, self.backend, self.further = plan, backend, further
-        self.is_sharded = isinstance(backend, Sharded)
-        self.state = State.fresh(backend.whole if self.is_sharded else plan, exponent)
+    def __init__(self, plan: Plan, backend, exponent: float, extra_iterations: int = 0):
+        self.plan, self.backend, self.extra_iterations = plan, backend, extra_iterations
+        self.is_sharded = isinstance(backend, ShardedBackend)
+        self.state = State.allocate(backend.reduced if self.is_sharded else plan, exponent)
         self._parameters: list[torch.Tensor] | None = None
         self._placements: list[tuple | None] = []
         self.warm = self.measured = self._captured = False
-        self.ahead = False  # v, s and v_next belong to the next step already, weights unchanged
+        self.is_ahead = False  # v, s and v_next belong to the next step already, weights unchanged
 
     @classmethod
     def of(
         cls,
         matrices: Sequence[Matrix],
-        vectors: Sequence[Vector],
+        vectors: Sequence[Elementwise],
         parameters: Sequence[torch.Tensor],
         backend,
         exponent: float,
         r: int = 1,
-        further: int = 0,
+        extra_iterations: int = 0,
     ) -> Bucket:
-        """Return the bucket of some parameters, one per owner, all of them spread alike."""
+        """Return the bucket of some parameters, one per parameter, all of them axes alike."""
         if not any(map(shards.is_sharded, parameters)):
-            return cls(Plan(matrices, vectors, parameters, r), backend, exponent, further)
-        owners = list(dict.fromkeys(x.owner for x in (*matrices, *vectors)))
-        by_owner = dict(zip(owners, parameters, strict=True))
-        held = [shards.held(matrix, by_owner[matrix.owner]) for matrix in matrices]
-        if held:
-            spread = held[0].spread
+            return cls(Plan(matrices, vectors, parameters, r), backend, exponent, extra_iterations)
+        refs = list(dict.fromkeys(x.ref for x in (*matrices, *vectors)))
+        by_ref = dict(zip(refs, parameters, strict=True))
+        own = [shards.matrix_shard(matrix, by_ref[matrix.ref]) for matrix in matrices]
+        if own:
+            axes = own[0].shard_axes
         else:
-            spread = shards.spread_of_vector(vectors[0], by_owner[vectors[0].owner])
+            axes = shards.elementwise_axes(vectors[0], by_ref[vectors[0].ref])
         local = [shards.local_of(p) for p in parameters]
-        plan = Plan([one.local for one in held], vectors, local, r)
-        found = cls(plan, Sharded(backend, plan, held, spread), exponent, further)
+        plan = Plan([one.local for one in own], vectors, local, r)
+        found = cls(plan, ShardedBackend(backend, plan, own, axes), exponent, extra_iterations)
         found._parameters = list(parameters)
         found._placements = [shards.placement(p) for p in parameters]
         return found
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """The parameter of every owner; ``plan.tensors`` are what this rank has of them."""
+        """The parameter of every parameter; ``plan.tensors`` are what this rank has of them."""
         return self.plan.tensors if self._parameters is None else self._parameters
 
     @property
@@ -107,11 +107,11 @@ class Bucket:
         self._catch_up()
 
     def grads(self) -> list[torch.Tensor | None]:
-        """Return what this rank has of every owner's ``.grad``."""
+        """Return what this rank has of every parameter's ``.grad``."""
         if not self.is_sharded:
             return [parameter.grad for parameter in self.parameters]
         return [shards.local_grad(o.name, p)
-                for o, p in zip(self.plan.owners, self.parameters, strict=True)]  # fmt: skip
+                for o, p in zip(self.plan.refs, self.parameters, strict=True)]  # fmt: skip
 
     def make_missing_grads(self, grads: list[torch.Tensor | None]) -> None:
         """Give every trainable parameter without a gradient one, and put it into ``grads``.
@@ -129,13 +129,13 @@ class Bucket:
 
     def begin(self, n: int) -> None:
         """Run ``n`` power iterations, the last one to where sums over ranks are on their way."""
-        self.iterate(n if self.further else n - 1)
-        if not self.further:
+        self.iterate(n if self.extra_iterations else n - 1)
+        if not self.extra_iterations:
             self._products()
 
     def finish(self, n: int, grads) -> None:
         """Add the gradient of the last of ``n`` iterations that have begun to ``grads``."""
-        if self.further:
+        if self.extra_iterations:
             self.add_gradient(self.state, grads, accumulate=True)
         else:
             self.backend.finish(self.plan, self.state, grads, accumulate=True)
@@ -156,15 +156,15 @@ class Bucket:
         self.measured = True
 
     def _catch_up(self) -> None:
-        """Run further iterations for matrices that are stale.
+        """Run extra iterations for matrices that are stale.
 
         On a GPU the kernels tell which these are, and all calls are made, so that nothing waits.
         """
-        if not self.further:
+        if not self.extra_iterations:
             return
         state = self.state
         state.set_tolerance(TOLERANCE)
-        for _ in range(self.further):
+        for _ in range(self.extra_iterations):
             on_host = self.plan.device.type == "cpu"
             if on_host and not bool((state.residual > TOLERANCE * state.sigma).any()):
                 break
@@ -174,23 +174,23 @@ class Bucket:
 
     def look_ahead(self, changed: bool) -> None:
         """Have s, sigma and v_next of the weights as they are, ``changed`` from outside or not."""
-        if not self.ahead:
+        if not self.is_ahead:
             self.iterate(1)
-            self.ahead = True
+            self.is_ahead = True
         elif changed:
             self.backend.gram_matvec(self.plan, self.state)
             self.backend.normalize(self.plan, self.state)
 
-    def stepped(self) -> None:
+    def after_update(self) -> None:
         """Go on after an optimizer's step, which has left the products with ``v_next``."""
         state = self.state
         state.swap()
         self.backend.normalize(self.plan, state)
         self._catch_up()
         if self._is_in_graphs():  # as in settle
-            held = state.v.clone()
+            own = state.v.clone()
             state.v.copy_(state.v_next)
-            state.v_next.copy_(held)
+            state.v_next.copy_(own)
             state.swap()
 
     def _is_in_graphs(self) -> bool:
@@ -209,7 +209,7 @@ class Bucket:
         names = [matrix.name for matrix in self.plan.matrices]
         vectors = [self.state.columns(i, self.state.v_next) for i in range(len(names))]
         if names:
-            check_ranks(names, vectors, self.backend.spread.mesh if self.is_sharded else ())
+            check_ranks(names, vectors, self.backend.shard_axes.mesh if self.is_sharded else ())
 
     def evaluated(self, state: State | None = None) -> State:
         """Return sigma and penalty at the vectors the next iteration would use, or at ``state``."""
@@ -220,7 +220,7 @@ class Bucket:
 
     def value(self, state: State) -> torch.Tensor:
         """Return sum of strength * R, 0-d, in the dtype of the state."""
-        return torch.dot(state.strength, state.penalty)
+        return torch.dot(state.strength, state.raw_penalty)
 
     def add_gradient(self, state: State, grads, accumulate: bool) -> None:
         """Add the gradient at ``state`` to ``grads``, which the plan is bound to, or overwrite."""

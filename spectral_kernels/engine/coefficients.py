@@ -69,7 +69,7 @@ class Coefficients:
         """Write the strength of every entry of a bucket."""
         values = self.strength_tensor
         if values is None:
-            entries = (*bucket.plan.matrices, *bucket.plan.vectors)
+            entries = (*bucket.plan.matrices, *bucket.plan.elementwise)
             values = [self._strengths[entry.name] for entry in entries]
         device_tables.fill(bucket.state.strength, values)
 
@@ -77,7 +77,7 @@ class Coefficients:
         """Measure sigma_1 of the matrices with target "initial" that have not been measured."""
         for matrix in self._selection.matrices:
             if self._targets[matrix.name] == "initial" and matrix.name not in self.initial:
-                tensor = matrix.owner.get().detach()
+                tensor = matrix.ref.get().detach()
                 (self.initial[matrix.name],) = singular_values(
                     matrix, tensor, rtol=1e-4, backend=self._backend
                 )

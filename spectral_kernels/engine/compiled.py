@@ -2,8 +2,8 @@
 
 Eager calls go straight to a backend: torch's dispatcher takes as long to pass the parameters of a
 small model as its kernels take. A graph needs operators, though: all that one reads or writes is an
-argument, and what it writes is marked, so that the compiler keeps the order. What is no tensor,
-tables and backend, it finds by the number of the regularizer's ``Buckets`` and the index of one.
+argument, and what it writes is marked, so that the compiler keeps the order. Tables and backend are
+no tensors: it finds them by the number of the regularizer's ``ModelBuckets`` and a bucket's index.
 
 This module is imported when a call is traced first: what it needs of torch takes a second to load.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..tables.device import fill
 from ..tables.state import State
 from .bucket import Bucket
-from .model_buckets import Buckets
+from .model_buckets import ModelBuckets
 
 _LIBRARY = torch.library.Library("spectral_kernels", "DEF")
 # Why not in the CUDA graphs of mode="reduce-overhead": a replay compares no address with a tensor;
@@ -32,8 +32,8 @@ _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides)
 
 
 def _bucket(number: int, index: int, weights: list[Tensor]) -> Bucket:
-    """Return a bucket whose tables point at ``weights``, one per owner."""
-    buckets = Buckets.by_number.get(number)
+    """Return a bucket whose tables point at ``weights``, one per parameter."""
+    buckets = ModelBuckets.by_number.get(number)
     if buckets is None:
         raise RuntimeError(
             "the SpectralRegularizer whose penalty() was compiled is gone; keep it until after "
@@ -56,13 +56,13 @@ def power_iteration(
     """Run power iterations from ``v_next``; return the penalty and what its gradient needs.
 
     Args:
-        weights: the parameter of every owner of the bucket; constants for differentiation.
+        weights: the parameter of every parameter of the bucket; constants for differentiation.
         v: [sum of r * N], overwritten with what the last iteration has multiplied.
         v_next: [sum of r * N], where to start; then where to go on.
         s: [sum of r * M], overwritten.
         scalars: of the state, see there; all but strength and target are overwritten.
         strength: 0-d, written over all strengths, or None.
-        number: of the ``Buckets``.
+        number: of the ``ModelBuckets``.
         index: of the bucket among them.
         iterations: how many, 1 or more.
 
@@ -76,7 +76,7 @@ def power_iteration(
     if strength is not None:
         fill(State(bucket.plan, *buffers, bucket.state.exponent).strength, strength)
     if not bucket.warm:
-        _iterate(bucket, buffers, Buckets.by_number[number].settings.warmup)
+        _iterate(bucket, buffers, ModelBuckets.by_number[number].settings.warmup)
         bucket.warm = True
     value = _iterate(bucket, buffers, iterations)
     torch.autograd.graph.increment_version(buffers)  # the kernels know addresses alone
@@ -117,7 +117,7 @@ def evaluate(
     if strength is not None:
         fill(state.strength, strength)
     if not bucket.warm:
-        _iterate(bucket, (v, v_next, s, scalars), Buckets.by_number[number].settings.warmup)
+        _iterate(bucket, (v, v_next, s, scalars), ModelBuckets.by_number[number].settings.warmup)
     return bucket.value(bucket.evaluated(state))
 
 
@@ -213,7 +213,7 @@ for _name in ("power_iteration", "evaluate"):
 
 # ------------------------------------------------------------------------------- what is traced
 
-torch.compiler.assume_constant_result(Buckets.ready_to_trace)
+torch.compiler.assume_constant_result(ModelBuckets.ready_to_trace)
 
 
 @torch.compiler.disable(
@@ -225,7 +225,7 @@ def outside(function: Callable, *args, **kwargs):
     return function(*args, **kwargs)
 
 
-def traced_penalty(buckets: Buckets, iterations: int, strength: Tensor | None) -> Tensor:
+def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | None) -> Tensor:
     """Return the penalty of all buckets, 0-d, as ``autograd.penalty`` does, in a traced function.
 
     They are ready to trace, and none is sharded. The compiler guards all that is read here and

@@ -16,7 +16,7 @@ from ..backends.formulas import orthonormal, orthonormal_if_finite
 from ..selection.matrices import Matrix, Selection
 from ..selection.parameters import Computed
 from ..sharding import shards
-from ..sharding.shards import Spread
+from ..sharding.shards import ShardAxes
 from .bucket import Bucket
 from .coefficients import Coefficients
 
@@ -42,7 +42,7 @@ class Settings:
     extra_iterations: int = 0
 
 
-class Buckets:
+class ModelBuckets:
     """All buckets of a selection, built at first use and rebuilt when parameters change.
 
     Args:
@@ -51,7 +51,7 @@ class Buckets:
         coefficients: strength and target of each.
     """
 
-    by_number: ClassVar[WeakValueDictionary[int, Buckets]] = WeakValueDictionary()
+    by_number: ClassVar[WeakValueDictionary[int, ModelBuckets]] = WeakValueDictionary()
     _some_traced: ClassVar[bool] = False
     _numbers = count(2)  # compilers have code of their own for 0 and for 1
 
@@ -61,22 +61,22 @@ class Buckets:
         self.by_number[self.number] = self
         self._traced = False  # is in a graph
         self.buckets: list[Bucket] | None = None
-        self._indices: list[list[int]] = []  # of each bucket's owners
+        self._indices: list[list[int]] = []  # of each bucket's parameters
         self._sharded: dict[int, torch.Tensor] = {}  # parameters that were DTensors last
         self._warm = True  # what is known needs no warm-up
         self._managed: set | None = None  # modules that FSDP2 looks after
-        self.known: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
-        # Of each owner, in their order, what it has first.
-        self._first = {x.owner: x for x in (*selection.vectors[::-1], *selection.matrices[::-1])}
-        self.owners = list(
-            dict.fromkeys(x.owner for x in (*selection.matrices, *selection.vectors))
+        self.start_vectors: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
+        # Of each parameter, in their order, what it has first.
+        self._first = {x.ref: x for x in (*selection.elementwise[::-1], *selection.matrices[::-1])}
+        self.refs = list(
+            dict.fromkeys(x.ref for x in (*selection.matrices, *selection.elementwise))
         )
-        self._computed = next((o for o in self.owners if o.computed), None)
+        self._computed = next((o for o in self.refs if o.computed), None)
         self._slots = [
             ({o.attribute: o.tensor}, o.attribute)
             if o.module is None
             else (Computed(o) if o.computed else o.module._parameters, o.attribute)
-            for o in self.owners
+            for o in self.refs
         ]
 
     def check_in_place(self) -> None:
@@ -89,14 +89,14 @@ class Buckets:
             )
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return the parameter of every owner as it is now."""
+        """Return the parameter of every parameter as it is now."""
         try:
             tensors = [slot[key] for slot, key in self._slots]
         except KeyError:
             tensors = [None]
         kinds = set(map(type, tensors))
         if type(None) in kinds:
-            tensors = [owner.get() for owner in self.owners]
+            tensors = [ref.get() for ref in self.refs]
         if self._sharded or shards.DTensor in kinds:
             tensors = [self._settled(i, tensor) for i, tensor in enumerate(tensors)]
         return tensors
@@ -107,7 +107,7 @@ class Buckets:
         if known is not None and shards.is_gathered(tensor, known):
             if self._managed is None:
                 self._managed = shards.managed(self.selection.root)
-            if self.owners[i].module in self._managed:
+            if self.refs[i].module in self._managed:
                 return known
         if shards.is_sharded(tensor) and tensor is not known:
             self._sharded[i], self._managed = tensor, None
@@ -159,10 +159,10 @@ class Buckets:
         tensors = self.tensors()
         if self.buckets is not None:
             for bucket, indices in zip(self.buckets, self._indices, strict=True):
-                is_all = len(self.buckets) == 1  # in the order of the owners
+                is_all = len(self.buckets) == 1  # in the order of the refs
                 if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
                     self._warm = self.is_warm
-                    self.known, self.buckets = self.vectors(), None
+                    self.start_vectors, self.buckets = self.vectors(), None
                     break
         if self.buckets is None:
             # The state outlives an inference mode in which it happens to be made.
@@ -177,7 +177,7 @@ class Buckets:
 
     def ready_to_trace(self) -> bool:
         """Build what a graph refers to, while it is traced; False: it cannot be in a graph."""
-        Buckets._some_traced = self._traced = True
+        ModelBuckets._some_traced = self._traced = True
         return not any(bucket.is_sharded for bucket in self._bound())
 
     def ready_for_graphs(self) -> None:
@@ -187,7 +187,7 @@ class Buckets:
         """
         if not self._some_traced:
             return
-        tensors = [owner.get() for owner in self.owners]
+        tensors = [ref.get() for ref in self.refs]
         if not any(t.is_meta or shards.is_sharded(t) for t in tensors):
             self._bound()
 
@@ -198,21 +198,21 @@ class Buckets:
             yield bucket, [tensors[i] for i in indices]
 
     def _build(self, tensors: list[torch.Tensor]) -> None:
-        place = {owner: i for i, owner in enumerate(self.owners)}
+        place = {ref: i for i, ref in enumerate(self.refs)}
         groups: dict[tuple, list[int]] = {}
-        for i, (owner, tensor) in enumerate(zip(self.owners, tensors, strict=True)):
+        for i, (ref, tensor) in enumerate(zip(self.refs, tensors, strict=True)):
             if tensor.is_meta:
                 raise RuntimeError(
-                    f"parameter {owner.name!r} is on the meta device: materialize the model before "
+                    f"parameter {ref.name!r} is on the meta device: materialize the model before "
                     "the regularizer is first used"
                 )
-            groups.setdefault((tensor.device, tensor.dtype, self._spread(i, tensor)), []).append(i)
+            groups.setdefault((tensor.device, tensor.dtype, self._axes_of(i, tensor)), []).append(i)
         settings, buckets, orders = self.settings, [], []
         for (device, dtype, _), members in groups.items():
             inside = set(members)
-            matrices = [m for m in self.selection.matrices if place[m.owner] in inside]
-            vectors = [v for v in self.selection.vectors if place[v.owner] in inside]
-            order = list(dict.fromkeys(place[x.owner] for x in (*matrices, *vectors)))
+            matrices = [m for m in self.selection.matrices if place[m.ref] in inside]
+            vectors = [v for v in self.selection.elementwise if place[v.ref] in inside]
+            order = list(dict.fromkeys(place[x.ref] for x in (*matrices, *vectors)))
             backend = choice.choose(settings.backend, device, dtype, settings.n_vectors)
             own = [tensors[i] for i in order]
             bucket = Bucket.of(
@@ -225,16 +225,16 @@ class Buckets:
             self.coefficients.fill(bucket)
             buckets.append(bucket)
             orders.append(order)
-        self.buckets, self._indices, self.known, self._warm = buckets, orders, {}, True
+        self.buckets, self._indices, self.start_vectors, self._warm = buckets, orders, {}, True
 
-    def _spread(self, i: int, parameter: torch.Tensor) -> Spread:
-        """Return over which axes what owner ``i`` has is spread."""
+    def _axes_of(self, i: int, parameter: torch.Tensor) -> ShardAxes:
+        """Return over which axes what parameter ``i`` has is spread."""
         if not shards.is_sharded(parameter):
-            return Spread()
-        first = self._first[self.owners[i]]
+            return ShardAxes()
+        first = self._first[self.refs[i]]
         if isinstance(first, Matrix):
-            return shards.held(first, parameter).spread
-        return shards.spread_of_vector(first, parameter)
+            return shards.matrix_shard(first, parameter).shard_axes
+        return shards.elementwise_axes(first, parameter)
 
     def _start(self, bucket: Bucket) -> bool:
         """Write the vectors to start from; tell whether all of them were known."""
@@ -242,7 +242,7 @@ class Buckets:
         for i, (matrix, layout) in enumerate(
             zip(bucket.plan.matrices, state.plan.layouts, strict=True)
         ):
-            v = self.known.get(matrix.name)
+            v = self.start_vectors.get(matrix.name)
             if v is not None and layout.side == "left" and bucket.is_sharded:
                 v = None  # its left vectors would take a sum over the ranks
             n = layout.rows if layout.side == "left" else layout.cols
@@ -282,7 +282,7 @@ class Buckets:
             return self._vectors()
 
     def _vectors(self) -> dict[str, torch.Tensor]:
-        found = dict(self.known)
+        found = dict(self.start_vectors)
         for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
             layouts, state = bucket.state.plan.layouts, bucket.state
             if bucket.is_sharded:  # rows of s, left vectors, are on other ranks
@@ -296,7 +296,7 @@ class Buckets:
                 if layout is None:
                     continue
                 is_left = layout.side == "left"
-                right = state.v if bucket.ahead else state.v_next
+                right = state.v if bucket.is_ahead else state.v_next
                 v = orthonormal_if_finite(state.rows(i)) if is_left else state.columns(i, right)
                 if v is not None:
                     found[matrix.name] = layout.to_logical(v).clone()
@@ -309,11 +309,11 @@ class Buckets:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])
-        self.known = state["vectors"]
+        self.start_vectors = state["vectors"]
 
     def restart(self, vectors: Mapping[str, torch.Tensor], warm: bool) -> None:
         """Start from ``vectors`` at the next use; unless ``warm``, with a warm-up."""
-        self.known = {**self.vectors(), **vectors}
+        self.start_vectors = {**self.vectors(), **vectors}
         self.buckets, self._warm = None, warm
         if self._traced:
             self._bound()
@@ -322,8 +322,8 @@ class Buckets:
 class LoadResult(NamedTuple):
     """What a state_dict did not have, and what of it was not used."""
 
-    missing: list[str]
-    unexpected: list[str]
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 def vectors_of(

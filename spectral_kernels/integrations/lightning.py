@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..regularizer import SpectralRegularizer
-from ..selection.arguments import count
-from .session import Held
+from ..selection.arguments import check_count
+from .session import Session
 
 # Where both are installed, the one that the program uses has been imported before.
 if "lightning.pytorch" in sys.modules or (
@@ -41,15 +41,15 @@ class SpectralCallback(Callback):
     """
 
     def __init__(self, *, per_layer: bool = False, optimizer: int = 0, **arguments: Any):
-        self.per_layer, self.optimizer = per_layer, count("optimizer", optimizer, 0)
-        self._held = Held(arguments)
+        self.per_layer, self.optimizer = per_layer, check_count("optimizer", optimizer, 0)
+        self._session = Session(arguments)
         self._loaded: Mapping[str, Any] | None = None
         self._logged = 0
 
     @property
     def regularizer(self) -> SpectralRegularizer | None:
         """The regularizer; None before training has begun for the first time."""
-        return self._held.regularizer
+        return self._session.regularizer
 
     @property
     def state_key(self) -> str:
@@ -62,8 +62,8 @@ class SpectralCallback(Callback):
             raise ValueError(
                 f"optimizer: got {self.optimizer}; the module has {len(trainer.optimizers)}"
             )
-        regularizer = self._held.begin(pl_module, trainer.optimizers[self.optimizer])
-        if self._loaded is not None and self._held.is_own:
+        regularizer = self._session.begin(pl_module, trainer.optimizers[self.optimizer])
+        if self._loaded is not None and self._session.is_own:
             regularizer.load_state_dict(self._loaded)
         self._loaded, self._logged = None, trainer.global_step
 
@@ -78,17 +78,17 @@ class SpectralCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach the regularizer."""
-        self._held.end()
+        self._session.end()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Detach the regularizer."""
-        self._held.end()
+        self._session.end()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors of the power iteration, for the Trainer's checkpoint."""
-        return self.regularizer.state_dict() if self._held.is_own else {}
+        return self.regularizer.state_dict() if self._session.is_own else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the vectors of a checkpoint until training begins."""

@@ -14,7 +14,7 @@ from ..optim.base import SpectralOptimizer
 from ..regularizer import SpectralRegularizer
 
 
-class Held:
+class Session:
     """The regularizer of one model at a time, attached to its optimizer while training lasts.
 
     If the optimizer is SpectralAdamW or SpectralSGD, the regularizer is that of the optimizer,

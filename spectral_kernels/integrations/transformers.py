@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..regularizer import SpectralRegularizer
-from .session import Held
+from .session import Session
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -50,12 +50,12 @@ class SpectralCallback(TrainerCallback):
         **arguments: Any,
     ):
         self.per_layer, self.resume_from = per_layer, resume_from
-        self._held = Held(arguments)
+        self._session = Session(arguments)
 
     @property
     def regularizer(self) -> SpectralRegularizer | None:
         """The regularizer; None before training has begun for the first time."""
-        return self._held.regularizer
+        return self._session.regularizer
 
     def add_to(self, trainer: Trainer) -> SpectralCallback:
         """Put this callback before all others of ``trainer``, so that reporters see its metrics."""
@@ -64,8 +64,8 @@ class SpectralCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs) -> None:
         """Build the regularizer, attach it, and go on from a checkpoint if the Trainer does."""
-        regularizer = self._held.begin(model, optimizer)
-        if not state.global_step or not self._held.is_own:
+        regularizer = self._session.begin(model, optimizer)
+        if not state.global_step or not self._session.is_own:
             return
         folders = self.resume_from, args.resume_from_checkpoint, _folder(args, state)
         files = [Path(folder) / FILE for folder in folders if isinstance(folder, str | PathLike)]
@@ -90,7 +90,7 @@ class SpectralCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Write the vectors of the power iteration into the folder of the checkpoint."""
-        if not self._held.is_own:
+        if not self._session.is_own:
             return
         found, folder = self.regularizer.state_dict(), _folder(args, state)
         if not args.should_save:
@@ -104,7 +104,7 @@ class SpectralCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Detach the regularizer."""
-        self._held.end()
+        self._session.end()
 
 
 def _folder(args, state) -> Path:

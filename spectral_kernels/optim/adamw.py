@@ -36,7 +36,7 @@ class SpectralAdamW(SpectralOptimizer):
         exponent: k.
         target: tau.
         model: the module whose parameters ``params`` are: tells layers apart, and names them.
-        n_power_iterations: 1 or "auto", see :class:`SpectralRegularizer`; further ones are run
+        n_power_iterations: 1 or "auto", see :class:`SpectralRegularizer`; extra ones are run
             after the step.
         n_vectors: singular vectors that are iterated per matrix, see there.
         decoupled: let the penalty act on the weights directly.

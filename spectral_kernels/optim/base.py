@@ -14,7 +14,7 @@ from torch import nn
 from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
 from ..engine.bucket import Bucket
-from ..engine.model_buckets import Buckets
+from ..engine.model_buckets import ModelBuckets
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer, Strength
 from ..sharding import shards
@@ -53,10 +53,10 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         for group in plain:
             self._check_options({**defaults, **group})
         held = {id(p) for group in plain for p in group["params"]}
-        for owner in self._buckets.owners:
-            if id(owner.get()) not in held:
+        for ref in self._buckets.refs:
+            if id(ref.get()) not in held:
                 raise ValueError(
-                    f"params: they do not hold parameter {owner.name!r}, which is regularized; "
+                    f"params: they do not hold parameter {ref.name!r}, which is regularized; "
                     "leave it out with include or exclude"
                 )
         self._updates: list[Update] | None = None
@@ -244,7 +244,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         self.regularizer.strength = strength
 
     @property
-    def _buckets(self) -> Buckets:
+    def _buckets(self) -> ModelBuckets:
         return self.regularizer._buckets
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,10 +294,10 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     def _matrices(self) -> Iterable[tuple[str, torch.Tensor, str]]:
         """Yield name, parameter and what the name adds to the parameter's, of every matrix."""
         buckets = self._buckets
-        parameters = dict(zip(buckets.owners, buckets.tensors(), strict=True))
+        parameters = dict(zip(buckets.refs, buckets.tensors(), strict=True))
         for matrix in buckets.selection.matrices:
-            owner = matrix.owner
-            yield matrix.name, parameters[owner], matrix.name.removeprefix(owner.name)
+            ref = matrix.ref
+            yield matrix.name, parameters[ref], matrix.name.removeprefix(ref.name)
 
     def _keep_vectors(self) -> None:
         """Put vectors and measured targets into the state of the parameters that have one."""

@@ -17,12 +17,21 @@ from ..backends import formulas
 from ..engine.bucket import Bucket
 from ..tables.addresses import memory_of
 from ..tables.device import DeviceTables, fill, number_on
-from ..tables.schema import DTYPES, GROUP, HEADER, MOMENT, SLOT, UPDATE, VECTOR, address
+from ..tables.schema import (
+    DTYPES,
+    ELEMENTWISE,
+    GROUP,
+    HEADER,
+    MOMENT,
+    SLOT,
+    UPDATE,
+    UPDATE_SLOT,
+    address,
+)
 
 PART = 32768  # elements of a parameter without a penalty that one task takes
-_FIELD = {name: i for i, name in enumerate(UPDATE)}
-_ON_DEVICE = "others", "matrix_moments", "vector_moments", "other_moments", "groups"
-_TABLES = [_FIELD[name] for name in _ON_DEVICE]
+_ON_DEVICE = "others", "matrix_moments", "elementwise_moments", "other_moments", "groups"
+_TABLES = [UPDATE_SLOT[name] for name in _ON_DEVICE]
 
 
 class Rule(NamedTuple):
@@ -45,7 +54,7 @@ class Update:
         backend: takes the step.
         bucket: what is regularized among the parameters, or None.
         names: of the parameters, for errors.
-        weights: the parameters; those of the bucket first, in the order of its owners.
+        weights: the parameters; those of the bucket first, in the order of its refs.
         moments: exp_avg and exp_avg_sq, or momentum_buffer, or nothing, of each parameter.
         group_of: the row of groups of each parameter.
         moment_dtype: that of the parameters, or float32.
@@ -69,7 +78,7 @@ class Update:
         self.names, self.weights, self.moments = names, list(weights), list(moments)
         self.group_of = np.array(group_of, np.int64)
         self.device, self.dtype = weights[0].device, weights[0].dtype
-        self.n_owned = len(bucket.plan.owners) if bucket is not None else 0
+        self.n_regularized = len(bucket.plan.refs) if bucket is not None else 0
         self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
         self.grads: list[torch.Tensor | None] = []
         self.acts: list[bool] = []  # whose step it is
@@ -87,21 +96,21 @@ class Update:
 
     def _build_tables(self) -> None:
         others = [
-            (owner, start, min(PART, self.weights[owner].numel() - start))
-            for owner in range(self.n_owned, len(self.weights))
-            for start in range(0, self.weights[owner].numel(), PART)
+            (ref, start, min(PART, self.weights[ref].numel() - start))
+            for ref in range(self.n_regularized, len(self.weights))
+            for start in range(0, self.weights[ref].numel(), PART)
         ]
-        owner, self._other_start, size = np.array(others, np.int64).reshape(-1, 3).T.copy()
-        self.others = np.zeros(len(others), VECTOR)
+        ref, self._other_start, size = np.array(others, np.int64).reshape(-1, 3).T.copy()
+        self.others = np.zeros(len(others), ELEMENTWISE)
         self.others["grad_dtype"], self.others["size"] = DTYPES[self.dtype], size
-        self._other_owner = owner
+        self._other_ref = ref
         none = np.zeros(0, np.int64)
         plan = None if self.bucket is None else self.bucket.plan
-        # Owner and first element of every row, by table.
+        # ParameterRef and first element of every row, by table.
         rows = {
-            "matrix_moments": (none, none) if plan is None else (plan.matrix_owner, plan.offsets),
-            "vector_moments": (none, none) if plan is None else (plan.vector_owner, 0),
-            "other_moments": (owner, self._other_start),
+            "matrix_moments": (none, none) if plan is None else (plan.matrix_ref, plan.offsets),
+            "elementwise_moments": (none, none) if plan is None else (plan.elementwise_ref, 0),
+            "other_moments": (ref, self._other_start),
         }
         self._rows = [(np.zeros(len(own), MOMENT), own, start) for own, start in rows.values()]
         self._lone_header = np.zeros(len(HEADER), np.int64)  # without anything to regularize
@@ -117,7 +126,7 @@ class Update:
             "n_others": len(self.others), "steps": self.steps.data_ptr(),
         }  # fmt: skip
         for name, value in fields.items():
-            self.header[_FIELD[name]] = value
+            self.header[UPDATE_SLOT[name]] = value
 
     @property
     def header_address(self) -> int:
@@ -132,7 +141,7 @@ class Update:
         """
         self.weights, self.grads = weights, grads
         if self.bucket is not None:
-            self.bucket.plan.bind_grads(grads[: self.n_owned])
+            self.bucket.plan.bind_grads(grads[: self.n_regularized])
         try:
             seen = self._looked_at()
         except RuntimeError:  # a gradient without plain memory, which has no address
@@ -144,7 +153,7 @@ class Update:
             self._check()
             self._checked = layouts
         acts = [grad is not None for grad in grads]
-        for i in range(self.n_owned):
+        for i in range(self.n_regularized):
             acts[i] |= weights[i].requires_grad
         if acts != self.acts:
             self.acts = acts
@@ -152,10 +161,10 @@ class Update:
         self._place_others(seen)
         group = np.where(self.acts, self.group_of, -1)
         kept = [memory_of(m).address_array() for m in zip(*self.moments, strict=True)]
-        for table, owner, start in self._rows:
-            table["owner"], table["group"] = owner, group[owner]
+        for table, ref, start in self._rows:
+            table["parameter"], table["group"] = ref, group[ref]
             for field, address_of in zip(("first", "second"), kept, strict=False):
-                table[field] = address_of[owner] + start * self.moment_dtype.itemsize
+                table[field] = address_of[ref] + start * self.moment_dtype.itemsize
         self._version += 1
         self._seen = seen
 
@@ -165,15 +174,15 @@ class Update:
         if not others:
             return
         found = np.zeros((2, len(self.weights)), np.int64)
-        found[0, self.n_owned :] = others[0].address_array()
-        found[1, [self.n_owned + i for i in here]] = others[1].address_array()
+        found[0, self.n_regularized :] = others[0].address_array()
+        found[1, [self.n_regularized + i for i in here]] = others[1].address_array()
         offsets = self._other_start * self.dtype.itemsize
-        for field, addresses in zip(("weight", "grad"), found[:, self._other_owner], strict=True):
+        for field, addresses in zip(("weight", "grad"), found[:, self._other_ref], strict=True):
             self.others[field] = np.where(addresses, addresses + offsets, 0)
 
     def _looked_at(self) -> tuple:
         """Return what changes when an address does; the plan knows about its own."""
-        weights, grads = self.weights[self.n_owned :], self.grads[self.n_owned :]
+        weights, grads = self.weights[self.n_regularized :], self.grads[self.n_regularized :]
         here = [i for i, grad in enumerate(grads) if grad is not None]
         others = (memory_of(weights), memory_of([grads[i] for i in here])) if weights else ()
         return here, others, self.bucket and self.bucket.plan.version
@@ -213,7 +222,7 @@ class Update:
         """Have the products of the weights as they are, which may be ``changed`` from outside."""
         if self.bucket is None:
             return
-        versions, seen = self._owned_versions(), self.bucket.plan.weights_seen
+        versions, seen = self._regularized_versions(), self.bucket.plan.weights_seen
         changed = changed or versions != self._versions or seen is not self._seen_weights
         self.bucket.look_ahead(changed)
         self._seen_weights = seen
@@ -224,7 +233,7 @@ class Update:
         A learning rate that is a tensor on a GPU stays there: its value may change between replays
         of a CUDA graph. Numbers are those of the capture in every replay, as in torch.optim.
         """
-        self.decoupled = self.header[_FIELD["decoupled"]] = decoupled
+        self.decoupled = self.header[UPDATE_SLOT["decoupled"]] = decoupled
         on_device = {i: row[0] for i, row in enumerate(rows) if isinstance(row[0], torch.Tensor)}
         rows = [(0.0 if i in on_device else row[0], *row[1:]) for i, row in enumerate(rows)]
         if rows != self._options:
@@ -243,7 +252,7 @@ class Update:
             if number is not None:
                 number = number_on(self.device, torch.float32, number)
             setattr(self, name, number)
-            self.header[_FIELD[name]] = 0 if number is None else number.data_ptr()
+            self.header[UPDATE_SLOT[name]] = 0 if number is None else number.data_ptr()
 
     def run(self) -> None:
         """Take a step."""
@@ -257,9 +266,9 @@ class Update:
             self.steps += self._acting * (self.found_inf <= 0)
         self.backend.update(self)
         if self.bucket is not None:
-            self.bucket.stepped()
+            self.bucket.after_update()
         torch.autograd.graph.increment_version(self.weights)  # the kernels know addresses alone
-        self._versions = self._owned_versions()
+        self._versions = self._regularized_versions()
 
-    def _owned_versions(self) -> list[int]:
-        return [weight._version for weight in self.weights[: self.n_owned]]
+    def _regularized_versions(self) -> list[int]:
+        return [weight._version for weight in self.weights[: self.n_regularized]]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .matrices import Selection
 
 
-def number(argument: str, value, at_least: float = 0.0, words: Sequence[str] = ()) -> float:
+def check_number(argument: str, value, at_least: float = 0.0, words: Sequence[str] = ()) -> float:
     """Return ``value`` if it is a finite number >= ``at_least``; TypeError or ValueError if not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         accepted = "".join(f" or {word!r}" for word in words)
@@ -21,7 +21,7 @@ def number(argument: str, value, at_least: float = 0.0, words: Sequence[str] = (
     return value
 
 
-def count(argument: str, value, at_least: int, words: Sequence[str] = ()) -> int:
+def check_count(argument: str, value, at_least: int, words: Sequence[str] = ()) -> int:
     """Return ``value`` if it is an integer >= ``at_least``; TypeError or ValueError if not."""
     if isinstance(value, bool) or not isinstance(value, int):
         accepted = "".join(f" or {word!r}" for word in words)
@@ -31,7 +31,7 @@ def count(argument: str, value, at_least: int, words: Sequence[str] = ()) -> int
     return value
 
 
-def one_of(argument: str, value, accepted: Sequence[int]) -> int:
+def check_choice(argument: str, value, accepted: Sequence[int]) -> int:
     """Return ``value`` if it is one of ``accepted``; TypeError or ValueError if not."""
     listed = ", ".join(map(str, accepted))
     if isinstance(value, bool) or not isinstance(value, int):
@@ -81,12 +81,12 @@ def by_name(
         TypeError: neither a number, one of ``words``, nor a mapping to these.
         ValueError: a number below 0, a pattern that matches nothing, a name that none matches.
     """
-    entries = [*selection.matrices, *selection.vectors]
+    entries = [*selection.matrices, *selection.elementwise]
     if not isinstance(value, Mapping):
         if value not in words:
-            number(argument, value, at_least=0, words=words)
+            check_number(argument, value, at_least=0, words=words)
         return {entry.name: value for entry in entries}
-    owned = [entry.owner.name for entry in entries]
+    owned = [entry.ref.name for entry in entries]
     check_patterns(argument, value, [*owned, *(name for name, _ in selection.skipped)])
     found = {}
     for entry, name in zip(entries, owned, strict=True):
@@ -96,6 +96,6 @@ def by_name(
                 f"{argument}: no pattern matches {name!r}; end the mapping with a '*' entry"
             )
         if value[pattern] not in words:
-            number(f"{argument}[{pattern!r}]", value[pattern], at_least=0, words=words)
+            check_number(f"{argument}[{pattern!r}]", value[pattern], at_least=0, words=words)
         found[entry.name] = value[pattern]
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .arguments import match_any
-from .parameters import Owner
+from .parameters import ParameterRef
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -38,7 +38,7 @@ class Matrix:
     """
 
     name: str
-    owner: Owner
+    ref: ParameterRef
     shape: tuple[int, int]
     view: str
     whole: tuple[int, ...]
@@ -50,7 +50,7 @@ class Matrix:
 
     def shape_now(self) -> tuple[int, int]:
         """Return (M, N) of the parameter as it is now; ``shape`` is that at selection."""
-        part = self.of(self.owner.get())
+        part = self.of(self.ref.get())
         others = [n for d, n in enumerate(part.shape) if d != self.row_dim]
         return part.shape[self.row_dim], torch.Size(others).numel()
 
@@ -66,11 +66,11 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Vector:
+class Elementwise:
     """A bias or a norm's shift (``kind="shift"``), or a norm's gain (``kind="gain"``)."""
 
     name: str
-    owner: Owner
+    ref: ParameterRef
     kind: str
 
 
@@ -79,7 +79,7 @@ class Selection:
     """What is regularized, and what was skipped and why."""
 
     matrices: list[Matrix] = field(default_factory=list)
-    vectors: list[Vector] = field(default_factory=list)
+    vectors: list[Elementwise] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     root: nn.Module | None = None
 
@@ -94,7 +94,7 @@ class NothingSelected(ValueError):
 
 
 def matrices_of(
-    owner: Owner, aliases: Sequence[str], tensor: torch.Tensor, splits, stacked
+    ref: ParameterRef, aliases: Sequence[str], tensor: torch.Tensor, splits, stacked
 ) -> list[Matrix]:
     """Return the matrices of a parameter with the names ``aliases``; see ``rules.select``."""
     shape = whole = tuple(tensor.shape)
@@ -103,14 +103,14 @@ def matrices_of(
     if (pattern := match_any(aliases, stacked)) is not None:
         if len(shape) < 3:
             raise ValueError(
-                f"stacked: {pattern!r} matches {owner.name!r} of shape {shape}; accepted are "
+                f"stacked: {pattern!r} matches {ref.name!r} of shape {shape}; accepted are "
                 "stacks with at least three dimensions, (E, out, in)"
             )
         stack, shape = range(shape[0]), shape[1:]
         view.append(f"stack of {len(stack)}")
-    transposed = isinstance(owner.module, TRANSPOSED)
-    row_dim = 1 if transposed or _is_hf_conv1d(owner) else 0
-    sizes, labels = _parts(owner, aliases, shape, row_dim, splits)
+    transposed = isinstance(ref.module, TRANSPOSED)
+    row_dim = 1 if transposed or _is_hf_conv1d(ref) else 0
+    sizes, labels = _parts(ref, aliases, shape, row_dim, splits)
     if sizes is None:
         parts: list[tuple[str, tuple[int, int] | None]] = [("", None)]
         row_dim = 1 if transposed else 0
@@ -126,15 +126,15 @@ def matrices_of(
             rows = shape[row_dim] if part is None else part[1]
             others = [n for d, n in enumerate(shape) if d != row_dim]
             cols = torch.Size(others).numel()
-            name = owner.name + ("" if index is None else f"[{index}]") + (label and f"[{label}]")
+            name = ref.name + ("" if index is None else f"[{index}]") + (label and f"[{label}]")
             matrices.append(
-                Matrix(name, owner, (rows, cols), ", ".join(view), whole, row_dim, index, part)
+                Matrix(name, ref, (rows, cols), ", ".join(view), whole, row_dim, index, part)
             )
     return matrices
 
 
 def _parts(
-    owner: Owner, aliases: Sequence[str], shape, row_dim: int, splits
+    ref: ParameterRef, aliases: Sequence[str], shape, row_dim: int, splits
 ) -> tuple[list[int] | None, Sequence[str]]:
     """Return sizes and labels of the parts along the output dimension; None: it is not split."""
     total = shape[row_dim]
@@ -148,24 +148,22 @@ def _parts(
         if not all(isinstance(n, int) and n > 0 for n in sizes) or sum(sizes) != total or not sizes:
             raise ValueError(
                 f"splits: {pattern!r}: {wanted!r} does not divide the {total} outputs (dim "
-                f"{row_dim}) of {owner.name!r}; accepted are a number of equal parts or sizes "
+                f"{row_dim}) of {ref.name!r}; accepted are a number of equal parts or sizes "
                 f"that add up to {total}"
             )
         return sizes, [str(i) for i in range(len(sizes))]
-    if isinstance(owner.module, nn.MultiheadAttention) and owner.attribute == "in_proj_weight":
+    if isinstance(ref.module, nn.MultiheadAttention) and ref.attribute == "in_proj_weight":
         return [total // 3] * 3, ("q", "k", "v")
-    if isinstance(owner.module, _RECURRENT) and owner.attribute.startswith(
-        ("weight_ih", "weight_hh")
-    ):
-        gates = next((g for t, g in _GATES.items() if isinstance(owner.module, t)), None)
+    if isinstance(ref.module, _RECURRENT) and ref.attribute.startswith(("weight_ih", "weight_hh")):
+        gates = next((g for t, g in _GATES.items() if isinstance(ref.module, t)), None)
         if gates is not None:
             return [total // len(gates)] * len(gates), gates
     return None, ()
 
 
-def _is_hf_conv1d(owner: Owner) -> bool:
-    """Tell whether the owner is transformers' Conv1D, whose weight is stored (in, out)."""
-    return type(owner.module).__name__ == "Conv1D" and hasattr(owner.module, "nf")
+def _is_hf_conv1d(ref: ParameterRef) -> bool:
+    """Tell whether it is the weight of transformers' Conv1D, which is stored (in, out)."""
+    return type(ref.module).__name__ == "Conv1D" and hasattr(ref.module, "nf")
 
 
 _PULLED = {"shift": "pulled to 0", "gain": "every element pulled to 1"}
@@ -173,15 +171,15 @@ _PULLED = {"shift": "pulled to 0", "gain": "every element pulled to 1"}
 
 def listing(selection: Selection) -> list[str]:
     """Return lines with every matrix and vector, and what was skipped and why."""
-    entries = [*selection.matrices, *selection.vectors]
+    entries = [*selection.matrices, *selection.elementwise]
     width = max((len(entry.name) for entry in entries), default=0)
     lines = [f"{len(selection.matrices)} matrices"]
     for matrix in selection.matrices:
         shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
         lines.append(f"  {matrix.name:{width}}  {shape:>13}  {matrix.view}".rstrip())
-    if selection.vectors:
-        lines.append(f"{len(selection.vectors)} vectors")
-        lines += [f"  {v.name:{width}}  {_PULLED[v.kind]}" for v in selection.vectors]
+    if selection.elementwise:
+        lines.append(f"{len(selection.elementwise)} vectors")
+        lines += [f"  {v.name:{width}}  {_PULLED[v.kind]}" for v in selection.elementwise]
     if selection.skipped:
         lines.append(f"{len(selection.skipped)} skipped")
         lines += [f"  {name:{width}}  {why}" for name, why in selection.skipped]

@@ -14,7 +14,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
-class Owner:
+class ParameterRef:
     """Where a parameter lives: looked up again at every use, since modules may replace it.
 
     ``computed``: it is the weight that a parametrization makes of others at every use.
@@ -45,16 +45,16 @@ class Owner:
 class Computed:
     """What a parametrization makes, looked up as a parameter is."""
 
-    def __init__(self, owner: Owner):
-        self.owner = owner
+    def __init__(self, ref: ParameterRef):
+        self.ref = ref
 
     def __getitem__(self, attribute: str) -> torch.Tensor:
-        return self.owner.get()
+        return self.ref.get()
 
 
-def owners_of(source) -> list[list[Owner]]:
+def parameter_refs(source) -> list[list[ParameterRef]]:
     """Group the places where each distinct tensor is found, in order of appearance."""
-    groups: dict[object, list[Owner]] = {}
+    groups: dict[object, list[ParameterRef]] = {}
     if isinstance(source, nn.Module):
         for prefix, module in unwrapped(source).named_modules(remove_duplicate=False):
             _refuse_other_shards(prefix, module)
@@ -63,12 +63,12 @@ def owners_of(source) -> list[list[Owner]]:
                     name = f"{prefix}.{attribute}" if prefix else attribute
                     for wrapper in _WRAPPERS:
                         name = name.replace(wrapper, "")
-                    groups.setdefault(id(tensor), []).append(Owner(name, module, attribute))
+                    groups.setdefault(id(tensor), []).append(ParameterRef(name, module, attribute))
             if nn.utils.parametrize.is_parametrized(module):
                 for attribute in module.parametrizations:
                     name = f"{prefix}.{attribute}" if prefix else attribute
-                    owner = Owner(name, module, attribute, computed=True)
-                    groups.setdefault((id(module), attribute), []).append(owner)
+                    ref = ParameterRef(name, module, attribute, computed=True)
+                    groups.setdefault((id(module), attribute), []).append(ref)
         return list(groups.values())
     if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
         raise TypeError(
@@ -88,7 +88,9 @@ def owners_of(source) -> list[list[Owner]]:
         if name in seen:
             raise ValueError(f"model: the name {name!r} comes twice")
         seen.add(name)
-        groups.setdefault(id(tensor), []).append(Owner(name, None, name.rpartition(".")[2], tensor))
+        groups.setdefault(id(tensor), []).append(
+            ParameterRef(name, None, name.rpartition(".")[2], tensor)
+        )
     return list(groups.values())
 
 
@@ -119,18 +121,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def made_before_use(owner: Owner) -> str | None:
+def made_before_use(ref: ParameterRef) -> str | None:
     """Return why a parameter is not the weight that its module uses, and what to do, or None."""
-    for hook in getattr(owner.module, "_forward_pre_hooks", {}).values():
+    for hook in getattr(ref.module, "_forward_pre_hooks", {}).values():
         if isinstance(hook, nn.utils.prune.BasePruningMethod):
-            if owner.attribute == f"{hook._tensor_name}_orig":
+            if ref.attribute == f"{hook._tensor_name}_orig":
                 return (
                     "is pruned: what its module uses is made of it and a mask before every forward "
                     "pass; call torch.nn.utils.prune.remove first"
                 )
         elif (kind := type(hook).__name__) in ("WeightNorm", "SpectralNorm"):
             own = f"{hook.name}_g", f"{hook.name}_v", f"{hook.name}_orig"
-            if type(hook).__module__.startswith("torch.") and owner.attribute in own:
+            if type(hook).__module__.startswith("torch.") and ref.attribute in own:
                 new = "weight_norm" if kind == "WeightNorm" else "spectral_norm"
                 return (
                     f"belongs to torch.nn.utils.{new}, which makes a weight of it before every "

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from .arguments import check_pattern_list, check_patterns, match_any
-from .matrices import CONVOLUTIONS, TRANSPOSED, NothingSelected, Selection, Vector, matrices_of
-from .parameters import Owner, made_before_use, owners_of
+from .matrices import CONVOLUTIONS, TRANSPOSED, Elementwise, NothingSelected, Selection, matrices_of
+from .parameters import ParameterRef, made_before_use, parameter_refs
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -79,44 +79,44 @@ def select(
             f"splits: got {splits!r:.80}; accepted is a mapping from name patterns to a "
             'number of parts or their sizes, such as {"*.qkv.weight": 3}'
         )
-    owners = owners_of(source)
-    names = [owner.name for group in owners for owner in group]
+    refs = parameter_refs(source)
+    names = [ref.name for group in refs for ref in group]
     for argument, patterns in (
         ("include", include or []), ("exclude", exclude), ("splits", splits), ("stacked", stacked)
     ):  # fmt: skip
         check_patterns(argument, patterns, names)
 
     found = Selection(root=source if isinstance(source, nn.Module) else None)
-    for group in owners:
-        owner = next((o for o in group if not _is_embedding(o)), group[0])
+    for group in refs:
+        ref = next((o for o in group if not _is_embedding(o)), group[0])
         with torch.enable_grad():
-            aliases, tensor = [o.name for o in group], owner.get()
-        reason = _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only)
+            aliases, tensor = [o.name for o in group], ref.get()
+        reason = _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only)
         if reason is None:
             chosen = include is not None or match_any(aliases, stacked) is not None
-            role = _role(owner, tensor, chosen)
+            role = _role(ref, tensor, chosen)
             if role == "matrix":
-                found.matrices += matrices_of(owner, aliases, tensor, splits, stacked)
+                found.matrices += matrices_of(ref, aliases, tensor, splits, stacked)
                 continue
             if role in ("bias", "shift", "gain"):
                 wanted, argument = (biases, "biases") if role == "bias" else (norms, "norms")
                 if wanted:
                     kind = "gain" if role == "gain" else "shift"
-                    found.vectors.append(Vector(owner.name, owner, kind))
+                    found.elementwise.append(Elementwise(ref.name, ref, kind))
                     continue
                 role = f"{argument}=False"
             reason = role
-        found.skipped.append((owner.name, reason))
-    if not found.matrices and not found.vectors:
+        found.skipped.append((ref.name, reason))
+    if not found.matrices and not found.elementwise:
         raise NothingSelected(found.skipped)
     return found
 
 
-def _is_embedding(owner: Owner) -> bool:
-    return isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag))
+def _is_embedding(ref: ParameterRef) -> bool:
+    return isinstance(ref.module, (nn.Embedding, nn.EmbeddingBag))
 
 
-def _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only) -> str | None:
+def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> str | None:
     if include is not None and match_any(aliases, include) is None:
         return "not in include"
     if (pattern := match_any(aliases, exclude)) is not None:
@@ -127,37 +127,35 @@ def _reason_to_skip(owner, aliases, tensor, include, exclude, trainable_only) ->
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
         raise ValueError(
-            f"parameter {owner.name!r} is not initialized yet: run the lazy module once before "
+            f"parameter {ref.name!r} is not initialized yet: run the lazy module once before "
             "building the regularizer"
         )
-    if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
+    if isinstance(ref.module, nn.utils.parametrize.ParametrizationList):
         return "part of a parametrization; the weight that it makes is taken instead"
-    if (problem := made_before_use(owner)) is not None:
-        raise ValueError(f"parameter {owner.name!r} {problem}, or leave it out with exclude")
+    if (problem := made_before_use(ref)) is not None:
+        raise ValueError(f"parameter {ref.name!r} {problem}, or leave it out with exclude")
     if tensor.layout != torch.strided:
         return f"layout {str(tensor.layout).removeprefix('torch.')}"
     return None
 
 
-def _role(owner: Owner, tensor: torch.Tensor, chosen: bool) -> str:
+def _role(ref: ParameterRef, tensor: torch.Tensor, chosen: bool) -> str:
     """Return "matrix", "bias", "gain", "shift", or the reason why it is none of them."""
-    kind = type(owner.module).__name__
-    if isinstance(owner.module, _NORMS) or ("norm" in kind.lower() and tensor.dim() == 1):
-        if owner.attribute in _GAINS:
-            is_offset = kind in _OFFSET_GAINS or getattr(owner.module, "unit_offset", False)
+    kind = type(ref.module).__name__
+    if isinstance(ref.module, _NORMS) or ("norm" in kind.lower() and tensor.dim() == 1):
+        if ref.attribute in _GAINS:
+            is_offset = kind in _OFFSET_GAINS or getattr(ref.module, "unit_offset", False)
             return f"a gain of {kind} is stored as its distance from one" if is_offset else "gain"
-        if owner.attribute in _SHIFTS:
+        if ref.attribute in _SHIFTS:
             return "shift"
-    if _is_embedding(owner) and not chosen:
+    if _is_embedding(ref) and not chosen:
         return "embedding table (name it in include to regularize it)"
     if tensor.dim() >= 2:
         layers = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
-        is_weight = owner.attribute.startswith("weight") and isinstance(owner.module, layers)
+        is_weight = ref.attribute.startswith("weight") and isinstance(ref.module, layers)
         if tensor.dim() >= 3 and tensor.shape[0] == 1 and not (is_weight or chosen):
             return "additive embedding or token (name it in include to regularize it)"
         return "matrix"
-    if tensor.dim() == 1 and (
-        owner.attribute.startswith("bias") or owner.attribute.endswith("bias")
-    ):
+    if tensor.dim() == 1 and (ref.attribute.startswith("bias") or ref.attribute.endswith("bias")):
         return "bias"
     return f"{tensor.dim()}-D, neither a bias nor a parameter of a norm"

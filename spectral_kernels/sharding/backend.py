@@ -23,19 +23,19 @@ import torch.distributed as dist
 from ..tables.layout import Layout
 from ..tables.plan import Plan, Tables
 from ..tables.state import State
-from .shards import Axis, Held, Spread
+from .shards import Axis, MatrixShard, ShardAxes
 
 
-class Whole(Tables):
+class ReducedTables(Tables):
     """Tables through which ``normalize`` finds what was summed over tiles and ranks.
 
     A matrix has all of its columns, its local rows and one tile.
     """
 
     def __init__(self, plan: Plan, layouts: Sequence[Layout]):
-        sizes = [0] * len(plan.vectors)
+        sizes = [0] * len(plan.elementwise)
         super().__init__(
-            plan.matrices, plan.vectors, layouts, sizes, plan.device, plan.dtype, plan.r
+            plan.matrices, plan.elementwise, layouts, sizes, plan.device, plan.dtype, plan.r
         )
 
     def _tiles(self) -> list[list[tuple[int, int]]]:
@@ -46,7 +46,7 @@ class Whole(Tables):
 
         Where both are float64 they are one piece of memory, so that one all-reduce does.
         """
-        n_products, nv = self.r * self.r * n_tiles, len(self.vectors)
+        n_products, nv = self.r * self.r * n_tiles, len(self.elementwise)
         n_numbers = n_products + 2 * nv
 
         def zeros(n, dtype):
@@ -63,49 +63,51 @@ class Whole(Tables):
         return t, products
 
 
-class Sharded:
+class ShardedBackend:
     """A backend whose matrices are spread over ranks, around the one that has the kernels.
 
     Args:
         inner: the backend of the local products.
         plan: of what this rank holds.
         matrices: the same matrix by matrix.
-        spread: over which axes, the same for all.
+        shard_axes: over which axes, the same for all.
     """
 
-    def __init__(self, inner, plan: Plan, matrices: Sequence[Held], spread: Spread):
-        self.inner, self.name, self.spread = inner, inner.name, spread
+    def __init__(self, inner, plan: Plan, matrices: Sequence[MatrixShard], shard_axes: ShardAxes):
+        self.inner, self.name, self.shard_axes = inner, inner.name, shard_axes
         self.scalars_on_device = inner.scalars_on_device
-        self.whole = Whole(plan, [one.whole for one in matrices])
-        self._is_gain = torch.tensor([v.kind == "gain" for v in plan.vectors], device=plan.device)
+        self.reduced = ReducedTables(plan, [one.whole for one in matrices])
+        self._is_gain = torch.tensor(
+            [v.kind == "gain" for v in plan.elementwise], device=plan.device
+        )
         self._pending: list[tuple] = []  # collectives that normalize waits for
         self._columns = None
-        if spread.columns or any(one.columns is not None for one in matrices):
-            self._columns = _Columns(plan, self.whole, matrices, spread.columns)
+        if shard_axes.columns or any(one.columns is not None for one in matrices):
+            self._columns = _Columns(plan, self.reduced, matrices, shard_axes.columns)
 
     # -------------------------------------------------------------------- the calls of a backend
 
     def gram_matvec(self, plan: Plan, state: State) -> None:
         """See :func:`reference.gram_matvec`; sums over the ranks are on their way then."""
         local = self.local(plan, state)
-        if not self.spread.columns:
+        if not self.shard_axes.columns:
             self.inner.gram_matvec(plan, local)
         else:
             self.inner.gram_matvec(plan, self._columns.products(plan, local))
-            self._columns.sum(self.spread.columns, local, state)
+            self._columns.sum(self.shard_axes.columns, local, state)
             self.inner.transposed(plan, local)
         self._sum(plan, local)
 
     def normalize(self, plan: Plan, state: State) -> None:
         """See :func:`reference.normalize`."""
         self._wait()
-        self.inner.normalize(self.whole, state)
-        if plan.vectors:
-            whole = self.whole
-            state.norm.copy_(whole.squares.sqrt())
-            penalties = whole.squares**state.exponent
-            penalties = torch.where(self._is_gain, whole.penalties, penalties)
-            state.penalty[len(plan.matrices) :].copy_(penalties)
+        self.inner.normalize(self.reduced, state)
+        if plan.elementwise:
+            reduced = self.reduced
+            state.norm.copy_(reduced.squares.sqrt())
+            penalties = reduced.squares**state.exponent
+            penalties = torch.where(self._is_gain, reduced.penalties, penalties)
+            state.raw_penalty[len(plan.matrices) :].copy_(penalties)
 
     def rank_one(self, plan: Plan, state: State, grads, accumulate: bool) -> None:
         """See :func:`reference.rank_one`."""
@@ -123,8 +125,8 @@ class Sharded:
             state.v_next.copy_(torch.where(step.found_inf > 0, state.v, state.v_next))
         self.inner.update(step)
         local = self.local(plan, state)
-        if self.spread.columns:
-            self._columns.sum_in_place(self.spread.columns, state)
+        if self.shard_axes.columns:
+            self._columns.sum_in_place(self.shard_axes.columns, state)
             self.inner.transposed(plan, local)
         self._sum(plan, local)
 
@@ -146,33 +148,33 @@ class Sharded:
 
     def agree(self, v: torch.Tensor) -> None:
         """Give every rank of the mesh the first one's ``v``."""
-        for axis in self.spread.mesh:
+        for axis in self.shard_axes.mesh:
             dist.broadcast(v, dist.get_global_rank(axis.group, 0), axis.group)
 
     def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks that have other rows."""
-        for axis in self.spread.rows:
+        for axis in self.shard_axes.rows:
             dist.all_reduce(x, group=axis.group)
         return x
 
     def _sum(self, plan: Plan, local: State) -> None:
         """Start to sum what the tiles have over tiles and ranks."""
-        whole, n = self.whole, len(plan.matrices)
+        reduced, n = self.reduced, len(plan.matrices)
         with_t = local.v_next is not None
-        t = whole.t_partial if self._columns is None else self._columns.t
-        self.inner.collect(plan, local, t if with_t else None, whole.gram_partial)
-        whole.squares.copy_(local.norm.double() ** 2)
-        whole.penalties.copy_(local.penalty[n:])
+        t = reduced.t_partial if self._columns is None else self._columns.t
+        self.inner.collect(plan, local, t if with_t else None, reduced.gram_partial)
+        reduced.squares.copy_(local.norm.double() ** 2)
+        reduced.penalties.copy_(local.raw_penalty[n:])
         self._wait()
         if with_t and self._columns is not None:
-            whole.t_partial.zero_()
-            whole.t_partial[self._columns.index] = t
-        if self.spread.columns:
+            reduced.t_partial.zero_()
+            reduced.t_partial[self._columns.index] = t
+        if self.shard_axes.columns:
             # All ranks of a column axis have the same s: that of one of them counts.
-            products = whole.gram_partial.view(n, -1)
+            products = reduced.gram_partial.view(n, -1)
             products.masked_fill_(~self._columns.counts[:, None], 0)
-        for tensor in whole.to_sum if with_t else [whole.numbers]:
-            self._start(tensor, self.spread.columns + self.spread.rows)
+        for tensor in reduced.to_sum if with_t else [reduced.numbers]:
+            self._start(tensor, self.shard_axes.columns + self.shard_axes.rows)
 
     def _start(self, tensor: torch.Tensor, axes: Sequence[Axis]) -> None:
         if axes and tensor.numel():
@@ -182,16 +184,22 @@ class Sharded:
     def _wait(self) -> None:
         """Wait for the sums; over a second axis they are taken when those over the first are."""
         pending, self._pending = self._pending, []
-        for work, tensor, further in pending:
+        for work, tensor, other_axes in pending:
             work.wait()
-            for axis in further:
+            for axis in other_axes:
                 dist.all_reduce(tensor, group=axis.group)
 
 
 class _Columns:
     """Which columns this rank has, and the products with them."""
 
-    def __init__(self, plan: Plan, whole: Whole, matrices: Sequence[Held], axes: Sequence[Axis]):
+    def __init__(
+        self,
+        plan: Plan,
+        whole: ReducedTables,
+        matrices: Sequence[MatrixShard],
+        axes: Sequence[Axis],
+    ):
         # Where the local columns, vector by vector, are among all of v.
         starts, own = (x.table["v_offset"].tolist() for x in (whole, plan))
         index = torch.empty(plan.r * sum(x.cols for x in plan.layouts), dtype=torch.int64)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..selection.matrices import Matrix, Vector
+from ..selection.matrices import Elementwise, Matrix
 from ..tables.layout import Layout, layout_of
 
 try:
@@ -33,7 +33,7 @@ class Axis:
     group: dist.ProcessGroup = field(compare=False, repr=False)
 
 
-class Spread(NamedTuple):
+class ShardAxes(NamedTuple):
     """Over which axes the stored rows and the stored columns of some matrices are spread.
 
     ``mesh`` has all axes of their meshes, those over which they are replicated too. Vectors are
@@ -45,13 +45,13 @@ class Spread(NamedTuple):
     mesh: tuple[Axis, ...] = ()
 
 
-class Held(NamedTuple):
+class MatrixShard(NamedTuple):
     """A matrix of which this rank holds a part."""
 
     local: Matrix  # of the local tensor
     whole: Layout  # its rows are the local ones, its columns all
     columns: torch.Tensor | None  # of the whole that are here, as they lie here; None: all in order
-    spread: Spread
+    shard_axes: ShardAxes
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -140,15 +140,17 @@ class _Placed:
         self.ranges = {d: (offset[d], offset[d] + self.local.shape[d]) for d in self.axes}
 
 
-def spread_of_vector(vector: Vector, parameter: torch.Tensor) -> Spread:
+def elementwise_axes(vector: Elementwise, parameter: torch.Tensor) -> ShardAxes:
     """Return over which axes a bias or a norm's parameter is spread."""
     if not is_sharded(parameter):
-        return Spread()
+        return ShardAxes()
     placed = _Placed(vector.name, parameter)
-    return Spread(tuple(a for axes in placed.axes.values() for a in axes), (), tuple(placed.mesh))
+    return ShardAxes(
+        tuple(a for axes in placed.axes.values() for a in axes), (), tuple(placed.mesh)
+    )
 
 
-def held(matrix: Matrix, parameter: DTensor) -> Held:
+def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:
     """Return what this rank holds of a matrix of a sharded parameter.
 
     Raises:
@@ -200,9 +202,9 @@ def held(matrix: Matrix, parameter: DTensor) -> Held:
         order += [i for i in range(columns.dim()) if i not in order]  # sizes of 1
         columns = columns.permute(order).reshape(-1)[: found.cols]
     is_all = torch.equal(columns, torch.arange(whole.cols))
-    return Held(
+    return MatrixShard(
         own, replace(whole, rows=found.rows), None if is_all else columns,
-        Spread(tuple(row_axes), tuple(column_axes), tuple(placed.mesh)),
+        ShardAxes(tuple(row_axes), tuple(column_axes), tuple(placed.mesh)),
     )  # fmt: skip
 
 

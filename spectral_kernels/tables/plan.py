@@ -1,4 +1,4 @@
-"""Tables, tiles and flat state for the matrices and vectors of one (device, dtype) bucket."""
+"""Tables and tiles for the matrices and elementwise parameters of one device and dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..selection.matrices import Matrix, Vector
+from ..selection.matrices import Elementwise, Matrix
 from .addresses import memory_of
 from .device import DeviceTables
 from .layout import Layout, layout_of
@@ -16,14 +16,15 @@ from .schema import (
     CHUNK,
     CHUNK_COLUMNS,
     DTYPES,
+    ELEMENTWISE,
     HEADER,
     KINDS,
     MATRIX,
     SCALARS,
     SLOT,
     TILE,
-    VECTOR,
     address,
+    scalar_sizes,
 )
 
 # On a CPU, and with several vectors: rows of a tile at most, if MAX_TILES per matrix allow. A tile
@@ -86,33 +87,37 @@ def _starts(sizes: Sequence[int], cols: Sequence[int]) -> list[int]:
 
 
 class Tables:
-    """What kernels need to know of some matrices and vectors, but for addresses of weights.
+    """What kernels need to know of a set of parameters, but for the addresses of weights.
 
     Args:
         matrices: the matrices, in order.
-        vectors: the biases, gains and shifts, in order.
+        elementwise: the biases, gains and shifts, in order.
         layouts: how each matrix lies.
-        sizes: how many elements each vector has.
+        sizes: how many elements each elementwise parameter has.
         device: of the weights, whose dtype is ``dtype``.
         dtype: see there.
-        r: vectors per matrix, one of R.
+        r: vectors per matrix, one of N_VECTORS.
     """
 
     def __init__(
         self,
         matrices: Sequence[Matrix],
-        vectors: Sequence[Vector],
+        elementwise: Sequence[Elementwise],
         layouts: Sequence[Layout],
         sizes: Sequence[int],
         device: torch.device,
         dtype: torch.dtype,
         r: int,
     ):
-        self.matrices, self.vectors, self.layouts = list(matrices), list(vectors), list(layouts)
+        self.matrices, self.elementwise, self.layouts = (
+            list(matrices),
+            list(elementwise),
+            list(layouts),
+        )
         self.device, self.dtype, self.r = device, dtype, r
         self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        nm, nv = len(self.matrices), len(self.vectors)
-        self.scalar_sizes = (r * nm, r * nm, nv, nm + nv, nm + nv, nm)  # of SCALARS
+        nm, nv = len(self.matrices), len(self.elementwise)
+        self.scalar_sizes = scalar_sizes(nm, nv, r)
         self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
         self.version = 0  # counts changes of the tables
         self._device_tables: DeviceTables | None = None
@@ -152,10 +157,10 @@ class Tables:
             s_offset += self.r * x.rows
             if self.r == 1:  # a matrix without columns is finished too
                 chunks += [(i, begin) for begin in range(0, max(x.cols, 1), CHUNK_COLUMNS)]
-        vector_table = np.zeros(len(self.vectors), VECTOR)
-        for i, (vector, size) in enumerate(zip(self.vectors, sizes, strict=True)):
-            vector_table[i] = (0, 0, DTYPES[self.dtype], size, KINDS[vector.kind])
-        self.table, self.vector_table = table, vector_table
+        elementwise_table = np.zeros(len(self.elementwise), ELEMENTWISE)
+        for i, (entry, size) in enumerate(zip(self.elementwise, sizes, strict=True)):
+            elementwise_table[i] = (0, 0, DTYPES[self.dtype], size, KINDS[entry.kind])
+        self.table, self.elementwise_table = table, elementwise_table
         self.tiles, self.chunks = np.array(tiles, TILE), np.array(chunks, CHUNK)
         self.t_partial, self.gram_partial = self._partials(sum(t_sizes), len(tiles))
         # Of the programs that finish a matrix together on a GPU; the last one sets arrivals back.
@@ -167,7 +172,7 @@ class Tables:
             "weight_dtype": DTYPES[self.dtype],
             "matrices": address(table), "n_matrices": len(table),
             "tiles": address(self.tiles), "n_tiles": len(self.tiles),
-            "vectors": address(vector_table), "n_vectors": len(vector_table),
+            "elementwise": address(elementwise_table), "n_elementwise": len(elementwise_table),
             "t_partial": self.t_partial.data_ptr(), "gram_partial": self.gram_partial.data_ptr(),
             "scratch_size": max((x.cols for x in self.layouts), default=0),
             "n_bytes": self.n_elements * self.dtype.itemsize, "r": self.r,
@@ -180,7 +185,7 @@ class Tables:
     def device_tables(self) -> DeviceTables:
         """Return the tables of matrices, tiles, vectors and chunks on the device, up to date."""
         if self._device_tables is None:
-            tables = self.table, self.tiles, self.vector_table, self.chunks
+            tables = self.table, self.tiles, self.elementwise_table, self.chunks
             what = "an address of a weight or a gradient"
             self._device_tables = DeviceTables(tables, self.device, what)
         self._device_tables.refresh(self.version)
@@ -188,17 +193,17 @@ class Tables:
 
 
 class Plan(Tables):
-    """Tables of a fixed set of matrices and vectors that share a device and a dtype.
+    """Tables of a fixed set of matrices and elementwise parameters that share a device and a dtype.
 
     The addresses in the tables are compared with the tensors at every use; the cut into tiles
     depends on the shapes alone, so results do not depend on the number of threads.
 
     Args:
         matrices: the matrices, in order.
-        vectors: the biases, gains and shifts, in order.
-        tensors: the parameter of each distinct owner, in the order in which ``matrices`` and then
-            ``vectors`` first name them; all on one device and of one dtype.
-        r: vectors per matrix, one of R.
+        elementwise: the biases, gains and shifts, in order.
+        tensors: the parameter of each distinct ref, in the order in which ``matrices`` and then
+            ``elementwise`` first name them; all on one device and of one dtype.
+        r: vectors per matrix, one of N_VECTORS.
 
     Raises:
         ValueError: a parameter that cannot be used in place.
@@ -207,18 +212,20 @@ class Plan(Tables):
     def __init__(
         self,
         matrices: Sequence[Matrix],
-        vectors: Sequence[Vector],
+        elementwise: Sequence[Elementwise],
         tensors: Sequence[torch.Tensor],
         r: int = 1,
     ):
-        self.owners = list(dict.fromkeys(x.owner for x in (*matrices, *vectors)))
-        by_owner = {owner: i for i, owner in enumerate(self.owners)}
-        self.matrix_owner = np.array([by_owner[x.owner] for x in matrices], dtype=np.int64)
-        self.vector_owner = np.array([by_owner[x.owner] for x in vectors], dtype=np.int64)
+        self.refs = list(dict.fromkeys(x.ref for x in (*matrices, *elementwise)))
+        by_ref = {ref: i for i, ref in enumerate(self.refs)}
+        self.matrix_ref = np.array([by_ref[x.ref] for x in matrices], dtype=np.int64)
+        self.elementwise_ref = np.array([by_ref[x.ref] for x in elementwise], dtype=np.int64)
         self.tensors = list(tensors)
-        layouts = [layout_of(m, tensors[by_owner[m.owner]]) for m in matrices]
-        sizes = [tensors[by_owner[v.owner]].numel() for v in vectors]
-        super().__init__(matrices, vectors, layouts, sizes, tensors[0].device, tensors[0].dtype, r)
+        layouts = [layout_of(m, tensors[by_ref[m.ref]]) for m in matrices]
+        sizes = [tensors[by_ref[v.ref]].numel() for v in elementwise]
+        super().__init__(
+            matrices, elementwise, layouts, sizes, tensors[0].device, tensors[0].dtype, r
+        )
         self.offsets = np.array([x.offset for x in self.layouts], dtype=np.int64)
         self._strides = np.array([x.strides for x in self.layouts], dtype=np.int64).reshape(-1, 2)
         self.weights_seen = self.grads_seen = None
@@ -227,7 +234,7 @@ class Plan(Tables):
         self.bind_weights(tensors)
 
     def bind_weights(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Point the tables at ``tensors`` (one per owner).
+        """Point the tables at ``tensors`` (one per parameter).
 
         Returns:
             False when a tensor's device, dtype, shape or layout is not the one that this plan was
@@ -243,38 +250,38 @@ class Plan(Tables):
         addresses = now.address_array()
         if any(t.device != self.device or t.dtype != self.dtype for t in tensors):
             return False
-        for owner, tensor, where in zip(self.owners, tensors, addresses, strict=True):
+        for ref, tensor, where in zip(self.refs, tensors, addresses, strict=True):
             if where == 0 and tensor.numel():
-                raise ValueError(f"parameter {owner.name!r} has {_NO_MEMORY}")
+                raise ValueError(f"parameter {ref.name!r} has {_NO_MEMORY}")
         if (before is None or now.layouts != before.layouts) and not self._fits(tensors):
             return False
-        self.table["weight"] = addresses[self.matrix_owner] + self.offsets * self.dtype.itemsize
-        self.vector_table["weight"] = addresses[self.vector_owner]
+        self.table["weight"] = addresses[self.matrix_ref] + self.offsets * self.dtype.itemsize
+        self.elementwise_table["weight"] = addresses[self.elementwise_ref]
         self.tensors, self.weights_seen = list(tensors), now
         self.version += 1
         return True
 
     def _fits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Tell whether shapes and layouts are those that this plan was made for."""
-        for vector, owner, size in zip(
-            self.vectors, self.vector_owner, self.vector_table["size"], strict=True
+        for entry, ref, size in zip(
+            self.elementwise, self.elementwise_ref, self.elementwise_table["size"], strict=True
         ):
-            if not tensors[owner].is_contiguous():
+            if not tensors[ref].is_contiguous():
                 raise ValueError(
-                    f"parameter {vector.name!r} has strides {tensors[owner].stride()}; "
+                    f"parameter {entry.name!r} has strides {tensors[ref].stride()}; "
                     "accepted are contiguous biases and norm parameters"
                 )
-            if tensors[owner].numel() != size:
+            if tensors[ref].numel() != size:
                 return False
         return all(
-            layout_of(matrix, tensors[owner]) == layout
-            for matrix, owner, layout in zip(
-                self.matrices, self.matrix_owner, self.layouts, strict=True
+            layout_of(matrix, tensors[ref]) == layout
+            for matrix, ref, layout in zip(
+                self.matrices, self.matrix_ref, self.layouts, strict=True
             )
         )
 
     def bind_grads(self, grads: Sequence[torch.Tensor | None]) -> None:
-        """Point the tables at the gradients (one per owner; None: skip what it owns).
+        """Point the tables at the gradients (one per parameter; None: skip what it owns).
 
         Raises:
             ValueError: a gradient that is sparse, on another device, of a dtype that does not go
@@ -299,13 +306,13 @@ class Plan(Tables):
         usual = now.layouts == like.layouts and bool(now.address_array().all())
         if not usual:
             self._check_grads(grads)
-        owned = addresses[self.matrix_owner]
+        owned = addresses[self.matrix_ref]
         if usual and self._grads_usual:
             offsets = self.offsets * self.dtype.itemsize
         else:
             offsets = self._describe_grads(grads)
         self.table["grad"] = np.where(owned, owned + offsets, 0)
-        self.vector_table["grad"] = addresses[self.vector_owner]
+        self.elementwise_table["grad"] = addresses[self.elementwise_ref]
         self.grads_seen, self._grads_usual = (here, now), usual
         self.grad_dtypes = [self.dtype] if usual else list(dict.fromkeys(g.dtype for g in present))
         self.version += 1
@@ -316,15 +323,15 @@ class Plan(Tables):
         dtypes = np.array([DTYPES[dtype] for dtype in found], dtype=np.int64)
         sizes = np.array([dtype.itemsize for dtype in found], dtype=np.int64)
         offsets, strides = self.offsets.copy(), self._strides.copy()
-        for i, owner in enumerate(self.matrix_owner):
-            grad = grads[owner]
-            if grad is not None and grad.stride() != self.tensors[owner].stride():
+        for i, ref in enumerate(self.matrix_ref):
+            grad = grads[ref]
+            if grad is not None and grad.stride() != self.tensors[ref].stride():
                 layout = self._grad_layout(i, grad)
                 offsets[i], strides[i] = layout.offset, layout.strides
-        self.table["grad_dtype"] = dtypes[self.matrix_owner]
+        self.table["grad_dtype"] = dtypes[self.matrix_ref]
         self.table["grad_row_stride"], self.table["grad_outer_stride"] = strides.T
-        self.vector_table["grad_dtype"] = dtypes[self.vector_owner]
-        return offsets * sizes[self.matrix_owner]
+        self.elementwise_table["grad_dtype"] = dtypes[self.elementwise_ref]
+        return offsets * sizes[self.matrix_ref]
 
     def _grad_layout(self, i: int, grad: torch.Tensor) -> Layout | None:
         """Describe how ``grad`` lies if rows and columns are those of matrix ``i``, else None."""
@@ -338,14 +345,14 @@ class Plan(Tables):
         return found if own.fits(found) else None
 
     def _check_grads(self, grads: Sequence[torch.Tensor | None]) -> None:
-        for owner, grad in enumerate(grads):
-            problem = None if grad is None else self._grad_problem(owner, grad)
+        for ref, grad in enumerate(grads):
+            problem = None if grad is None else self._grad_problem(ref, grad)
             if problem is not None:
-                name = self.owners[owner].name
+                name = self.refs[ref].name
                 raise ValueError(f"the gradient of parameter {name!r} has {problem}")
 
-    def _grad_problem(self, owner: int, grad: torch.Tensor) -> str | None:
-        weight = self.tensors[owner]
+    def _grad_problem(self, ref: int, grad: torch.Tensor) -> str | None:
+        weight = self.tensors[ref]
         wide = self.dtype == torch.float64
         if grad.layout != torch.strided:
             return f"layout {grad.layout}; accepted are dense gradients"
@@ -359,9 +366,9 @@ class Plan(Tables):
         if grad.data_ptr() == 0 and grad.numel():
             return _NO_MEMORY
         if grad.stride() != weight.stride():
-            owned = np.flatnonzero(self.matrix_owner == owner)
+            owned = np.flatnonzero(self.matrix_ref == ref)
             same = all(self._grad_layout(i, grad) is not None for i in owned)
-            if not same or (owner in self.vector_owner and not grad.is_contiguous()):
+            if not same or (ref in self.elementwise_ref and not grad.is_contiguous()):
                 return (
                     f"strides {grad.stride()}, those of the weight are {weight.stride()}; accepted "
                     "are gradients laid out like the weight (zero_grad(set_to_none=True) lets "

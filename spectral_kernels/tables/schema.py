@@ -1,70 +1,73 @@
-""""""
+"""The tables that Python writes and kernels read: every field is named here.
+
+csrc/table.h has the same structs and says what each field means. The compiled module exports its
+names, offsets and sizes, which are compared with these when it is loaded; Triton's constants are
+derived from these.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-# The structs of csrc/table.h, byte for byte.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+KINDS = {"shift": 0, "gain": 1}  # of what is elementwise
+N_VECTORS = (1, 2, 4, 8, 16)  # singular vectors per matrix that the kernels are made for
+CHUNK_COLUMNS = 128  # of one matrix, that one program of a GPU sums over the tiles
 
 
-KINDS = {"shift": 0, "gain": 1}
-
-
-def _struct(fields: str) -> np.dtype:
-    return np.dtype([(name, "i8") for name in fields.split()])
+def _struct(fields: str, floats: str = "") -> np.dtype:
+    """Return a row of int64 fields, but for the float64 ones named in ``floats``."""
+    wide = floats.split()
+    return np.dtype([(name, "f8" if name in wide else "i8") for name in fields.split()])
 
 
 MATRIX = _struct(
     "weight grad grad_dtype rows outer inner row_stride outer_stride grad_row_stride "
     "grad_outer_stride v_offset s_offset first_tile n_tiles"
 )
-
-
 TILE = _struct("matrix row_begin row_end t_offset")
-
-
 CHUNK = _struct("matrix begin")
+ELEMENTWISE = _struct("weight grad grad_dtype size kind")
+MOMENT = _struct("first second parameter group")
+_OPTIONS = "lr weight_decay option_1 option_2 eps nesterov"
+GROUP = _struct(_OPTIONS, floats=_OPTIONS)
+UPDATE = _struct(
+    "rule moment_dtype matrix_moments elementwise_moments others n_others other_moments groups "
+    "steps decoupled grad_scale found_inf"
+)
+HEADER = _struct(
+    "weight_dtype matrices n_matrices tiles n_tiles elementwise n_elementwise t_partial "
+    "gram_partial v v_next s sigmas residuals norm raw_penalty strength target scale exponent "
+    "scratch_size n_bytes r tolerance chunks n_chunks chunk_squares arrivals",
+    floats="exponent tolerance",
+)
+STRUCTS = {
+    "Matrix": MATRIX, "Tile": TILE, "Chunk": CHUNK, "Elementwise": ELEMENTWISE, "Moment": MOMENT,
+    "Group": GROUP, "Update": UPDATE, "Header": HEADER,
+}  # fmt: skip
+
+# Where a field is among those of a header, all of which have eight bytes.
+SLOT = {name: i for i, name in enumerate(HEADER.names)}
+UPDATE_SLOT = {name: i for i, name in enumerate(UPDATE.names)}
+
+# Parts of the one array of a state's scalars, in this order; see scalar_sizes.
+SCALARS = ("sigmas", "residuals", "norm", "raw_penalty", "strength", "target")
 
 
-VECTOR = _struct("weight grad grad_dtype size kind")
+def scalar_sizes(n_matrices: int, n_elementwise: int, r: int) -> tuple[int, ...]:
+    """Return the number of elements of each of SCALARS for ``r`` vectors per matrix."""
+    n_sigmas, n_entries = r * n_matrices, n_matrices + n_elementwise
+    return n_sigmas, n_sigmas, n_elementwise, n_entries, n_entries, n_matrices
 
 
-MOMENT = _struct("first second owner group")
-
-
-_OPTIONS = ("lr", "weight_decay", "option_1", "option_2", "eps", "nesterov")
-
-
-GROUP = np.dtype([(name, "f8") for name in _OPTIONS])
-
-
-UPDATE = (
-    "rule", "moment_dtype", "matrix_moments", "vector_moments", "others", "n_others",
-    "other_moments", "groups", "steps", "decoupled", "grad_scale", "found_inf",
-)  # fmt: skip
-
-
-HEADER = (
-    "weight_dtype", "matrices", "n_matrices", "tiles", "n_tiles", "vectors", "n_vectors",
-    "t_partial", "gram_partial", "v", "v_next", "s", "sigma", "residual", "norm", "penalty",
-    "strength", "target", "scale", "exponent", "scratch_size", "n_bytes", "r", "tolerance",
-    "chunks", "n_chunks", "chunk_squares", "arrivals",
-)  # fmt: skip
-
-
-# All of eight bytes, exponent and tolerance float64.
-SLOT = {name: i for i, name in enumerate(HEADER)}
-
-
-SCALARS = ("sigmas", "residuals", "norm", "penalty", "strength", "target")
-
-
-R = (1, 2, 4, 8, 16)  # vectors per matrix that the kernels are made for
-
-
-CHUNK_COLUMNS = 128  # of one matrix, that one program of a GPU sums over the tiles
+def offsets() -> dict[str, dict[str, int]]:
+    """Return where each field of each struct lies, in bytes, and the size under "sizeof"."""
+    return {
+        name: {**{field: struct.fields[field][1] for field in struct.names},
+               "sizeof": struct.itemsize}
+        for name, struct in STRUCTS.items()
+    }  # fmt: skip
 
 
 def address(array: np.ndarray) -> int:

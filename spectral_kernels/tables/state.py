@@ -41,7 +41,7 @@ class State:
             self.header[SLOT["t_partial"]] = 0
 
     @classmethod
-    def fresh(cls, plan: Plan, exponent: float) -> State:
+    def allocate(cls, plan: Plan, exponent: float) -> State:
         """Allocate the state of ``plan`` for exponent k, everything unknown (NaN)."""
 
         def unknown(n):

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from spectral_kernels.backends import choice
+from spectral_kernels.backends import native as native_backends
 
 from ..buckets import cut_as_on_a_gpu
 
@@ -111,7 +112,7 @@ def emulate(patch, native) -> None:
 
     for reason in (choice.unavailable, choice._refused):
         patch.setattr(choice, reason.__name__, but_for_cuda(reason))
-    patch.setattr(choice, "_stream", lambda device: (0, 0))
+    patch.setattr(native_backends, "_stream", lambda device: (0, 0))
     cut_as_on_a_gpu(patch)
 
 

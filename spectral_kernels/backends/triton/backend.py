@@ -20,22 +20,23 @@ class Triton:
     def gram_matvec(self, plan, state) -> None:
         """See :func:`reference.gram_matvec`."""
         v = state.v_next if state.tolerance > 0 else state.v
-        self._products(plan, state, v, len(plan.vectors))
+        self._products(plan, state, v, len(plan.elementwise))
 
-    def _products(self, plan, state, v, n_vectors) -> None:
+    def _products(self, plan, state, v, n_elementwise) -> None:
         """Take the products of ``v`` with the matrices, and norms of the first vectors."""
         device, n_tiles = plan.device, len(plan.tiles)
-        matrices, tiles, vectors, _ = plan.device_tables().views
+        matrices, tiles, elementwise, _ = plan.device_tables().views
         pointers = (
-            matrices, tiles, vectors, plan.t_partial, plan.gram_partial, v, state.s, state.scalars,
+            matrices, tiles, elementwise, plan.t_partial, plan.gram_partial, v, state.s,
+            state.scalars,
         )  # fmt: skip
         numbers = (
-            len(plan.matrices), n_tiles, len(plan.vectors), float(state.exponent),
+            len(plan.matrices), n_tiles, len(plan.elementwise), float(state.exponent),
             integer_exponent(state.exponent),
         )  # fmt: skip
         given = {"with_t": state.v_next is not None, "tolerance": float(state.tolerance)}
         if plan.r == 1:
-            if grid := n_tiles + n_vectors:
+            if grid := n_tiles + n_elementwise:
                 found = _variant("gram_matvec", plan, large=plan.n_elements >= LARGE, **given)
                 found.launch(device, grid, pointers, numbers)
             own = sizes(capability_of(device), plan.dtype.itemsize).gram_matvec
@@ -46,7 +47,7 @@ class Triton:
             return
         group = sizes(capability_of(device), plan.dtype.itemsize, plan.r).subspace_products["GROUP"]
         groups = plan.r // group
-        if grid := groups * n_tiles + n_vectors:
+        if grid := groups * n_tiles + n_elementwise:
             _variant("subspace_products", plan, **given).launch(device, grid, pointers, numbers)
         if groups > 1 and n_tiles:
             pointers = matrices, tiles, plan.gram_partial, state.s, state.scalars
@@ -92,7 +93,7 @@ class Triton:
                 "ritz", capability_of(plan.device), None, plan.r,
                 with_t=state.v_next is not None, tolerance=float(state.tolerance),
             )  # fmt: skip
-            numbers = (len(plan.matrices), len(plan.vectors), float(state.exponent),
+            numbers = (len(plan.matrices), len(plan.elementwise), float(state.exponent),
                        integer_exponent(state.exponent))  # fmt: skip
             found.launch(plan.device, len(plan.matrices), pointers, numbers)
 
@@ -109,7 +110,7 @@ class Triton:
 
     def _rank_one(self, plan, state, finish, gradient, accumulate) -> None:
         n_chunks = len(plan.chunks) if finish else 0
-        n_others = len(plan.tiles) + len(plan.vectors) if gradient else 0
+        n_others = len(plan.tiles) + len(plan.elementwise) if gradient else 0
         n_matrices, k = len(plan.matrices), state.exponent
         with_t = state.v_next is not None
         pointers = (
@@ -121,8 +122,8 @@ class Triton:
         for dtype in (plan.grad_dtypes or [plan.dtype]) if gradient else [plan.dtype]:
             if grid := n_chunks + n_others:
                 numbers = (
-                    n_matrices, n_chunks, len(plan.tiles), len(plan.vectors), plan.r * n_matrices,
-                    DTYPES[dtype], float(k), integer_exponent(k),
+                    n_matrices, n_chunks, len(plan.tiles), len(plan.elementwise),
+                    plan.r * n_matrices, DTYPES[dtype], float(k), integer_exponent(k),
                 )  # fmt: skip
                 variant(
                     "rank_one", capability_of(plan.device), plan.dtype, grad_type=dtype,
@@ -147,7 +148,7 @@ class Triton:
             plan, state = step.bucket.plan, step.bucket.local
             tables = plan.device_tables().views[:3]
             k, r, scale = state.exponent, plan.r, state.scale
-            numbers = (len(plan.matrices), len(plan.tiles), len(plan.vectors),
+            numbers = (len(plan.matrices), len(plan.tiles), len(plan.elementwise),
                        r * len(plan.matrices))  # fmt: skip
             buffers = (plan.t_partial, plan.gram_partial, state.v, state.v_next, state.s,
                        state.scalars)  # fmt: skip

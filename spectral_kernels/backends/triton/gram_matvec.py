@@ -14,6 +14,7 @@ import triton.language as tl
 from .penalty import store_norm
 from .tables import (
     ALIGNED,
+    ELEMENTWISE_FIELDS,
     GAIN,
     IN_PIECES,
     INNER,
@@ -31,7 +32,6 @@ from .tables import (
     TILE_FIELDS,
     TILE_MATRIX,
     V_OFFSET,
-    VECTOR_FIELDS,
     WEIGHT,
     columns_of,
     elements_of,
@@ -200,7 +200,7 @@ def _long_rows(
 
 
 @triton.jit
-def vector_norm(vector, norm, penalty, k, integer, DTYPE: tl.constexpr, BN: tl.constexpr):
+def elementwise_norm(vector, norm, penalty, k, integer, DTYPE: tl.constexpr, BN: tl.constexpr):
     """Write norm and penalty of the vector that a row of the table describes."""
     x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
@@ -217,12 +217,14 @@ def vector_norm(vector, norm, penalty, k, integer, DTYPE: tl.constexpr, BN: tl.c
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k", "integer"],
-    do_not_specialize_on_alignment=["matrices", "tiles", "vectors", "gram_partial", "s", "scalars"],
-)
+    do_not_specialize=["n_matrices", "n_tiles", "n_elementwise", "k", "integer"],
+    do_not_specialize_on_alignment=[
+        "matrices", "tiles", "elementwise", "gram_partial", "s", "scalars",
+    ],
+)  # fmt: skip
 def gram_matvec(
-    matrices, tiles, vectors, t_partial, gram_partial, v, s, scalars,
-    n_matrices, n_tiles, n_vectors, k, integer,
+    matrices, tiles, elementwise, t_partial, gram_partial, v, s, scalars,
+    n_matrices, n_tiles, n_elementwise, k, integer,
     DTYPE: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
     BLOCK: tl.constexpr, WIDTHS: tl.constexpr, STAGES: tl.constexpr, PIECE: tl.constexpr,
     SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
@@ -240,8 +242,10 @@ def gram_matvec(
     if program >= n_tiles:
         i = program - n_tiles
         norm = scalars + 2 * n_matrices + i
-        penalty = scalars + 3 * n_matrices + n_vectors + i
-        vector_norm(vectors + i * VECTOR_FIELDS, norm, penalty, k, integer, DTYPE, 128)
+        penalty = scalars + 3 * n_matrices + n_elementwise + i
+        elementwise_norm(
+            elementwise + i * ELEMENTWISE_FIELDS, norm, penalty, k, integer, DTYPE, 128
+        )
     else:
         tile = tiles + program.to(tl.int64) * TILE_FIELDS
         index = tl.load(tile + TILE_MATRIX)

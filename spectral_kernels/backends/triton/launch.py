@@ -33,7 +33,8 @@ KERNELS = {
 # What the pointers among their arguments point to; every other argument is a 32-bit integer, but
 # for the exponent k. Those that a kernel looks at for alignment start at a multiple of 16 bytes.
 _BY_TYPE = {
-    torch.int64: "matrices tiles vectors chunks others matrix_moments vector_moments other_moments",
+    torch.int64: "matrices tiles elementwise chunks others matrix_moments "
+    "elementwise_moments other_moments",
     torch.int32: "arrivals",
     torch.float64: "gram_partial chunk_squares groups gram",
     torch.float32: "t_partial v v_next s scalars scale steps grad_scale found_inf t",

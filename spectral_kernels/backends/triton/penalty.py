@@ -49,7 +49,7 @@ def shift_factor(norm, strength, k, integer):
 
 
 @triton.jit
-def vector_gradient(value, gain, factor, strength, k, integer):
+def elementwise_gradient(value, gain, factor, strength, k, integer):
     """Return the gradient at elements ``value`` (float64) of a gain, or of a shift."""
     result = factor * value
     if gain:

@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 from .chunks import ordered_sum, sum_chunk, sum_of_squares
-from .penalty import excess_of, matrix_factor, residual_of, shift_factor, vector_gradient
+from .penalty import elementwise_gradient, excess_of, matrix_factor, residual_of, shift_factor
 from .tables import (
     ALIGNED,
     CHUNK_BEGIN,
     CHUNK_COLUMNS,
     CHUNK_FIELDS,
     CHUNK_MATRIX,
+    ELEMENTWISE_FIELDS,
     GAIN,
     GRAD,
     GRAD_DTYPE,
@@ -36,7 +37,6 @@ from .tables import (
     TILE_FIELDS,
     TILE_MATRIX,
     V_OFFSET,
-    VECTOR_FIELDS,
     WEIGHT,
     columns_of,
     elements_of,
@@ -164,7 +164,7 @@ def _vector_gradient(
     for first in range(0, size, BN):
         c = first + tl.arange(0, BN)
         value = tl.load(x + c, mask=c < size, other=0.0).to(tl.float64)
-        result = vector_gradient(value, gain, factor, strength, k, integer)
+        result = elementwise_gradient(value, gain, factor, strength, k, integer)
         if ACCUMULATE:
             result += tl.load(grad + c, mask=c < size, other=0.0).to(tl.float32)
         tl.store(grad + c, result.to(GRAD_TYPE), mask=c < size)
@@ -172,17 +172,18 @@ def _vector_gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "n_matrices", "n_chunks", "n_tiles", "n_vectors", "n_sigmas", "grad_dtype", "k", "integer",
+        "n_matrices", "n_chunks", "n_tiles", "n_elementwise", "n_sigmas", "grad_dtype", "k",
+        "integer",
     ],
     do_not_specialize_on_alignment=[
-        "matrices", "tiles", "vectors", "chunks", "gram_partial", "chunk_squares", "arrivals", "s",
-        "scalars", "scale",
+        "matrices", "tiles", "elementwise", "chunks", "gram_partial", "chunk_squares", "arrivals",
+        "s", "scalars", "scale",
     ],
 )  # fmt: skip
 def rank_one(
-    matrices, tiles, vectors, chunks, t_partial, gram_partial, chunk_squares, arrivals, v, v_next,
-    s, scalars, scale,
-    n_matrices, n_chunks, n_tiles, n_vectors, n_sigmas, grad_dtype, k, integer,
+    matrices, tiles, elementwise, chunks, t_partial, gram_partial, chunk_squares, arrivals, v,
+    v_next, s, scalars, scale,
+    n_matrices, n_chunks, n_tiles, n_elementwise, n_sigmas, grad_dtype, k, integer,
     DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     FINISH: tl.constexpr, WITH_T: tl.constexpr, GRADIENT: tl.constexpr,
     ACCUMULATE: tl.constexpr, TOLERANCE: tl.constexpr,
@@ -197,9 +198,9 @@ def rank_one(
     """
     program = tl.program_id(0)
     norms = scalars + 2 * n_sigmas
-    penalties = norms + n_vectors
-    strengths = penalties + n_matrices + n_vectors
-    targets = strengths + n_matrices + n_vectors
+    penalties = norms + n_elementwise
+    strengths = penalties + n_matrices + n_elementwise
+    targets = strengths + n_matrices + n_elementwise
     tile_index = program
     if FINISH:
         # Chunks wait for memory: the programs of tiles that run beside them make use of it.
@@ -243,7 +244,7 @@ def rank_one(
                                    FINISH, ALIGNED, R, BN)  # fmt: skip
         else:
             i = tile_index - n_tiles
-            vector = vectors + i * VECTOR_FIELDS
+            vector = elementwise + i * ELEMENTWISE_FIELDS
             present = tl.load(vector + GRAD) != 0
             if present & (tl.load(vector + GRAD_DTYPE) == grad_dtype):
                 strength = multiplier * tl.load(strengths + n_matrices + i).to(tl.float64)

@@ -246,11 +246,11 @@ def _iterate(
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_vectors", "k", "integer"],
+    do_not_specialize=["n_matrices", "n_elementwise", "k", "integer"],
     do_not_specialize_on_alignment=["matrices", "tiles", "gram_partial", "s", "scalars"],
 )
 def ritz(
-    matrices, tiles, t_partial, gram_partial, v, v_next, s, scalars, n_matrices, n_vectors, k,
+    matrices, tiles, t_partial, gram_partial, v, v_next, s, scalars, n_matrices, n_elementwise, k,
     integer,
     VECTORS: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
     BN_SUM: tl.constexpr, BN: tl.constexpr, BN_GRAM: tl.constexpr,
@@ -258,8 +258,8 @@ def ritz(
     """Write sigmas and penalty of a matrix; with t its residuals, and turn v, s and v_next."""
     index = tl.program_id(0).to(tl.int64)
     m = matrices + index * MATRIX_FIELDS
-    penalties = scalars + 2 * VECTORS * n_matrices + n_vectors
-    targets = penalties + 2 * (n_matrices + n_vectors)
+    penalties = scalars + 2 * VECTORS * n_matrices + n_elementwise
+    targets = penalties + 2 * (n_matrices + n_elementwise)
     i = tl.arange(0, VECTORS)
     if takes_part(scalars, n_matrices, index, VECTORS, TOLERANCE):
         first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)

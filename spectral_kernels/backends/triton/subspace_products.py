@@ -11,10 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gram_matvec import vector_norm
+from .gram_matvec import elementwise_norm
 from .ritz import gram_of
 from .tables import (
     ALIGNED,
+    ELEMENTWISE_FIELDS,
     IN_PIECES,
     INNER,
     MATRIX_FIELDS,
@@ -25,7 +26,6 @@ from .tables import (
     ROWS,
     TILE_FIELDS,
     TILE_MATRIX,
-    VECTOR_FIELDS,
     WEIGHT,
     columns_of,
     elements_of,
@@ -143,12 +143,14 @@ def store_gram(
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "k", "integer"],
-    do_not_specialize_on_alignment=["matrices", "tiles", "vectors", "gram_partial", "s", "scalars"],
-)
+    do_not_specialize=["n_matrices", "n_tiles", "n_elementwise", "k", "integer"],
+    do_not_specialize_on_alignment=[
+        "matrices", "tiles", "elementwise", "gram_partial", "s", "scalars",
+    ],
+)  # fmt: skip
 def subspace_products(
-    matrices, tiles, vectors, t_partial, gram_partial, v, s, scalars,
-    n_matrices, n_tiles, n_vectors, k, integer,
+    matrices, tiles, elementwise, t_partial, gram_partial, v, s, scalars,
+    n_matrices, n_tiles, n_elementwise, k, integer,
     DTYPE: tl.constexpr, VECTORS: tl.constexpr, WITH_T: tl.constexpr,
     TOLERANCE: tl.constexpr, GROUP: tl.constexpr,
     R0: tl.constexpr, BN0: tl.constexpr, R1: tl.constexpr, BN1: tl.constexpr,
@@ -164,8 +166,9 @@ def subspace_products(
     if program >= n_tiles * groups:
         i = program - n_tiles * groups
         norm = scalars + 2 * VECTORS * n_matrices + i
-        penalty = norm + n_vectors + n_matrices
-        vector_norm(vectors + i * VECTOR_FIELDS, norm, penalty, k, integer, DTYPE, BN_VECTOR)
+        penalty = norm + n_elementwise + n_matrices
+        one = elementwise + i * ELEMENTWISE_FIELDS
+        elementwise_norm(one, norm, penalty, k, integer, DTYPE, BN_VECTOR)
     else:
         tile_index = (program // groups).to(tl.int64)
         first = program % groups * GROUP

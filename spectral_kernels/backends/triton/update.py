@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 
 from .gram_matvec import add_long_rows
-from .penalty import matrix_factor, shift_factor, store_norm, vector_gradient
+from .penalty import elementwise_gradient, matrix_factor, shift_factor, store_norm
 from .tables import (
     ADAMW,
     ALIGNED,
     ALIGNMENT,
+    ELEMENTWISE_FIELDS,
     EPS,
     FIRST,
     GAIN,
@@ -35,7 +36,7 @@ from .tables import (
     OPTION_2,
     OUTER,
     OUTER_STRIDE,
-    OWNER,
+    PARAMETER,
     PLAIN,
     ROW_BEGIN,
     ROW_STRIDE,
@@ -44,7 +45,6 @@ from .tables import (
     TILE_FIELDS,
     TILE_MATRIX,
     V_OFFSET,
-    VECTOR_FIELDS,
     WEIGHT,
     WEIGHT_DECAY,
     columns_of,
@@ -62,7 +62,7 @@ from .tables import (
 def _options(moment, groups, steps, RULE: tl.constexpr):
     """Return the numbers that the rule needs, float32, in the order of _next."""
     group = groups + tl.maximum(tl.load(moment + GROUP), 0) * GROUP_FIELDS
-    step = tl.maximum(tl.load(steps + tl.load(moment + OWNER)), 1.0).to(tl.float64)
+    step = tl.maximum(tl.load(steps + tl.load(moment + PARAMETER)), 1.0).to(tl.float64)
     lr, weight_decay = tl.load(group + LR), tl.load(group + WEIGHT_DECAY)
     first, second = tl.load(group + OPTION_1), tl.load(group + OPTION_2)
     if RULE == ADAMW:
@@ -213,7 +213,7 @@ def _elements(
         x = tl.zeros([BN], tl.float32)
         if WITH_PENALTY:
             value = tl.load(weight + c, mask=mask, other=0.0).to(tl.float64)
-            x = vector_gradient(value, gain, factor, strength, k, integer)
+            x = elementwise_gradient(value, gain, factor, strength, k, integer)
         new = _next(weight, grad, first, second, c, mask, acts, has_grad, x, inverse_scale,
                     options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
         if WITH_PENALTY:
@@ -243,17 +243,17 @@ def _others_are_aligned(m, moment):
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_tiles", "n_vectors", "n_sigmas", "k", "integer"],
+    do_not_specialize=["n_matrices", "n_tiles", "n_elementwise", "n_sigmas", "k", "integer"],
     do_not_specialize_on_alignment=[
-        "matrices", "tiles", "vectors", "others", "matrix_moments", "vector_moments",
+        "matrices", "tiles", "elementwise", "others", "matrix_moments", "elementwise_moments",
         "other_moments", "groups", "steps", "gram_partial", "s", "scalars", "scale", "grad_scale",
         "found_inf",
     ],
 )  # fmt: skip
 def update(
-    matrices, tiles, vectors, others, matrix_moments, vector_moments, other_moments, groups, steps,
-    t_partial, gram_partial, v, v_next, s, scalars, scale, grad_scale, found_inf,
-    n_matrices, n_tiles, n_vectors, n_sigmas, k, integer,
+    matrices, tiles, elementwise, others, matrix_moments, elementwise_moments, other_moments,
+    groups, steps, t_partial, gram_partial, v, v_next, s, scalars, scale, grad_scale, found_inf,
+    n_matrices, n_tiles, n_elementwise, n_sigmas, k, integer,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
     WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, PRODUCTS: tl.constexpr,
     BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
@@ -271,22 +271,22 @@ def update(
     inverse_scale = 1 / tl.load(grad_scale)
     multiplier = tl.load(scale).to(tl.float64)
     norms = scalars + 2 * n_sigmas
-    penalties = norms + n_vectors
-    strengths = penalties + n_matrices + n_vectors
-    targets = strengths + n_matrices + n_vectors
-    if program >= n_tiles + n_vectors:
-        i = program - n_tiles - n_vectors
+    penalties = norms + n_elementwise
+    strengths = penalties + n_matrices + n_elementwise
+    targets = strengths + n_matrices + n_elementwise
+    if program >= n_tiles + n_elementwise:
+        i = program - n_tiles - n_elementwise
         moment = other_moments + i * MOMENT_FIELDS
         acts = (tl.load(moment + GROUP) >= 0) & (stopped == 0)
-        _elements(others + i * VECTOR_FIELDS, moment, groups, steps, scalars, scalars, multiplier,
-                  acts, inverse_scale, k, integer, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                  False, BN_LONG)  # fmt: skip
+        _elements(others + i * ELEMENTWISE_FIELDS, moment, groups, steps, scalars, scalars,
+                  multiplier, acts, inverse_scale, k, integer, DTYPE, MOMENT_TYPE, RULE,
+                  WITH_MOMENT, DECOUPLED, False, BN_LONG)  # fmt: skip
     elif program >= n_tiles:
         i = program - n_tiles
-        moment = vector_moments + i * MOMENT_FIELDS
+        moment = elementwise_moments + i * MOMENT_FIELDS
         acts = (tl.load(moment + GROUP) >= 0) & (stopped == 0)
         strength = multiplier * tl.load(strengths + n_matrices + i).to(tl.float64)
-        _elements(vectors + i * VECTOR_FIELDS, moment, groups, steps, norms + i,
+        _elements(elementwise + i * ELEMENTWISE_FIELDS, moment, groups, steps, norms + i,
                   penalties + n_matrices + i, strength, acts, inverse_scale, k, integer, DTYPE,
                   MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED, True, BN_PLAIN)  # fmt: skip
     else:

@@ -24,7 +24,7 @@ _PIECE = 1 << 18  # elements that are made float64 at a time
 
 
 @dataclass(frozen=True)
-class Row:
+class MatrixRow:
     """One matrix [rows, cols] of a checkpoint; nan where an element is not finite."""
 
     name: str
@@ -70,7 +70,7 @@ class Measured:
     """What a checkpoint holds, in the order of its layers."""
 
     path: Path
-    rows: list[Row] = field(default_factory=list)
+    rows: list[MatrixRow] = field(default_factory=list)
     skipped: list[tuple[Entry, str]] = field(default_factory=list)
     """Tensors with two or more dimensions that are no matrix here, and why."""
     of_optimizer: int = 0
@@ -124,7 +124,7 @@ def measure(
     """
     found = Measured(checkpoint.path)
     entries, plan = _planned(checkpoint, patterns, found)
-    rows: dict[str, Row] = {}
+    rows: dict[str, MatrixRow] = {}
     for entry in sorted(entries, key=lambda e: str(e.file)):
         if entry.name not in plan:
             continue
@@ -166,7 +166,7 @@ def _planned(
         selection = select(metas, biases=False, norms=False, trainable_only=False, **arguments)
         skipped = selection.skipped
         for matrix in selection.matrices:
-            plan.setdefault(matrix.owner.name, []).append(matrix)
+            plan.setdefault(matrix.ref.name, []).append(matrix)
     except NothingSelected as nothing:
         skipped = nothing.skipped
     by_name = {entry.name: entry for entry in entries}
@@ -179,7 +179,7 @@ def _planned(
 
 def _rows(
     checkpoint: Checkpoint, entry: Entry, matrices: Sequence[Matrix], backend: str
-) -> list[Row]:
+) -> list[MatrixRow]:
     """Read one tensor and measure the matrices that it is."""
     tensor = checkpoint.read(entry)
     rows = []
@@ -197,7 +197,7 @@ def _rows(
         named = kind(entry.name) + ("" if matrix.index is None else "[*]")
         label = re.search(r"\[\w+\]$", matrix.name) if matrix.part is not None else None
         rows.append(
-            Row(
+            MatrixRow(
                 matrix.name, named + (label[0] if label else ""), tuple(part.shape), *matrix.shape,
                 entry.dtype, sigma, norm,
             )
@@ -229,7 +229,7 @@ def kind(name: str) -> str:
     )
 
 
-_KEYS: dict[str, Callable[[Row], float]] = {
+_KEYS: dict[str, Callable[[MatrixRow], float]] = {
     "sigma": lambda row: row.sigma,
     "stable-rank": lambda row: row.stable_rank,
     "ratio": lambda row: row.ratio,
@@ -239,8 +239,8 @@ SORTS = (*_KEYS, "name", "change")
 
 
 def ordered(
-    rows: Sequence[tuple[Row, Row | None]], sort: str | None, top: int | None
-) -> list[tuple[Row, Row | None]]:
+    rows: Sequence[tuple[MatrixRow, MatrixRow | None]], sort: str | None, top: int | None
+) -> list[tuple[MatrixRow, MatrixRow | None]]:
     """Sort rows, largest first and what is not finite before that, and keep the ``top`` ones.
 
     Args:
@@ -255,7 +255,7 @@ def ordered(
         found.sort(key=lambda pair: natural(pair[0].name))
     elif sort is not None:
 
-        def descending(pair: tuple[Row, Row | None]) -> float:
+        def descending(pair: tuple[MatrixRow, MatrixRow | None]) -> float:
             one, other = pair
             value = abs(change(one.sigma, other.sigma)) if sort == "change" else _KEYS[sort](one)
             return -math.inf if math.isnan(value) else -value

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from ..style import COLORS, apart, layers_of, shortened
 
 if TYPE_CHECKING:
-    from .measure import Row
+    from .measure import MatrixRow
 
 
 _MARKERS = "os^Dv<>PX"
@@ -27,7 +27,9 @@ _MOST_LABELS = 24
 
 
 def draw_layers(
-    pairs: Sequence[tuple[Row, Row | None]], checkpoints: Sequence[str], path: str | PathLike[str]
+    pairs: Sequence[tuple[MatrixRow, MatrixRow | None]],
+    checkpoints: Sequence[str],
+    path: str | PathLike[str],
 ) -> None:
     """Write the PNG: sigma_1 of every matrix over depth, a colour and a marker per kind of layer.
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .checkpoint import Entry
-from .measure import RTOL, Measured, Row, change, ordered
+from .measure import RTOL, MatrixRow, Measured, change, ordered
 
 _FEW = 3  # names that are shown of many
 _LEAST_WIDTH = 16  # of names in a table
-_COLUMNS: dict[str, Callable[[Row], object]] = {
+_COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "name": lambda row: row.name,
     "shape": lambda row: list(row.shape),
     "dtype": lambda row: row.dtype,
@@ -35,11 +35,11 @@ class Result:
     """One checkpoint, or two side by side."""
 
     measured: Sequence[Measured]
-    pairs: Sequence[tuple[Row, Row | None]]
+    pairs: Sequence[tuple[MatrixRow, MatrixRow | None]]
     """Sorted and cut: each row, with the other checkpoint's where there are two."""
     total: int
     """How many pairs there are without the cut."""
-    only: Sequence[Sequence[Row]]
+    only: Sequence[Sequence[MatrixRow]]
     """Rows that only the first, and only the second checkpoint has."""
 
     @classmethod
@@ -112,11 +112,11 @@ def as_csv(result: Result) -> str:
     return text.getvalue()
 
 
-def _values(row: Row) -> dict:
+def _values(row: MatrixRow) -> dict:
     return {key: of(row) for key, of in _COLUMNS.items()}
 
 
-def _cells(row: Row) -> list:
+def _cells(row: MatrixRow) -> list:
     return [_size(v) if isinstance(v, list) else v for v in _values(row).values()]
 
 
@@ -128,7 +128,7 @@ def _without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def curves(result: Result) -> tuple[list[tuple[Row, Row | None]], list[str]]:
+def curves(result: Result) -> tuple[list[tuple[MatrixRow, MatrixRow | None]], list[str]]:
     """Return what the plot shows, all rows in the order of layers, and names of checkpoints."""
     others = {row.name: row for one in result.measured[1:] for row in one.rows}
     rows = [(row, others.get(row.name)) for row in result.measured[0].rows]
