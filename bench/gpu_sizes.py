@@ -121,7 +121,7 @@ def launches(sets, backend: str) -> dict[str, list[Callable[[], object]]]:
                 lambda own=own, ours=ours, grads=grads, kept=reg: ours.finish(*own, grads, True)
             )
         for update in optimizer._updates:
-            found["update"].append(lambda x=update, kept=optimizer: x.backend.update(x))
+            found["update"].append(lambda x=update, kept=optimizer: x.backend.update(x.as_step()))
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .backends import choice
+from .backends.base import Backend
 from .diagnostics.readings import LayerReading, Readings
 from .engine import autograd
 from .engine.attach import Attachment, attach
@@ -61,7 +62,8 @@ class SpectralRegularizer(Readings):
             fused projections such as ``{"*.qkv.weight": 3}``.
         stacked: patterns of stacks (E, out, in) that are E matrices.
         warmup: power iterations at first use, so that the first sigma means something.
-        backend: "auto", "cpu" (C++) or "reference" (PyTorch, any device).
+        backend: "auto" (the fastest one that works), "cuda" (CUDA C++), "triton", "cpu" (C++),
+            "reference" (PyTorch, any device), or a ``backends.base.Backend``.
         seed: of the random vectors to start from; torch's own generators are not touched.
 
     Raises:
@@ -86,10 +88,10 @@ class SpectralRegularizer(Readings):
         splits: Mapping[str, int | Sequence[int]] | None = None,
         stacked: Sequence[str] = (),
         warmup: int = 10,
-        backend: str = "auto",
+        backend: str | Backend = "auto",
         seed: int = 0,
     ):
-        choice.check_name(backend)
+        choice.check_backend(backend)
         self.exponent = check_number("exponent", exponent, at_least=1)
         auto = n_power_iterations == "auto"
         if not auto:
@@ -222,7 +224,7 @@ class SpectralRegularizer(Readings):
         head = (
             f"SpectralRegularizer(strength={self.strength}, exponent={self.exponent:g}, "
             f"target={self.target}, n_power_iterations={self.n_power_iterations}, "
-            f"n_vectors={self.n_vectors}, backend={self._buckets.settings.backend!r})"
+            f"n_vectors={self.n_vectors}, backend={_name_of(self._buckets.settings.backend)!r})"
         )
         return "\n".join((head, *listing(self._selection)))
 
@@ -266,3 +268,7 @@ class SpectralRegularizer(Readings):
     @property
     def _iterations(self) -> int:
         return 1 if self.n_power_iterations == "auto" else self.n_power_iterations
+
+
+def _name_of(backend: str | Backend) -> str:
+    return backend if isinstance(backend, str) else backend.name

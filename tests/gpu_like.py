@@ -5,18 +5,22 @@ of calls, in which kernels have the arguments of the capture, and torch's operat
 """
 
 import contextlib
+import ctypes
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spectral_kernels import SpectralAdamW, SpectralRegularizer
 from spectral_kernels.backends import choice
+from spectral_kernels.backends.base import Backend
 from spectral_kernels.tables import device as device_tables
+from spectral_kernels.tables import schema
 from spectral_kernels.tables.schema import SLOT, address
 
 WAYS = ("accumulate", "penalty", "optimizer")  # of having the penalty in a step
-_TABLES = [SLOT[name] for name in ("matrices", "tiles", "vectors", "chunks")]
+_TABLES = [SLOT[name] for name in ("matrices", "tiles", "elementwise", "chunks")]
 
 
 def training(model, way, backend, loss_of, **options):
@@ -148,7 +152,7 @@ class Graph(TorchDispatchMode):
             call()
 
 
-class Kernels:
+class Kernels(Backend):
     """The kernels of the "cpu" backend, launched with headers by value, on copies of tables."""
 
     name = "cpu"
@@ -166,14 +170,12 @@ class Kernels:
     def rank_one(self, plan, state, grads, accumulate):
         self._launch("rank_one", [self._header(plan, state)], accumulate)
 
-    def finish(self, plan, state, grads, accumulate):
-        self.normalize(plan, state)
-        self.rank_one(plan, state, grads, accumulate)
-
     def update(self, step):
-        bucket = step.bucket
-        header = step._lone_header if bucket is None else self._header(bucket.plan, bucket.local)
-        self._launch("update", [header, step.header.copy()])
+        if step.plan is None:
+            header = _copy_of_struct(step.header_address, len(schema.HEADER))
+        else:
+            header = self._header(step.plan, step.state)
+        self._launch("update", [header, _copy_of_struct(step.address, len(schema.UPDATE))])
 
     @staticmethod
     def _header(plan, state):
@@ -191,6 +193,10 @@ class Kernels:
             call()
         else:
             self._gpu.graph.calls.append(call)
+
+
+def _copy_of_struct(where, n_fields):
+    return np.ctypeslib.as_array((ctypes.c_int64 * n_fields).from_address(where)).copy()
 
 
 class _Waits(TorchDispatchMode):

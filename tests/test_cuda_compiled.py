@@ -115,7 +115,7 @@ def test_without_a_device_a_launch_is_an_exception(native):
     addresses = (schema.address(header), 0, 0, 0, 0)
     update = np.zeros(len(schema.UPDATE), np.int64)
     step = {"update": schema.address(update), "device": 0, "stream": 0}
-    for r in schema.R:
+    for r in schema.N_VECTORS:
         header[schema.SLOT["r"]] = r
         with pytest.raises(RuntimeError, match="gram_matvec: CUDA error"):
             native.cuda.gram_matvec(*addresses, device=0, stream=0)
@@ -129,7 +129,7 @@ def test_without_a_device_a_launch_is_an_exception(native):
             )
         with pytest.raises(RuntimeError, match="update: CUDA error"):
             native.cuda.update(*addresses, **step)
-    update[schema.UPDATE.index("moment_dtype")] = schema.DTYPES[torch.bfloat16]
+    update[schema.UPDATE_SLOT["moment_dtype"]] = schema.DTYPES[torch.bfloat16]
     with pytest.raises(ValueError, match="moments are of the weights' dtype or float32"):
         native.cuda.update(*addresses, **step)
     header[schema.SLOT["weight_dtype"]] = schema.DTYPES[torch.float64]

@@ -10,7 +10,7 @@ from torch import nn
 
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD, spectral_norms
 from spectral_kernels.backends import choice
-from spectral_kernels.backends.reference import Reference
+from spectral_kernels.backends.base import Reference
 from spectral_kernels.tables.device import SPARES, DeviceTables
 
 from .gpu_like import WAYS, check_graph, training
@@ -329,7 +329,7 @@ def test_float64_weights_are_measured_by_a_backend_for_them(monkeypatch, n_vecto
 
     def make(name, dtype):
         asked.append(dtype)
-        return Reference
+        return Reference()
 
     monkeypatch.setattr(choice, "_make", make)
     model = nn.Linear(7, 5).double()

@@ -299,7 +299,7 @@ def test_state_has_room_for_r_vectors(r):
     assert state.v.shape == state.v_next.shape == (r * n,)
     assert state.s.shape == (r * m,)
     for name, size in {
-        "sigma": 5, "residual": 5, "norm": 2, "penalty": 7, "strength": 7, "target": 5
+        "sigmas": 5 * r, "residuals": 5 * r, "norm": 2, "raw_penalty": 7, "strength": 7, "target": 5
     }.items():  # fmt: skip
         assert getattr(state, name).shape == (size,), name
         assert state.header[schema.SLOT[name]] == getattr(state, name).data_ptr()

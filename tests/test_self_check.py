@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralAdamW, SpectralSGD
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD, spectral_norms
 from spectral_kernels.backends import choice, selfcheck
+from spectral_kernels.backends.base import Backend, Reference
 from spectral_kernels.backends.selfcheck import disagreement
 
 from . import sanitized
@@ -31,11 +32,11 @@ def test_the_steps_for_compute_sanitizer_run(name):
 
 def test_random_numbers_stay_as_they_were():
     before = torch.get_rng_state()
-    disagreement(choice.Reference, CPU, torch.float32)
+    disagreement(Reference(), CPU, torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Planted(choice.Reference):
+class Planted(Reference):
     """The reference with a bug."""
 
     def __init__(self, bug):
@@ -89,7 +90,7 @@ def move_a_row_twice(step):
 
 
 def forget_the_products(step):
-    step.bucket.state.s[-3:] *= 2
+    step.state.s[-3:] *= 2
 
 
 def not_a_step(step):
@@ -104,19 +105,75 @@ def not_a_step(step):
         (not_a_step, "RuntimeError: no kernel image is available"),
     ],
 )
-def test_a_bug_in_a_step_is_found_and_named(monkeypatch, bug, message):
-    class Planted(choice.Reference):
-        @staticmethod
-        def update(step):
-            choice.Reference.update(step)
+def test_a_bug_in_a_step_is_found_and_named(bug, message):
+    class PlantedInStep(Reference):
+        def update(self, step):
+            super().update(step)
             bug(step)
 
-    monkeypatch.setattr(choice, "check_name", lambda name: None)
-    monkeypatch.setattr(
-        choice, "choose", lambda name, *_: Planted if name == "cuda" else choice.Reference
-    )
-    found = selfcheck.step_disagreement(SpectralAdamW, "cuda", CPU, torch.float32)
+    found = selfcheck.step_disagreement(SpectralAdamW, PlantedInStep(), CPU, torch.float32)
     assert re.search(message, found), found
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["gram_matvec", "normalize", "rank_one", "finish", "transposed", "collect", "update"],
+)
+@pytest.mark.parametrize("r", [1, 4])
+def test_a_method_that_does_nothing_is_found(method, r):
+    empty = type("Empty", (Reference,), {method: lambda self, *arguments: None})()
+    found = [disagreement(empty, CPU, torch.float32, r)]
+    found += [selfcheck.step_disagreement(kind, empty, CPU, torch.float32, r)
+              for kind in (SpectralAdamW, SpectralSGD)]  # fmt: skip
+    assert found != [None, None, None]
+    assert (found[0] is None) == (method == "update")
+
+
+def test_the_methods_of_a_backend_are_those():
+    methods = {name for name, x in vars(Backend).items() if callable(x) and name[0] != "_"}
+    assert methods == {"gram_matvec", "normalize", "rank_one", "finish", "transposed", "collect",
+                       "update"}  # fmt: skip
+    assert Backend.__abstractmethods__ == {"gram_matvec", "normalize", "rank_one"}
+
+
+class Counting(Reference):
+    name = "counting"
+
+    def __init__(self):
+        self.calls = 0
+
+    def gram_matvec(self, plan, state):
+        self.calls += 1
+        super().gram_matvec(plan, state)
+
+
+@pytest.mark.parametrize("way", ["regularizer", "initial", "AdamW", "SGD", "norms"])
+def test_a_backend_object_serves_wherever_a_name_does(way):
+    model, own = nn.Linear(4, 3), Counting()
+    if way == "norms":
+        found = spectral_norms(model, backend=own)["weight"]
+        assert found == pytest.approx(float(torch.linalg.svdvals(model.weight)[0]), rel=1e-3)
+    elif way in ("regularizer", "initial"):
+        target = "initial" if way == "initial" else 1.0
+        reg = SpectralRegularizer(model, target=target, backend=own, warmup=0)
+        assert (own.calls > 0) == (way == "initial")
+        reg.penalty().backward()
+        assert "counting" in repr(reg)
+        assert reg._buckets.buckets[0].backend is own
+    else:
+        kind = SpectralAdamW if way == "AdamW" else SpectralSGD
+        optimizer = kind(model, backend=own)
+        optimizer.step()
+        assert optimizer.regularizer._buckets.buckets[0].backend is own
+    assert own.calls > 0
+
+
+@pytest.mark.parametrize("kind", [SpectralRegularizer, SpectralAdamW, SpectralSGD, spectral_norms])
+def test_what_is_no_backend_is_refused(kind):
+    with pytest.raises(
+        TypeError, match=r"backend: got 3; accepted are 'auto', .* a Backend object"
+    ):
+        kind(nn.Linear(4, 3), backend=3)
 
 
 # ------------------------------------------------------------------------------ what auto does
@@ -194,15 +251,16 @@ def test_an_optimizer_says_once_that_it_takes_the_reference(gpu):
     choice.for_steps(own, "SpectralAdamW", GPU, torch.float32, differs)
     assert len(asked) == 1
     assert choice.for_steps(own, "SpectralSGD", GPU, torch.float32, lambda: None) is own
-    for serves, device in ((own, CPU), (choice.Reference, GPU)):
+    for serves, device in ((own, CPU), (Reference(), GPU)):
         assert choice.for_steps(serves, "SpectralAdamW", device, torch.float32, differs) is serves
     assert len(asked) == 1
 
 
 def test_an_optimizer_steps_by_the_backend_that_passed(monkeypatch):
-    monkeypatch.setattr(choice, "for_steps", lambda *_: choice.Reference)
+    other = Reference()
+    monkeypatch.setattr(choice, "for_steps", lambda *_: other)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     optimizer = SpectralAdamW(model, exclude=["1.*"])
     optimizer.step()
-    assert [b.backend for b in optimizer.regularizer._buckets.buckets] == [choice.Reference]
-    assert [u.backend for u in optimizer._updates] == [choice.Reference]
+    assert [b.backend for b in optimizer.regularizer._buckets.buckets] == [other]
+    assert [u.backend for u in optimizer._updates] == [other]

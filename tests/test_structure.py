@@ -158,7 +158,7 @@ def test_a_module_built_from_other_tables_is_refused(monkeypatch):
     monkeypatch.setattr(native, "tables", {**native.tables, "Tile": changed})
     assert "another version" in choice.unavailable("cpu")
     with pytest.raises(RuntimeError, match=r"backend: 'cpu' cannot run here.*reinstall"):
-        choice.check_name("cpu")
+        choice.check_backend("cpu")
 
 
 def test_an_unknown_level_is_refused():

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from .base import Backend, Reference
 from .native import Cpu, Cuda, native_module
-from .reference import Reference
 from .selfcheck import disagreement
 
 NAMES = ("triton", "cuda", "cpu", "reference")
@@ -83,7 +83,7 @@ def for_steps(
     if reason is None:
         return backend
     _say(f"{optimizer}: {reason}", "reference")
-    return Reference
+    return Reference()
 
 
 def _check(key: tuple, differs: Callable[[], str | None]) -> str | None:
@@ -94,16 +94,28 @@ def _check(key: tuple, differs: Callable[[], str | None]) -> str | None:
     return None if found is None else f"{name!r} failed its check on {device} in {dtype}: {found}"
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError for an unknown backend and RuntimeError for one that cannot run here."""
-    if name not in ("auto", *NAMES):
-        accepted = ", ".join(repr(n) for n in ("auto", *NAMES))
-        raise ValueError(f"backend: got {name!r}; accepted are {accepted}")
-    if name != "auto" and (reason := unavailable(name)) is not None:
-        raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
+def check_backend(backend: str | Backend) -> None:
+    """Check the argument ``backend``: a name, or a Backend, which is used as it is.
+
+    Raises:
+        TypeError: neither of them.
+        ValueError: an unknown name.
+        RuntimeError: one that cannot run here.
+    """
+    if isinstance(backend, Backend):
+        return
+    accepted = ", ".join(repr(n) for n in ("auto", *NAMES))
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: got {backend!r}; accepted are {accepted} and a Backend object")
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend: got {backend!r}; accepted are {accepted}")
+    if backend != "auto" and (reason := unavailable(backend)) is not None:
+        raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32, r: int = 1):
+def choose(
+    name: str | Backend, device: torch.device, dtype: torch.dtype = torch.float32, r: int = 1
+) -> Backend:
     """Return the backend for ``device``: the one asked for, or with "auto" the best there is.
 
     float64 weights on a GPU go to the reference. What "auto" finds for a GPU has to agree with the
@@ -115,13 +127,15 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32, 
         ValueError: an unknown name.
         RuntimeError: a backend asked for by name that cannot run here or on that device.
     """
-    check_name(name)
+    check_backend(name)
+    if isinstance(name, Backend):
+        return name
     if name != "auto":
         if (reason := _refused(name, device)) is not None:
             raise RuntimeError(f"backend: {reason}")
         return _make(name, dtype)
     if device.type == "cuda" and dtype == torch.float64:
-        return Reference
+        return Reference()
     if device.type not in _AUTO:
         _say(f"no compiled backend serves {device.type} devices", "reference")
     candidates, missing = _AUTO.get(device.type, ()), []
@@ -136,7 +150,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32, 
         _say(reason, next(filter(_is_there(device), candidates[i + 1 :]), "reference"))
     if missing:
         _say("; ".join(dict.fromkeys(missing)), "reference")
-    return Reference
+    return Reference()
 
 
 def _is_there(device: torch.device) -> Callable[[str], bool]:
@@ -146,7 +160,7 @@ def _is_there(device: torch.device) -> Callable[[str], bool]:
 
 def _make(name: str, dtype: torch.dtype):
     if name == "reference" or (name in ("triton", "cuda") and dtype == torch.float64):
-        return Reference
+        return Reference()
     if name == "triton":
         return importlib.import_module("spectral_kernels.backends.triton.backend").Triton()
     return Cpu(native_module().cpu) if name == "cpu" else Cuda(native_module().cuda)

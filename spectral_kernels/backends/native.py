@@ -7,13 +7,13 @@ import importlib
 import torch
 
 from ..tables.schema import offsets
+from .base import Backend
 
 
-class Cpu:
+class Cpu(Backend):
     """The C++ kernels, on torch's number of threads."""
 
     name = "cpu"
-    scalars_on_device = False
 
     def __init__(self, native):
         self._gram_matvec = native.gram_matvec
@@ -24,37 +24,32 @@ class Cpu:
         self._update = native.update
 
     def gram_matvec(self, plan, state) -> None:
-        """See :func:`reference.gram_matvec`."""
+        """See :meth:`Backend.gram_matvec`."""
         self._gram_matvec(state.address, torch.get_num_threads())
 
     def transposed(self, plan, state) -> None:
-        """See :func:`reference.transposed`."""
+        """See :meth:`Backend.transposed`."""
         self._transposed(state.address, torch.get_num_threads())
 
     def collect(self, plan, state, t, gram) -> None:
-        """See :func:`reference.collect`."""
+        """See :meth:`Backend.collect`."""
         where = 0 if t is None else t.data_ptr()
         self._collect(state.address, where, gram.data_ptr(), torch.get_num_threads())
 
     def normalize(self, plan, state) -> None:
-        """See :func:`reference.normalize`."""
+        """See :meth:`Backend.normalize`."""
         self._normalize(state.address, torch.get_num_threads())
 
     def rank_one(self, plan, state, grads, accumulate: bool) -> None:
-        """See :func:`reference.rank_one`; the plan is bound to ``grads`` already."""
+        """See :meth:`Backend.rank_one`; the plan is bound to ``grads`` already."""
         self._rank_one(state.address, accumulate, torch.get_num_threads())
 
     def update(self, step) -> None:
-        """See :func:`reference.update`; one pass over weights, gradients and moments."""
+        """See :meth:`Backend.update`; one pass over weights, gradients and moments."""
         self._update(step.header_address, step.address, torch.get_num_threads())
 
-    def finish(self, plan, state, grads, accumulate: bool) -> None:
-        """Do what normalize and rank_one do."""
-        self.normalize(plan, state)
-        self.rank_one(plan, state, grads, accumulate)
 
-
-class Cuda:
+class Cuda(Backend):
     """The CUDA C++ kernels, in the current stream: two launches per step, three with r > 1."""
 
     name = "cuda"
@@ -68,24 +63,24 @@ class Cuda:
         self._update = native.update
 
     def gram_matvec(self, plan, state) -> None:
-        """See :func:`reference.gram_matvec`."""
+        """See :meth:`Backend.gram_matvec`."""
         self._gram_matvec(*self._where(plan, state))
 
     def transposed(self, plan, state) -> None:
-        """See :func:`reference.transposed`."""
+        """See :meth:`Backend.transposed`."""
         self._transposed(*self._where(plan, state))
 
     def collect(self, plan, state, t, gram) -> None:
-        """See :func:`reference.collect`."""
+        """See :meth:`Backend.collect`."""
         where = 0 if t is None else t.data_ptr()
         self._collect(*self._where(plan, state), where, gram.data_ptr())
 
     def normalize(self, plan, state) -> None:
-        """See :func:`reference.normalize`."""
+        """See :meth:`Backend.normalize`."""
         self._rank_one(*self._where(plan, state), True, False, False)
 
     def rank_one(self, plan, state, grads, accumulate: bool) -> None:
-        """See :func:`reference.rank_one`; the plan is bound to ``grads`` already."""
+        """See :meth:`Backend.rank_one`; the plan is bound to ``grads`` already."""
         self._rank_one(*self._where(plan, state), False, True, accumulate)
 
     def finish(self, plan, state, grads, accumulate: bool) -> None:
@@ -93,8 +88,8 @@ class Cuda:
         self._rank_one(*self._where(plan, state), True, True, accumulate)
 
     def update(self, step) -> None:
-        """See :func:`reference.update`; one launch, with several vectors one more for products."""
-        tables = (0, 0, 0, 0) if step.bucket is None else step.bucket.plan.device_tables().addresses
+        """See :meth:`Backend.update`; one launch, with several vectors one more for products."""
+        tables = (0, 0, 0, 0) if step.plan is None else step.plan.device_tables().addresses
         self._update(step.header_address, *tables, step.address, *_stream(step.device))
 
     @staticmethod

@@ -27,7 +27,7 @@ def matrix(plan, i: int) -> Tensor:
 
 
 def _elementwise_penalty(plan, i: int, x: Tensor, exponent: float) -> Tensor:
-    """Return R of vector ``i`` at ``x``, by its kind."""
+    """Return R of elementwise parameter ``i`` at ``x``, by its kind."""
     return (gain_penalty if plan.elementwise[i].kind == "gain" else shift_penalty)(x, exponent)
 
 
@@ -67,7 +67,7 @@ def _put_parts(plan, state, i: int, weight: Tensor, scale: Tensor, acts: Tensor)
 
 
 def gram_matvec(plan, state) -> None:
-    """Write s = W v, the partial W^T s (scaled) and s s^T, and the norms of the vectors.
+    """Write s = W v, the partial W^T s (scaled) and s s^T, and the norms of the elementwise.
 
     No W^T s if there is no ``v_next``. With a tolerance, the products of stale matrices alone, with
     ``v_next``.
@@ -79,11 +79,9 @@ def gram_matvec(plan, state) -> None:
         _put(s, v @ weight.mT, stale[i])
         _put_parts(plan, state, i, weight, scales[i], stale[i])
     for i, ref in enumerate(plan.elementwise_ref):
-        vector = plan.tensors[ref].detach().to(plan.state_dtype)
-        state.norm[i] = torch.linalg.vector_norm(vector.double())
-        state.raw_penalty[len(plan.matrices) + i] = _elementwise_penalty(
-            plan, i, vector, state.exponent
-        )
+        x = plan.tensors[ref].detach().to(plan.state_dtype)
+        state.norm[i] = torch.linalg.vector_norm(x.double())
+        state.raw_penalty[len(plan.matrices) + i] = _elementwise_penalty(plan, i, x, state.exponent)
 
 
 def transposed(plan, state) -> None:
@@ -189,16 +187,12 @@ def _put_gradient(grad: Tensor, value: Tensor, accumulate: bool) -> None:
 
 
 def update(step) -> None:
-    """Take an optimizer's step, then the products of the new weights with ``v_next``.
-
-    See ``update.Update``; ``v`` and ``v_next`` are swapped by the caller.
-    """
-    bucket = step.bucket
+    """See :meth:`Backend.update`."""
+    plan, state = step.plan, step.state
     penalty: list[Tensor] = []
-    if bucket is not None:
-        wide = bucket.plan.state_dtype
-        penalty = [torch.zeros_like(t, dtype=wide) for t in bucket.plan.tensors]
-        rank_one(bucket.plan, bucket.local, penalty, accumulate=False)
+    if plan is not None:
+        penalty = [torch.zeros_like(t, dtype=plan.state_dtype) for t in plan.tensors]
+        rank_one(plan, state, penalty, accumulate=False)
     for i, (weight, grad) in enumerate(zip(step.weights, step.grads, strict=True)):
         if not step.acts[i]:
             continue
@@ -217,11 +211,10 @@ def update(step) -> None:
         weight.detach().copy_(p)
         for kept, moment in zip(step.moments[i], moments, strict=True):
             kept.copy_(moment)
-    if bucket is not None:
-        local = bucket.local
-        local.swap()
-        gram_matvec(bucket.plan, local)
-        local.swap()
+    if plan is not None:
+        state.swap()
+        gram_matvec(plan, state)
+        state.swap()
 
 
 def differentiable_penalty(plan, state, weights) -> Tensor:
@@ -239,25 +232,6 @@ def differentiable_penalty(plan, state, weights) -> Tensor:
         )
         total = total + state.strength[i] * value
     for i, ref in enumerate(plan.elementwise_ref):
-        vector = weights[ref].to(plan.state_dtype)
-        total = total + state.strength[n + i] * _elementwise_penalty(plan, i, vector, k)
+        x = weights[ref].to(plan.state_dtype)
+        total = total + state.strength[n + i] * _elementwise_penalty(plan, i, x, k)
     return total
-
-
-class Reference:
-    """Plain PyTorch on any device."""
-
-    name = "reference"
-    scalars_on_device = False  # an optimizer's step needs numbers
-    gram_matvec = staticmethod(gram_matvec)
-    transposed = staticmethod(transposed)
-    collect = staticmethod(collect)
-    normalize = staticmethod(normalize)
-    rank_one = staticmethod(rank_one)
-    update = staticmethod(update)
-
-    @staticmethod
-    def finish(plan, state, grads, accumulate: bool) -> None:
-        """Do what normalize and rank_one do."""
-        normalize(plan, state)
-        rank_one(plan, state, grads, accumulate)

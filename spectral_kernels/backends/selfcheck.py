@@ -8,7 +8,8 @@ from torch import nn
 from ..selection.rules import select
 from ..tables.plan import Plan
 from ..tables.state import State
-from . import formulas, reference
+from . import formulas
+from .base import Backend, Reference
 
 # (M, N): short and long rows that wide loads can take, rows that they cannot, several tiles, and
 # several of them beside several chunks.
@@ -18,19 +19,22 @@ SHAPES = ((70, 192), (5, 2048), (130, 31), (3, 9000))
 EXPONENT, STRENGTH, TARGET = 2.0, 0.5, 0.7
 
 
-def disagreement(backend, device: torch.device, dtype: torch.dtype, r: int = 1) -> str | None:
+def disagreement(
+    backend: Backend, device: torch.device, dtype: torch.dtype, r: int = 1
+) -> str | None:
     """Return how ``backend`` differs from the reference on ``device``, or None if it agrees.
 
     Two power iterations with ``r`` vectors per matrix, the penalty's gradient added to gradients
-    after the first, at fresh random weights without any effect on torch's random numbers. Waits for
-    the device.
+    after the first, and written over others, at fresh random weights without any effect on torch's
+    random numbers. Calls every method of a Backend but ``update``, for which there is
+    :func:`step_disagreement`. Waits for the device.
     """
     model = small_model(device, dtype)
     try:
         found = _steps(model, backend, r)
     except Exception as error:  # whatever a compiler or driver has to say
         return f"{type(error).__name__}: {error}"
-    truth = _steps(model, reference.Reference, r)
+    truth = _steps(model, Reference(), r)
     for name, own in found.items():
         expected = truth[name].double()
         # Sums in another order, then one rounding to the gradient's type on either side.
@@ -80,10 +84,18 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
         made["the next v"] = state.v_next.clone()
     made.update({f"the gradient of {ref.name}": grad
                  for ref, grad in zip(refs, grads, strict=True)})  # fmt: skip
+    written = [torch.full_like(t, torch.nan) for t in tensors]
+    plan.bind_grads(written)
+    backend.rank_one(plan, state, written, False)
+    made.update({f"the gradient of {ref.name}, written over": grad
+                 for ref, grad in zip(refs, written, strict=True)})  # fmt: skip
     state.swap()
     backend.gram_matvec(plan, state)
     # What sharded weights go through: s^T W again, and sums over the tiles.
-    t, gram = torch.empty_like(state.v), plan.gram_partial.new_empty(len(plan.matrices) * r * r)
+    t = torch.full_like(state.v, torch.nan)
+    gram = plan.gram_partial.new_full((len(plan.matrices) * r * r,), torch.nan)
+    for parts in (plan.t_partial, plan.gram_partial):
+        parts.fill_(torch.nan)
     backend.transposed(plan, state)
     backend.collect(plan, state, t, gram)
     made["the collected s^T s"] = gram.view(-1, r, r).diagonal(dim1=1, dim2=2).sum(1)
@@ -102,7 +114,7 @@ LR, EPS = 0.1, 0.1
 
 
 def step_disagreement(
-    optimizer: type, backend: str, device: torch.device, dtype: torch.dtype, r: int = 1
+    optimizer: type, backend: str | Backend, device: torch.device, dtype: torch.dtype, r: int = 1
 ):
     """Return how the parameters or sigma differ after two steps by ``backend``, or None.
 
@@ -110,7 +122,7 @@ def step_disagreement(
 
     Args:
         optimizer: SpectralAdamW or SpectralSGD.
-        backend: name of the one to check.
+        backend: the one to check, or its name.
         device: where.
         dtype: of the parameters.
         r: vectors per matrix.
@@ -130,7 +142,7 @@ def step_disagreement(
     return None
 
 
-def _optimizer_steps(optimizer: type, backend: str, device, dtype, r) -> dict[str, torch.Tensor]:
+def _optimizer_steps(optimizer: type, backend, device, dtype, r) -> dict[str, torch.Tensor]:
     model = small_model(device, dtype).requires_grad_(True)
     own = optimizer(model, LR, strength=STRENGTH, backend=backend, n_vectors=r)
     for group in own.param_groups:

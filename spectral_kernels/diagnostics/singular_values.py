@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..backends.choice import check_name
+from ..backends.base import Backend
+from ..backends.choice import check_backend
 from ..engine.lanczos import singular_values
 from ..selection.arguments import check_choice
 from ..selection.matrices import Matrix
@@ -25,7 +26,7 @@ def spectral_norms(
     rtol: float = 1e-4,
     *,
     n_vectors: int = 1,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     **selection,
 ) -> dict[str, float] | dict[str, tuple[float, ...]]:
     """Return the largest singular value of every matrix, within ``rtol`` of the SVD's.
@@ -51,7 +52,7 @@ def spectral_norms(
             layout that cannot be used in place.
         RuntimeError: a backend that cannot run here, or no convergence.
     """
-    check_name(backend)
+    check_backend(backend)
     check_choice("n_vectors", n_vectors, N_VECTORS)
     matrices = _matrices("spectral_norms", model_or_named_tensors, selection)
     found = {

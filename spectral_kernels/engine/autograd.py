@@ -10,7 +10,7 @@ from .bucket import Bucket
 
 
 class SpectralPenalty(torch.autograd.Function):
-    """sum of strength * R over all matrices and vectors, exact in the weights given v.
+    """sum of strength * R over all matrices and elementwise parameters, exact given v.
 
     The forward pass runs the power iterations, which count as constants; the backward pass writes
     strength * dR/dW with the vectors of its own forward pass, whatever ran in between.

@@ -37,7 +37,7 @@ class Bucket:
     def of(
         cls,
         matrices: Sequence[Matrix],
-        vectors: Sequence[Elementwise],
+        elementwise: Sequence[Elementwise],
         parameters: Sequence[torch.Tensor],
         backend,
         exponent: float,
@@ -46,16 +46,18 @@ class Bucket:
     ) -> Bucket:
         """Return the bucket of some parameters, one per parameter, all of them axes alike."""
         if not any(map(shards.is_sharded, parameters)):
-            return cls(Plan(matrices, vectors, parameters, r), backend, exponent, extra_iterations)
-        refs = list(dict.fromkeys(x.ref for x in (*matrices, *vectors)))
+            return cls(
+                Plan(matrices, elementwise, parameters, r), backend, exponent, extra_iterations
+            )
+        refs = list(dict.fromkeys(x.ref for x in (*matrices, *elementwise)))
         by_ref = dict(zip(refs, parameters, strict=True))
         own = [shards.matrix_shard(matrix, by_ref[matrix.ref]) for matrix in matrices]
         if own:
             axes = own[0].shard_axes
         else:
-            axes = shards.elementwise_axes(vectors[0], by_ref[vectors[0].ref])
+            axes = shards.elementwise_axes(elementwise[0], by_ref[elementwise[0].ref])
         local = [shards.local_of(p) for p in parameters]
-        plan = Plan([one.local for one in own], vectors, local, r)
+        plan = Plan([one.local for one in own], elementwise, local, r)
         found = cls(plan, ShardedBackend(backend, plan, own, axes), exponent, extra_iterations)
         found._parameters = list(parameters)
         found._placements = [shards.placement(p) for p in parameters]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..backends.base import Backend
 from ..selection.arguments import by_name
 from ..selection.matrices import Selection
 from ..tables import device as device_tables
@@ -23,14 +24,16 @@ class Coefficients:
         selection: matrices and elementwise parameters.
         strength: factor of the penalty: a number, a 0-d tensor, or a mapping from name patterns.
         target: tau: a number, "initial", or a mapping from name patterns to these.
-        backend: name of the one that measures initial targets.
+        backend: the one, or its name, that measures initial targets.
 
     Raises:
         TypeError: a strength or target of the wrong type.
         ValueError: a value out of range, or a name that no pattern matches.
     """
 
-    def __init__(self, selection: Selection, strength: Strength, target: Target, backend: str):
+    def __init__(
+        self, selection: Selection, strength: Strength, target: Target, backend: str | Backend
+    ):
         self._selection, self._backend = selection, backend
         self.strength, self.target = strength, target
         self._targets = by_name("target", target, selection, words=("initial",))

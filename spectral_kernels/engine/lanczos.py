@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..backends.base import Backend
 from ..backends.choice import choose
 from ..backends.formulas import orthonormal_rows
 from ..selection.matrices import Matrix
@@ -16,7 +17,7 @@ BETWEEN = 5  # iterations from one look at the singular values to the next
 
 
 def singular_values(
-    matrix: Matrix, tensor: torch.Tensor, rtol: float, backend: str = "auto", r: int = 1
+    matrix: Matrix, tensor: torch.Tensor, rtol: float, backend: str | Backend = "auto", r: int = 1
 ) -> tuple[float, ...]:
     """Return the ``r`` largest singular values of one matrix of a parameter.
 

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ..backends import choice, reference
+from ..backends.base import Backend
 from ..backends.formulas import orthonormal, orthonormal_if_finite
 from ..selection.matrices import Matrix, Selection
 from ..selection.parameters import Computed
@@ -26,7 +27,7 @@ class Settings:
     """How the matrices of a model are iterated.
 
     Attributes:
-        backend: name of the backend.
+        backend: name of a backend, or a Backend.
         exponent: k.
         warmup: iterations for vectors that start from random numbers.
         seed: of those random numbers; each matrix has its own stream, keyed by its name.
@@ -34,7 +35,7 @@ class Settings:
         extra_iterations: at most, for stale matrices, after every other iteration.
     """
 
-    backend: str = "auto"
+    backend: str | Backend = "auto"
     exponent: float = 2.0
     warmup: int = 10
     seed: int = 0
@@ -46,7 +47,7 @@ class ModelBuckets:
     """All buckets of a selection, built at first use and rebuilt when parameters change.
 
     Args:
-        selection: matrices and vectors.
+        selection: matrices and elementwise parameters.
         settings: how they are iterated.
         coefficients: strength and target of each.
     """
@@ -211,12 +212,12 @@ class ModelBuckets:
         for (device, dtype, _), members in groups.items():
             inside = set(members)
             matrices = [m for m in self.selection.matrices if place[m.ref] in inside]
-            vectors = [v for v in self.selection.elementwise if place[v.ref] in inside]
-            order = list(dict.fromkeys(place[x.ref] for x in (*matrices, *vectors)))
+            elementwise = [v for v in self.selection.elementwise if place[v.ref] in inside]
+            order = list(dict.fromkeys(place[x.ref] for x in (*matrices, *elementwise)))
             backend = choice.choose(settings.backend, device, dtype, settings.n_vectors)
             own = [tensors[i] for i in order]
             bucket = Bucket.of(
-                matrices, vectors, own, backend, settings.exponent, settings.n_vectors,
+                matrices, elementwise, own, backend, settings.exponent, settings.n_vectors,
                 settings.extra_iterations,
             )  # fmt: skip
             bucket.warm = self._start(bucket) and self._warm

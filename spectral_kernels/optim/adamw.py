@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.base import Backend
 from ..regularizer import Strength, Target
 from .base import TORCH_OPTIONS, SpectralOptimizer
 from .update import ADAMW
@@ -42,7 +43,7 @@ class SpectralAdamW(SpectralOptimizer):
         decoupled: let the penalty act on the weights directly.
         state_dtype: torch.float32 for float32 moments of 16-bit parameters; None: the parameter's
             own, as in torch.
-        backend: as there: "auto", "triton", "cuda", "cpu" or "reference".
+        backend: as there.
         selection: ``biases``, ``norms``, ``include``, ``exclude``, ``splits``, ``stacked``,
             ``warmup``, ``seed`` of :class:`SpectralRegularizer`.
 
@@ -70,7 +71,7 @@ class SpectralAdamW(SpectralOptimizer):
         n_vectors: int = 1,
         decoupled: bool = False,
         state_dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        backend: str | Backend = "auto",
         **selection,
     ):
         defaults = {

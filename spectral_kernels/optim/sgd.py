@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.base import Backend
 from ..regularizer import Strength, Target
 from .base import TORCH_OPTIONS, SpectralOptimizer
 from .update import SGD
@@ -63,7 +64,7 @@ class SpectralSGD(SpectralOptimizer):
         n_vectors: int = 1,
         decoupled: bool = False,
         state_dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        backend: str | Backend = "auto",
         **selection,
     ):
         defaults = {

@@ -7,13 +7,13 @@ next v: the iteration that a regularizer would run at the start of the next step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ..backends import formulas
+from ..backends.base import Backend, Rule, Step
 from ..engine.bucket import Bucket
 from ..tables.addresses import memory_of
 from ..tables.device import DeviceTables, fill, number_on
@@ -32,14 +32,6 @@ from ..tables.schema import (
 PART = 32768  # elements of a parameter without a penalty that one task takes
 _ON_DEVICE = "others", "matrix_moments", "elementwise_moments", "other_moments", "groups"
 _TABLES = [UPDATE_SLOT[name] for name in _ON_DEVICE]
-
-
-class Rule(NamedTuple):
-    """How gradients become steps."""
-
-    number: int  # in csrc/table.h
-    moments: tuple[str, ...]  # their names in torch.optim
-    apply: Callable  # see reference.adamw
 
 
 ADAMW = Rule(0, ("exp_avg", "exp_avg_sq"), formulas.adamw)
@@ -64,7 +56,7 @@ class Update:
     def __init__(
         self,
         rule: Rule,
-        backend,
+        backend: Backend,
         bucket: Bucket | None,
         names: Sequence[str],
         weights: Sequence[torch.Tensor],
@@ -113,8 +105,9 @@ class Update:
             "other_moments": (ref, self._other_start),
         }
         self._rows = [(np.zeros(len(own), MOMENT), own, start) for own, start in rows.values()]
-        self._lone_header = np.zeros(len(HEADER), np.int64)  # without anything to regularize
-        self._lone_header[SLOT["weight_dtype"]] = DTYPES[self.dtype]
+        self._header = np.zeros(len(HEADER), np.int64)  # without anything to regularize
+        self._header[SLOT["weight_dtype"]] = DTYPES[self.dtype]
+        self._plain_header = address(self._header)
         tables = self.others, *(row[0] for row in self._rows)
         what = "an address of a parameter, a gradient or a moment"
         self.tables, self._version = DeviceTables(tables, self.device, what), 0
@@ -128,10 +121,15 @@ class Update:
         for name, value in fields.items():
             self.header[UPDATE_SLOT[name]] = value
 
-    @property
-    def header_address(self) -> int:
-        """Address of the Header that goes with the tables."""
-        return address(self._lone_header) if self.bucket is None else self.bucket.local.address
+    def as_step(self) -> Step:
+        """Return what the backend reads."""
+        plan, state = (None, None) if self.bucket is None else (self.bucket.plan, self.bucket.state)
+        return Step(
+            self.rule, plan, state, self.weights, self.grads, self.moments, self.acts, self.steps,
+            self.groups, self.group_of, self.decoupled, self.grad_scale, self.found_inf,
+            self.moment_dtype, self.others, self.tables, self.group_table, self.address,
+            self._plain_header,
+        )  # fmt: skip
 
     def bind(self, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
         """Point the tables at the parameters and gradients of this step.
@@ -264,7 +262,7 @@ class Update:
             self.steps += self._acting
         else:
             self.steps += self._acting * (self.found_inf <= 0)
-        self.backend.update(self)
+        self.backend.update(self.as_step())
         if self.bucket is not None:
             self.bucket.after_update()
         torch.autograd.graph.increment_version(self.weights)  # the kernels know addresses alone

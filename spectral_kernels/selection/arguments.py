@@ -75,7 +75,7 @@ def check_pattern_list(argument: str, patterns: Sequence[str] | None) -> list[st
 def by_name(
     argument: str, value, selection: Selection, words: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the value of ``argument`` for every matrix and vector by name.
+    """Return the value of ``argument`` for every matrix and elementwise parameter by name.
 
     Raises:
         TypeError: neither a number, one of ``words``, nor a mapping to these.

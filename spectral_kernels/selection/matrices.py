@@ -79,13 +79,13 @@ class Selection:
     """What is regularized, and what was skipped and why."""
 
     matrices: list[Matrix] = field(default_factory=list)
-    vectors: list[Elementwise] = field(default_factory=list)
+    elementwise: list[Elementwise] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     root: nn.Module | None = None
 
 
 class NothingSelected(ValueError):
-    """Not one matrix or vector: ``skipped`` has every name and why."""
+    """Neither a matrix nor an elementwise parameter: ``skipped`` has every name and why."""
 
     def __init__(self, skipped: list[tuple[str, str]]) -> None:
         shown = "; ".join(f"{n}: {why}" for n, why in skipped[:8]) or "no parameters"
@@ -170,7 +170,7 @@ _PULLED = {"shift": "pulled to 0", "gain": "every element pulled to 1"}
 
 
 def listing(selection: Selection) -> list[str]:
-    """Return lines with every matrix and vector, and what was skipped and why."""
+    """Return lines with every entry of a selection, and what was skipped and why."""
     entries = [*selection.matrices, *selection.elementwise]
     width = max((len(entry.name) for entry in entries), default=0)
     lines = [f"{len(selection.matrices)} matrices"]
@@ -178,7 +178,7 @@ def listing(selection: Selection) -> list[str]:
         shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
         lines.append(f"  {matrix.name:{width}}  {shape:>13}  {matrix.view}".rstrip())
     if selection.elementwise:
-        lines.append(f"{len(selection.elementwise)} vectors")
+        lines.append(f"{len(selection.elementwise)} elementwise parameters")
         lines += [f"  {v.name:{width}}  {_PULLED[v.kind]}" for v in selection.elementwise]
     if selection.skipped:
         lines.append(f"{len(selection.skipped)} skipped")

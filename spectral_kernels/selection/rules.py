@@ -48,7 +48,7 @@ def select(
     stacked: Sequence[str] = (),
     trainable_only: bool = True,
 ) -> Selection:
-    """Choose the matrices and vectors of a model.
+    """Choose the matrices and elementwise parameters of a model.
 
     A tensor with several names (tied weights) counts once; a pattern may name it by any of them.
 

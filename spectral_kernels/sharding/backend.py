@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
+from ..backends.base import Backend, Step
 from ..tables.layout import Layout
 from ..tables.plan import Plan, Tables
 from ..tables.state import State
@@ -63,7 +65,7 @@ class ReducedTables(Tables):
         return t, products
 
 
-class ShardedBackend:
+class ShardedBackend(Backend):
     """A backend whose matrices are spread over ranks, around the one that has the kernels.
 
     Args:
@@ -73,7 +75,9 @@ class ShardedBackend:
         shard_axes: over which axes, the same for all.
     """
 
-    def __init__(self, inner, plan: Plan, matrices: Sequence[MatrixShard], shard_axes: ShardAxes):
+    def __init__(
+        self, inner: Backend, plan: Plan, matrices: Sequence[MatrixShard], shard_axes: ShardAxes
+    ):
         self.inner, self.name, self.shard_axes = inner, inner.name, shard_axes
         self.scalars_on_device = inner.scalars_on_device
         self.reduced = ReducedTables(plan, [one.whole for one in matrices])
@@ -88,7 +92,7 @@ class ShardedBackend:
     # -------------------------------------------------------------------- the calls of a backend
 
     def gram_matvec(self, plan: Plan, state: State) -> None:
-        """See :func:`reference.gram_matvec`; sums over the ranks are on their way then."""
+        """See :meth:`Backend.gram_matvec`; sums over the ranks are on their way then."""
         local = self.local(plan, state)
         if not self.shard_axes.columns:
             self.inner.gram_matvec(plan, local)
@@ -99,7 +103,7 @@ class ShardedBackend:
         self._sum(plan, local)
 
     def normalize(self, plan: Plan, state: State) -> None:
-        """See :func:`reference.normalize`."""
+        """See :meth:`Backend.normalize`."""
         self._wait()
         self.inner.normalize(self.reduced, state)
         if plan.elementwise:
@@ -110,20 +114,15 @@ class ShardedBackend:
             state.raw_penalty[len(plan.matrices) :].copy_(penalties)
 
     def rank_one(self, plan: Plan, state: State, grads, accumulate: bool) -> None:
-        """See :func:`reference.rank_one`."""
+        """See :meth:`Backend.rank_one`."""
         self.inner.rank_one(plan, self.local(plan, state), grads, accumulate)
 
-    def finish(self, plan: Plan, state: State, grads, accumulate: bool) -> None:
-        """Do what normalize and rank_one do."""
-        self.normalize(plan, state)
-        self.rank_one(plan, state, grads, accumulate)
-
-    def update(self, step) -> None:
-        """See :func:`reference.update`."""
-        plan, state = step.bucket.plan, step.bucket.state
+    def update(self, step: Step) -> None:
+        """See :meth:`Backend.update`; sums over the ranks are on their way then."""
+        plan, state = step.plan, step.state
         if step.found_inf is not None:  # a step that is skipped takes the products with v
             state.v_next.copy_(torch.where(step.found_inf > 0, state.v, state.v_next))
-        self.inner.update(step)
+        self.inner.update(replace(step, state=self.local(plan, state)))
         local = self.local(plan, state)
         if self.shard_axes.columns:
             self._columns.sum_in_place(self.shard_axes.columns, state)

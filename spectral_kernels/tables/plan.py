@@ -183,7 +183,7 @@ class Tables:
             self.header[SLOT[name]] = value
 
     def device_tables(self) -> DeviceTables:
-        """Return the tables of matrices, tiles, vectors and chunks on the device, up to date."""
+        """Return the tables on the device, up to date: matrices, tiles, elementwise, chunks."""
         if self._device_tables is None:
             tables = self.table, self.tiles, self.elementwise_table, self.chunks
             what = "an address of a weight or a gradient"

@@ -17,11 +17,13 @@ _ADDRESSES = slice(SLOT["v"], SLOT["target"] + 1)
 class State:
     """Vectors and scalars of one plan, with the header through which kernels find them.
 
-    ``v`` [sum of r * N] made ``s`` [sum of r * M] and ``sigmas`` [r * n_matrices], all largest
-    values first; ``v_next`` is what the next iteration starts from (None in a copy from which there
-    is no next one). ``scalars`` holds sigmas, residuals and target of every matrix, norm of every
-    vector, penalty and strength of both. With a ``tolerance`` above 0, calls are about the matrices
-    whose residual is more than that times sigma alone, and start from ``v_next``.
+    With r vectors per matrix: ``v`` [sum of r * N] are the vectors that made ``s`` [sum of r * M]
+    and ``sigmas`` [r * n_matrices], of each matrix the largest first; ``v_next`` are those of the
+    next iteration (None in a read-only copy). ``scalars`` holds sigmas, residuals and target of
+    every matrix, norm of every elementwise parameter, raw penalty and strength of both.
+
+    With a ``tolerance`` above 0, calls are about stale matrices alone, whose residual is more than
+    that times sigma, and start from ``v_next``.
     """
 
     def __init__(self, plan: Plan, v, v_next, s, scalars, exponent: float):

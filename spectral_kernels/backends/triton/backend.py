@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from ...tables.schema import DTYPES
+from ..base import Backend
 from .launch import capability_of, integer_exponent, neutral, variant
 from .sizes import LARGE, sizes
 
 
-class Triton:
+class Triton(Backend):
     """All matrices and vectors of a plan in two launches per step; a third one for very long rows,
     and up to four for several vectors per matrix.
     """
@@ -18,7 +19,7 @@ class Triton:
     scalars_on_device = True  # an optimizer's step reads lr, grad_scale and found_inf there
 
     def gram_matvec(self, plan, state) -> None:
-        """See :func:`reference.gram_matvec`."""
+        """See :meth:`Backend.gram_matvec`."""
         v = state.v_next if state.tolerance > 0 else state.v
         self._products(plan, state, v, len(plan.elementwise))
 
@@ -55,7 +56,7 @@ class Triton:
             found.launch(device, n_tiles, pointers, numbers[:1])
 
     def transposed(self, plan, state) -> None:
-        """See :func:`reference.transposed`."""
+        """See :meth:`Backend.transposed`."""
         matrices, tiles, _, _ = plan.device_tables().views
         group = sizes(capability_of(plan.device), plan.dtype.itemsize, plan.r).transposed["GROUP"]
         if grid := plan.r // group * len(plan.tiles):
@@ -65,7 +66,7 @@ class Triton:
             found.launch(plan.device, grid, pointers, (len(plan.matrices),))
 
     def collect(self, plan, state, t, gram) -> None:
-        """See :func:`reference.collect`."""
+        """See :meth:`Backend.collect`."""
         matrices, tiles, _, chunks = plan.device_tables().views
         if not plan.matrices:
             return
@@ -80,7 +81,7 @@ class Triton:
         found.launch(plan.device, grid, (matrices, tiles, *sums), (len(plan.tiles),))
 
     def normalize(self, plan, state) -> None:
-        """See :func:`reference.normalize`."""
+        """See :meth:`Backend.normalize`."""
         if plan.r == 1:
             self._rank_one(plan, state, finish=True, gradient=False, accumulate=False)
         elif plan.matrices:
@@ -98,7 +99,7 @@ class Triton:
             found.launch(plan.device, len(plan.matrices), pointers, numbers)
 
     def rank_one(self, plan, state, grads, accumulate: bool) -> None:
-        """See :func:`reference.rank_one`; the plan is bound to ``grads`` already."""
+        """See :meth:`Backend.rank_one`; the plan is bound to ``grads`` already."""
         self._rank_one(plan, state, finish=False, gradient=True, accumulate=accumulate)
 
     def finish(self, plan, state, grads, accumulate: bool) -> None:
@@ -134,18 +135,18 @@ class Triton:
             n_chunks = 0
 
     def update(self, step) -> None:
-        """See :func:`reference.update`; one pass over weights, gradients and moments.
+        """See :meth:`Backend.update`; one pass over weights, gradients and moments.
 
         The products with several vectors are a launch of their own.
         """
         (groups,) = step.group_table.views
         others, *moments = step.tables.views
         one, zero = neutral(step.device)
-        if step.bucket is None:  # nothing is regularized: what the kernel does not look at
+        if step.plan is None:  # nothing is regularized: what the kernel does not look at
             tables, numbers, k, r, scale = (others,) * 3, (1, 0, 0, 1), 1.0, 1, None
             buffers = (step.steps, groups.view(torch.float64), *(step.steps,) * 4)
         else:
-            plan, state = step.bucket.plan, step.bucket.local
+            plan, state = step.plan, step.state
             tables = plan.device_tables().views[:3]
             k, r, scale = state.exponent, plan.r, state.scale
             numbers = (len(plan.matrices), len(plan.tiles), len(plan.elementwise),
