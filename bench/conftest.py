@@ -5,9 +5,9 @@ import torch
 
 from spectral_kernels.cli.env import processor, triton_version
 
-from . import devices
-from .gate import Group
-from .interleave import Replay
+from .support import devices
+from .support.gate import Group
+from .support.interleave import Replay
 
 REPLAY = Replay()
 

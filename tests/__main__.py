@@ -1,50 +1,48 @@
 """Every check that needs no GPU: ``python -m tests``, with the extras demo, test and bench.
 
 Style, the demo and each bench suite on its smallest case, then the test suite: from a wheel in an
-empty environment (see tests/wheel.py), and here what needs more than that. What concerns Triton
-runs once more in a process of its own, where an interpreter runs the kernels on the CPU.
+empty environment (see tests/project/wheel.py), and here what needs more than that. What concerns
+Triton runs once more in a process of its own, where an interpreter runs the kernels on the CPU.
+
+``python -m tests --quick``: style, and every test that takes less than a second, with one
+instruction-set level. For use while working.
 """
 
+import argparse
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from . import wheel
+from . import ROOT
+from .project import wheel
 
-ROOT = Path(__file__).parent.parent
+STYLE = [["ruff", "check", "."], ["ruff", "format", "--check", "."]]
 SPREAD = ["pytest", "-n", "auto", "--dist", "loadfile"]  # over the cores, a file to one of them
 # One by one: no file of these has fixtures of its own that take long to make.
-INTERPRETED = ["pytest", "-n", "auto", "--dist", "worksteal",
-               "tests/test_triton.py", "tests/test_self_check.py", "tests/test_backends.py",
-               "tests/test_subspace.py", "tests/test_optim.py", "tests/test_partials.py",
-               "tests/test_compile.py", "tests/test_gpu_like.py", "tests/test_gpu_sizes.py",
-               "-k", "triton or do_not_know_them", "-m", "not gpu"]  # fmt: skip
+INTERPRETED = [
+    "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not gpu",
+    "-k", "triton or do_not_know_them",
+    *(f"tests/{name}" for name in (
+        "backends/test_triton.py", "backends/test_selfcheck.py", "backends/test_backends.py",
+        "backends/test_subspace.py", "backends/test_partials.py", "optim/test_optim.py",
+        "engine/test_compile.py", "regularizer/test_gpu_like.py", "bench/test_gpu_sizes.py",
+    )),
+]  # fmt: skip
 
 
 def main() -> int:
     """Run the checks in order; the exit code is that of the first one that fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="style and what takes no second")
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        picture = str(Path(folder) / "demo.png")
-        for arguments in (
-            ["ruff", "check", "."],
-            ["ruff", "format", "--check", "."],
-            ["spectral_kernels", "env"],
-            ["spectral_kernels", "demo", "--tasks", "2", "--epochs", "1", "--out", picture],
-            ["pytest", "bench", "--smoke", "-q", "--benchmark-columns=median,rounds"],
-            ["bench.accuracy", "--smoke", "--estimators", "1/4, auto", "--strengths", "1e-3",
-             "--out", str(Path(folder) / "accuracy")],
-            ["bench.scale_model", "--check"],
-            ["torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             "-m", "bench.fsdp_example"],
-            ["tests.wheel"],
-            [*SPREAD, "-m", "not gpu", *(f"tests/test_{name}.py" for name in wheel.ELSEWHERE)],
-            *([INTERPRETED] if importlib.util.find_spec("triton") else []),
-        ):  # fmt: skip
+        commands = quick() if parser.parse_args().quick else everything(Path(folder))
+        for arguments in commands:
             # Threads that wait by spinning would keep another process of the tests from its core.
             extra = {"OMP_WAIT_POLICY": "PASSIVE"} if "-n" in arguments else {}
             if arguments is INTERPRETED:
@@ -59,6 +57,30 @@ def main() -> int:
                 return code
     print(f"[{time.monotonic() - start:.0f} s] everything passed")
     return 0
+
+
+def quick() -> Iterator[list[str]]:
+    """Yield the arguments of ``python -m`` for a check while working."""
+    yield from STYLE
+    yield [*SPREAD, "-q", "--quick", "tests"]
+
+
+def everything(folder: Path) -> Iterator[list[str]]:
+    """Yield the arguments of ``python -m`` for all checks, which may write into ``folder``."""
+    yield from STYLE
+    yield ["spectral_kernels", "env"]
+    yield ["spectral_kernels", "demo", "--tasks", "2", "--epochs", "1",
+           "--out", str(folder / "demo.png")]  # fmt: skip
+    yield ["pytest", "bench", "--smoke", "-q", "--benchmark-columns=median,rounds"]
+    yield ["bench.accuracy", "--smoke", "--estimators", "1/4, auto", "--strengths", "1e-3",
+           "--out", str(folder / "accuracy")]  # fmt: skip
+    yield ["bench.sharded.scale_model", "--check"]
+    yield ["torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+           "-m", "bench.sharded.fsdp_example"]  # fmt: skip
+    yield ["tests.project.wheel"]
+    yield [*SPREAD, "-m", "not gpu", *(f"tests/{name}" for name in wheel.ELSEWHERE)]
+    if importlib.util.find_spec("triton"):
+        yield INTERPRETED
 
 
 if __name__ == "__main__":

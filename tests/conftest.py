@@ -5,7 +5,7 @@ import torch
 
 from spectral_kernels.backends import choice
 
-from .gpu_like import GpuLike
+from .support.gpu_like import GpuLike
 
 LEVELS = ("baseline", "v3", "v4")
 

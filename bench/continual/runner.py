@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from spectral_kernels.cli.env import processor
 
-from ..report import commit_name
-from ..workers import end_with_parent
+from ..report.results import commit_name
+from ..support.workers import end_with_parent
 from .train import Key
 
 FILE = "runs.jsonl"
@@ -117,7 +117,7 @@ def _start(reports) -> None:
 
 def _work(key: Key) -> dict:
     if key.problem == "cartpole":
-        from .control import run  # what it imports is not needed elsewhere
+        from .control import run
     else:
         from .train import run
     return run(key, lambda epochs: _reports.put((key, epochs)))

@@ -12,7 +12,7 @@ import torch
 from spectral_kernels import SpectralAdamW, SpectralSGD
 from spectral_kernels.backends import choice, selfcheck
 
-from .. import gate
+from ..support import gate
 from . import inputs, measure
 from .job import Job
 from .parallel import CHECKS, DTYPES, NOT_BEGUN, PROCESSORS_LEFT

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from spectral_kernels import SpectralRegularizer
-from tests import cases
+from tests.support import cases
 
-from .. import devices, gate
+from ..support import devices, gate
 
 MOST_SETS = 8
 STRENGTH = 1e-6  # gradients that no backward() renews must not grow

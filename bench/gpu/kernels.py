@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import baselines, gate
-from ..interleave import in_turn
+from ..support import baselines, gate
+from ..support.interleave import in_turn
 from . import inputs, measure
 from .job import Job, name_of
 from .measure import captured

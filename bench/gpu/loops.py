@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from .. import baselines, gate
-from ..interleave import in_turn
+from ..support import baselines, gate
+from ..support.interleave import in_turn
 from . import inputs, measure
 from .job import Job, name_of
 from .parallel import NOT_BEGUN

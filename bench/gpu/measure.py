@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import devices, interleave
+from ..support import devices, interleave
 
 MIN_TIME = 0.01  # seconds of calls that one duration is the mean of
 LEAST, MOST = 3, 25  # rounds

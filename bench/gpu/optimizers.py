@@ -8,14 +8,14 @@ import torch
 
 from spectral_kernels import SpectralAdamW
 
-from .. import devices, optimizers
-from ..interleave import in_turn
+from ..support import devices, optimizers
+from ..support.interleave import in_turn
 from . import inputs, measure
 from .job import Job, name_of
 
 
 def spectral_adamw(backend: str):
-    """Return a maker of ours on a backend, as those in ``bench.optimizers``."""
+    """Return a maker of ours on a backend, as those in ``bench.support.optimizers``."""
 
     def make(model, strength: float) -> optimizers.Contender:
         optimizer = SpectralAdamW(model, optimizers.LR, strength=strength, backend=backend)

@@ -20,7 +20,9 @@ from .parallel import LAST_PART
 
 CUDA = Path("/usr/local/cuda/bin")
 TEST_SECONDS = 40  # of one test, where pytest-timeout is installed
-NOT_AVAILABLE = "this backend cannot run here: "  # what tests.sanitized says before the reason
+NOT_AVAILABLE = (
+    "this backend cannot run here: "  # what tests.support.sanitized says before the reason
+)
 _TOOL = "compute-sanitizer"
 
 
@@ -127,7 +129,7 @@ def tests(lines: Lines) -> int:
 
 
 def memcheck(lines: Lines, backends: tuple[str, ...], until: float) -> None:
-    """Run ``tests.sanitized`` under memcheck, every tensor in an allocation of its own.
+    """Run ``tests.support.sanitized`` under memcheck, every tensor in an allocation of its own.
 
     Each backend may take its equal part of what is left until ``until``, a monotonic time.
     """
@@ -146,7 +148,7 @@ def _memcheck(lines: Lines, tool: str, backend: str, most: float) -> None:
     """Run memcheck for one backend, and kill it after ``most`` seconds."""
     start = time.monotonic()
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9",
-               sys.executable, "-m", "tests.sanitized", backend]  # fmt: skip
+               sys.executable, "-m", "tests.support.sanitized", backend]  # fmt: skip
     print("$", *command, flush=True)
     process = group.start(
         command, cwd=ROOT, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},

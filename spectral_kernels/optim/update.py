@@ -23,6 +23,7 @@ from ..tables.schema import (
     GROUP,
     HEADER,
     MOMENT,
+    RULES,
     SLOT,
     UPDATE,
     UPDATE_SLOT,
@@ -34,8 +35,8 @@ _ON_DEVICE = "others", "matrix_moments", "elementwise_moments", "other_moments",
 _TABLES = [UPDATE_SLOT[name] for name in _ON_DEVICE]
 
 
-ADAMW = Rule(0, ("exp_avg", "exp_avg_sq"), formulas.adamw)
-SGD = Rule(1, ("momentum_buffer",), formulas.sgd)
+ADAMW = Rule(RULES["adamw"], ("exp_avg", "exp_avg_sq"), formulas.adamw)
+SGD = Rule(RULES["sgd"], ("momentum_buffer",), formulas.sgd)
 
 
 class Update:

@@ -12,6 +12,7 @@ import torch
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 KINDS = {"shift": 0, "gain": 1}  # of what is elementwise
+RULES = {"adamw": 0, "sgd": 1}
 N_VECTORS = (1, 2, 4, 8, 16)  # singular vectors per matrix that the kernels are made for
 CHUNK_COLUMNS = 128  # of one matrix, that one program of a GPU sums over the tiles
 

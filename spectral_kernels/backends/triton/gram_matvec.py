@@ -38,7 +38,9 @@ from .tables import (
     factors_of,
     inverse_power_of_two,
     is_aligned,
+    norms_of,
     parts_of,
+    penalties_of,
     power,
     takes_part,
     whole_loads,
@@ -241,8 +243,8 @@ def gram_matvec(
     program = tl.program_id(0)
     if program >= n_tiles:
         i = program - n_tiles
-        norm = scalars + 2 * n_matrices + i
-        penalty = scalars + 3 * n_matrices + n_elementwise + i
+        norm = norms_of(scalars, n_matrices) + i
+        penalty = penalties_of(scalars, n_matrices, n_elementwise) + n_matrices + i
         elementwise_norm(
             elementwise + i * ELEMENTWISE_FIELDS, norm, penalty, k, integer, DTYPE, 128
         )

@@ -42,8 +42,13 @@ from .tables import (
     elements_of,
     inverse_power_of_two,
     is_aligned,
+    norms_of,
     parts_of,
+    penalties_of,
+    residuals_of,
+    strengths_of,
     takes_part,
+    targets_of,
 )
 
 
@@ -152,7 +157,7 @@ def _tile_gradient(
 
 
 @triton.jit
-def _vector_gradient(
+def _elementwise_gradient(
     vector, norm, strength, k, integer, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     ACCUMULATE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -197,10 +202,10 @@ def rank_one(
     Scalars are n_sigmas estimates, as many residuals, and the rest as in plan.SCALARS.
     """
     program = tl.program_id(0)
-    norms = scalars + 2 * n_sigmas
-    penalties = norms + n_elementwise
-    strengths = penalties + n_matrices + n_elementwise
-    targets = strengths + n_matrices + n_elementwise
+    norms = norms_of(scalars, n_sigmas)
+    penalties = penalties_of(scalars, n_sigmas, n_elementwise)
+    strengths = strengths_of(scalars, n_sigmas, n_matrices, n_elementwise)
+    targets = targets_of(scalars, n_sigmas, n_matrices, n_elementwise)
     tile_index = program
     if FINISH:
         # Chunks wait for memory: the programs of tiles that run beside them make use of it.
@@ -212,8 +217,9 @@ def rank_one(
             if takes_part(scalars, n_matrices, index, 1, TOLERANCE):
                 _finish_chunk(chunk_index, index, matrices, tiles, chunks, t_partial, gram_partial,
                               chunk_squares, arrivals, v, v_next, scalars + index,
-                              scalars + n_sigmas + index, penalties + index, targets + index, k,
-                              integer, WITH_T, TOLERANCE, TILES, BN_SUM)  # fmt: skip
+                              residuals_of(scalars, n_sigmas) + index, penalties + index,
+                              targets + index, k, integer, WITH_T, TOLERANCE, TILES,
+                              BN_SUM)  # fmt: skip
             tile_index = -1
         elif chunk >= 0:
             tile_index = program - n_chunks
@@ -248,5 +254,5 @@ def rank_one(
             present = tl.load(vector + GRAD) != 0
             if present & (tl.load(vector + GRAD_DTYPE) == grad_dtype):
                 strength = multiplier * tl.load(strengths + n_matrices + i).to(tl.float64)
-                _vector_gradient(vector, norms + i, strength, k, integer, DTYPE, GRAD_TYPE,
+                _elementwise_gradient(vector, norms + i, strength, k, integer, DTYPE, GRAD_TYPE,
                                  ACCUMULATE, BN)  # fmt: skip

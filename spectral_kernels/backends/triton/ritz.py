@@ -23,7 +23,9 @@ from .tables import (
     TILE_FIELDS,
     V_OFFSET,
     inverse_power_of_two,
+    penalties_of,
     takes_part,
+    targets_of,
     whole_loads,
 )
 
@@ -258,8 +260,9 @@ def ritz(
     """Write sigmas and penalty of a matrix; with t its residuals, and turn v, s and v_next."""
     index = tl.program_id(0).to(tl.int64)
     m = matrices + index * MATRIX_FIELDS
-    penalties = scalars + 2 * VECTORS * n_matrices + n_elementwise
-    targets = penalties + 2 * (n_matrices + n_elementwise)
+    n_sigmas = VECTORS * n_matrices
+    penalties = penalties_of(scalars, n_sigmas, n_elementwise)
+    targets = targets_of(scalars, n_sigmas, n_matrices, n_elementwise)
     i = tl.arange(0, VECTORS)
     if takes_part(scalars, n_matrices, index, VECTORS, TOLERANCE):
         first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)

@@ -31,7 +31,9 @@ from .tables import (
     elements_of,
     inverse_power_of_two,
     is_aligned,
+    norms_of,
     parts_of,
+    penalties_of,
     takes_part,
 )
 
@@ -165,8 +167,9 @@ def subspace_products(
     program = tl.program_id(0)
     if program >= n_tiles * groups:
         i = program - n_tiles * groups
-        norm = scalars + 2 * VECTORS * n_matrices + i
-        penalty = norm + n_elementwise + n_matrices
+        n_sigmas = VECTORS * n_matrices
+        norm = norms_of(scalars, n_sigmas) + i
+        penalty = penalties_of(scalars, n_sigmas, n_elementwise) + n_matrices + i
         one = elementwise + i * ELEMENTWISE_FIELDS
         elementwise_norm(one, norm, penalty, k, integer, DTYPE, BN_VECTOR)
     else:

@@ -1,4 +1,4 @@
-"""Fields of the tables that plan.py writes, arithmetic, and what else both kernels share."""
+"""Fields of the tables, parts of the scalars, and arithmetic that the kernels share."""
 
 from __future__ import annotations
 
@@ -6,51 +6,58 @@ import torch
 import triton
 import triton.language as tl
 
+from ...tables import schema
+
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Columns of plan.MATRIX, TILE, CHUNK, VECTOR and MOMENT; tests/test_triton.py compares them.
-WEIGHT: tl.constexpr = tl.constexpr(0)
-GRAD: tl.constexpr = tl.constexpr(1)
-GRAD_DTYPE: tl.constexpr = tl.constexpr(2)
-ROWS: tl.constexpr = tl.constexpr(3)
-OUTER: tl.constexpr = tl.constexpr(4)
-INNER: tl.constexpr = tl.constexpr(5)
-ROW_STRIDE: tl.constexpr = tl.constexpr(6)
-OUTER_STRIDE: tl.constexpr = tl.constexpr(7)
-GRAD_ROW_STRIDE: tl.constexpr = tl.constexpr(8)
-GRAD_OUTER_STRIDE: tl.constexpr = tl.constexpr(9)
-V_OFFSET: tl.constexpr = tl.constexpr(10)
-S_OFFSET: tl.constexpr = tl.constexpr(11)
-FIRST_TILE: tl.constexpr = tl.constexpr(12)
-N_TILES: tl.constexpr = tl.constexpr(13)
-MATRIX_FIELDS: tl.constexpr = tl.constexpr(14)
-TILE_MATRIX: tl.constexpr = tl.constexpr(0)
-ROW_BEGIN: tl.constexpr = tl.constexpr(1)
-ROW_END: tl.constexpr = tl.constexpr(2)
-T_OFFSET: tl.constexpr = tl.constexpr(3)
-TILE_FIELDS: tl.constexpr = tl.constexpr(4)
-CHUNK_MATRIX: tl.constexpr = tl.constexpr(0)
-CHUNK_BEGIN: tl.constexpr = tl.constexpr(1)
-CHUNK_FIELDS: tl.constexpr = tl.constexpr(2)
-CHUNK_COLUMNS: tl.constexpr = tl.constexpr(128)
-SIZE: tl.constexpr = tl.constexpr(3)
-KIND: tl.constexpr = tl.constexpr(4)
-ELEMENTWISE_FIELDS: tl.constexpr = tl.constexpr(5)
-GAIN: tl.constexpr = tl.constexpr(1)
-FIRST: tl.constexpr = tl.constexpr(0)
-SECOND: tl.constexpr = tl.constexpr(1)
-PARAMETER: tl.constexpr = tl.constexpr(2)
-GROUP: tl.constexpr = tl.constexpr(3)
-MOMENT_FIELDS: tl.constexpr = tl.constexpr(4)
-# Those of plan.GROUP, float64.
-LR: tl.constexpr = tl.constexpr(0)
-WEIGHT_DECAY: tl.constexpr = tl.constexpr(1)
-OPTION_1: tl.constexpr = tl.constexpr(2)  # beta1 or momentum
-OPTION_2: tl.constexpr = tl.constexpr(3)  # beta2 or dampening
-EPS: tl.constexpr = tl.constexpr(4)
-NESTEROV: tl.constexpr = tl.constexpr(5)
-GROUP_FIELDS: tl.constexpr = tl.constexpr(6)
-ADAMW: tl.constexpr = tl.constexpr(0)  # of csrc/table.h's rules
+
+def _field(struct, name: str) -> tl.constexpr:
+    """Return the place of a field among those of a row."""
+    return tl.constexpr(struct.names.index(name))
+
+
+WEIGHT: tl.constexpr = _field(schema.MATRIX, "weight")
+GRAD: tl.constexpr = _field(schema.MATRIX, "grad")
+GRAD_DTYPE: tl.constexpr = _field(schema.MATRIX, "grad_dtype")
+ROWS: tl.constexpr = _field(schema.MATRIX, "rows")
+OUTER: tl.constexpr = _field(schema.MATRIX, "outer")
+INNER: tl.constexpr = _field(schema.MATRIX, "inner")
+ROW_STRIDE: tl.constexpr = _field(schema.MATRIX, "row_stride")
+OUTER_STRIDE: tl.constexpr = _field(schema.MATRIX, "outer_stride")
+GRAD_ROW_STRIDE: tl.constexpr = _field(schema.MATRIX, "grad_row_stride")
+GRAD_OUTER_STRIDE: tl.constexpr = _field(schema.MATRIX, "grad_outer_stride")
+V_OFFSET: tl.constexpr = _field(schema.MATRIX, "v_offset")
+S_OFFSET: tl.constexpr = _field(schema.MATRIX, "s_offset")
+FIRST_TILE: tl.constexpr = _field(schema.MATRIX, "first_tile")
+N_TILES: tl.constexpr = _field(schema.MATRIX, "n_tiles")
+MATRIX_FIELDS: tl.constexpr = tl.constexpr(len(schema.MATRIX))
+TILE_MATRIX: tl.constexpr = _field(schema.TILE, "matrix")
+ROW_BEGIN: tl.constexpr = _field(schema.TILE, "row_begin")
+ROW_END: tl.constexpr = _field(schema.TILE, "row_end")
+T_OFFSET: tl.constexpr = _field(schema.TILE, "t_offset")
+TILE_FIELDS: tl.constexpr = tl.constexpr(len(schema.TILE))
+CHUNK_MATRIX: tl.constexpr = _field(schema.CHUNK, "matrix")
+CHUNK_BEGIN: tl.constexpr = _field(schema.CHUNK, "begin")
+CHUNK_FIELDS: tl.constexpr = tl.constexpr(len(schema.CHUNK))
+CHUNK_COLUMNS: tl.constexpr = tl.constexpr(schema.CHUNK_COLUMNS)
+# WEIGHT, GRAD and GRAD_DTYPE are the same of a matrix and of what is elementwise.
+SIZE: tl.constexpr = _field(schema.ELEMENTWISE, "size")
+KIND: tl.constexpr = _field(schema.ELEMENTWISE, "kind")
+ELEMENTWISE_FIELDS: tl.constexpr = tl.constexpr(len(schema.ELEMENTWISE))
+GAIN: tl.constexpr = tl.constexpr(schema.KINDS["gain"])
+FIRST: tl.constexpr = _field(schema.MOMENT, "first")
+SECOND: tl.constexpr = _field(schema.MOMENT, "second")
+PARAMETER: tl.constexpr = _field(schema.MOMENT, "parameter")
+GROUP: tl.constexpr = _field(schema.MOMENT, "group")
+MOMENT_FIELDS: tl.constexpr = tl.constexpr(len(schema.MOMENT))
+LR: tl.constexpr = _field(schema.GROUP, "lr")
+WEIGHT_DECAY: tl.constexpr = _field(schema.GROUP, "weight_decay")
+OPTION_1: tl.constexpr = _field(schema.GROUP, "option_1")  # beta1 or momentum
+OPTION_2: tl.constexpr = _field(schema.GROUP, "option_2")  # beta2 or dampening
+EPS: tl.constexpr = _field(schema.GROUP, "eps")
+NESTEROV: tl.constexpr = _field(schema.GROUP, "nesterov")
+GROUP_FIELDS: tl.constexpr = tl.constexpr(len(schema.GROUP))
+ADAMW: tl.constexpr = tl.constexpr(schema.RULES["adamw"])
 
 # How the elements of a row lie: in pieces, one after the other, or so that loads may be wide.
 IN_PIECES: tl.constexpr = tl.constexpr(0)
@@ -101,13 +108,51 @@ def factors_of(scale):
     )
 
 
+# Parts of the scalars of a state, in the order of schema.SCALARS, after the sigmas. With r vectors,
+# n_sigmas is r times the number of matrices.
+
+
+@triton.jit
+def residuals_of(scalars, n_sigmas):
+    """Return where the residuals start, [n_sigmas]."""
+    return scalars + n_sigmas
+
+
+@triton.jit
+def norms_of(scalars, n_sigmas):
+    """Return where the norms of what is elementwise start, [n_elementwise]."""
+    return scalars + 2 * n_sigmas
+
+
+@triton.jit
+def penalties_of(scalars, n_sigmas, n_elementwise):
+    """Return where the raw penalties start, [n_matrices + n_elementwise]."""
+    return scalars + 2 * n_sigmas + n_elementwise
+
+
+@triton.jit
+def strengths_of(scalars, n_sigmas, n_matrices, n_elementwise):
+    """Return where the strengths start, [n_matrices + n_elementwise]."""
+    return scalars + 2 * n_sigmas + n_elementwise + n_matrices + n_elementwise
+
+
+@triton.jit
+def targets_of(scalars, n_sigmas, n_matrices, n_elementwise):
+    """Return where the targets start, [n_matrices]."""
+    n_entries = n_matrices + n_elementwise
+    return scalars + 2 * n_sigmas + n_elementwise + 2 * n_entries
+
+
 @triton.jit
 def takes_part(scalars, n_matrices, index, VECTORS: tl.constexpr, TOLERANCE: tl.constexpr):
     """Tell whether a call is about a matrix: all are without a tolerance; see csrc/table.h."""
     stale = TOLERANCE == 0
     if TOLERANCE > 0:
         sigma = tl.load(scalars + index).to(tl.float64)
-        stale = tl.load(scalars + VECTORS * n_matrices + index).to(tl.float64) > TOLERANCE * sigma
+        stale = (
+            tl.load(residuals_of(scalars, VECTORS * n_matrices) + index).to(tl.float64)
+            > TOLERANCE * sigma
+        )
     return stale
 
 

@@ -52,8 +52,12 @@ from .tables import (
     factors_of,
     inverse_power_of_two,
     is_aligned,
+    norms_of,
     parts_of,
+    penalties_of,
     power,
+    strengths_of,
+    targets_of,
     whole_loads,
 )
 
@@ -270,10 +274,10 @@ def update(
     stopped = tl.load(found_inf) > 0
     inverse_scale = 1 / tl.load(grad_scale)
     multiplier = tl.load(scale).to(tl.float64)
-    norms = scalars + 2 * n_sigmas
-    penalties = norms + n_elementwise
-    strengths = penalties + n_matrices + n_elementwise
-    targets = strengths + n_matrices + n_elementwise
+    norms = norms_of(scalars, n_sigmas)
+    penalties = penalties_of(scalars, n_sigmas, n_elementwise)
+    strengths = strengths_of(scalars, n_sigmas, n_matrices, n_elementwise)
+    targets = targets_of(scalars, n_sigmas, n_matrices, n_elementwise)
     if program >= n_tiles + n_elementwise:
         i = program - n_tiles - n_elementwise
         moment = other_moments + i * MOMENT_FIELDS

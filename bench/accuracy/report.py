@@ -1,0 +1,117 @@
+"""Table and picture of bench/accuracy/__main__.py's results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; lines tell them apart too.
+STYLES = {
+    "torch": ("#000000", ":"), "1": ("#D55E00", "-"), "1, auto": ("#D55E00", "--"),
+    "2": ("#E69F00", "-"), "4": ("#0072B2", "-"), "4, auto": ("#0072B2", "--"),
+    "8": ("#009E73", "-"),
+}  # fmt: skip
+LABELS = {"torch": "torch's spectral_norm iteration", "1": "1 vector"}
+SCORES = {"demo": "accuracy, last 5 tasks", "transformer": "loss, last 3 tasks"}
+LAST = {"demo": 5, "transformer": 3}
+FLOOR = 1e-5  # of the picture: below, rounding shows
+
+
+def label(estimator: str) -> str:
+    """Return what a reader calls an estimator."""
+    number, _, auto = estimator.partition(", ")
+    words = LABELS.get(number, f"{number} vectors")
+    return f"{words}, {auto}" if auto else words
+
+
+def groups(data: dict) -> dict[tuple[str, float], dict[str, list[dict]]]:
+    """Return the runs by problem and strength, and in these by estimator."""
+    found: dict = {}
+    for run in data["runs"]:
+        of = found.setdefault((run["problem"], run["strength"]), {})
+        of.setdefault(run["estimator"], []).append(run)
+    return found
+
+
+def _late(run: dict, name: str) -> np.ndarray:
+    """Errors after the first tenth of the steps, in which everything still moves in."""
+    values = np.array(run[name])
+    return values[len(values) // 10 :]
+
+
+def table(data: dict) -> str:
+    """Return the Markdown: errors beside costs, by problem and strength."""
+    lines = [
+        "Errors of sigma_1 relative to the SVD, in percent, over all matrices and over steps after "
+        f"the first tenth. {data['device']}, torch {data['torch']}, {data['date']}, "
+        f"commit {', '.join(data['commits'])}; {data['threads']} threads for the cost.",
+        "",
+        "*reads*: of W per step, on average. *r-th*: mean error of the last of the r values, "
+        "relative to sigma_1. *cost*: time of a step of the penalty, in units of one vector.",
+    ]
+    base = {shapes: of["1"] for shapes, of in data["costs"].items()}
+    for (problem, strength), of in groups(data).items():
+        seeds = max(len(runs) for runs in of.values())
+        ratio = np.mean([_late(run, "ratio").mean() for runs in of.values() for run in runs])
+        lines += [
+            "", f"**{problem}, strength {strength:g}** ({seeds} seeds; sigma_2 / sigma_1 = "
+            f"{ratio:.3f} on average)", "",
+            "| estimator | mean | p99 | largest | r-th | reads "
+            + "".join(f"| cost, {shapes} " for shapes in data["costs"])
+            + f"| {SCORES[problem]} |",
+            "|---" * (7 + len(data["costs"])) + "|",
+        ]  # fmt: skip
+        for estimator, runs in of.items():
+            first = 100 * np.concatenate([_late(run, "first").ravel() for run in runs])
+            least = 100 * np.concatenate([_late(run, "least").ravel() for run in runs])
+            scores = np.array([np.mean(run["scores"][-LAST[problem] :]) for run in runs])
+            spread = f" ± {scores.std(ddof=1) / len(scores) ** 0.5:.3f}" if len(scores) > 1 else ""
+            cells = [
+                label(estimator), f"{first.mean():.3f}", f"{np.percentile(first, 99):.3f}",
+                f"{first.max():.2f}", f"{np.abs(least).mean():.2f}",
+                f"{np.mean([run['reads'] for run in runs]):.2f}",
+                *(f"{of[estimator] / base[shapes]:.2f}" for shapes, of in data["costs"].items()),
+                f"{scores.mean():.3f}{spread}",
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(data: dict, path: Path) -> None:
+    """Write the PNG: mean error over the matrices against steps, per problem and strength."""
+    found = groups(data)
+    columns = min(len(found), 3)
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows + 0.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    handles: dict = {}
+    for ax, ((problem, strength), of) in zip(axes.flat, found.items(), strict=False):
+        for estimator, runs in of.items():
+            curve = np.mean([np.array(run["first"]).mean(axis=1) for run in runs], axis=0)
+            width = max(1, len(curve) // 40)
+            n = len(curve) // width * width
+            smooth = curve[:n].reshape(-1, width).mean(axis=1)
+            steps = (np.arange(len(smooth)) + 0.5) * width * runs[0]["every"]
+            color, line = STYLES[estimator]
+            (handles[label(estimator)],) = ax.plot(
+                steps, np.maximum(smooth, FLOOR), color=color, linestyle=line, linewidth=1.6
+            )
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+        ax.grid(axis="y", color="0.9")
+        ax.set_title(f"{problem}, strength {strength:g}", fontsize=10)
+        ax.set_xlabel("training step")
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    for ax in axes.flat[len(found) :]:
+        ax.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("estimate below $\\sigma_1$, mean")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False,
+                  ncols=min(4, len(handles)))  # fmt: skip
+    figure.savefig(path, format="png")

@@ -1,0 +1,1 @@
+"""Suites of pytest-benchmark: what the penalty costs."""

@@ -1,0 +1,1 @@
+"""What suites and reports share: contenders, models, and how they are timed."""

@@ -1,0 +1,239 @@
+"""Metrics for a logger, and the file of sigma and residual over the steps."""
+
+import csv
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
+
+from ..support import models
+
+pytestmark = pytest.mark.usefixtures("seeded")
+SUFFIXES = (".csv", ".jsonl")
+
+
+def net(*sizes):
+    return nn.Sequential(*(nn.Linear(n, m) for n, m in itertools.pairwise(sizes)))
+
+
+def steps(model, optimizer, n=3):
+    for _ in range(n):
+        optimizer.zero_grad()
+        model(torch.randn(5, model[0].in_features)).square().mean().backward()
+        optimizer.step()
+
+
+def attached(model, **arguments):
+    reg = SpectralRegularizer(model, **arguments)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    reg.attach(optimizer)
+    return reg, optimizer
+
+
+# -------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_those_of_the_last_step(backend):
+    model = net(8, 12, 5, 3)
+    reg, optimizer = attached(model, strength=0.1, target=0.5, backend=backend)
+    steps(model, optimizer)
+    (bucket,) = reg._buckets.buckets
+    penalty = float((bucket.state.strength * bucket.state.raw_penalty).sum())
+    before = bucket.state.v_next.clone()
+    found = reg.metrics()
+    sigma, residual = reg.sigma, reg.residual
+    assert found == pytest.approx({
+        "spectral/sigma_max": float(sigma.max()),
+        "spectral/sigma_median": float(sigma.median()),
+        "spectral/sigma_min": float(sigma.min()),
+        "spectral/residual_max": float((residual / sigma).max()),
+        "spectral/above_target": float((sigma - residual > 0.5).sum()),
+        "spectral/penalty": penalty,
+    })  # fmt: skip
+    assert all(type(x) is float for x in found.values())
+    assert torch.equal(bucket.state.v_next, before)
+
+
+def test_the_penalty_is_that_of_the_last_step_with_its_strength(backend):
+    model = net(8, 12, 5)
+    reg = SpectralRegularizer(model, {"0.*": 0.3, "*": 0.1}, warmup=500, backend=backend)
+    first = reg.metrics()["spectral/penalty"]
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+        expected = float(reg.penalty())
+    assert reg.metrics()["spectral/penalty"] == first != pytest.approx(expected, rel=0.1)
+    reg.accumulate_grad_()
+    assert reg.metrics()["spectral/penalty"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_per_layer_carry_names():
+    model = models.mixed()
+    reg = SpectralRegularizer(model)
+    found, summary = reg.metrics(per_layer=True), reg.metrics()
+    assert {name: found[name] for name in summary} == summary
+    for row in reg.report():
+        assert found[f"spectral/sigma/{row.name}"] == row.sigma
+        assert found[f"spectral/residual/{row.name}"] == row.residual
+    assert len(found) == len(summary) + 2 * len(reg.names)
+
+
+def test_metrics_of_several_dtypes_are_in_the_order_of_names():
+    model = net(8, 12, 5, 3)
+    model[1].double()
+    reg = SpectralRegularizer(model, n_vectors=2)
+    found = reg.metrics(per_layer=True)
+    sigmas = [found[f"spectral/sigma/{name}"] for name in reg.names]
+    assert sigmas == pytest.approx(reg.sigma.tolist(), rel=1e-12)
+    with torch.no_grad():
+        assert found["spectral/penalty"] == pytest.approx(float(reg.penalty()), rel=0.1)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.float64)])
+def test_vectors_alone_have_a_penalty_and_no_sigma(dtypes):
+    model = nn.Sequential(*(nn.LayerNorm(4).to(dtype) for dtype in dtypes))
+    nn.init.constant_(model[0].weight, 2)
+    reg = SpectralRegularizer(model, strength=0.5)
+    found = reg.metrics(per_layer=True)
+    assert found == {"spectral/penalty": pytest.approx(18.0), "spectral/above_target": 0}
+    assert reg.sigma.shape == reg.residual.shape == (0,)
+    assert reg.report() == []
+
+
+def test_zero_matrices_have_no_residual_and_broken_ones_are_seen():
+    model = net(4, 4, 4)
+    nn.init.zeros_(model[0].weight)
+    found = SpectralRegularizer(model, backend="reference").metrics()
+    assert found["spectral/sigma_min"] == 0
+    assert math.isfinite(found["spectral/residual_max"])
+    nn.init.constant_(model[1].weight, math.nan)
+    found = SpectralRegularizer(model, backend="reference").metrics()
+    assert math.isnan(found["spectral/sigma_max"])
+
+
+@pytest.mark.parametrize("kind", [SpectralAdamW, SpectralSGD])
+def test_optimizers_have_the_same(tmp_path, kind):
+    model = net(8, 12, 5)
+    optimizer = kind(model, lr=0.01, strength=0.1)
+    log = optimizer.log_to(tmp_path / "run.csv")
+    steps(model, optimizer)
+    log(3)
+    assert optimizer.metrics(per_layer=True) == optimizer.regularizer.metrics(per_layer=True)
+    assert len((tmp_path / "run.csv").read_text().splitlines()) == 2
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def rows_of(path):
+    """Step, sigmas and residuals of every row, as another program would read them."""
+    lines = path.read_text().splitlines()
+    if path.suffix == ".csv":
+        _, *rows = csv.reader(lines)
+        numbers = [(int(step), [float(x) for x in rest]) for step, *rest in rows]
+        return [(n, x[: len(x) // 2], x[len(x) // 2 :]) for n, x in numbers]
+    rows = [json.loads(line) for line in lines]
+    return [(r["step"], [*r["sigma"].values()], [*r["residual"].values()]) for r in rows]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_call_appends_the_sigma_and_residual_of_that_step(tmp_path, suffix):
+    model, path = net(8, 12, 5), tmp_path / f"run{suffix}"
+    reg, optimizer = attached(model)
+    log, expected = reg.log_to(path), []
+    for step in range(3):
+        steps(model, optimizer, 1)
+        log(step)
+        expected.append((step, reg.sigma.tolist(), reg.residual.tolist()))
+        # What was logged is in the file at once.
+        found = rows_of(path)
+        assert [row[0] for row in found] == list(range(step + 1))
+    for (_, *a), (_, *b) in zip(found, expected, strict=True):
+        assert a[0] == pytest.approx(b[0], rel=1e-7)
+        assert a[1] == pytest.approx(b[1], rel=1e-7, abs=1e-12)
+
+
+def test_names_of_columns_and_keys(tmp_path):
+    weights = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 2))]
+    reg = SpectralRegularizer([("a,b", weights[0]), ("c", weights[1])])
+    for suffix in SUFFIXES:
+        reg.log_to(tmp_path / f"run{suffix}")(7)
+    header = next(csv.reader((tmp_path / "run.csv").open()))
+    assert header == ["step", "sigma/a,b", "sigma/c", "residual/a,b", "residual/c"]
+    row = json.loads((tmp_path / "run.jsonl").read_text())
+    assert [*row] == ["step", "sigma", "residual"]
+    assert [*row["sigma"]] == [*row["residual"]] == ["a,b", "c"]
+
+
+def test_what_is_not_finite(tmp_path):
+    model = net(4, 4)
+    nn.init.constant_(model[0].weight, math.nan)
+    reg = SpectralRegularizer(model)
+    for suffix in SUFFIXES:
+        reg.log_to(tmp_path / f"run{suffix}")(0)
+    assert (tmp_path / "run.csv").read_text().endswith("\n0,nan,nan\n")
+    assert json.loads((tmp_path / "run.jsonl").read_text())["sigma"] == {"0.weight": None}
+
+
+def test_every_leaves_steps_out(tmp_path):
+    log = SpectralRegularizer(net(3, 3)).log_to(tmp_path / "run.csv", every=10)
+    for step in range(31):
+        log(step)
+    assert [row[0] for row in rows_of(tmp_path / "run.csv")] == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("cut", [0, 1, 9, 10_000], ids=lambda n: f"{n} bytes lost")
+def test_a_file_of_the_same_matrices_is_continued(tmp_path, suffix, cut):
+    path, reg = tmp_path / f"run{suffix}", SpectralRegularizer(net(3, 5, 4))
+    log = reg.log_to(path)
+    for step in range(4):
+        log(step)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: max(len(whole) - cut, 5)])
+    reg.log_to(path)(9)
+    kept = {0: [0, 1, 2, 3], 1: [0, 1, 2], 9: [0, 1, 2], 10_000: []}[cut]
+    assert [row[0] for row in rows_of(path)] == [*kept, 9]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("text", [None, "other\n", "[1]\n", "other", '{"step": 1}\n'])
+def test_a_file_of_other_matrices_is_refused_and_left_alone(tmp_path, suffix, text):
+    path = tmp_path / f"run{suffix}"
+    if text is None:
+        SpectralRegularizer(net(3, 5)).log_to(path)(0)
+    else:
+        path.write_text(text)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"^path: '.*run{suffix}' is there and no log of these"):
+        SpectralRegularizer(net(3, 5, 4)).log_to(path)
+    assert path.read_bytes() == before
+
+
+def test_bad_arguments_are_named(tmp_path):
+    reg = SpectralRegularizer(net(3, 3))
+    with pytest.raises(ValueError, match=r"^path: got .*run.txt'; accepted are .*csv.*jsonl"):
+        reg.log_to(tmp_path / "run.txt")
+    with pytest.raises(FileNotFoundError, match=r"^path: got .*'; its folder does not exist"):
+        reg.log_to(tmp_path / "none" / "run.csv")
+    with pytest.raises(ValueError, match=r"^every: got 0; accepted are integers >= 1"):
+        reg.log_to(tmp_path / "run.csv", every=0)
+    with pytest.raises(TypeError, match=r"^step: got 'x'; accepted is an integer"):
+        reg.log_to(tmp_path / "run.csv")("x")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_ranks_the_first_writes(tmp_path, monkeypatch, rank):
+    path, reg = tmp_path / "run.csv", SpectralRegularizer(net(3, 3))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        reg.log_to(path)(0)
+    finally:
+        dist.destroy_process_group()
+    assert path.exists() == (rank == 0)

@@ -1,0 +1,143 @@
+"""The CUDA C++ kernels on a CPU: csrc/ as it is, compiled with a stand-in for CUDA.
+
+``python -m pytest -p tests.support.cuda_emulator --emulator FOLDER FILES`` builds it in FOLDER and
+runs the tests of backend "cuda" in some files, such as tests/backends/test_subspace.py.
+
+Blocks run in another random order in each launch, several at once, and the threads of a block in
+random order between barriers and shuffles. A launch fails where some threads wait for others that
+never come, a load or store is not aligned, or a block writes beyond its shared memory. What cannot
+be shown: that a first-level cache holds what another block has changed since, that memory is seen
+in another order than it was written, that something beyond a tensor is read and not used, what
+nvcc and ptxas make of the code, and how fast it is.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_kernels.backends import choice
+from spectral_kernels.backends import native as native_backends
+from tests import ROOT
+
+from ..buckets import cut_as_on_a_gpu
+
+HERE = Path(__file__).parent
+CSRC = ROOT / "csrc"
+FLAGS = ["-std=gnu++17", "-fPIC", "-fvisibility=hidden", "-w", "-U_FORTIFY_SOURCE"]
+KERNELS = ["-O1", "-ffp-contract=fast", "-x", "c++", "-include", str(HERE / "emulator.h")]
+PLAIN = ["-O0", "-DSPECTRAL_CUDA", "-DSPECTRAL_LEVEL=baseline"]
+
+
+def missing() -> str | None:
+    """Return what the emulator needs and is not here, or None."""
+    if shutil.which(compiler()) is None:
+        return f"no C++ compiler: there is no {compiler()!r}"
+    if shutil.which("nvcc") is None:
+        return "CUDA's headers are missing: there is no nvcc"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    return None
+
+
+def compiler() -> str:
+    """Return the name of the C++ compiler."""
+    return os.environ.get("CXX") or "g++"
+
+
+def includes() -> list[str]:
+    """Return options for the folders of headers: nvcc's own, pybind11's and Python's."""
+    import pybind11
+
+    dry = ["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull]
+    said = subprocess.run(dry, capture_output=True, text=True, check=True).stderr
+    (cuda,) = re.findall(r'INCLUDES="-I([^"]+)"', said)
+    return [f"-I{x}" for x in (cuda, pybind11.get_include(), sysconfig.get_path("include"))]
+
+
+def build(folder: Path) -> Path:
+    """Compile in ``folder`` what has changed since the last time there; return the module."""
+    target = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    kernels = [HERE / "emulator.cpp", *CSRC.rglob("*.cu")]
+    headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), HERE / "emulator.h"]
+    where = includes()
+
+    def compiled(source: Path) -> Path:
+        made = folder / f"{source.parent.name}_{source.name}.o"
+        changed = max(x.stat().st_mtime for x in (source, *headers))
+        if not made.exists() or made.stat().st_mtime < changed:
+            options = KERNELS if source in kernels else PLAIN
+            run(*FLAGS, *where, *options, "-c", source, "-o", made)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*kernels, *CSRC.rglob("*.cpp")]))
+    # Of functions that torch's libraries have as well, the emulator's are meant.
+    run("-shared", "-Wl,-Bsymbolic", *objects, "-pthread", "-o", target)
+    return target
+
+
+def run(*arguments) -> None:
+    """Run the compiler; where it fails, the error has what it said."""
+    done = subprocess.run([compiler(), *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
+def load(path: Path):
+    """Import a module that :func:`build` has made."""
+    spec = importlib.util.spec_from_file_location("_native", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def emulate(patch, native) -> None:
+    """Let backend "cuda" be the emulator's, on a CPU, with tiles cut as for a GPU.
+
+    ``patch`` is pytest's monkeypatch, ``native`` what :func:`load` returns.
+    """
+    patch.setitem(sys.modules, "spectral_kernels._native", native)
+    choice.native_module()  # or it was made from other tables
+
+    def but_for_cuda(reason):
+        return lambda name, *where: None if name == "cuda" else reason(name, *where)
+
+    for reason in (choice.unavailable, choice._refused):
+        patch.setattr(choice, reason.__name__, but_for_cuda(reason))
+    patch.setattr(native_backends, "_stream", lambda device: (0, 0))
+    cut_as_on_a_gpu(patch)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--emulator", type=Path, required=True, help="folder to build the module in")
+
+
+def pytest_configure(config):
+    folder = config.getoption("emulator")
+    folder.mkdir(parents=True, exist_ok=True)
+    emulate(pytest.MonkeyPatch(), load(build(folder)))
+
+
+def pytest_collection_modifyitems(config, items):
+    from tests import conftest
+
+    def on_device(device, name):
+        yield name
+
+    conftest.on_device = on_device  # the CPU, that is
+
+    def runs_kernels(item):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        return given.get("backend") == "cuda@cuda" and torch.float64 not in given.values()
+
+    config.hook.pytest_deselected(items=[x for x in items if not runs_kernels(x)])
+    items[:] = filter(runs_kernels, items)
