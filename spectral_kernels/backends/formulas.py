@@ -1,6 +1,23 @@
-""""""
+"""The whole mathematics in plain PyTorch; the reference backend computes with these functions.
+
+For a matrix W [M, N] and a unit vector v [N] that counts as a constant, the penalty R and its
+gradient are (Lewandowski et al., arXiv 2406.06811, with the choices of the README)
+
+    sigma = ||W v||        u = W v / sigma        R = (sigma^k - tau^k)^2
+    dR/dW = 2 k (sigma^k - tau^k) sigma^(k-1) u v^T
+
+One power iteration on W^T W takes v to W^T W v / ||W^T W v||. With r vectors, the rows of V [r, N],
+it is subspace iteration with Rayleigh-Ritz (Golub and Van Loan, "Matrix Computations", sections 7.3
+and 8.2): S = V W^T [r, M]; the eigenvectors of S S^T turn the rows of V and S into estimates of the
+r largest singular values and their vectors; the next V is an orthonormal basis of S W.
+
+A bias or shift b has R = ||b||^(2k). A gain g is a diagonal matrix, whose singular values are
+|g_i|: R = sum_i (|g_i|^k - 1)^2. R is the raw penalty; the penalty is strength * R.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,43 +25,82 @@ from torch import Tensor
 ZERO = 1e-6  # times sigma_1: a smaller Ritz value is rounding
 
 
-def penalty(weight: Tensor, v: Tensor, exponent: float, target: float | Tensor) -> Tensor:
-    """Return R of a matrix ``weight`` [M, N] given ``v`` [N]; differentiable in ``weight``."""
-    sigma = torch.linalg.vector_norm(weight @ v)
-    return (sigma**exponent - target**exponent) ** 2
+# ----------------------------------------------------------------------------- power iteration
 
 
-def shift_penalty(b: Tensor, exponent: float) -> Tensor:
-    """Return R of a bias or shift ``b`` of any shape: its Euclidean norm to the power 2k."""
-    return (b * b).sum() ** exponent
+class Products(NamedTuple):
+    """What one read of a matrix gives."""
+
+    s: Tensor  # V W^T [r, M]
+    gram: Tensor  # S S^T [r, r], float64
+    t: Tensor  # scale * S W [r, N]
 
 
-def gain_penalty(g: Tensor, exponent: float) -> Tensor:
-    """Return R of a gain ``g`` of any shape: the sum of (|g_i|^k - 1)^2."""
-    return ((g.abs() ** exponent - 1) ** 2).sum()
+class Iteration(NamedTuple):
+    """Singular values and vectors after an iteration; sigmas and residuals are float64."""
+
+    sigmas: Tensor  # [r], the largest first
+    residuals: Tensor  # [r]; some singular value of W lies within each of its sigma
+    s: Tensor  # [r, M], turned to the Ritz vectors
+    v: Tensor  # [r, N], likewise
+    v_next: Tensor  # [r, N], orthonormal rows
 
 
-def penalty_gradient(weight: Tensor, v: Tensor, exponent: float, target: float) -> Tensor:
-    """Return dR/dW [M, N], zero where sigma is zero."""
-    s = weight @ v
-    sigma = torch.linalg.vector_norm(s)
-    factor = 2 * exponent * (sigma**exponent - target**exponent) * sigma ** (exponent - 1)
-    return factor * torch.outer(torch.where(sigma > 0, s / sigma, torch.zeros_like(s)), v)
+def power_iteration(weight: Tensor, v: Tensor, scale: Tensor | float = 1.0) -> Iteration:
+    """Run one iteration of ``weight`` [M, N] from ``v`` [r, N], whose rows are orthonormal.
+
+    ``scale`` multiplies s before it goes into t, so that nothing overflows: see
+    :func:`inverse_power_of_two`.
+    """
+    s, gram, t = products(weight, v, scale)
+    return finished(s, v, gram, t, scale)
 
 
-def power_iteration(weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sigma (0-d) and the next v [N] of one iteration with ``weight`` [M, N], ``v`` [N]."""
-    s = weight @ v
-    t = weight.mT @ s
-    return torch.linalg.vector_norm(s), t / torch.linalg.vector_norm(t)
+def products(weight: Tensor, v: Tensor, scale: Tensor | float) -> Products:
+    """Multiply ``weight`` [M, N] by ``v`` [r, N], and the result by its transpose."""
+    s = v @ weight.mT
+    return Products(s, *partial_products(weight, s, scale))
+
+
+def partial_products(weight: Tensor, s: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return S S^T [r, r], float64, and scale * S W [r, N] for ``s`` [r, M]."""
+    wide = s.double()
+    return wide @ wide.mT, (s * scale) @ weight
+
+
+def finished(s: Tensor, v: Tensor, gram: Tensor, t: Tensor, scale: Tensor | float) -> Iteration:
+    """Return what an iteration arrives at, from its products.
+
+    Where t is zero or not finite, ``v_next`` is v.
+    """
+    sigmas, turn = singular_values(gram)
+    if turn is None:
+        t_norm = torch.linalg.vector_norm(t.double())
+        v_next, t_norm = t / t_norm, t_norm[None]
+    else:
+        t, s, v = turn @ t.double(), turn @ s.double(), turn @ v.double()
+        t_norm = torch.linalg.vector_norm(t, dim=1)
+        v_next = orthonormal_rows(t)
+    good = torch.isfinite(t_norm).all() & (t_norm[0] > 0) & torch.isfinite(sigmas[0])
+    # ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
+    wtu = t_norm / (scale * sigmas)
+    residuals = ((wtu - sigmas) * (wtu + sigmas)).clamp(min=0).sqrt()
+    unknown = ~torch.isfinite(sigmas) | (sigmas == 0)
+    residuals = torch.where(unknown, sigmas, residuals)
+    return Iteration(sigmas, residuals, s, v, torch.where(good, v_next, v))
+
+
+def singular_values(gram: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return estimates [r] from S S^T [r, r], and what turns V and S to them; None for r = 1."""
+    return (gram[0].sqrt(), None) if len(gram) == 1 else rayleigh_ritz(gram)
 
 
 def rayleigh_ritz(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Ritz values [r], largest first, and what turns S and V, [r, r].
+    """Return the Ritz values [r], largest first, and the rotation [r, r] of V and S.
 
-    ``gram`` [r, r] is S S^T of S = V W^T [r, M]. The rows of the product of the second with S are
-    orthogonal and as long as the values. Values below ZERO times the largest are rounding errors
-    and count as 0. Where S is zero or not finite, so are the values, and nothing is turned.
+    ``gram`` [r, r] is S S^T. The rows of rotation @ S are orthogonal, and their lengths are the
+    values. Values below ZERO times the largest are rounding errors and count as 0. Where S is zero
+    or not finite, so are the values, and the rotation is the identity.
     """
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     finite = torch.isfinite(gram).all()
@@ -54,6 +110,16 @@ def rayleigh_ritz(gram: Tensor) -> tuple[Tensor, Tensor]:
     squares = torch.where(squares > ZERO**2 * squares[0], squares, torch.zeros_like(squares))
     squares = torch.where(some, squares, gram.trace())
     return squares.sqrt(), torch.where(some, vectors.flip(1).mT, eye)
+
+
+def inverse_power_of_two(sigma: Tensor) -> Tensor:
+    """Return the power of two that brings ``sigma`` to about one; 1 where sigma is unknown.
+
+    A power of two changes no digit of what it multiplies.
+    """
+    known = torch.isfinite(sigma) & (sigma > 0)
+    _, exponent = torch.frexp(torch.where(known, sigma, torch.ones_like(sigma)))
+    return torch.ldexp(torch.ones_like(sigma), 1 - exponent)
 
 
 def orthonormal_rows(x: Tensor) -> Tensor:
@@ -70,15 +136,76 @@ def orthonormal_rows(x: Tensor) -> Tensor:
     return found
 
 
-def inverse_power_of_two(sigma: Tensor) -> Tensor:
-    """Return the power of two that brings ``sigma`` to about one (1 where it is unknown)."""
-    known = torch.isfinite(sigma) & (sigma > 0)
-    _, exponent = torch.frexp(torch.where(known, sigma, torch.ones_like(sigma)))
-    return torch.ldexp(torch.ones_like(sigma), 1 - exponent)
+def orthonormal(v: Tensor) -> Tensor:
+    """Return an orthonormal basis of the rows of ``v`` [r, N] in its dtype; r = 1 is normalized."""
+    if len(v) == 1:
+        return (v / torch.linalg.vector_norm(v.double())).to(v.dtype)
+    return orthonormal_rows(v).to(v.dtype)
+
+
+def orthonormal_if_finite(v: Tensor) -> Tensor | None:
+    """Return :func:`orthonormal` of ``v`` [r, N]; None if its first row is zero or not finite."""
+    first = torch.linalg.vector_norm(v[0].double())
+    good = bool(torch.isfinite(v).all() & (first > 0) & torch.isfinite(first))
+    return orthonormal(v) if good else None
+
+
+# ------------------------------------------------------------------- the penalty and its gradient
+
+
+def raw_penalty(weight: Tensor, v: Tensor, exponent: float, target: float | Tensor) -> Tensor:
+    """Return R of a matrix ``weight`` [M, N] given ``v`` [N]; differentiable in ``weight``."""
+    return raw_penalty_at(torch.linalg.vector_norm(weight @ v), exponent, target)
+
+
+def raw_penalty_at(sigma: Tensor, exponent: float, target: float | Tensor) -> Tensor:
+    """Return R of a matrix with the largest singular value ``sigma``."""
+    return (sigma**exponent - target**exponent) ** 2
+
+
+def penalty_gradient(s: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+    """Return strength * dR/dW [M, N], from ``s`` = W v [M], ``v`` [N] and the gradient's factor."""
+    return torch.outer(factor * s, v)
+
+
+def gradient_factor(
+    sigma: Tensor, strength: Tensor | float, exponent: float, target: Tensor | float
+) -> Tensor:
+    """Return strength * 2 k (sigma^k - tau^k) sigma^(k-1) / sigma, by which s is multiplied.
+
+    At sigma = 0 there is no direction to move along: the factor is zero.
+    """
+    k = exponent
+    factor = strength * 2 * k * (sigma**k - target**k) * sigma ** (k - 1) / sigma
+    return torch.where(sigma == 0, torch.zeros_like(sigma), factor)
+
+
+def shift_penalty(b: Tensor, exponent: float) -> Tensor:
+    """Return R of a bias or shift ``b`` of any shape: its Euclidean norm to the power 2k."""
+    return (b * b).sum() ** exponent
+
+
+def shift_gradient(b: Tensor, norm: Tensor, exponent: float) -> Tensor:
+    """Return dR/db of a bias or shift ``b`` of any shape with the Euclidean norm ``norm``."""
+    return 2 * exponent * norm ** (2 * exponent - 2) * b
+
+
+def gain_penalty(g: Tensor, exponent: float) -> Tensor:
+    """Return R of a gain ``g`` of any shape: the sum of (|g_i|^k - 1)^2."""
+    return ((g.abs() ** exponent - 1) ** 2).sum()
+
+
+def gain_gradient(g: Tensor, exponent: float) -> Tensor:
+    """Return dR/dg of a gain ``g`` of any shape."""
+    k = exponent
+    return 2 * k * (g.abs() ** k - 1) * g.abs() ** (k - 1) * g.sign()
+
+
+# --------------------------------------------------------------------------------- optimizers
 
 
 def adamw(p: Tensor, g: Tensor, moments, step: Tensor, group) -> tuple[Tensor, list[Tensor]]:
-    """Return the next ``p`` and moments by torch.optim.AdamW's rule; ``group`` as in csrc/table.h.
+    """Return the next ``p`` and moments by torch.optim.AdamW's rule; ``group`` is of schema.GROUP.
 
     m1 <- m1 + (1 - beta1) (g - m1), m2 <- beta2 m2 + (1 - beta2) g^2,
     p <- (1 - lr weight_decay) p - lr m1 / (1 - beta1^step) / (sqrt(m2 / (1 - beta2^step)) + eps)
@@ -93,7 +220,7 @@ def adamw(p: Tensor, g: Tensor, moments, step: Tensor, group) -> tuple[Tensor, l
 
 
 def sgd(p: Tensor, g: Tensor, moments, step: Tensor, group) -> tuple[Tensor, list[Tensor]]:
-    """Return the next ``p`` and moments by torch.optim.SGD's rule; ``group`` as in csrc/table.h.
+    """Return the next ``p`` and moments by torch.optim.SGD's rule; ``group`` is of schema.GROUP.
 
     g <- g + weight_decay p, m <- momentum m + (1 - dampening) g (no dampening at the first step),
     p <- p - lr m, or with ``nesterov`` p - lr (g + momentum m)
@@ -104,17 +231,3 @@ def sgd(p: Tensor, g: Tensor, moments, step: Tensor, group) -> tuple[Tensor, lis
         return p - lr * g, list(moments)
     m = momentum * moments[0] + (1 - dampening * (step > 1).double()) * g
     return p - lr * (g + momentum * m if group["nesterov"] else m), [m]
-
-
-def orthonormal(v: torch.Tensor) -> torch.Tensor:
-    """Return an orthonormal basis of the rows of ``v`` [r, N]; one row is divided by its norm."""
-    if len(v) == 1:
-        return (v / torch.linalg.vector_norm(v.double())).to(v.dtype)
-    return orthonormal_rows(v).to(v.dtype)
-
-
-def orthonormal_if_finite(v: torch.Tensor) -> torch.Tensor | None:
-    """Return an orthonormal basis of ``v`` [r, N], or None where its first row is zero."""
-    first = torch.linalg.vector_norm(v[0].double())
-    good = bool(torch.isfinite(v).all() & (first > 0) & torch.isfinite(first))
-    return orthonormal(v) if good else None

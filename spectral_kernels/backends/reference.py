@@ -6,13 +6,6 @@ import torch
 from torch import Tensor
 
 from . import formulas
-from .formulas import (
-    gain_penalty,
-    inverse_power_of_two,
-    orthonormal_rows,
-    rayleigh_ritz,
-    shift_penalty,
-)
 
 
 def stored(plan, i: int, tensor: Tensor) -> Tensor:
@@ -28,11 +21,12 @@ def matrix(plan, i: int) -> Tensor:
 
 def _elementwise_penalty(plan, i: int, x: Tensor, exponent: float) -> Tensor:
     """Return R of elementwise parameter ``i`` at ``x``, by its kind."""
-    return (gain_penalty if plan.elementwise[i].kind == "gain" else shift_penalty)(x, exponent)
+    is_gain = plan.elementwise[i].kind == "gain"
+    return (formulas.gain_penalty if is_gain else formulas.shift_penalty)(x, exponent)
 
 
 def _stale(state) -> Tensor:
-    """Tell which matrices a call is about, [n_matrices]."""
+    """Return which matrices a call is about, [n_matrices]: all of them without a tolerance."""
     if state.tolerance == 0:
         return torch.ones_like(state.sigma, dtype=torch.bool)
     return state.residual > state.tolerance * state.sigma
@@ -54,30 +48,23 @@ def _parts(plan, i: int) -> tuple[Tensor, Tensor]:
     return t, plan.gram_partial.view(-1, r, r)[first : first + n_tiles]
 
 
-def _put_parts(plan, state, i: int, weight: Tensor, scale: Tensor, acts: Tensor) -> None:
-    """Write W^T s (scaled) and s s^T of matrix ``i`` as those of its first tile, others zero."""
-    s, (t, gram) = state.rows(i), _parts(plan, i)
-    if not len(gram):
-        return
-    _put(gram[0], s.double() @ s.double().mT, acts)
-    _put(gram[1:], torch.zeros_like(gram[1:]), acts)
-    if state.v_next is not None:
-        _put(t[0], (s * scale) @ weight, acts)
-        _put(t[1:], torch.zeros_like(t[1:]), acts)
+def _put_parts(plan, state, i: int, gram: Tensor, t: Tensor, acts: Tensor) -> None:
+    """Write the products of matrix ``i`` as those of its first tile, and zeros for the others."""
+    parts = _parts(plan, i)
+    for part, value in zip(parts, (t, gram), strict=True):
+        if len(part) and not (part is parts[0] and state.v_next is None):
+            _put(part[0], value, acts)
+            _put(part[1:], torch.zeros_like(part[1:]), acts)
 
 
 def gram_matvec(plan, state) -> None:
-    """Write s = W v, the partial W^T s (scaled) and s s^T, and the norms of the elementwise.
-
-    No W^T s if there is no ``v_next``. With a tolerance, the products of stale matrices alone, with
-    ``v_next``.
-    """
-    scales, stale = inverse_power_of_two(state.sigma), _stale(state)
+    """See :meth:`base.Backend.gram_matvec`."""
+    scales, stale = formulas.inverse_power_of_two(state.sigma), _stale(state)
     vectors = state.v_next if state.tolerance > 0 else state.v
     for i in range(len(plan.matrices)):
-        weight, s, v = matrix(plan, i), state.rows(i), state.columns(i, vectors)
-        _put(s, v @ weight.mT, stale[i])
-        _put_parts(plan, state, i, weight, scales[i], stale[i])
+        s, gram, t = formulas.products(matrix(plan, i), state.columns(i, vectors), scales[i])
+        _put(state.rows(i), s, stale[i])
+        _put_parts(plan, state, i, gram, t, stale[i])
     for i, ref in enumerate(plan.elementwise_ref):
         x = plan.tensors[ref].detach().to(plan.state_dtype)
         state.norm[i] = torch.linalg.vector_norm(x.double())
@@ -85,21 +72,15 @@ def gram_matvec(plan, state) -> None:
 
 
 def transposed(plan, state) -> None:
-    """Write the partial W^T s (scaled) and s s^T of the s that ``state`` holds.
-
-    No W^T s if there is no ``v_next``. With a tolerance, those of stale matrices alone.
-    """
-    scales, stale = inverse_power_of_two(state.sigma), _stale(state)
+    """See :meth:`base.Backend.transposed`."""
+    scales, stale = formulas.inverse_power_of_two(state.sigma), _stale(state)
     for i in range(len(plan.matrices)):
-        _put_parts(plan, state, i, matrix(plan, i), scales[i], stale[i])
+        gram, t = formulas.partial_products(matrix(plan, i), state.rows(i), scales[i])
+        _put_parts(plan, state, i, gram, t, stale[i])
 
 
 def collect(plan, state, t: Tensor | None, gram: Tensor) -> None:
-    """Write the sums of the partial W^T s and s s^T over the tiles of every matrix.
-
-    ``t`` [sum of r N] is of the state's dtype and laid out like ``v``; None if there is no
-    ``v_next``. ``gram`` [n_matrices r r] is float64. A matrix without rows or columns has zeros.
-    """
+    """See :meth:`base.Backend.collect`."""
     products = gram.view(-1, plan.r, plan.r)
     for i in range(len(plan.matrices)):
         t_parts, gram_parts = _parts(plan, i)
@@ -109,73 +90,53 @@ def collect(plan, state, t: Tensor | None, gram: Tensor) -> None:
 
 
 def normalize(plan, state) -> None:
-    """Write sigmas, residuals, penalty and the orthonormal ``v_next`` of every matrix.
-
-    From the partial W^T s and s s^T in ``plan``, without a look at weights. With several vectors, v
-    and s are turned to the Ritz vectors unless there is no ``v_next``. With a tolerance, all this
-    for stale matrices alone, whose v is ``v_next`` first.
-    """
+    """See :meth:`base.Backend.normalize`."""
     k, stale = state.exponent, _stale(state)
-    scales = inverse_power_of_two(state.sigma).double()
+    scales = formulas.inverse_power_of_two(state.sigma).double()
     sigmas, residuals = (x.view(plan.r, -1) for x in (state.sigmas, state.residuals))
     for i in range(len(plan.matrices)):
         s, v, (t_parts, gram_parts) = state.rows(i), state.columns(i, state.v), _parts(plan, i)
         gram = gram_parts.sum(0)
-        if plan.r == 1:
-            sigma, turn = gram[0].sqrt(), None
-        else:
-            sigma, turn = rayleigh_ritz(gram)
-        _put(sigmas[:, i], sigma, stale[i])
-        excess = sigma[0] ** k - state.target[i].double() ** k
-        _put(state.raw_penalty[i], excess**2, stale[i])
         if state.v_next is None:
-            continue
-        v_next, t = state.columns(i, state.v_next), t_parts.sum(0)
-        if state.tolerance > 0:
-            _put(v, v_next, stale[i])
-        if turn is None:
-            t_norm = torch.linalg.vector_norm(t.double())
-            following, t_norm = t / t_norm, t_norm[None]
+            found, _ = formulas.singular_values(gram)
         else:
-            t = turn @ t.double()
-            _put(s, turn @ s.double(), stale[i])
-            _put(v, turn @ v.double(), stale[i])
-            t_norm = torch.linalg.vector_norm(t, dim=1)
-            following = orthonormal_rows(t)
-        good = torch.isfinite(t_norm).all() & (t_norm[0] > 0) & torch.isfinite(sigma[0])
-        _put(v_next, torch.where(good, following, v), stale[i])
-        # ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
-        wtu = t_norm / (scales[i] * sigma)
-        residual = ((wtu - sigma) * (wtu + sigma)).clamp(min=0).sqrt()
-        unknown = ~torch.isfinite(sigma) | (sigma == 0)
-        _put(residuals[:, i], torch.where(unknown, sigma, residual), stale[i])
+            v_next = state.columns(i, state.v_next)
+            if state.tolerance > 0:
+                _put(v, v_next, stale[i])
+            done = formulas.finished(s, v, gram, t_parts.sum(0), scales[i])
+            found = done.sigmas
+            _put(s, done.s, stale[i])
+            _put(v, done.v, stale[i])
+            _put(v_next, done.v_next, stale[i])
+            _put(residuals[:, i], done.residuals, stale[i])
+        _put(sigmas[:, i], found, stale[i])
+        raw_penalty = formulas.raw_penalty_at(found[0], k, state.target[i].double())
+        _put(state.raw_penalty[i], raw_penalty, stale[i])
 
 
 def rank_one(plan, state, grads, accumulate: bool) -> None:
-    """Add strength * dR/dW to ``grads`` (one per parameter), or write it over them."""
-    k = state.exponent
+    """See :meth:`base.Backend.rank_one`; ``plan`` need not be bound to ``grads``."""
+    k, n = state.exponent, len(plan.matrices)
     strength = state.strength.double()
     if state.scale is not None:
         strength = strength * state.scale
-    n = len(plan.matrices)
     sigma, target, norm = state.sigma.double(), state.target.double(), state.norm.double()
-    coefficient = strength[:n] * 2 * k * (sigma**k - target**k) * sigma ** (k - 1) / sigma
-    coefficient = torch.where(sigma == 0, torch.zeros_like(sigma), coefficient)
+    factors = formulas.gradient_factor(sigma, strength[:n], k, target)
     for i, ref in enumerate(plan.matrix_ref):
         if grads[ref] is None:
             continue
-        u = (coefficient[i] * state.rows(i)[0]).to(plan.state_dtype)
+        s, v = state.rows(i)[0], state.columns(i, state.v)[0]
         view = stored(plan, i, grads[ref].detach())
-        value = torch.outer(u, state.columns(i, state.v)[0]).reshape(view.shape)
+        value = formulas.penalty_gradient(s, v, factors[i]).reshape(view.shape)
         _put_gradient(view, value, accumulate)
     for i, ref in enumerate(plan.elementwise_ref):
         if grads[ref] is None:
             continue
         x = plan.tensors[ref].detach().double()
         if plan.elementwise[i].kind == "gain":
-            value = 2 * k * (x.abs() ** k - 1) * x.abs() ** (k - 1) * x.sign()
+            value = formulas.gain_gradient(x, k)
         else:
-            value = 2 * k * norm[i] ** (2 * k - 2) * x
+            value = formulas.shift_gradient(x, norm[i], k)
         _put_gradient(grads[ref].detach(), strength[n + i] * value, accumulate)
 
 
@@ -227,7 +188,7 @@ def differentiable_penalty(plan, state, weights) -> Tensor:
     for i, ref in enumerate(plan.matrix_ref):
         layout = plan.layouts[i]
         weight = stored(plan, i, weights[ref]).reshape(layout.rows, layout.cols)
-        value = formulas.penalty(
+        value = formulas.raw_penalty(
             weight.to(plan.state_dtype), state.columns(i, state.v)[0], k, state.target[i]
         )
         total = total + state.strength[i] * value

@@ -84,7 +84,7 @@ def test_the_gradient_is_exact_given_the_vectors():
     gradients = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
     state = reg._buckets.buckets[0].state
     expected = sum(
-        0.3 * formulas.penalty(layer.weight, state.columns(i, state.v)[0], 2.5, 1.0)
+        0.3 * formulas.raw_penalty(layer.weight, state.columns(i, state.v)[0], 2.5, 1.0)
         + 0.3 * formulas.shift_penalty(layer.bias, 2.5)
         for i, layer in enumerate((model[0], model[2]))
     )

@@ -49,7 +49,7 @@ def gradient_by_autograd(bucket, kind, weight, exponent, target, strength):
     total = 0.0
     for i, matrix in enumerate(matrices_of(kind, leaf)):
         v = logical(bucket, i, bucket.state.v)
-        total += formulas.penalty(oriented(bucket, i, matrix), v, exponent, target)
+        total += formulas.raw_penalty(oriented(bucket, i, matrix), v, exponent, target)
     return torch.autograd.grad(strength * total, leaf)[0]
 
 
