@@ -102,20 +102,12 @@ void normalize_matrix(const Header& header, int64_t index) {
     next_vector<S>(header, m, products[0][0], found);
   else
     next_vectors<S>(header, m, products, scale, found);
-  const double excess = power(found.sigma[0], header.exponent) - power(target, header.exponent);
-  reinterpret_cast<S*>(header.raw_penalty)[index] = (S)(excess * excess);
+  reinterpret_cast<S*>(header.raw_penalty)[index] =
+      (S)raw_penalty_of(found.sigma[0], target, header.exponent);
   for (int64_t j = 0; j < r; ++j) {
-    const double sigma = found.sigma[j];
-    sigmas[j * header.n_matrices] = (S)sigma;
-    if (header.t_partial == 0) continue;
-    // ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
-    double residual = sigma;
-    if (is_finite(sigma) && sigma > 0) {
-      const double wtu = found.t_norm[j] / (scale * sigma);
-      const double squared = (wtu - sigma) * (wtu + sigma);
-      residual = squared > 0 ? __builtin_sqrt(squared) : squared <= 0 ? 0 : squared;
-    }
-    residuals[j * header.n_matrices] = (S)residual;
+    sigmas[j * header.n_matrices] = (S)found.sigma[j];
+    if (header.t_partial != 0)
+      residuals[j * header.n_matrices] = (S)residual_of(found.sigma[j], found.t_norm[j], scale);
   }
 }
 

@@ -2,7 +2,7 @@
 // for a matrix, and its counterparts for biases, shifts and gains.
 
 #include "isa.h"
-#include "penalty_gradient.h"
+#include "scalar_math.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
@@ -60,15 +60,15 @@ void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
 }
 
 template <bool kAccumulate, class T, class G, class S = typename Simd<T>::Accumulator>
-void elementwise_gradient_of(const Header& header, const Elementwise& entry, int64_t index) {
-  const ElementwiseGradient<S> gradient(header, entry, index);
+void add_elementwise_gradient(const Header& header, const Elementwise& entry, int64_t index) {
+  const ElementwiseGradient gradient = elementwise_gradient_of<S>(header, entry, index);
   const T* x = reinterpret_cast<const T*>(entry.weight);
   G* grad = reinterpret_cast<G*>(entry.grad);
   constexpr int kLanes = Simd<T>::kLanes;
   for (int64_t i = 0; i < entry.size; i += kLanes) {
     const int64_t width = entry.size - i < kLanes ? entry.size - i : kLanes;
     auto value = width == kLanes ? Simd<T>::load(x + i) : load_part(x + i, width);
-    for (int64_t j = 0; j < width; ++j) value[j] = gradient.at(value[j]);
+    for (int64_t j = 0; j < width; ++j) value[j] = plain_nan((S)gradient.of(value[j]));
     if (kAccumulate)
       value += width == kLanes ? Simd<G>::load(grad + i) : load_part(grad + i, width);
     if (width == kLanes)
@@ -111,9 +111,9 @@ void elementwise_gradient(const Header& header, int64_t index, bool accumulate) 
     with_grad_dtype<T>(entry.grad_dtype, [&](auto g) {
       using G = decltype(g);
       if (accumulate)
-        elementwise_gradient_of<true, T, G>(header, entry, index);
+        add_elementwise_gradient<true, T, G>(header, entry, index);
       else
-        elementwise_gradient_of<false, T, G>(header, entry, index);
+        add_elementwise_gradient<false, T, G>(header, entry, index);
     });
   });
 }

@@ -1,39 +1,47 @@
-// Scalar formulas shared by the kernels of one instruction-set level.
+// The formulas, on the numbers that a header points to.
 #pragma once
 
 #include "../table.h"
 #include "simd.h"
 
+#define SPECTRAL_FORMULA SPECTRAL_INLINE
+#include "../formulas.h"
+
 namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-SPECTRAL_INLINE double power(double x, double k) {
-  if (k == 2) return x * x;
-  if (k == 1) return x;
-  return __builtin_pow(x, k);
-}
-
-// 2^-e for sigma = m * 2^e. s is multiplied by it before it goes into t, so that t neither
-// overflows nor vanishes; a power of two changes no digit of the result.
 SPECTRAL_INLINE double inverse_power_of_two(double sigma) {
-  if (!(sigma > 0) || !is_finite(sigma)) return 1;
-  uint64_t bits;
-  __builtin_memcpy(&bits, &sigma, 8);
-  const int64_t exponent = (int64_t)(bits >> 52) - 1023;
-  if (exponent <= -1022 || exponent >= 1022) return 1;
-  bits = (uint64_t)(1023 - exponent) << 52;
-  double scale;
-  __builtin_memcpy(&scale, &bits, 8);
-  return scale;
+  return power_of_two(-binary_exponent(sigma));
 }
 
-// Tells whether a call is about a matrix; see Header.tolerance.
 template <class S>
 SPECTRAL_INLINE bool takes_part(const Header& header, int64_t matrix) {
   return header.tolerance == 0 ||
-         reinterpret_cast<const S*>(header.residuals)[matrix] >
-             header.tolerance * (double)reinterpret_cast<const S*>(header.sigmas)[matrix];
+         is_included(header.tolerance, reinterpret_cast<const S*>(header.residuals)[matrix],
+                     reinterpret_cast<const S*>(header.sigmas)[matrix]);
+}
+
+template <class S>
+SPECTRAL_INLINE double strength_of(const Header& header, int64_t entry) {
+  const double scale = header.scale == 0 ? 1 : (double)*reinterpret_cast<const S*>(header.scale);
+  return scale * (double)reinterpret_cast<const S*>(header.strength)[entry];
+}
+
+template <class S>
+SPECTRAL_INLINE double gradient_factor(const Header& header, int64_t matrix) {
+  return gradient_factor_of(reinterpret_cast<const S*>(header.sigmas)[matrix],
+                            reinterpret_cast<const S*>(header.target)[matrix],
+                            strength_of<S>(header, matrix), header.exponent);
+}
+
+// The gradient of an elementwise parameter at the norm in the state.
+template <class S>
+SPECTRAL_INLINE ElementwiseGradient elementwise_gradient_of(const Header& header,
+                                                            const Elementwise& entry,
+                                                            int64_t index) {
+  return ElementwiseGradient(header.exponent, strength_of<S>(header, header.n_matrices + index),
+                             reinterpret_cast<const S*>(header.norm)[index], entry.kind == kShift);
 }
 
 }  // namespace

@@ -296,6 +296,22 @@ SPECTRAL_INLINE double sum_lanes(f64v x) {
 
 SPECTRAL_INLINE bool is_finite(double x) { return __builtin_isfinite(x); }
 
+SPECTRAL_INLINE double pow_of(double x, double k) { return __builtin_pow(x, k); }
+SPECTRAL_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
+SPECTRAL_INLINE double abs_of(double x) { return __builtin_fabs(x); }
+
+SPECTRAL_INLINE uint64_t bits_of(double x) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, 8);
+  return bits;
+}
+
+SPECTRAL_INLINE double double_of(uint64_t bits) {
+  double x;
+  __builtin_memcpy(&x, &bits, 8);
+  return x;
+}
+
 // Calls function(T{}) with the element type that the table names.
 template <class Function>
 SPECTRAL_INLINE void with_dtype(int64_t dtype, Function function) {

@@ -6,7 +6,7 @@
 
 #include "elementwise_norm.h"
 #include "isa.h"
-#include "penalty_gradient.h"
+#include "scalar_math.h"
 #include "tile_products.h"
 
 namespace spectral {
@@ -36,48 +36,15 @@ SPECTRAL_INLINE f32v sqrt_lanes(f32v x) { return (f32v)_mm_sqrt_ps((__m128)x); }
 SPECTRAL_INLINE f64v sqrt_lanes(f64v x) { return (f64v)_mm_sqrt_pd((__m128d)x); }
 #endif
 
-// The rules as in torch.optim: change p and the moments m1, m2 of some elements by gradient g.
-
-template <class S>
-struct AdamW {
-  static constexpr int kMoments = 2;
-  S keep, weight1, beta2, weight2, step_size, inverse_root, eps;
-
-  AdamW(const Group& group, double step)
-      : keep((S)(1 - group.lr * group.weight_decay)),
-        weight1((S)(1 - group.option_1)),
-        beta2((S)group.option_2),
-        weight2((S)(1 - group.option_2)),
-        step_size((S)(group.lr / (1 - __builtin_pow(group.option_1, step)))),
-        inverse_root((S)(1 / __builtin_sqrt(1 - __builtin_pow(group.option_2, step)))),
-        eps((S)group.eps) {}
-
+// What the rules of optimizers do side by side.
+struct Lanes {
   template <class V>
-  SPECTRAL_INLINE void operator()(V& p, V g, V& m1, V& m2) const {
-    m1 += weight1 * (g - m1);
-    m2 = beta2 * m2 + weight2 * g * g;
-    p = keep * p - step_size * m1 / (sqrt_lanes(m2) * inverse_root + eps);
+  static SPECTRAL_INLINE V root_of(V x) {
+    return sqrt_lanes(x);
   }
-};
-
-template <class S>
-struct Sgd {
-  static constexpr int kMoments = 1;  // none is stored without momentum
-  S lr, weight_decay, momentum, weight;
-  bool nesterov;
-
-  Sgd(const Group& group, double step)
-      : lr((S)group.lr),
-        weight_decay((S)group.weight_decay),
-        momentum((S)group.option_1),
-        weight((S)(step > 1 && group.option_1 != 0 ? 1 - group.option_2 : 1)),
-        nesterov(group.nesterov != 0) {}
-
   template <class V>
-  SPECTRAL_INLINE void operator()(V& p, V g, V& m1, V&) const {
-    g += weight_decay * p;
-    m1 = momentum * m1 + weight * g;
-    p -= lr * (nesterov ? g + momentum * m1 : m1);
+  static SPECTRAL_INLINE V quotient_of(V x, V y) {
+    return x / y;
   }
 };
 
@@ -183,10 +150,10 @@ template <class T, class S>
 struct ElementwiseFactor {
   using V = typename Simd<T>::V;
   const T* p;
-  const ElementwiseGradient<S>& gradient;
+  const ElementwiseGradient& gradient;
 
   SPECTRAL_INLINE V of(V x) const {
-    for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = gradient.at(x[i]);
+    for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = plain_nan((S)gradient.of(x[i]));
     return x;
   }
   SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
@@ -230,7 +197,7 @@ SPECTRAL_INLINE void put_penalty(Any& stretch, const Update& update, const Group
   stretch.beside_it = update.decoupled ? (S)(-group.lr) * a : 0;
 }
 
-template <template <class> class RuleOf, class T, class M>
+template <template <class, class> class RuleOf, class T, class M>
 void update_tile(const Header& header, const Update& update, const Tile& tile, const Tile* next,
                  double* scratch) {
   using S = typename Simd<T>::Accumulator;
@@ -242,18 +209,18 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
     return;
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
-  const RuleOf<S> rule(group, steps_of<S>(update, moment));
+  const RuleOf<S, Lanes> rule(group, steps_of<S>(update, moment));
   const double factor = gradient_factor<S>(header, tile.matrix);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
-  using Piece = Stretch<RuleOf<S>, T, M, S>;
+  using Piece = Stretch<RuleOf<S, Lanes>, T, M, S>;
   if (Piece::kSplits) {
     S* split_v = reinterpret_cast<S*>(scratch + product_rows(header.r) * m.outer * m.inner);
     for (int64_t o = 0; o < m.outer; ++o)
       split_order<T>(v + o * m.inner, split_v + o * m.inner, m.inner);
     v = split_v;
   }
-  const Piece whole = stretch_of<RuleOf<S>, T, M, S>(update, m.weight, m.grad, moment);
+  const Piece whole = stretch_of<RuleOf<S, Lanes>, T, M, S>(update, m.weight, m.grad, moment);
   const auto update_row = [&](int64_t row) __attribute__((always_inline)) {
     const S a = factor == 0 ? 0 : plain_nan((S)(factor * s[row]));
     for (int64_t o = 0; o < m.outer; ++o) {
@@ -272,19 +239,19 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   tile_products<T, false>(header, tile, next, v_next, scratch, update_row);
 }
 
-template <template <class> class RuleOf, class T, class M>
+template <template <class, class> class RuleOf, class T, class M>
 void update_elements(const Header& header, const Update& update, const Elementwise& entry,
                      const Moment& moment, int64_t index) {
   using S = typename Simd<T>::Accumulator;
   if (moment.group < 0) return;
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
-  const RuleOf<S> rule(group, steps_of<S>(update, moment));
-  auto stretch = stretch_of<RuleOf<S>, T, M, S>(update, entry.weight, entry.grad, moment);
+  const RuleOf<S, Lanes> rule(group, steps_of<S>(update, moment));
+  auto stretch = stretch_of<RuleOf<S, Lanes>, T, M, S>(update, entry.weight, entry.grad, moment);
   if (index < 0) {
     stretch.run(rule, entry.size, NoFactor<typename Simd<T>::V>{});
     return;
   }
-  const ElementwiseGradient<S> gradient(header, entry, index);
+  const ElementwiseGradient gradient = elementwise_gradient_of<S>(header, entry, index);
   put_penalty(stretch, update, group, (S)1);
   stretch.run(rule, entry.size, ElementwiseFactor<T, S>{stretch.p, gradient});
 }

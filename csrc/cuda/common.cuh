@@ -178,28 +178,32 @@ __device__ __forceinline__ double sum_over_block(double x) {
 
 // --------------------------------------------------------------------------- scalar formulas
 
-__device__ __forceinline__ double power(double x, double k) {
-  if (k == 2) return x * x;
-  if (k == 1) return x;
-  return pow(x, k);
-}
+__device__ __forceinline__ bool is_finite(double x) { return isfinite(x); }
+__device__ __forceinline__ double pow_of(double x, double k) { return pow(x, k); }
+__device__ __forceinline__ double sqrt_of(double x) { return sqrt(x); }
+__device__ __forceinline__ double abs_of(double x) { return fabs(x); }
+__device__ __forceinline__ uint64_t bits_of(double x) { return __double_as_longlong(x); }
+__device__ __forceinline__ double double_of(uint64_t bits) { return __longlong_as_double(bits); }
 
-// e of sigma = m * 2^e with 1 <= m < 2; 0 where sigma is zero or not finite. s is multiplied by
-// 2^-e before it goes into t, so that t neither overflows nor vanishes; a power of two changes no
-// digit of the result.
-__device__ __forceinline__ int binary_exponent(float sigma) {
-  if (!(sigma > 0) || !isfinite(sigma)) return 0;
-  return (int)(__double_as_longlong((double)sigma) >> 52) - 1023;
-}
+}  // namespace cuda
+}  // namespace spectral
 
-__device__ __forceinline__ double power_of_two(int e) {
-  return __longlong_as_double((int64_t)(1023 + e) << 52);
-}
+#define SPECTRAL_LEVEL cuda
+#define SPECTRAL_FORMULA __device__ __forceinline__
+#include "../formulas.h"
 
-// Tells whether a call is about a matrix; see Header.tolerance.
+namespace spectral {
+namespace cuda {
+
 __device__ __forceinline__ bool takes_part(const Header& header, int64_t matrix) {
-  return header.tolerance == 0 || at<const float>(header.residuals)[matrix] >
-                                      header.tolerance * at<const float>(header.sigmas)[matrix];
+  return header.tolerance == 0 ||
+         is_included(header.tolerance, at<const float>(header.residuals)[matrix],
+                     at<const float>(header.sigmas)[matrix]);
+}
+
+__device__ __forceinline__ void put_penalty(const Header& header, int64_t index, double sigma) {
+  at<float>(header.raw_penalty)[index] =
+      (float)raw_penalty_of(sigma, at<const float>(header.target)[index], header.exponent);
 }
 
 }  // namespace cuda

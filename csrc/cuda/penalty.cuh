@@ -11,35 +11,19 @@ __device__ __forceinline__ double strength_of(const Header& header, int64_t entr
   return scale * (double)at<const float>(header.strength)[entry];
 }
 
-// What s is multiplied by. At sigma = 0 there is no direction to move along: the gradient is zero.
 __device__ __forceinline__ double gradient_factor(const Header& header, int64_t index,
                                                   double sigma) {
-  const double k = header.exponent, target = at<const float>(header.target)[index];
-  if (sigma == 0) return 0;
-  return strength_of(header, index) * 2 * k * (power(sigma, k) - power(target, k)) *
-         power(sigma, k - 1) / sigma;
+  return gradient_factor_of(sigma, at<const float>(header.target)[index],
+                            strength_of(header, index), header.exponent);
 }
 
-// strength * dR/dx of the elements of a bias, shift or gain, at the norm in the state.
-struct ElementwiseGradient {
-  double k, strength, shift_factor;  // strength times 2 k
-  bool is_shift;
-
-  __device__ __forceinline__ ElementwiseGradient(const Header& header, const Elementwise& entry,
-                                                 int64_t index)
-      : k(header.exponent),
-        strength(strength_of(header, header.n_matrices + index) * 2 * k),
-        shift_factor(strength * power(at<const float>(header.norm)[index], 2 * k - 2)),
-        is_shift(entry.kind == kShift) {}
-
-  __device__ __forceinline__ float of(double x) const {
-    if (is_shift) return (float)(shift_factor * x);
-    const double magnitude = fabs(x);
-    if (x == 0) return 0;
-    return (float)(strength * (power(magnitude, k) - 1) * power(magnitude, k - 1) *
-                   (x > 0 ? 1 : -1));
-  }
-};
+// The gradient of an elementwise parameter at the norm in the state.
+__device__ __forceinline__ ElementwiseGradient elementwise_gradient_of(const Header& header,
+                                                                       const Elementwise& entry,
+                                                                       int64_t index) {
+  return ElementwiseGradient(header.exponent, strength_of(header, header.n_matrices + index),
+                             at<const float>(header.norm)[index], entry.kind == kShift);
+}
 
 template <class T>
 __device__ __forceinline__ void elementwise_norm(const Header& header, int64_t index) {

@@ -12,7 +12,6 @@
 
 #include "backend.h"
 #include "chunks.cuh"
-#include "finish.cuh"
 #include "launch.h"
 #include "penalty.cuh"
 #include "subspace.h"
@@ -120,7 +119,8 @@ __device__ __forceinline__ void finish_chunk(const Header& header, int64_t chunk
   if (threadIdx.x > 0) return;
   float& stored = at<float>(header.sigmas)[index];
   if (with_t)
-    at<float>(header.residuals)[index] = (float)residual_of(sigma, t_norm, binary_exponent(stored));
+    at<float>(header.residuals)[index] =
+        (float)residual_of(sigma, t_norm, power_of_two(-binary_exponent(stored)));
   put_penalty(header, index, sigma);
   stored = (float)sigma;
 }
@@ -199,9 +199,9 @@ __device__ __forceinline__ float load_element(int64_t address, int64_t dtype, in
 __device__ __forceinline__ void elementwise_gradient(const Header& header, int64_t index,
                                                      bool accumulate) {
   const Elementwise entry = at<const Elementwise>(header.elementwise)[index];
-  const ElementwiseGradient gradient(header, entry, index);
+  const ElementwiseGradient gradient = elementwise_gradient_of(header, entry, index);
   for (int64_t i = threadIdx.x; i < entry.size; i += kThreads) {
-    float sum = gradient.of(load_element(entry.weight, header.weight_dtype, i));
+    float sum = (float)gradient.of(load_element(entry.weight, header.weight_dtype, i));
     if (accumulate) sum += load_element(entry.grad, entry.grad_dtype, i);
     with_dtype(entry.grad_dtype, [&](auto type) {
       using G = decltype(type);

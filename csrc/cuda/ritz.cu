@@ -1,7 +1,6 @@
 // The stage that finishes a matrix with several vectors: Rayleigh-Ritz and the next V. A block
 // takes a matrix, its threads columns; sums of vectors are float64.
 
-#include "finish.cuh"
 #include "launch.h"
 #include "ritz.cuh"
 #include "subspace.h"
@@ -267,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 2) ritz_kernel(const Header header) 
   if (j >= R) return;
   if (header.t_partial != 0)
     at<float>(header.residuals)[j * header.n_matrices + index] =
-        (float)residual_of(found.sigma[j], found.t_norm[j], e);
+        (float)residual_of(found.sigma[j], found.t_norm[j], power_of_two(-e));
   sigmas[j * header.n_matrices] = (float)found.sigma[j];
   if (j == 0) put_penalty(header, index, found.sigma[0]);
 }

@@ -308,8 +308,8 @@ __device__ __forceinline__ void update_elementwise(const Header& header, const U
   const Change<Rule, T, M>& change =
       change_of<Rule, T, M>(update, moment, arrays_at<T, M>(entry.weight, entry.grad, moment, 0));
   if (change.acts) {
-    const ElementwiseGradient gradient(header, entry, index);
-    update_elements<1>(change, 0, entry.size, [&](float p) { return gradient.of(p); });
+    const ElementwiseGradient gradient = elementwise_gradient_of(header, entry, index);
+    update_elements<1>(change, 0, entry.size, [&](float p) { return (float)gradient.of(p); });
   }
   elementwise_norm<T>(header, index);  // whose threads read what they have written
 }

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on an emulator: some tests of every backend, and some of their own."""
+"""The CUDA C++ kernels on an emulator: some tests of all backends, and some of their own."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from ..support import cuda_emulator
 from ..support.buckets import bucket_of, poison
 
 pytestmark = pytest.mark.usefixtures("seeded")
-# They call every kernel; all tests of these files take minutes.
+# Together these call every kernel; all tests of these files would take minutes.
 OF_EVERY_BACKEND = [
     "tests/backends/test_backends.py::test_one_iteration_is_as_exact_as_pytorch",
     "tests/backends/test_backends.py::test_nothing_outside_of_a_matrix_is_read_or_written",
@@ -33,7 +33,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the module with the emulator is."""
+    """The folder of the module built with the emulator."""
     if (reason := cuda_emulator.missing()) is not None:
         pytest.skip(reason)
     where = tmp_path_factory.mktemp("emulator")
@@ -61,7 +61,7 @@ def bucket_in_use(weights):
 
 
 def copied(state, plan):
-    """The state as one of another plan."""
+    """A copy of the state for another plan."""
     buffers = state.v, state.v_next, state.s, state.scalars
     own = State(plan, *(x.to(plan.state_dtype, copy=True) for x in buffers), state.exponent)
     own.set_tolerance(state.tolerance)
@@ -69,7 +69,7 @@ def copied(state, plan):
 
 
 def results(backend, plan, state, in_one_launch=True):
-    """Take products and finish them; return the gradients and what is in the state then."""
+    """Run an iteration with its gradient; return the gradients and the buffers of the state."""
     grads = [torch.full_like(t, NAN) for t in plan.tensors]
     plan.bind_grads(grads)
     poison(plan)
@@ -89,7 +89,7 @@ def assert_same(found, others):
 
 
 def assert_near(found, truth, rtol, atol=0.0):
-    """What is not finite may be so in another way."""
+    """Assert closeness; numbers that are not finite need not be the same ones."""
     found, truth = (torch.where(x.isfinite(), x.double(), NAN) for x in (found, truth))
     torch.testing.assert_close(found, truth, rtol=rtol, atol=atol, equal_nan=True)
 
@@ -109,7 +109,7 @@ def check(bucket, tolerance=0.0):
     assert_same(apart, found)
     expected = results(wide.backend, wide.plan, truth)
     assert_near(state.sigma, truth.sigma, rtol=1e-5)
-    assert_near(state.raw_penalty, truth.penalty, rtol=1e-4)
+    assert_near(state.raw_penalty, truth.raw_penalty, rtol=1e-4)
     # The residual is the square root of a difference.
     assert_near(state.residual / state.sigma, truth.residual / truth.sigma, rtol=0, atol=3e-3)
     assert_near(state.v, truth.v, rtol=0)

@@ -1,0 +1,133 @@
+// The mathematics on numbers, for the CPU and for CUDA: one truth for both.
+//
+// Where this is included, SPECTRAL_FORMULA says how functions are compiled (inlined, and for which
+// processor), and these functions of float64 exist: is_finite, bits_of, double_of, pow_of, sqrt_of,
+// abs_of. No standard header is included: see cpu/simd.h. backends/formulas.py has the same in
+// PyTorch, with derivations. All of it is float64 but for the rules of optimizers, whose S is the
+// type of the state.
+#pragma once
+
+#include <stdint.h>
+
+#include "table.h"
+
+namespace spectral {
+namespace SPECTRAL_LEVEL {
+namespace {
+
+SPECTRAL_FORMULA double power(double x, double k) {
+  if (k == 2) return x * x;
+  if (k == 1) return x;
+  return pow_of(x, k);
+}
+
+// Returns e of sigma = m * 2^e with 1 <= m < 2; 0 where sigma is zero, not finite, or so extreme
+// that 2^-e is no normal number. s is multiplied by 2^-e before it goes into t, so that t neither
+// overflows nor vanishes; a power of two changes no digit of the result.
+SPECTRAL_FORMULA int binary_exponent(double sigma) {
+  if (!(sigma > 0) || !is_finite(sigma)) return 0;
+  const int exponent = (int)(bits_of(sigma) >> 52) - 1023;
+  return exponent <= -1022 || exponent >= 1022 ? 0 : exponent;
+}
+
+SPECTRAL_FORMULA double power_of_two(int e) {
+  return double_of((uint64_t)(int64_t)(1023 + e) << 52);
+}
+
+// Returns whether a call is about a matrix: with a tolerance only if its estimate is stale.
+SPECTRAL_FORMULA bool is_included(double tolerance, double residual, double sigma) {
+  return tolerance == 0 || residual > tolerance * sigma;
+}
+
+// R of a matrix: (sigma^k - tau^k)^2.
+SPECTRAL_FORMULA double raw_penalty_of(double sigma, double target, double k) {
+  const double excess = power(sigma, k) - power(target, k);
+  return excess * excess;
+}
+
+// ||W^T u - sigma v||, from t_norm = scale * ||W^T s||: ||W^T u||^2 - sigma^2, squared.
+SPECTRAL_FORMULA double residual_of(double sigma, double t_norm, double scale) {
+  if (!is_finite(sigma) || !(sigma > 0)) return sigma;
+  const double wtu = t_norm / (scale * sigma);
+  const double squared = (wtu - sigma) * (wtu + sigma);
+  return squared > 0 ? sqrt_of(squared) : squared <= 0 ? 0 : squared;
+}
+
+// What s is multiplied by: strength * 2 k (sigma^k - tau^k) sigma^(k-1) / sigma. At sigma = 0 there
+// is no direction to move along: the gradient is zero.
+SPECTRAL_FORMULA double gradient_factor_of(double sigma, double target, double strength, double k) {
+  if (sigma == 0) return 0;
+  return strength * 2 * k * (power(sigma, k) - power(target, k)) * power(sigma, k - 1) / sigma;
+}
+
+// strength * dR/dx of the elements of a bias, shift or gain, whose Euclidean norm is given.
+struct ElementwiseGradient {
+  double k, strength, shift_factor;  // strength times 2 k
+  bool is_shift;
+
+  SPECTRAL_FORMULA ElementwiseGradient(double k, double strength, double norm, bool is_shift)
+      : k(k),
+        strength(strength * 2 * k),
+        shift_factor(strength * 2 * k * power(norm, 2 * k - 2)),
+        is_shift(is_shift) {}
+
+  SPECTRAL_FORMULA double of(double x) const {
+    if (is_shift) return shift_factor * x;
+    const double magnitude = abs_of(x);
+    return x == 0
+               ? 0
+               : strength * (power(magnitude, k) - 1) * power(magnitude, k - 1) * (x > 0 ? 1 : -1);
+  }
+};
+
+// The rules as in torch.optim: change p and the moments m1, m2 by the gradient g. V is a number or
+// several side by side; Math has the processor's square root and quotient.
+
+template <class S, class Math>
+struct AdamW {
+  static constexpr int kMoments = 2;
+  S keep, weight1, beta2, weight2, step_size, inverse_root, eps;
+
+  AdamW() = default;
+  SPECTRAL_FORMULA AdamW(const Group& group, double step)
+      : keep((S)(1 - group.lr * group.weight_decay)),
+        weight1((S)(1 - group.option_1)),
+        beta2((S)group.option_2),
+        weight2((S)(1 - group.option_2)),
+        step_size((S)(group.lr / (1 - pow_of(group.option_1, step)))),
+        inverse_root((S)(1 / sqrt_of(1 - pow_of(group.option_2, step)))),
+        eps((S)group.eps) {}
+
+  template <class V>
+  SPECTRAL_FORMULA void operator()(V& p, V g, V& m1, V& m2) const {
+    m1 += weight1 * (g - m1);
+    m2 = beta2 * m2 + weight2 * g * g;
+    p = keep * p - Math::quotient_of(step_size * m1, Math::root_of(m2) * inverse_root + eps);
+  }
+};
+
+template <class S, class Math>
+struct Sgd {
+  static constexpr int kMoments = 1;  // none is stored without momentum
+  S lr, weight_decay, momentum, weight;
+  bool nesterov;
+
+  Sgd() = default;
+  SPECTRAL_FORMULA Sgd(const Group& group, double step)
+      : lr((S)group.lr),
+        weight_decay((S)group.weight_decay),
+        momentum((S)group.option_1),
+        weight((S)(step > 1 && group.option_1 != 0 ? 1 - group.option_2 : 1)),
+        nesterov(group.nesterov != 0) {}
+
+  template <class V>
+  SPECTRAL_FORMULA void operator()(V& p, V g, V& m1, V&) const {
+    g += weight_decay * p;
+    m1 = momentum * m1 + weight * g;
+    p -= lr * (nesterov ? g + momentum * m1 : m1);
+  }
+};
+
+}  // namespace
+}  // namespace SPECTRAL_LEVEL
+}  // namespace spectral
