@@ -1,1 +1,1 @@
-"""Throughput comparisons; see CONTRIBUTING.md for how to run them."""
+"""Benchmarks; see bench/README.md for how to run them."""

@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Give every benchmark the clock of recorded durations; keep the smallest case for --smoke."""
+    """Give every benchmark the clock that replays durations; --smoke keeps the smallest case."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY, warmup=False, disable_gc=True))
         device = item.callspec.params["device"]
@@ -51,9 +51,9 @@ def _groups():
 def compete(request, benchmark, _groups):
     """Return ``compete(fill, **info)``: this test's contender, timed with the others of its group.
 
-    A group are the tests of one function that differ in ``contender`` alone. The first of them
-    calls ``fill(group, names)`` with an empty Group and the contenders that this run has not
-    deselected; each then hands its own durations to pytest-benchmark.
+    A group is the tests of one function that differ only in ``contender``. The first of them calls
+    ``fill(group, names)`` with an empty Group and the contenders that are not deselected; each test
+    then passes its own durations to pytest-benchmark.
     """
     params = dict(request.node.callspec.params)
     contender = params.pop("contender")

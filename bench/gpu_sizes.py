@@ -1,8 +1,9 @@
-"""Which sizes of blocks and tiles are the fastest on this GPU: ``python -m bench.gpu_sizes FILE``.
+"""Find the fastest sizes of blocks and tiles on this GPU: ``python -m bench.gpu_sizes FILE``.
 
 Times each launch of Triton's kernels for CHOICES of blocks and CUTS into tiles, and those of CUDA
-C++ for the cuts. Writes a JSON line per median, microseconds, at once; what to change then is in
-sizes.py and plan.py. What is timed here is not checked: ``python -m bench.on_gpu`` does that.
+C++ for the cuts. Writes a JSON line per median, microseconds, at once. The sizes in use are in
+backends/triton/sizes.py and tables/plan.py. Results are not checked here, but by ``python -m
+bench.on_gpu``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Choice(NamedTuple):
     constants: dict[str, int]
 
     def sizes(self, capability: int, itemsize: int, r: int = 1, large: bool = False):
-        """Return what ``sizes.sizes`` does, with this choice in it."""
+        """Return the result of ``sizes.sizes`` with this choice in it."""
         found = sizes(capability, itemsize, r, large)
         if itemsize != self.itemsize:
             return found
@@ -82,7 +83,7 @@ CUTS = [
 
 @contextlib.contextmanager
 def chosen(choice: Choice | None) -> Iterator[None]:
-    """Have kernels launched with the sizes of ``choice``, or with the usual ones."""
+    """Launch kernels with the sizes of ``choice``, or with the usual ones for None."""
     own = sizes if choice is None else choice.sizes
     with mock.patch.object(launch, "sizes", own), mock.patch.object(triton_backend, "sizes", own):
         launch.variant.cache_clear()
@@ -91,7 +92,7 @@ def chosen(choice: Choice | None) -> Iterator[None]:
 
 
 def compiled(choice: Choice) -> tuple[Choice, float, str | None]:
-    """Compile what a choice needs into Triton's cache; return seconds, and what went wrong."""
+    """Compile a choice's kernels into Triton's cache; return its seconds and the error, if any."""
     start = time.perf_counter()
     dtype = torch.bfloat16 if choice.itemsize == 2 else torch.float32
     try:
@@ -99,7 +100,7 @@ def compiled(choice: Choice) -> tuple[Choice, float, str | None]:
             for description in precompile.core(dtype):
                 if description.kernel == choice.kernel:
                     description.variant(launch.capability_of(torch.device("cuda"))).compile()
-    except Exception as error:  # some sizes are none for a compiler
+    except Exception as error:  # some sizes do not compile
         return choice, time.perf_counter() - start, f"{type(error).__name__}: {error}"[:200]
     return choice, time.perf_counter() - start, None
 
@@ -142,7 +143,7 @@ def microseconds(functions: Sequence[Callable[[], object]], device: str) -> floa
 
 
 def run(put: Callable[..., object], cases: Sequence[str], until: float, dry_run: bool) -> None:
-    """Time all cases, cut by cut, as long as there is time."""
+    """Time all cases, cut by cut, until the time is up."""
     device = "cpu" if dry_run else "cuda"
     for case, dtype in [(c, d) for d in (torch.bfloat16, torch.float32) for c in cases]:
         if dtype == torch.float32 and case == "llama_1b":

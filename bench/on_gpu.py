@@ -1,9 +1,9 @@
-"""What a quarter of an hour on a GPU can tell: ``python -m bench.on_gpu FOLDER --budget 400``.
+"""Check and time everything on a GPU in minutes: ``python -m bench.on_gpu FOLDER --budget 400``.
 
 Builds the module, checks both backends, times kernels, steps, optimizers and loops, runs the tests
-marked gpu and memcheck, in order of worth and within the budget, whatever fails or hangs. Leaves in
-FOLDER results.jsonl (a line per measurement, written at once), table.md, and the outputs of the
-stages. bench/README.md says how to read them.
+marked gpu and memcheck, most important first and within the budget, whatever fails or hangs. FOLDER
+gets results.jsonl (a line per measurement, written at once), table.md and the outputs of the
+stages; bench/README.md says how to read them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .gpu.stages import Stage
 from .gpu.table import table
 
 CASES = ("vit_b", "llama_1b", "gpt2", "resnet18", "one_huge", "mlp")
-# Seconds of a run of 400; those of the stages that are not in the background are scaled to what is
-# left when they start, see ``gpu.stages``.
-# Timings need a machine that does nothing else: they wait for what runs in the background.
+# Timings need an idle machine: they wait for these background stages.
 QUIET = ("build", "compile")
+# Seconds in a run of 400, stages that it needs, whether it is in the background. The seconds of
+# foreground stages are scaled to the time left when they start, see ``gpu.stages``.
 SECONDS = {
     "build": (110, (), True), "versions": (20, (), False), "compile": (70, (), True),
     "cuda": (20, ("build",), False), "triton": (30, ("compile",), False),
     "kernels": (110, QUIET, False), "optimizers": (40, QUIET, False), "loops": (75, QUIET, False),
     "tests": (75, QUIET, False), "memcheck": (40, QUIET, False),
 }  # fmt: skip
-# Interpreters take longer, and compilers of C++; imports do beside what is in the background.
+# Slower in a rehearsal: Triton's interpreter, the C++ compiler, imports beside background stages.
 _REHEARSED = {"versions": 40, "triton": 60, "loops": 75}
-# On tiny cases a second thread only waits.
+# Tiny cases gain nothing from a second thread.
 _REHEARSAL = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 _LOGS = {"build": "build.txt", "compile": "compile.txt", "tests": "tests.txt"}
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _said(folder: Path, text: str) -> None:
-    """Show how a stage ended, and have a table of what is known so far."""
+    """Print how a stage ended, and update the table."""
     print(text, flush=True)
     _write_table(folder)
 
@@ -108,7 +108,7 @@ def _refuse(reason: str) -> int:
 
 
 def _not_ours(folder: Path, arguments: argparse.Namespace) -> str | None:
-    """Return why results in ``folder`` and those of this run do not go together, or None."""
+    """Return why this run cannot add to the results in ``folder``, or None."""
     lines, _ = read(folder)
     known = next((line for line in lines if line["what"] == "environment"), None)
     if known is None:

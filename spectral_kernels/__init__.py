@@ -10,5 +10,5 @@ __all__ = ["SpectralAdamW", "SpectralRegularizer", "SpectralSGD", "__version__",
 
 try:
     __version__ = version("spectral_kernels")  # the repository's tag when the package was built
-except PackageNotFoundError:  # a checkout that nobody has installed
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"

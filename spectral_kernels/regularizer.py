@@ -34,42 +34,42 @@ class SpectralRegularizer(Readings):
         R = sum over matrices (sigma_1(W)^k - target^k)^2 + sum over biases and shifts ||b||^(2k)
             + sum over norm gains sum_i (|g_i|^k - 1)^2
 
-    Use one of three ways per step: add :meth:`penalty` to the loss; or call
+    There are three ways to apply it, with the same gradient: add :meth:`penalty` to the loss; call
     :meth:`accumulate_grad_` between ``backward`` and ``optimizer.step``; or call :meth:`attach`
-    once. They give the same gradient.
+    once.
 
     Args:
-        model: a module, or an iterable of (name, parameter). Without modules nothing is known of
-            embeddings, norms, gates and transposed convolutions: what has two dimensions or more is
-            a matrix, what is called a bias is one, and the rest is skipped.
+        model: a module, or an iterable of (name, parameter). An iterable does not tell embeddings,
+            norms, gates and transposed convolutions: a parameter with two or more dimensions is a
+            matrix, a 1-D one named as a bias is a bias, and the rest is skipped.
         strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
-            in which the first match counts.
+            (the first matching pattern counts).
         exponent: k, at least 1.
         target: tau; a number, "initial" (sigma_1 of each matrix when the regularizer is built), or
             a mapping from name patterns to these.
-        n_power_iterations: per step; each reads every weight once. "auto": one, and up to 8
-            extra ones for those matrices whose residual is more than 1 % of sigma, so that a
-            sudden change of the weights is caught up in a few steps.
-        n_vectors: singular vectors that are iterated per matrix: 1, 2, 4, 8 or 16. More are
-            sharper where the largest singular values are close together, which the penalty brings
-            about; the penalty is about the largest one all the same.
+        n_power_iterations: power iterations per step; each reads every weight once. "auto": one,
+            plus up to 8 extra iterations for stale matrices (residual above 1 % of sigma), so that
+            sigma recovers from a sudden change of the weights within a few steps.
+        n_vectors: singular vectors iterated per matrix: 1, 2, 4, 8 or 16. More vectors make sigma
+            more accurate where the largest singular values are close together, as they become
+            under the penalty; the penalty itself uses only the largest.
         biases: regularize biases.
         norms: regularize the gains and shifts of normalization layers.
-        include: glob patterns; when given, only parameters whose name matches one are taken, and
-            embedding tables among them.
+        include: glob patterns; if given, only parameters whose name matches one are selected,
+            embedding tables included.
         exclude: glob patterns of names to leave out.
         splits: pattern -> number of equal parts or their sizes along the output dimension, for
             fused projections such as ``{"*.qkv.weight": 3}``.
-        stacked: patterns of stacks (E, out, in) that are E matrices.
-        warmup: power iterations at first use, so that the first sigma means something.
+        stacked: patterns of parameters (E, out, in) that are stacks of E matrices.
+        warmup: power iterations at first use, so that the first sigma is meaningful.
         backend: "auto" (the fastest one that works), "cuda" (CUDA C++), "triton", "cpu" (C++),
             "reference" (PyTorch, any device), or a ``backends.base.Backend``.
-        seed: of the random vectors to start from; torch's own generators are not touched.
+        seed: seed of the random initial vectors; torch's own generators are not touched.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a value out of range, a pattern that matches nothing, nothing to regularize.
-        RuntimeError: a backend asked for by name that cannot run here.
+        RuntimeError: the named backend cannot run on this machine.
     """
 
     def __init__(
@@ -113,20 +113,20 @@ class SpectralRegularizer(Readings):
             self._coefficients.measure_initial()
         self._buckets.ready_for_graphs()
 
-    # ---------------------------------------------------------------------- the three ways
+    # ------------------------------------------------------ three ways to apply the penalty
 
     def penalty(self) -> torch.Tensor:
         """Run the power iterations and return ``strength * R``, to be added to the loss.
 
-        The gradient is exact given the iterations' vectors; double backward works, and several
-        calls may come before one backward. Inside gradient clipping. Under ``torch.no_grad()`` the
-        penalty is evaluated and the vectors stay where they are.
+        The gradient is exact given the vectors, which count as constants. Double backward works,
+        and several calls may precede one backward. Gradient clipping includes the penalty. Under
+        ``torch.no_grad()`` the penalty is only evaluated: the vectors do not change.
 
         Returns:
             A 0-d tensor on the first parameter's device; float32 (float64 for float64 weights).
 
         Raises:
-            RuntimeError: a parameter that is gone or on the meta device.
+            RuntimeError: a parameter was removed or is on the meta device.
             ValueError: a parameter whose memory layout cannot be used in place.
         """
         if torch.compiler.is_compiling():
@@ -141,18 +141,18 @@ class SpectralRegularizer(Readings):
     def accumulate_grad_(self, grad_scale: float | torch.Tensor | None = None) -> None:
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
-        Call it once per optimizer step, after ``backward``: before clipping to be inside it. A
-        parameter without ``.grad`` gets one; in a CUDA graph, which may capture this after a step
-        outside of it, each replay starts it from zero.
+        Call it once per optimizer step, after ``backward``, and before gradient clipping if that
+        is to include the penalty. A parameter without ``.grad`` gets one. A CUDA graph can capture
+        this after an eager step; gradients created in the capture start from zero in each replay.
 
         Args:
-            grad_scale: the factor by which the gradients in ``.grad`` are still multiplied:
-                ``scaler.get_scale()`` if ``scaler.unscale_(optimizer)`` has not been called.
+            grad_scale: the loss scale that ``.grad`` still contains: ``scaler.get_scale()`` if
+                ``scaler.unscale_(optimizer)`` has not been called.
 
         Raises:
-            RuntimeError: as :meth:`penalty`, and in a CUDA graph before any step outside of it.
-            ValueError: as :meth:`penalty`, for a ``.grad`` that is sparse, or of a dtype or memory
-                layout that does not go with its weight, and for a parametrized weight.
+            RuntimeError: as for :meth:`penalty`, and a CUDA graph capture before any eager step.
+            ValueError: as for :meth:`penalty`; a ``.grad`` that is sparse, or whose dtype or memory
+                layout does not fit its weight; a parametrized weight.
         """
         if torch.compiler.is_compiling():
             return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
@@ -164,21 +164,21 @@ class SpectralRegularizer(Readings):
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
         """Call :meth:`accumulate_grad_` at the start of every ``optimizer.step()``.
 
-        The penalty then counts once per optimizer step and is outside of gradient clipping done
-        before the step. Under GradScaler the gradients of a fused optimizer are still scaled; the
+        The penalty then counts once per optimizer step; gradient clipping before the step does not
+        include it. Under GradScaler the gradients of a fused optimizer are still scaled; the
         penalty is scaled with them. A closure is evaluated first, then the penalty added.
 
         Args:
-            optimizer: holds every parameter that this regularizer has selected.
+            optimizer: must hold every parameter that this regularizer has selected.
 
         Returns:
-            A handle; ``handle.remove()`` ends it.
+            A handle; ``handle.remove()`` detaches the regularizer.
 
         Raises:
             TypeError: not a torch.optim.Optimizer, or LBFGS (its line search needs the loss: add
                 ``penalty()`` to it in the closure).
-            ValueError: a selected parameter is not in ``optimizer``.
-            RuntimeError: attached to this optimizer already.
+            ValueError: a selected parameter is not in ``optimizer``, or is parametrized.
+            RuntimeError: already attached to this optimizer.
         """
         self._buckets.check_in_place()
         self._attached = [a for a in self._attached if a.active]
@@ -186,11 +186,11 @@ class SpectralRegularizer(Readings):
         self._attached.append(attachment)
         return attachment
 
-    # ------------------------------------------------------------------------- what it knows
+    # ------------------------------------------------------------------- settings and checks
 
     @property
     def strength(self) -> Strength:
-        """Factor of the penalty; assign a number, a 0-d tensor or a mapping at any time."""
+        """Factor of R; assign a number, a 0-d tensor or a mapping at any time."""
         return self._coefficients.strength
 
     @strength.setter
@@ -201,19 +201,19 @@ class SpectralRegularizer(Readings):
 
     @property
     def target(self) -> Target:
-        """Singular value that each matrix is pulled to, as it was given."""
+        """Singular value that each matrix is pulled to, as given."""
         return self._coefficients.target
 
     @untraced
     def check_ranks(self) -> None:
-        """Compare matrices and vectors of all ranks that share parameters; every rank calls it.
+        """Check that ranks agree on matrices and vectors; every rank must call it.
 
-        Vectors are the same bits on every rank of a parameter's mesh, and on all ranks for
-        parameters that are no DTensors (DistributedDataParallel). They come apart where ranks have
-        other weights, seeds or strengths.
+        Vectors are bitwise equal on all ranks of a parameter's mesh, and on all ranks for
+        parameters that are not DTensors (DistributedDataParallel), unless weights, seeds or
+        strengths differ between ranks.
 
         Raises:
-            RuntimeError: what differs, between which ranks, or no process group.
+            RuntimeError: ranks differ (the message names ranks and matrix), or no process group.
         """
         if not torch.distributed.is_initialized():
             raise RuntimeError("check_ranks: torch.distributed has no process group yet")
@@ -232,26 +232,23 @@ class SpectralRegularizer(Readings):
 
     @untraced
     def state_dict(self) -> dict[str, Any]:
-        """Return the vectors of every matrix and the measured targets, by name.
-
-        Copies, [n_vectors, N].
-        """
+        """Return copies of all vectors, [n_vectors, N], and measured targets, by matrix name."""
         if not self._buckets.is_warm and not self._buckets.start_vectors:
             self._buckets.bound()
         return {"vectors": self._buckets.vectors(), "initial": dict(self._coefficients.initial)}
 
     @untraced
     def load_state_dict(self, state: Mapping[str, Any]) -> LoadResult:
-        """Continue from a :meth:`state_dict`; vectors are normalized, missing names warmed up.
+        """Load a :meth:`state_dict`; vectors are normalized, and missing ones warmed up.
 
-        If it has more vectors than ``n_vectors``, the first ones count; if fewer, random ones are
-        added and warmed up.
+        If it has more vectors per matrix than ``n_vectors``, the first ones are used; if fewer,
+        random ones are added and warmed up.
 
         Returns:
-            The names that ``state`` lacks and those it has in addition.
+            The names missing from ``state``, and the unexpected names in it.
 
         Raises:
-            TypeError: not such a dict.
+            TypeError: ``state`` is not such a dict.
             ValueError: a vector of the wrong shape, or one that is zero or not finite.
         """
         found, result = vectors_of(state, self._selection.matrices)

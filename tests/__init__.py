@@ -5,4 +5,4 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 """The checkout."""
 TIMEOUT = 300
-"""Seconds after which what takes a few, on a machine that does nothing else, counts as hung."""
+"""Seconds after which something that takes a few on an idle machine counts as hung."""

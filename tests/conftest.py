@@ -10,6 +10,35 @@ from .support.gpu_like import GpuLike
 LEVELS = ("baseline", "v3", "v4")
 
 
+def pytest_addoption(parser):
+    """Add --quick."""
+    parser.addoption(
+        "--quick", action="store_true",
+        help="only tests that take less than a second, with one instruction-set level, on a CPU",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out for --quick what takes longer, needs a GPU, or differs in the level alone."""
+    if not config.getoption("--quick"):
+        return
+    levels = []
+    if choice.unavailable("cpu") is None:
+        levels = choice.native_module().cpu.levels()
+    others = {f"cpu-{level}" for level in LEVELS if level not in levels[-1:]}
+
+    def is_left_out(item):
+        callspec = getattr(item, "callspec", None)
+        return (
+            any(item.get_closest_marker(name) for name in ("takes_seconds", "slow", "gpu"))
+            or (callspec is not None and callspec.params.get("backend") in others)
+        )  # fmt: skip
+
+    left_out = [item for item in items if is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not is_left_out(item)]
+
+
 ON_GPU = [pytest.param(f"{name}@cuda", marks=pytest.mark.gpu)
           for name in ("reference", "triton", "cuda")]  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""How exact sigma is while networks train, and what that costs: ``python -m bench.accuracy``.
+"""Error of sigma during training, and its cost: ``python -m bench.accuracy``.
 
-Every estimator trains a network of its own with the penalty that it estimates, on task after task:
-the demo's network on random labels, and a small transformer on sequences of random Markov chains.
-Before every so many steps the estimates are compared with the SVD of the same weights. Writes
+Each estimator trains its own network with the penalty that it estimates, on task after task: the
+demo's network on random labels, and a small transformer on sequences of random Markov chains. At
+regular intervals the estimates are compared with the SVD of the current weights. Writes
 accuracy.json, accuracy.md and accuracy.png into a folder.
 """
 
@@ -38,7 +38,7 @@ from .report import draw, label, table
 
 
 class TorchIteration:
-    """The penalty with sigma by the iteration of torch's spectral_norm, one per step."""
+    """The penalty with sigma from the iteration of torch's spectral_norm, one per step."""
 
     def __init__(self, model: nn.Module, strength: float):
         selection = SpectralRegularizer(model, strength, norms=False)._selection
@@ -79,7 +79,7 @@ class TorchIteration:
 
 
 def ours(**options) -> Callable[[nn.Module, float], SpectralRegularizer]:
-    """Return a maker of a regularizer."""
+    """Return a function that builds a regularizer."""
     return lambda model, strength: SpectralRegularizer(model, strength, norms=False, **options)
 
 
@@ -95,7 +95,7 @@ ESTIMATORS = {
 
 
 class Batch(NamedTuple):
-    """What a step is taken on; ``last`` of its task."""
+    """Input and target of a step; ``last``: it is the last one of its task."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -153,7 +153,7 @@ class Transformer:
         self.tasks, self.steps, self._losses = tasks, steps, []
 
     def batches(self) -> Iterator[Batch]:
-        """Yield sequences and what comes next."""
+        """Yield sequences and their next tokens."""
         for _ in range(self.tasks):
             logits = torch.randn(self.vocabulary, self.vocabulary, generator=self.generator)
             chain = (3 * logits).softmax(1)
@@ -182,7 +182,7 @@ PROBLEMS = {"demo": Demo, "transformer": Transformer}
 
 
 def run(problem: str, estimator: str, strength: float, seed: int, sizes: dict[str, int]) -> dict:
-    """Train, and return what the estimates were beside the SVD.
+    """Train, and return the errors of the estimates against the SVD.
 
     Errors are relative to sigma_1 and positive where the estimate is too small: "first" of sigma_1
     and "least" of the r-th singular value, [measurements, matrices]; "ratio" of sigma_2 to sigma_1,
@@ -228,7 +228,7 @@ def _errors(weights, values: torch.Tensor) -> dict[str, list[float]]:
 
 
 def _count_reads(estimator) -> list[float]:
-    """Return a list whose number grows with every read of all weights, and parts of it."""
+    """Return a list with one number: reads of the weights, in units of one read of all."""
     if isinstance(estimator, TorchIteration):
         counted, iterate = [0.0], estimator._iterate
 
@@ -294,7 +294,7 @@ def _save(folder: Path, data: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what was asked for and is not in the folder yet."""
+    """Run what was asked for, except what the folder already has."""
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
     parser.add_argument("--out", default="accuracy", help="folder; what is there is not run again")
     parser.add_argument("--seeds", type=int, default=3)

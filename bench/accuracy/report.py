@@ -1,4 +1,4 @@
-"""Table and picture of bench/accuracy/__main__.py's results."""
+"""Table and figure of the results of ``bench.accuracy``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; lines tell them apart too.
+# Okabe and Ito's colours, safe for colour-blind readers; line styles differ too.
 STYLES = {
     "torch": ("#000000", ":"), "1": ("#D55E00", "-"), "1, auto": ("#D55E00", "--"),
     "2": ("#E69F00", "-"), "4": ("#0072B2", "-"), "4, auto": ("#0072B2", "--"),
@@ -18,11 +18,11 @@ STYLES = {
 LABELS = {"torch": "torch's spectral_norm iteration", "1": "1 vector"}
 SCORES = {"demo": "accuracy, last 5 tasks", "transformer": "loss, last 3 tasks"}
 LAST = {"demo": 5, "transformer": 3}
-FLOOR = 1e-5  # of the picture: below, rounding shows
+FLOOR = 1e-5  # of the figure: below it, errors are rounding
 
 
 def label(estimator: str) -> str:
-    """Return what a reader calls an estimator."""
+    """Return the label of an estimator."""
     number, _, auto = estimator.partition(", ")
     words = LABELS.get(number, f"{number} vectors")
     return f"{words}, {auto}" if auto else words
@@ -38,7 +38,7 @@ def groups(data: dict) -> dict[tuple[str, float], dict[str, list[dict]]]:
 
 
 def _late(run: dict, name: str) -> np.ndarray:
-    """Errors after the first tenth of the steps, in which everything still moves in."""
+    """Return the errors after the first tenth of the steps, which is the transient."""
     values = np.array(run[name])
     return values[len(values) // 10 :]
 

@@ -1,4 +1,4 @@
-"""``python -m bench.continual``: run methods on streams of tasks, and report what came out."""
+"""``python -m bench.continual``: run methods on streams of tasks, and report the results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def keys(options: argparse.Namespace) -> list[Key]:
             first = Key(problem, data, model, method, strength, 0, options.tasks, options.epochs)
             first.check()
             found += [first._replace(seed=seed) for seed in range(options.seeds)]
-    # Seed by seed, so that an interrupted run has something of every method.
+    # Seed by seed, so that an interrupted call has runs of every method.
     return sorted(found, key=lambda key: key.seed)
 
 

@@ -1,8 +1,8 @@
-"""Reinforcement learning: PPO on a pole to be balanced whose physics and sensors change.
+"""Reinforcement learning: PPO on a CartPole whose physics and sensors change.
 
-The environment is Gymnasium's CartPole-v1, the learner Stable-Baselines3's PPO. In every task the
-pole's length and mass, the cart's mass, the force and gravity are others, and the four observations
-come in another order and with other signs; nothing tells the learner so.
+The environment is Gymnasium's CartPole-v1, the learner Stable-Baselines3's PPO. Every task changes
+the pole's length and mass, the cart's mass, the force, gravity, and the order and signs of the four
+observations; the learner is not told.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .methods import METHODS
 from .train import plasticity
 
 ENVIRONMENTS = 8
-ROLLOUT = 128  # steps of each environment before PPO learns; those of all of them are one epoch
+ROLLOUT = 128  # steps of each environment per update of PPO; those of all of them are one epoch
 LR = 1e-3
 PHYSICS = "gravity", "masscart", "masspole", "length", "force_mag"
 LAST_EPISODES = 20
 
 
 class ChangingPole(gymnasium.Wrapper):
-    """CartPole-v1 that is told by ``change`` which task it is."""
+    """CartPole-v1 whose task is set by ``change``."""
 
     def __init__(self):
         super().__init__(gymnasium.make("CartPole-v1"))
@@ -41,7 +41,7 @@ class ChangingPole(gymnasium.Wrapper):
         self.order, self.signs = np.arange(4), np.ones(4, np.float32)
 
     def change(self, factors: dict[str, float], order: np.ndarray, signs: np.ndarray) -> None:
-        """Multiply physical quantities, and show the observations in ``order`` with ``signs``."""
+        """Scale physical quantities; reorder the observations and multiply them by ``signs``."""
         pole = self.unwrapped
         for name, usual in self._usual.items():
             setattr(pole, name, usual * factors[name])
@@ -50,12 +50,12 @@ class ChangingPole(gymnasium.Wrapper):
         self.order, self.signs = order, signs
 
     def reset(self, **options):
-        """Return the first observation as this task shows it."""
+        """Return the first observation, in this task's order and signs."""
         seen, info = self.env.reset(**options)
         return seen[self.order] * self.signs, info
 
     def step(self, action):
-        """Return what CartPole does, with the observation as this task shows it."""
+        """Return CartPole's step with the observation in this task's order and signs."""
         seen, *rest = self.env.step(action)
         return seen[self.order] * self.signs, *rest
 
@@ -68,7 +68,7 @@ def changes(rng: np.random.Generator) -> Iterator[tuple[dict[str, float], np.nda
 
 
 class _Episodes(BaseCallback):
-    """Keeps the return of every episode that ends."""
+    """Records the return of every finished episode."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ class _Episodes(BaseCallback):
 
 
 class _Actor(nn.Module):
-    """The policy's way from observations to the logits of actions."""
+    """The policy's network, from observations to the logits of actions."""
 
     def __init__(self, policy):
         super().__init__()
@@ -96,11 +96,11 @@ class _Actor(nn.Module):
 
 
 def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
-    """Do what ``train.run`` does; scores are returns of episodes, at most 500.
+    """Do what ``train.run`` does; scores are episode returns, at most 500.
 
-    train: mean over the last 20 episodes of a task; online: over all of them. An epoch are
-    1,024 steps of the environments, and what PPO learns from them. Spectra are those of policy and
-    value network together, diversity and dormant units those of the policy.
+    train: mean over the last 20 episodes of a task; online: over all of them. An epoch is 1,024
+    steps of the environments and PPO's update on them. Spectra are of policy and value network
+    together; gradient diversity and dormant units are of the policy.
     """
     torch.set_num_threads(1)
     rng = np.random.default_rng(key.seed)
@@ -119,7 +119,7 @@ def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     for task, change in enumerate(itertools.islice(changes(rng), key.tasks)):
         for pole in poles:
             pole.change(*change)
-        learner._last_obs = None  # episodes begin anew
+        learner._last_obs = None  # episodes start over
         episodes, start = _Episodes(), time.perf_counter()
         for epoch in range(key.epochs):
             learner.learn(ROLLOUT * ENVIRONMENTS, callback=episodes, reset_num_timesteps=False)

@@ -1,4 +1,4 @@
-"""Images with classes, made or shipped: nothing is downloaded."""
+"""Labelled images, generated or shipped with scikit-learn: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLASSES = 10
 
 
 class Images(NamedTuple):
-    """Images [n, channels, height, width] and their classes [n], to learn from and held out."""
+    """Images [n, channels, height, width] and their classes [n], for training and held out."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -22,9 +22,9 @@ class Images(NamedTuple):
 
 
 def digits(generator: torch.Generator) -> Images:
-    """Return scikit-learn's handwritten digits, 1 x 8 x 8: 1,280 and 517 held out.
+    """Return scikit-learn's handwritten digits, 1 x 8 x 8: 1,280 to train on, 517 held out.
 
-    Standardized per pixel; a pixel that is the same in all images is 0.
+    Standardized per pixel; constant pixels are 0.
     """
     found = load_digits()
     x = experiment.standardized(torch.from_numpy(found.data)).view(-1, 1, 8, 8)
@@ -34,11 +34,11 @@ def digits(generator: torch.Generator) -> Images:
 
 
 def textures(generator: torch.Generator) -> Images:
-    """Return images made here, 3 x 16 x 16: 1,280 and 640 held out.
+    """Return generated images, 3 x 16 x 16: 1,280 to train on, 640 held out.
 
-    Every class is a pattern of two waves across the image with a colour each. An image shows it
-    moved by any number of pixels (around the edges), 0.5 to 1.5 times as strong, under noise three
-    times as strong as the pattern: a single pixel says nothing, shapes do.
+    Each class is a pattern of two waves across the image, each wave with its own colour. An image
+    shows the pattern shifted cyclically by any number of pixels, scaled by 0.5 to 1.5, under noise
+    three times as strong: single pixels carry no information, shapes do.
     """
     size, n, n_test = 16, 1280, 640
     place = torch.arange(size) * (2 * torch.pi / size)

@@ -1,4 +1,4 @@
-"""The methods that are compared, all of them around Adam: one class each."""
+"""The methods that are compared, one class each; all use Adam."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FOUR = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
 class Method:
-    """No regularizer; the others say what they do differently.
+    """Base class of the methods, and the one without a regularizer.
 
-    A method sees every step and is not told when a task ends. ``strengths`` are those that it is
-    run with unless others are asked for; a method without any has nothing to set.
+    A method sees every step and is not told when a task ends. ``strengths`` are the default ones;
+    a method without any has no strength.
 
     Args:
         model: to be trained.
-        strength: of the penalty, or what a method does instead.
+        strength: of the penalty, or of what the method does instead.
         lr: of Adam.
 
     Raises:
@@ -66,7 +66,7 @@ class L2Init(Method):
     strengths = FOUR
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Remember the initial parameters."""
+        """Record the initial parameters."""
         self.initial = [p.detach().clone() for p in model.parameters()]
         return model
 
@@ -78,16 +78,16 @@ class L2Init(Method):
 
 
 class ShrinkAndPerturb(Method):
-    """A share of every parameter is replaced by a fresh one (Ash and Adams, arXiv 1910.08475).
+    """Shrink and perturb: mix fresh parameters in (Ash and Adams, arXiv 1910.08475).
 
-    After each step p <- (1 - strength) p + strength q with q drawn from a normal distribution with
-    the spread that the parameter had at first.
+    After each step p <- (1 - strength) p + strength q, with q drawn from a normal distribution with
+    the parameter's initial mean and standard deviation.
     """
 
     strengths = FOUR
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Remember the initial spreads; a norm's, which had none, is drawn to its start."""
+        """Record initial means and spreads; norms have no spread: they shrink to their start."""
         self.initial = [(float(p.detach().mean()), float(p.detach().std(correction=0)))
                         for p in model.parameters()]  # fmt: skip
         return model
@@ -116,7 +116,7 @@ class LayerNorm(Method):
     """LayerNorm before every ReLU of a plain MLP (Lyle et al., arXiv 2303.01486)."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Return the chain with the norms in it."""
+        """Return the model with the norms inserted."""
         layers: list[nn.Module] = []
         for linear, act in _hidden(model, "layer_norm"):
             layers += [linear, nn.LayerNorm(linear.out_features), act]
@@ -124,10 +124,10 @@ class LayerNorm(Method):
 
 
 class ReDo(Method):
-    """Dormant units of an MLP are born again (Sokar et al., arXiv 2302.12902).
+    """ReDo: reinitialize dormant units of an MLP (Sokar et al., arXiv 2302.12902).
 
     Every 1,000 steps each unit whose score (see diagnostics.dormant_units) on the batch is at most
-    ``strength`` gets fresh weights from below and zeros upwards; its moments are forgotten.
+    ``strength`` gets fresh incoming weights and zero outgoing ones; its moments are reset.
     """
 
     strengths = (0.01, 0.1)
@@ -140,7 +140,7 @@ class ReDo(Method):
 
     @torch.no_grad()
     def after_step(self, inputs: torch.Tensor) -> None:
-        """Look for dormant units, if it is time to."""
+        """Reinitialize dormant units every ``period`` steps."""
         self.steps += 1
         if self.steps % self.period:
             return
@@ -176,31 +176,31 @@ class Spectral(Method):
 
 
 class Spectral1(Spectral):
-    """The same with exponent 1."""
+    """Spectral regularization with exponent 1."""
 
     options: ClassVar[dict] = {"exponent": 1}
 
 
 class Spectral4(Spectral):
-    """The same with exponent 4."""
+    """Spectral regularization with exponent 4."""
 
     options: ClassVar[dict] = {"exponent": 4}
 
 
 class Spectral8(Spectral):
-    """The same with exponent 8."""
+    """Spectral regularization with exponent 8."""
 
     options: ClassVar[dict] = {"exponent": 8}
 
 
 class SpectralSharp(Spectral):
-    """The same with four vectors per matrix, and extra iterations where they are needed."""
+    """Spectral regularization with four vectors per matrix and "auto" iterations."""
 
     options: ClassVar[dict] = {"n_vectors": 4, "n_power_iterations": "auto"}
 
 
 class InOptimizer(Spectral):
-    """The penalty inside the optimizer's step, SpectralAdamW without weight decay."""
+    """SpectralAdamW without weight decay: the penalty inside the optimizer's step."""
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Return SpectralAdamW."""

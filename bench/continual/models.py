@@ -12,7 +12,7 @@ WIDTH = 128
 
 
 def mlp(shape: tuple[int, ...], outputs: int, norm: bool = False) -> nn.Sequential:
-    """Return three hidden layers of 128 units with ReLU; with LayerNorm before it if ``norm``."""
+    """Return an MLP with three hidden layers of 128 units, ReLU, LayerNorm if ``norm``."""
     layers: list[nn.Module] = [nn.Flatten()]
     widths = math.prod(shape), WIDTH, WIDTH, WIDTH
     for fan_in, fan_out in itertools.pairwise(widths):
@@ -21,7 +21,7 @@ def mlp(shape: tuple[int, ...], outputs: int, norm: bool = False) -> nn.Sequenti
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut (He et al., arXiv 1512.03385)."""
+    """Residual block: two 3 x 3 convolutions and a shortcut (He et al., arXiv 1512.03385)."""
 
     def __init__(self, channels: int, out: int, stride: int, norm: bool):
         super().__init__()
@@ -53,7 +53,7 @@ def resnet(shape: tuple[int, ...], outputs: int, norm: bool = True) -> nn.Sequen
 
 
 class Layer(nn.Module):
-    """Attention and an MLP, each on what LayerNorm makes of its input."""
+    """Transformer layer: attention and an MLP, LayerNorm before each."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -88,7 +88,7 @@ class Vit(nn.Module):
         return self.head(self.norm(self.layers(tokens)).mean(1))
 
 
-# A transformer without normalization hardly learns, so there is none.
+# A transformer without normalization hardly learns, so it is left out.
 MODELS = {
     "mlp": mlp,
     "mlp_norm": lambda shape, outputs: mlp(shape, outputs, norm=True),

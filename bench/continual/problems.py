@@ -12,7 +12,7 @@ from .data import CLASSES, DATA
 
 
 class Task(NamedTuple):
-    """Examples to learn from, and held-out ones where labels say something about them."""
+    """Training examples, and held-out ones if the problem has any."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -21,7 +21,7 @@ class Task(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A stream of tasks; ``score`` is "accuracy", or "mse" where outputs are numbers."""
+    """A stream of tasks; ``score`` is "accuracy", or "mse" for regression."""
 
     shape: tuple[int, ...]  # of an input
     outputs: int
@@ -39,14 +39,14 @@ Changes = Callable[[torch.Generator, int, str], Iterator[Task]]
 
 
 def random_labels(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
-    """Fresh random labels for the same images: all that can be done is to memorize them."""
+    """Fresh random labels for the same images: they can only be memorized."""
     images = DATA[data](generator)
     for _ in range(tasks):
         yield Task(images.x, torch.randint(CLASSES, (len(images.x),), generator=generator))
 
 
 def permuted_pixels(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
-    """The pixels of all images in another order."""
+    """The pixels of all images in a new order."""
     images = DATA[data](generator)
     for _ in range(tasks):
         order = torch.randperm(images.x[0].numel(), generator=generator)
@@ -55,7 +55,7 @@ def permuted_pixels(generator: torch.Generator, tasks: int, data: str) -> Iterat
 
 
 def label_flips(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
-    """Every class gets another class's label."""
+    """The labels of the classes permuted."""
     images = DATA[data](generator)
     for _ in range(tasks):
         labels = torch.randperm(CLASSES, generator=generator)
@@ -63,7 +63,7 @@ def label_flips(generator: torch.Generator, tasks: int, data: str) -> Iterator[T
 
 
 def class_incremental(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
-    """Two more classes in every task; when all are there, two others are the first again."""
+    """Two more classes in every task; after all of them, again from two, reordered."""
     images = DATA[data](generator)
     for task in range(tasks):
         place = task % (CLASSES // 2)
@@ -75,9 +75,9 @@ def class_incremental(generator: torch.Generator, tasks: int, data: str) -> Iter
 
 
 def label_noise(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
-    """Three of four labels are random at first, fewer and fewer, at last none.
+    """Random labels: three of four in the first task, decreasing to none in the last.
 
-    What was learnt from noise must not keep a network from learning what is right.
+    Having learnt noise must not keep a network from learning the true labels.
     """
     images = DATA[data](generator)
     for task in range(tasks):
@@ -88,11 +88,11 @@ def label_noise(generator: torch.Generator, tasks: int, data: str) -> Iterator[T
 
 
 def bit_flipping(generator: torch.Generator, tasks: int, data: str) -> Iterator[Task]:
-    """A random network of thresholds on 20 bits, 15 of which one flips per task.
+    """Regression on 20 bits; of the 15 slow ones, one flips per task.
 
     The slowly-changing regression of Dohare et al., "Loss of plasticity in deep continual
-    learning", Nature 2024: the other bits are random in every example, the target has 100 hidden
-    units that fire above 0.7 of their largest input, and weights of +-1.
+    learning", Nature 2024: the other bits are random in every example; the target is a random
+    network with weights of +-1 and 100 hidden units that fire above 0.7 of their largest input.
     """
     bits, slow, hidden, examples = 20, 15, 100, 1280
 

@@ -17,7 +17,7 @@ from scipy import stats
 from .methods import METHODS
 from .runner import load
 
-LAST = 5  # tasks that "at the end" means
+LAST = 5  # tasks that count as "at the end"
 COLORS = {
     "none": "#000000", "l2": "#E69F00", "l2_init": "#56B4E9", "shrink_perturb": "#CC79A7",
     "spectral_norm": "#999999", "layer_norm": "#8B6914", "redo": "#F0E442", "spectral": "#0072B2",
@@ -27,7 +27,7 @@ COLORS = {
 
 
 class Setting(NamedTuple):
-    """What a table and a row of figures is about."""
+    """Subject of one table and one figure."""
 
     problem: str
     data: str
@@ -65,7 +65,7 @@ def settings(runs: Iterable[dict]) -> dict[Setting, Arms]:
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Return mean and half of the 95 % confidence interval (nan for one value)."""
+    """Return mean and half width of the 95 % confidence interval (nan for one value)."""
     x = np.array(list(values), dtype=float)
     if len(x) < 2:
         return float(x.mean()), math.nan
@@ -79,13 +79,13 @@ def ended(run: dict, name: str) -> float:
 
 
 def scores(setting: Setting) -> tuple[str, bool]:
-    """Return what a setting's score is called, and whether lower is better."""
+    """Return the name of a setting's score, and whether lower is better."""
     known = {"bit_flipping": ("mean squared error", True), "cartpole": ("return", False)}
     return known.get(setting.problem, ("accuracy", False))
 
 
 def best(arms: Arms, lower: bool) -> dict[str, Arm]:
-    """Return of each method the arm that is best at the end."""
+    """Return the arm of each method that is best at the end."""
     found: dict[str, tuple[float, Arm]] = {}
     for arm, runs in arms.items():
         score = np.mean([ended(run, "train") for run in runs])
@@ -127,7 +127,7 @@ def _cell(values: Iterable[float], digits: int = 3) -> str:
 
 
 def draw(setting: Setting, arms: Arms, path: Path) -> None:
-    """Write the PNG of one setting: over tasks with each method at its best, and by strength."""
+    """Write the PNG of one setting: each method at its best over tasks, and by strength."""
     score, lower = scores(setting)
     figure = Figure(figsize=(17, 7.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -170,7 +170,7 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
 
 
 def _show_means(ax: Axes, means: list) -> None:
-    """Let intervals of few seeds, which are wide, leave the picture, but not the means."""
+    """Fit the axis to the means; the wide intervals of few seeds may be cut off."""
     low, high = np.min(means), np.max(means)
     margin = 0.06 * (high - low) or 0.05
     ax.set_ylim(low - margin if low > margin else low * 0.9, high + margin)

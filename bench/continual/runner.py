@@ -1,4 +1,4 @@
-"""Runs over the cores, one line of a file each: stopped at any time, it goes on where it was."""
+"""Distributes runs over the cores, one line of a file each; an interrupted call resumes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from ..support.workers import end_with_parent
 from .train import Key
 
 FILE = "runs.jsonl"
-_reports = None  # in a worker: where it says how far it is
+_reports = None  # in a worker: where it reports its progress
 
 
 def load(folder: Path) -> list[dict]:
     """Return the runs in a folder.
 
     Raises:
-        ValueError: a line that is no run; the last one may be cut off and is then left out.
+        ValueError: a line that is no run (a truncated last line is left out).
     """
     path = folder / FILE
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # the last is empty, or what a kill has cut off
+    lines = path.read_bytes().split(b"\n")[:-1]  # the last is empty or truncated by a kill
     found = []
     for i, line in enumerate(lines, 1):
         try:
@@ -46,12 +46,12 @@ def load(folder: Path) -> list[dict]:
 
 
 def key_of(run: dict) -> Key:
-    """Return what tells a run from others."""
+    """Return the key of a run."""
     return Key(**{field: run[field] for field in Key._fields})
 
 
 def where() -> dict[str, str]:
-    """Return what a reader needs to know of where runs were made."""
+    """Return commit, torch version, processor and date, which go with every run."""
     return {
         "commit": commit_name(get_commit_info()),
         "torch": torch.__version__, "processor": processor(), "date": date.today().isoformat(),
@@ -59,10 +59,10 @@ def where() -> dict[str, str]:
 
 
 def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -> int:
-    """Run what is not in the folder yet; return how many runs that were.
+    """Run what the folder lacks; return the number of runs.
 
-    A line is written when its run is finished, with one call, so that a kill loses the runs that
-    are under way and nothing else.
+    Each line is written with one call when its run is finished, so that a kill loses only the runs
+    in progress.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = {key_of(found) for found in load(folder)}
@@ -94,7 +94,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
                     bars.advance(every)
                     if (bar := shown.get(futures[future])) is not None:
                         bars.remove_task(bar)
-                    shown[futures[future]] = None  # what comes late is not shown
+                    shown[futures[future]] = None  # later reports are not shown
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -104,7 +104,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
 
 
 def _cut_off(path: Path) -> None:
-    """Remove a last line that a kill has left unfinished."""
+    """Remove a last line that was truncated by a kill."""
     if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
 

@@ -1,4 +1,4 @@
-"""One run: a model that a method trains on task after task, and what is measured at their ends."""
+"""One run: a method trains a model on task after task, with measurements at the end of each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LR = 1e-3
 BATCH = 64
 MEASURED = 128  # examples for gradient diversity and dormant units
 NAMES = (*problems.PROBLEMS, "cartpole")
-# Problems that take no data set, and the models that they are for.
+# Problems with their own data, and the models that they are for.
 OWN_DATA = {"bit_flipping": ("mlp", "mlp_norm"), "cartpole": ("ppo",)}
 
 
 class Key(NamedTuple):
-    """What tells a run from others; two runs of one key give the same figures."""
+    """Identifies a run; two runs with the same key give the same figures."""
 
     problem: str
     data: str
@@ -56,18 +56,18 @@ class Key(NamedTuple):
 
 
 def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
-    """Train and return the key and, per task, what was measured: lists of one length.
+    """Train; return the key and the measurements, lists with one entry per task.
 
-    online: mean score of the batches before each step, over the task; train, test: score on the
-    task's examples and on held-out ones at its end (None where labels say nothing about those);
-    and, at the same time, per matrix sigma_max, sigma_min and stable_rank, gradient_diversity,
-    dormant (a share of all units) and weight_norm; seconds of the training alone.
+    online: mean score of a task's batches, each before its step; train, test: score on the task's
+    examples and on held-out ones at its end (None if there are none). Also at its end: sigma_max,
+    sigma_min and stable_rank per matrix, gradient_diversity, dormant (a share of all units) and
+    weight_norm. seconds: of the training alone.
 
-    Images, initial weights, tasks and batches of one seed are the same for every method. Progress
-    is told the epochs done.
+    Images, initial weights, tasks and batches of one seed are the same for every method.
+    ``progress`` gets the number of finished epochs.
     """
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # weights that L2 lets die would make steps slow
+    torch.set_flush_denormal(True)  # subnormal weights, which L2 leads to, would make steps slow
     torch.manual_seed(key.seed)
     generator = torch.Generator().manual_seed(key.seed)
     problem = problems.build(key.problem, key.data, key.tasks, generator)
@@ -123,7 +123,7 @@ def measure(model: nn.Module, problem: problems.Problem, task: problems.Task) ->
 
 
 def plasticity(model: nn.Module, matrices, x: torch.Tensor, y: torch.Tensor, loss) -> dict:
-    """Return what ``matrices`` and the first examples tell about whether ``model`` can learn."""
+    """Return measures of plasticity, from ``matrices`` and the first examples."""
     x, y = x[:MEASURED], y[:MEASURED]
     spectra = diagnostics.spectra(matrices).values()
     dormant = diagnostics.dormant_units(model, x).values()

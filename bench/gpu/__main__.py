@@ -11,7 +11,7 @@ from .lines import Lines
 
 
 def main() -> int:
-    """Run the stage; the exit code is 1 where something failed."""
+    """Run the stage; the exit code is 1 if something failed."""
     parser = argparse.ArgumentParser(prog="bench.gpu")
     parser.add_argument("stage")
     parser.add_argument("folder", type=Path)

@@ -1,4 +1,4 @@
-"""Stages "versions", "compile", "cuda" and "triton": what loads, what compiles, what is right."""
+"""Stages "versions", "compile", "cuda" and "triton": imports, compilation, correctness."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from . import inputs, measure
 from .job import Job
 from .parallel import CHECKS, DTYPES, NOT_BEGUN, PROCESSORS_LEFT
 
-_REHEARSED = ("1 vector", "ragged shapes")  # by interpreted kernels; stages to come do the others
+_REHEARSED = ("1 vector", "ragged shapes")  # by interpreted kernels; later stages cover the others
 _OPTIMIZERS = {"SpectralAdamW": SpectralAdamW, "SpectralSGD": SpectralSGD}
 
 
 def versions(job: Job) -> None:
-    """Load what there is, and measure how fast memory is."""
+    """Import Triton's backend, use the device, and measure memory bandwidth."""
     name = "spectral_kernels._triton.backend"
     try:
         importlib.import_module(name)
@@ -62,7 +62,7 @@ def compile_core(job: Job) -> None:
 def backend(job: Job, name: str) -> None:
     """Compare a backend with the reference, and on ragged shapes with float64, in a rehearsal.
 
-    On a GPU, ``parallel.backend`` does.
+    On a GPU, ``parallel.backend`` does this.
     """
     reason = choice.unavailable(name)
     if reason is not None:
@@ -109,7 +109,7 @@ def _ragged(dtype: torch.dtype, name: str, device: torch.device, dry_run: bool) 
     for i, shape in enumerate(inputs.ragged_shapes(dry_run)):
         weights = gate.leaves([shape, (7, 33)], dtype, device, seed=i)
         m, n = shape
-        weights[0].detach().mul_(min(1.0, (n / m) ** 0.5))  # or gradients are beyond float16
+        weights[0].detach().mul_(min(1.0, (n / m) ** 0.5))  # keeps gradients within float16
         if (found := two_steps(weights, name)) is not None:
             return f"{shape}: {found}"
     return None
@@ -124,7 +124,7 @@ def two_steps(weights, name: str) -> str | None:
     before = [weight.grad.clone() for weight in weights]
     reg.accumulate_grad_()
     for i, (weight, old, sigma) in enumerate(zip(weights, before, reg.sigma, strict=True)):
-        v = vectors[f"{i}.weight"][0]  # those that the second step took
+        v = vectors[f"{i}.weight"][0]  # those that the second step used
         expected, whole = gate.true_gradient(weight, v, "v")
         truth = (weight.detach().double() @ v.double()).norm()
         if not abs(float(sigma) - float(truth)) <= 1e-5 * float(truth):

@@ -1,4 +1,4 @@
-"""What the figures depend on: device, versions, commit. Without torch, whose import takes long."""
+"""What the figures depend on: device, versions, commit. Does not import torch, which takes long."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cuda_device() -> Device | None:
 
 
 def environment(device: Device | None) -> dict[str, object]:
-    """Return what goes with the figures of one run."""
+    """Return device, versions and commit of a run."""
     return {
         "device": device.name if device else f"CPU: {_processor()}",
         "capability": device.capability if device else None,
@@ -65,7 +65,7 @@ def environment(device: Device | None) -> dict[str, object]:
 
 
 def sources() -> str:
-    """Return a hash of the package's sources, which tells versions apart where there is no git."""
+    """Return a hash of the package's sources: identifies a version where there is no git."""
     found = hashlib.sha256()
     paths = [*(ROOT / "spectral_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*")]
     for path in sorted(paths):
@@ -75,7 +75,7 @@ def sources() -> str:
 
 
 def output_of(*command: str) -> str | None:
-    """Return what a command prints, without blanks around it, or None where it fails."""
+    """Return the stripped output of a command, or None if it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10,
                               check=True)  # fmt: skip

@@ -11,7 +11,7 @@ Rows = list[list[str]]
 
 
 def number(value: float | None) -> str:
-    """Return about three digits, or a dash."""
+    """Format with about three digits; None is a dash."""
     if value is None:
         return "-"
     if value >= 100:
@@ -20,7 +20,7 @@ def number(value: float | None) -> str:
 
 
 def _grid(title: str, head: Sequence[str], rows: Rows) -> list[str]:
-    """Return rows with columns that line up, below their names; nothing without rows."""
+    """Return a table with aligned columns, or nothing if there are no rows."""
     if not rows:
         return []
     every = [list(head), *rows]

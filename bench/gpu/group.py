@@ -1,4 +1,4 @@
-"""A process group that ends with the process that started it, through the pipe to its input.
+"""A process group that ends with its parent process: it watches the pipe at its input.
 
 ``python -m bench.gpu.group COMMAND...`` runs a command in such a group.
 """
@@ -15,7 +15,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """End this process group once the process that holds the other end of the input is gone."""
+    """End this process group once the other end of its input is closed."""
     threading.Thread(target=_wait, daemon=True).start()
 
 
@@ -34,7 +34,7 @@ def start(command, **options) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill everything in the group of a process that nobody has waited for."""
+    """Kill the group of a process that has not been waited for."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 

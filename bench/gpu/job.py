@@ -1,4 +1,4 @@
-"""What a stage is given: where it writes, its device and cases, and how long it may take."""
+"""The job of a stage: its output, device, cases and deadline."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from . import inputs, measure
 from .lines import Lines
 from .parallel import LAST_PART, NOT_BEGUN
 
-_LEAST = 0.5  # seconds that a group is worth
+_LEAST = 0.5  # seconds; with less left, a group is left out
 
 
 @dataclass
 class Job:
-    """One stage as its process sees it; ``until`` is the monotonic time at which it is killed.
+    """A stage, seen from its process; ``until`` is the monotonic time at which it is killed.
 
-    ``without`` are "case/dtype/backend" that have broken the device in an earlier process of this
-    stage, and ``after`` is the "case/dtype" that it was at.
+    ``without`` lists each "case/dtype/backend" that broke the device earlier in this stage, and
+    ``after`` is the "case/dtype" at which to resume.
     """
 
     lines: Lines
@@ -38,36 +38,36 @@ class Job:
     backends: tuple[str, ...] = ()
 
     def __post_init__(self):
-        """Take both backends for the device; on a CPU, C++ stands in for CUDA C++."""
+        """Default to both backends of the device; on a CPU, C++ replaces CUDA C++."""
         self.backends = self.backends or ("triton", "cpu" if self.dry_run else "cuda")
 
     @property
     def dry_run(self) -> bool:
-        """Tell whether this is a rehearsal on a CPU."""
+        """Whether this is a rehearsal on a CPU."""
         return self.lines.dry_run
 
     @property
     def rounds(self) -> int:
-        """Return how many rounds there are at most; the figures of a rehearsal tell nothing."""
+        """Maximum number of rounds; a rehearsal's figures mean nothing."""
         return 1 if self.dry_run else measure.MOST
 
     def leave_out_unavailable(self) -> None:
-        """Keep of the backends those that can run here, and write why the others cannot."""
+        """Remove the backends that cannot run here, and record why."""
         reasons = {name: choice.unavailable(name) for name in self.backends}
         self.backends = tuple(name for name in reasons if reasons[name] is None)
         for name, reason in reasons.items():
-            if reason is not None and self.after is None:  # else it is written already
+            if reason is not None and self.after is None:  # else it is recorded already
                 self.lines.left_out("available", reason, backend=name)
 
     def left(self) -> float:
-        """Return the seconds in which something may still begin."""
+        """Return the seconds left in which new work may start."""
         return self.begin + LAST_PART * (self.until - self.begin) - time.monotonic()
 
     def groups(self, wanted) -> Iterator[tuple[str, torch.dtype, float]]:
-        """Yield case, dtype and seconds of those (case, dtype) that were asked for.
+        """Yield case, dtype and seconds of every (case, dtype) that was asked for.
 
-        Each gets an equal part of what is left. Those for which no time is left are written down.
-        What a group raises is the caller's; memory of the device is given back between them.
+        Each gets an equal part of the time left. Those without any time are recorded as left out.
+        The caller handles exceptions of a group; device memory is freed between groups.
         """
         own = [(case, dtype) for case, dtype in wanted if case in self.cases]
         names = [f"{case}/{dtype}" for case, dtype in own]
@@ -84,13 +84,13 @@ class Job:
             yield case, getattr(torch, dtype), left / (len(own) - i)
 
     def takes_part(self, case: str, dtype: torch.dtype, backend: str) -> bool:
-        """Tell whether a backend has not broken the device in this group."""
+        """Return whether a backend is to run in this group: it has not broken the device there."""
         return f"{case}/{name_of(dtype)}/{backend}" not in self.without
 
     def go_on_where_the_device_broke(self, case: str, dtype: torch.dtype, *backends: str) -> None:
-        """Begin anew at this group without ``backends``, in this very process, if it must be.
+        """Restart this process at this group without ``backends``, if the device is broken.
 
-        After an illegal access, say, every call of CUDA fails in a process.
+        After an illegal access, for example, every CUDA call of the process fails.
         """
         try:
             measure.synchronize(self.device)
@@ -99,7 +99,7 @@ class Job:
             broken = error
         group = f"{case}/{name_of(dtype)}"
         without = {f"{group}/{backend}" for backend in backends}
-        if without <= set(self.without):  # it is none of ours that breaks it
+        if without <= set(self.without):  # none of our backends breaks it
             raise broken
         command = [sys.executable, "-u", "-m", "bench.gpu", self.lines.stage,
                    str(self.lines.path.parent), f"--until={self.until}",
@@ -110,5 +110,5 @@ class Job:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return "bfloat16" of torch.bfloat16."""
+    """Return "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

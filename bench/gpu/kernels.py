@@ -1,4 +1,4 @@
-"""Stage "kernels": both launches alone and the whole step, beside the floors of the same run."""
+"""Stage "kernels": each launch alone, the whole step, and the floors of the same run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from . import inputs, measure
 from .job import Job, name_of
 from .measure import captured
 
-# Bytes that count, in units of the weights' bytes: W is read, .grad read and written.
+# Bytes counted, in units of the weights' bytes: W is read, .grad read and written.
 BYTES = {"gram_matvec": 1, "finish": 2, "step": 3, "floor": 3, "floor_read": 1, "floor_add": 2,
          "floor_copy": 2}  # fmt: skip
-_LAUNCHES = 16  # at least, in the graph of one kernel: the graph's own launch then counts little
-_PART_OF_CHECKS = 0.4  # of a group's time, after which no further contender is made ready
+_LAUNCHES = 16  # at least, in the graph of one kernel: amortizes the launch of the graph
+_PART_OF_CHECKS = 0.4  # share of a group's time after which no more contenders are prepared
 
 
 def run(job: Job) -> None:
@@ -32,7 +32,7 @@ def run(job: Job) -> None:
 
 
 def _group(job: Job, case: str, dtype: torch.dtype, seconds: float, copy: float) -> None:
-    """Check the contenders of one case, then time those that are right in turn."""
+    """Check the contenders of one case, then time the correct ones in turn."""
     shapes = inputs.shapes(case, job.dry_run)
     where = {"case": case, "dtype": name_of(dtype)}
     sets = inputs.input_sets(shapes, dtype, job.device)
@@ -77,7 +77,7 @@ def _group(job: Job, case: str, dtype: torch.dtype, seconds: float, copy: float)
 
 
 def _is_right(job: Job, contender, weights, where, backend: str) -> bool:
-    """Compare a contender's first step with float64; write how long it took, or what is wrong."""
+    """Compare a contender's first step with float64; record its time, or what is wrong."""
     problem, seconds = gate.first_step(contender, weights)
     if problem is not None:
         job.lines.failed("step", problem, backend=backend, **where)
@@ -87,9 +87,9 @@ def _is_right(job: Job, contender, weights, where, backend: str) -> bool:
 
 
 def _ours(job: Job, sets, backend: str):
-    """Return what a backend does in a step, by name, and how many launches each call is, if not 1.
+    """Return the parts of a backend's step by name, and the launches per call where not 1.
 
-    The launches alone write what they wrote before: each reads what the other does not change.
+    A launch repeated alone finds the same inputs, except for the gradients that it adds to.
     """
     steps, grams, finishes = [], [], []
     for weights in sets:

@@ -14,11 +14,11 @@ Line = dict[str, Any]
 
 
 class Lines:
-    """Appends lines of one stage to ``results.jsonl`` in ``folder``; several processes may.
+    """Appends lines of one stage to ``results.jsonl`` in ``folder``; several processes may do so.
 
-    Every line has stage, case, dtype, backend, what, value, unit and dry_run. What failed or was
-    left out has no value but a reason, and ``failed`` says which of both it is. ``failures`` counts
-    the lines that failed.
+    Every line has stage, case, dtype, backend, what, value, unit and dry_run. If something failed
+    or was left out, its line has a reason instead of a value, and ``failed`` says which of the two.
+    ``failures`` counts the lines that failed.
     """
 
     def __init__(self, folder: Path, stage: str, dry_run: bool):
@@ -36,7 +36,7 @@ class Lines:
         backend: str | None = None,
         **more: Any,
     ) -> None:
-        """Append a line. It is in the file, and out of this process, when this returns."""
+        """Append a line; it is written to the file before this returns."""
         line = {
             "stage": self.stage, "case": case, "dtype": dtype, "backend": backend, "what": what,
             "value": value, "unit": unit, "dry_run": self.dry_run, **more,
@@ -49,7 +49,7 @@ class Lines:
             os.close(file)
 
     def failed(self, what: str, reason: object, **where: Any) -> None:
-        """Say that something is wrong, or raised; the stage's exit code is then 1.
+        """Record a failure or an exception; the stage's exit code is then 1.
 
         The traceback of an exception goes to the stage's output.
         """
@@ -59,19 +59,19 @@ class Lines:
         self.put(what, None, None, failed=True, reason=_text(reason), **where)
 
     def left_out(self, what: str, reason: object, **where: Any) -> None:
-        """Say why something was not done."""
+        """Record why something was not done."""
         self.put(what, None, None, failed=False, reason=_text(reason), **where)
 
 
 def _text(reason: object) -> str:
-    """Return the reason in one line; of an exception with its type."""
+    """Return the reason in one line, with the type of an exception."""
     if isinstance(reason, BaseException):
         reason = f"{type(reason).__name__}: {reason}"
     return " ".join(str(reason).split())[:600]
 
 
 def read(folder: Path) -> tuple[list[Line], int]:
-    """Return the lines in ``folder``, and how many cannot be read (one, where it was cut off)."""
+    """Return the lines in ``folder``, and how many are unreadable (one, if truncated)."""
     path, found, unreadable = Path(folder) / FILE, [], 0
     if not path.exists():
         return found, unreadable
@@ -95,9 +95,9 @@ def outcome(line: Line) -> str:
 
 
 class Results:
-    """Lines by what they are about; the last of equal ones counts.
+    """Lines by subject; of several with the same subject the last counts.
 
-    ``beside`` of a line says what else was timed in the same rounds, where a stage has several.
+    ``beside`` of a line says what else was timed in the same rounds, if a stage has several groups.
     """
 
     def __init__(self, lines: Sequence[Line]):
@@ -115,14 +115,14 @@ class Results:
         return self.last.get((stage, what, *where, backend, beside), {})
 
     def where(self, stage: str, *what: str) -> list[tuple[str, str]]:
-        """Return every (case, dtype) that a stage has figures of, in their order."""
+        """Return every (case, dtype) for which a stage has figures, in order."""
         return list(dict.fromkeys(
             (x["case"], x["dtype"]) for x in self.all
             if x["stage"] == stage and x["what"] in what and x.get("value") is not None
         ))  # fmt: skip
 
     def backends(self, stage: str) -> list[str]:
-        """Return the names of our backends that a stage has lines of."""
+        """Return the names of our backends for which a stage has lines."""
         names = {x["backend"] for x in self.all if x["stage"] == stage and x["what"] != "available"}
         return [name for name in ("triton", "cuda", "cpu") if name in names]
 

@@ -1,4 +1,4 @@
-"""Stage "loops": what people write today beside ours; four vectors, and "auto" iterations."""
+"""Stage "loops": loops over layers beside ours; four vectors, and "auto" iterations."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .job import Job, name_of
 from .parallel import NOT_BEGUN
 
 _EAGER = ("autograd_loop", "inplace_loop")
-# Of ours, beside one vector and one iteration: name, arguments of the regularizer.
+# Our variants besides one vector and one iteration: name, arguments of the regularizer.
 _VARIANTS = {
     "step, 4 vectors": {"n_vectors": 4},
     'step, "auto"': {"iterations": "auto"},
     'step, 4 vectors, "auto"': {"n_vectors": 4, "iterations": "auto"},
 }
-_COMPILATION = 5.0  # seconds at least without which a loop is not given to torch.compile
-_TIMING = 1.5  # seconds at most for rounds beside loops of milliseconds: a few will do
+_COMPILATION = 5.0  # seconds; with less left, a loop is not compiled
+_TIMING = 1.5  # seconds of rounds at most: loops take milliseconds, so a few will do
 
 
 def run(job: Job) -> None:
-    """Measure of each case the loops that need no compilation, then the compiled one.
+    """Measure the eager loops of each case, then the compiled one.
 
-    Our variants come after the first case's.
+    Our variants are measured after those of the case SEVERAL.
     """
-    rate = 0.0  # seconds that a compilation takes for a matrix, of which there is code for each
+    rate = 0.0  # seconds of compilation per matrix: each has code of its own
     for case, dtype, seconds in job.groups(inputs.LOOPS):
         _guarded(job, case, dtype, _EAGER, min(_TIMING, seconds / 4))
         matrices = len(inputs.shapes(case, job.dry_run))
@@ -36,7 +36,7 @@ def run(job: Job) -> None:
             job.lines.left_out("compiled_loop", "too little time is left", case=case,
                                dtype=name_of(dtype))  # fmt: skip
         else:
-            torch.compiler.reset()  # what was compiled for other shapes counts against a limit
+            torch.compiler.reset()  # earlier compilations count against the recompilation limit
             start = time.monotonic()
             _guarded(job, case, dtype, ("compiled_loop",), min(_TIMING, seconds / 4))
             rate = max(rate, (time.monotonic() - start) / matrices)
@@ -53,7 +53,7 @@ def _guarded(job: Job, case: str, dtype: torch.dtype, loops, seconds: float) -> 
 
 
 def _group(job: Job, case: str, dtype: torch.dtype, loops, seconds: float) -> None:
-    """Check the loops and ours, then time those that are right in turn, beside the floor."""
+    """Check the loops and ours, then time the correct ones and the floor in turn."""
     where = {"case": case, "dtype": name_of(dtype)}
     sets = inputs.input_sets(inputs.shapes(case, job.dry_run), dtype, job.device)
     functions = {None: in_turn([gate.floor_functions(weights)["floor"] for weights in sets])}
@@ -80,7 +80,7 @@ def _group(job: Job, case: str, dtype: torch.dtype, loops, seconds: float) -> No
 
 
 def _variants(job: Job, case: str, dtype: torch.dtype, seconds: float) -> None:
-    """Time ours with more vectors and iterations, which the stages before have checked."""
+    """Time ours with more vectors and iterations, which earlier stages have checked."""
     where = {"case": case, "dtype": name_of(dtype)}
     sets = inputs.input_sets(inputs.shapes(case, job.dry_run), dtype, job.device)
     functions, longest = {}, 0.0
@@ -88,7 +88,7 @@ def _variants(job: Job, case: str, dtype: torch.dtype, seconds: float) -> None:
         if not job.takes_part(case, dtype, backend):
             continue
         for name, arguments in {"step": {}, **_VARIANTS}.items():
-            if job.left() < longest:  # else what is measured might be lost with this process
+            if job.left() < longest:  # else a kill could lose the measurement
                 job.lines.left_out(name, NOT_BEGUN, backend=backend, **where)
                 continue
             try:

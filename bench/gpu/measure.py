@@ -1,4 +1,4 @@
-"""Times functions in turn for their share of the time; CUDA graphs; the time of enqueueing."""
+"""Timing of functions in turn within a time limit; CUDA graphs; host time of a call."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 from ..support import devices, interleave
 
-MIN_TIME = 0.01  # seconds of calls that one duration is the mean of
+MIN_TIME = 0.01  # seconds of calls that one duration averages
 LEAST, MOST = 3, 25  # rounds
-_HOST_CALLS = 20  # at most: two launches each are far from what a stream's queue holds
+_HOST_CALLS = 20  # at most: with two launches each, far from filling a stream's queue
 _HOST_TIME = 0.02  # seconds of a few such calls
 
 Function = Callable[[], object]
 
 
 class Timed(NamedTuple):
-    """Durations of one function in seconds: of a call, or of one of the launches in a call."""
+    """Durations of one function in seconds, per call or per launch in a call."""
 
     durations: list[float]
 
@@ -30,7 +30,7 @@ class Timed(NamedTuple):
         return statistics.median(self.durations)
 
     def spread(self) -> dict[str, float]:
-        """Return what a line says beside the median, in microseconds."""
+        """Return minimum and maximum in microseconds, and the number of rounds."""
         return {"least": 1e6 * min(self.durations), "most": 1e6 * max(self.durations),
                 "rounds": len(self.durations)}  # fmt: skip
 
@@ -44,8 +44,8 @@ def in_turn_for(
 ) -> dict[Hashable, Timed]:
     """Time ``functions`` in rounds, one duration of each per round, for about ``seconds``.
 
-    At least LEAST rounds, but ``most`` if that is less. ``per_call`` says how many launches a call
-    of a function has, where one of them is what counts.
+    At most ``most`` rounds, and at least LEAST if that allows. ``per_call`` is the number of
+    launches per call of a function whose single launch is timed.
     """
     clock = devices.CLOCKS[device]
     start = time.monotonic()
@@ -61,7 +61,7 @@ def in_turn_for(
 
 
 def host_seconds(function: Function, device: str) -> float:
-    """Return the processor's time that a call takes in this thread, without waiting for a GPU."""
+    """Return the CPU time of a call in this thread, without waiting for a GPU."""
     start = now(device)
     function()
     duration = now(device) - start
@@ -78,7 +78,7 @@ def host_seconds(function: Function, device: str) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device; raises what a kernel did wrong before."""
+    """Wait for the device; raises errors of earlier kernels."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -89,7 +89,7 @@ def captured(functions: Sequence[Function]) -> Function:
     with torch.cuda.graph(graph):
         for function in functions:
             function()
-    return lambda kept=functions: graph.replay()  # on memory that the functions own
+    return lambda kept=functions: graph.replay()  # the functions own its memory
 
 
 def copy_bandwidth(device: str, most: int) -> dict[str, float]:
@@ -104,6 +104,6 @@ def copy_bandwidth(device: str, most: int) -> dict[str, float]:
 
 
 def now(device: str) -> float:
-    """Return the time in seconds, once the device has done what it was given."""
+    """Return the time in seconds, after waiting for the device."""
     synchronize(device)
     return time.perf_counter()

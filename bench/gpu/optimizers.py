@@ -1,4 +1,4 @@
-"""Stage "optimizers": AdamW's step with the penalty in it, beside it, and without one."""
+"""Stage "optimizers": AdamW's step with the penalty inside, attached, and without it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .job import Job, name_of
 
 
 def spectral_adamw(backend: str):
-    """Return a maker of ours on a backend, as those in ``bench.support.optimizers``."""
+    """Return a function like those in ``bench.support.optimizers`` for ours on a backend."""
 
     def make(model, strength: float) -> optimizers.Contender:
         optimizer = SpectralAdamW(model, optimizers.LR, strength=strength, backend=backend)
@@ -67,9 +67,9 @@ def _group(job: Job, case: str, dtype: torch.dtype, seconds: float) -> None:
 
 
 def _steps(job: Job, make, build, case: str, dtype: torch.dtype):
-    """Return steps of several models in turn, whose first step, which makes the moments, is done.
+    """Return a function that steps several models in turn; they have taken their first step.
 
-    As many models as outgrow the L2 cache, but MOST_SETS.
+    Enough models to exceed the L2 cache, at most MOST_SETS.
     """
     n_bytes = 4 * sum(m * n + m for m, n in inputs.shapes(case, job.dry_run)) * dtype.itemsize
     n_sets = min(devices.input_sets(job.device, n_bytes), inputs.MOST_SETS)

@@ -1,4 +1,4 @@
-"""Stages that are other programs: the build, pytest, compute-sanitizer."""
+"""Stages that run other programs: the build, pytest, compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .parallel import LAST_PART
 CUDA = Path("/usr/local/cuda/bin")
 TEST_SECONDS = 40  # of one test, where pytest-timeout is installed
 NOT_AVAILABLE = (
-    "this backend cannot run here: "  # what tests.support.sanitized says before the reason
+    "this backend cannot run here: "  # tests.support.sanitized prints it before the reason
 )
 _TOOL = "compute-sanitizer"
 
 
 def run(command, variables=None) -> int:
-    """Run a command, its output where this stage's goes, and return its exit code."""
+    """Run a command with its output in this stage's log, and return its exit code."""
     print("$", *command, flush=True)
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **(variables or {})}, check=False,
                           stdin=subprocess.DEVNULL).returncode  # fmt: skip
@@ -37,7 +37,7 @@ def run(command, variables=None) -> int:
 
 
 def build_variables() -> dict[str, str]:
-    """Return variables for a build for this machine's device alone."""
+    """Return environment variables for a build for this machine's device only."""
     device, found = cuda_device(), {}
     if device is not None:
         found["CUDAARCHS"] = device.capability.replace(".", "") + "-real"
@@ -49,9 +49,9 @@ def build_variables() -> dict[str, str]:
 
 
 def build(lines: Lines) -> None:
-    """Build the module with pip, or where pip cannot, with CMake into the package.
+    """Build the module with pip or, if that fails, with CMake into the package.
 
-    In a dry run CMake is only configured, in a temporary folder.
+    A dry run only configures CMake, in a temporary folder.
     """
     variables, start = build_variables(), time.perf_counter()
     print(*(f"{name}={value}" for name, value in variables.items()), flush=True)
@@ -104,12 +104,12 @@ def _cmake(folder: Path, target: Path, variables, only_configure: bool = False) 
 def tests(lines: Lines) -> int:
     """Run the tests for a GPU, spread over processes where pytest-xdist is installed.
 
-    ``pytest_lines`` writes what fails at once, and the counts. Returns pytest's exit code.
+    ``pytest_lines`` records failures at once, and the counts. Returns pytest's exit code.
     """
     command = [sys.executable, "-m", "pytest", "-m", "gpu and not slow", "-q", "--tb=short",
                "-p", "no:cacheprovider", "-p", "bench.gpu.pytest_lines"]  # fmt: skip
     if importlib.util.find_spec("xdist") is not None:
-        most = 1 if lines.dry_run else 12  # on a CPU they only find that nothing runs there
+        most = 1 if lines.dry_run else 12  # on a CPU they are all skipped
         processes = min(most, len(os.sched_getaffinity(0)))
         command += ["-n", str(processes), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout") is not None:
@@ -118,7 +118,7 @@ def tests(lines: Lines) -> int:
         "BENCH_GPU_LINES": str(lines.path.parent), "BENCH_GPU_DRY_RUN": str(int(lines.dry_run)),
     }  # fmt: skip
     code = run(command, variables)
-    if code == 1:  # the plugin has written which
+    if code == 1:  # the plugin has recorded which
         return 1
     if code:
         lines.failed("pytest", f"it ended with {code}, see tests.txt")
@@ -131,7 +131,7 @@ def tests(lines: Lines) -> int:
 def memcheck(lines: Lines, backends: tuple[str, ...], until: float) -> None:
     """Run ``tests.support.sanitized`` under memcheck, every tensor in an allocation of its own.
 
-    Each backend may take its equal part of what is left until ``until``, a monotonic time.
+    Each backend gets an equal part of the time left until ``until``, a monotonic time.
     """
     found = shutil.which(_TOOL) or next(map(str, filter(Path.exists, [CUDA / _TOOL])), None)
     begin = time.monotonic()

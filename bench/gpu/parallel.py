@@ -1,7 +1,7 @@
 """Stages "cuda" and "triton" on a GPU: checks in processes of their own, several at once.
 
-A process that breaks the device, or dies, so takes no other check with it. This module does without
-torch, whose import takes long: the processes import it, beside one another.
+A process that breaks the device, or dies, then affects no other check. This module does not import
+torch, which takes long: the processes do, in parallel.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import NamedTuple
 
 from .lines import Lines
 
-# In order of worth; every one of them in the first dtype, then in the next.
+# Most important first; each check in all dtypes, then the next check.
 CHECKS = ("1 vector", "ragged shapes", "SpectralAdamW", "SpectralSGD", "4 vectors")
 DTYPES = ("bfloat16", "float32", "float16")
-PROCESSORS_LEFT = 2  # to other stages
-LAST_PART = 0.95  # of a stage's time, after which there is only killing and writing
+PROCESSORS_LEFT = 2  # for other stages
+LAST_PART = 0.95  # share of a stage's time; the rest is for killing and writing
 MOST = 14  # processes at once: each has a context on the device
 NOT_BEGUN, NOT_DONE = "the stage's time is used up", "it was not done when the stage's time was up"
 
 
 class Answer(NamedTuple):
-    """What a function returned; or, if it is not None, ``error`` says why it did not.
+    """Result of a function, or, if not None, ``error``: why there is none.
 
-    ``seconds`` are those of the function alone; they are None if it was not done in time.
+    ``seconds`` is the time of the function alone, or None if it did not finish in time.
     """
 
     result: object
@@ -40,14 +40,14 @@ class Answer(NamedTuple):
 
 
 def one_check(what: str, dtype: str, backend: str, device: str) -> tuple[str | None, str | None]:
-    """Return why the backend cannot run here, or None, and what a check of it found wrong."""
+    """Return why the backend cannot run here, and what a check found wrong; None: nothing."""
     import torch
 
     from spectral_kernels.backends import choice
 
     from . import checks
 
-    torch.set_num_threads(1)  # the processors have other checks to do
+    torch.set_num_threads(1)  # other checks use the other processors
     if (reason := choice.unavailable(backend)) is not None:
         return reason, None
     dtype = getattr(torch, dtype)
@@ -55,7 +55,7 @@ def one_check(what: str, dtype: str, backend: str, device: str) -> tuple[str | N
 
 
 def backend(lines: Lines, name: str, until: float, device: str = "cuda") -> None:
-    """Check a backend until ``until``, a monotonic time, and write a line as each check is done."""
+    """Check a backend until ``until``, a monotonic time; write a line as each check finishes."""
     checks = {(what, dtype): partial(one_check, what, dtype, name, device)
               for what in CHECKS for dtype in DTYPES}  # fmt: skip
     now, available = time.monotonic(), False
@@ -82,10 +82,10 @@ def backend(lines: Lines, name: str, until: float, device: str = "cuda") -> None
 def answers(
     functions: Mapping[tuple, Callable[[], object]], processes: int, until: float
 ) -> Iterator[tuple[tuple, Answer]]:
-    """Call each function in a process of its own, at most ``processes`` at once, in their order.
+    """Call each function in a process of its own, at most ``processes`` at once, in order.
 
-    Yield the key and the answer of each as it is done; those that are not by ``until``, a monotonic
-    time, are killed and yielded last. The functions must be such as can be sent to a process.
+    Yield key and answer as each finishes; those unfinished at ``until``, a monotonic time, are
+    killed and yielded last. The functions must be picklable.
     """
     context = multiprocessing.get_context("spawn")
     waiting, running = list(functions), {}
@@ -97,7 +97,7 @@ def answers(
                 process = context.Process(target=_call, args=(functions[key], theirs), daemon=True)
                 running[ours] = key, process, time.monotonic()
                 process.start()
-                theirs.close()  # so that ours ends when the process does
+                theirs.close()  # so that ours closes when the process ends
                 continue
             for ours in wait(list(running), left):
                 key, process, start = running.pop(ours)
@@ -134,7 +134,7 @@ def _answer(connection, process, start: float) -> Answer:
         if code is not None and code < 0:
             how = f"signal {signal.Signals(-code).name}"
         answer = Answer(None, f"its process ended with {how}", time.monotonic() - start)
-    _kill(process)  # after an illegal access, say, its end may hang
+    _kill(process)  # after an illegal access, for example, its exit may hang
     return answer
 
 

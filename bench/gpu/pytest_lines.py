@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes JSON lines: each test that fails, at once, and the counts."""
+"""A pytest plugin that writes JSON lines: each failed test, at once, and the counts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from .lines import Lines
 
-_SECONDS = 5.0  # between two writings of the counts, for a run that is cut off
+_SECONDS = 5.0  # between two writes of the counts, in case the run is killed
 
 
 def pytest_configure(config):
-    """Take part in the process that hears of every test, not in those that run them."""
+    """Register in the process that collects all reports, not in xdist's workers."""
     if not hasattr(config, "workerinput") and "BENCH_GPU_LINES" in os.environ:
         folder = Path(os.environ["BENCH_GPU_LINES"])
         lines = Lines(folder, "tests", os.environ.get("BENCH_GPU_DRY_RUN") == "1")
@@ -25,7 +25,7 @@ class _Writer:
         self.lines, self.counts, self.written = lines, Counter(), time.monotonic()
 
     def pytest_runtest_logreport(self, report):
-        """Count a test by its call, or by what kept it from being called."""
+        """Count a test by its call, or by a failed or skipped setup."""
         if report.failed:
             self.counts["failed"] += 1
             crash = getattr(report.longrepr, "reprcrash", None)

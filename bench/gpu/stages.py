@@ -1,9 +1,8 @@
-"""Runs stages one after the other within a budget of seconds, each in a process group of its own.
+"""Runs stages one after another within a budget of seconds, each in its own process group.
 
-Of what is left of the budget, a stage may take its share among the stages that have not started:
-its ``seconds`` over theirs. What one leaves over so goes to those after it, and the whole never
-exceeds the budget. Stages in the background run beside the others, for ``seconds`` scaled by the
-budget at most.
+Of the budget left, a stage may take its share among the stages that have not started: its
+``seconds`` over theirs. Time that it leaves over goes to later stages, and the total never exceeds
+the budget. Background stages run beside the others, for at most ``seconds`` scaled by the budget.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from . import group
 from .environment import ROOT
 from .lines import Lines
 
-BUDGET = 400.0  # to which the seconds of the stages are scaled
-RESERVE = 0.03  # part of the budget that is kept for killing the last stage, and for the table
-KILLED = 124  # exit code of a stage over its limit, or one for which no time is left
-_LEAST = 0.5  # seconds without which a stage is not started
+BUDGET = 400.0  # for which ``Stage.seconds`` are given
+RESERVE = 0.03  # part of the budget reserved for killing the last stage and for the table
+KILLED = 124  # exit code of a stage that exceeded its limit or had no time left
+_LEAST = 0.5  # seconds; with less left, a stage is not started
 
 
 @dataclass(frozen=True)
 class Stage:
     """A process of the run.
 
-    ``command`` is called with the monotonic time at which it will be killed. It starts when the
-    stages it ``needs``, of those that run at all, have ended, however they did.
+    ``command`` is called with the monotonic time at which it will be killed. The stage starts when
+    the stages that it ``needs``, if they are part of the run, have ended, successfully or not.
     """
 
     name: str
@@ -54,9 +53,9 @@ class _Running:
 
 
 def limit(stage: Stage, waiting: Sequence[Stage], left: float, budget: float) -> float:
-    """Return the seconds that ``stage`` may take; ``waiting`` have not started, it is one of them.
+    """Return the seconds that ``stage`` may take; ``waiting`` are all that have not started.
 
-    ``left`` is what is left of ``budget``, both in seconds.
+    ``left`` is the rest of ``budget``, both in seconds.
     """
     if stage.background:
         return min(stage.seconds * budget / BUDGET, left)
@@ -72,10 +71,10 @@ def run(
     say: Callable[[str], Any] = print,
     begin: float | None = None,
 ) -> int:
-    """Run ``stages`` in their order, as soon as what they need has ended; return an exit code.
+    """Run ``stages`` in order, each once the stages that it needs have ended; return an exit code.
 
     It is that of the first stage that failed, or KILLED, or 0. The lines "started" and "ended" of
-    each stage go to ``folder``. The budget counts from ``begin`` on, a monotonic time.
+    each stage go to ``folder``. The budget starts at ``begin``, a monotonic time.
     """
     begin = time.monotonic() if begin is None else begin
     end = begin + (1 - RESERVE) * budget
@@ -107,7 +106,7 @@ def run(
                 busy = busy or not stage.background
             time.sleep(0.02)
     finally:
-        for one in running:  # where this process is told to stop
+        for one in running:  # if this process is interrupted
             _kill(one.process)
     return first_failure
 
@@ -119,7 +118,7 @@ def _start(stage: Stage, seconds: float, folder: Path, dry_run: bool) -> _Runnin
     with (folder / stage.log).open("a") as log:
         log.write(f"\n==== {stage.name}, at most {seconds:.0f} s: {' '.join(command)}\n")
         log.flush()
-        # A stage holds the other end of this pipe, and ends itself when this process is gone.
+        # A stage watches this pipe, and ends itself when this process is gone.
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **stage.variables}, stdin=subprocess.PIPE,
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -128,7 +127,7 @@ def _start(stage: Stage, seconds: float, folder: Path, dry_run: bool) -> _Runnin
 
 
 def _end(one: _Running, code: int | None, folder: Path, dry_run: bool) -> int:
-    """Kill what is left of the stage's group, write how it ended, and return its exit code."""
+    """Kill the rest of the stage's group, record how it ended, and return its exit code."""
     _kill(one.process)
     took = time.monotonic() - one.start
     outcome, exit_code = "ok", 0
@@ -146,7 +145,7 @@ def _kill(process: subprocess.Popen) -> None:
     group.end(process)
     if process.stdin is not None:
         process.stdin.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a driver
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in a driver
         process.wait(timeout=3)
 
 

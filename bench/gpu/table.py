@@ -9,8 +9,8 @@ from .figures import SHORT, number
 from .lines import Line, Results, outcome
 
 MOST_LINES, WIDTH = 60, 118
-_MOST_WIDTH = 236  # of what failed: two lines of a terminal
-_PROBLEMS = 8  # lines at least for what failed or was left out
+_MOST_WIDTH = 236  # of a failure: two lines of a terminal
+_PROBLEMS = 8  # lines at least for failures and what was left out
 
 
 def table(lines: Sequence[Line], unreadable: int = 0) -> str:
@@ -73,7 +73,7 @@ def _stages(found: Results) -> list[str]:
 
 
 def _wrapped(title: str, said: Sequence[str]) -> list[str]:
-    """Return phrases in as few lines as they need."""
+    """Join phrases into as few lines as possible."""
     text: list[str] = []
     for phrase in said:
         if text and len(text[-1]) + len(phrase) + 3 <= WIDTH - 2:
@@ -84,7 +84,7 @@ def _wrapped(title: str, said: Sequence[str]) -> list[str]:
 
 
 def _checks(found: Results) -> list[str]:
-    """Return for each backend what agrees with the truth, in which dtypes, and what does not."""
+    """Return the checks of each backend that passed, with their dtypes, and that failed."""
     text = []
     for stage in ("triton", "cuda"):
         own = [
@@ -126,7 +126,7 @@ def _tests(found: Results) -> list[str]:
 
 
 def _problems(found: Results, room: int) -> list[str]:
-    """Return what failed, then what was left out, in ``room`` lines; equal reasons in one."""
+    """Return failures, then what was left out, in ``room`` lines; equal reasons share one."""
     own = [line for line in found.last.values() if line.get("reason")]
     own = [*(x for x in own if x["failed"]), *(x for x in own if not x["failed"])]
     by_reason: dict[tuple, list[Line]] = {}

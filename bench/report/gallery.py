@@ -1,9 +1,9 @@
-"""Pictures of real architectures while they train: ``python -m bench.report.gallery FOLDER``.
+"""Figures of real architectures in training: ``python -m bench.report.gallery FOLDER``.
 
-A GPT-2 and a ResNet, built from their configurations with random weights, train a little without
-and with the penalty, each with a learning rate that is too large for it. In FOLDER are then the
-checkpoints, the logs, and what ``spectral-kernels inspect`` and ``spectral-kernels plot`` make of
-them. Takes three minutes on two cores.
+A GPT-2 and a ResNet, built from their configurations with random weights, are trained briefly
+without and with the penalty, each with a learning rate that is too large for it. FOLDER gets the
+checkpoints, the logs, and their figures by ``spectral-kernels inspect`` and ``spectral-kernels
+plot``. Takes three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS, EVERY = 300, 3
 
 
 def gpt2():
-    """Return a small GPT-2 and a function that draws what it learns: sequences that repeat."""
+    """Return a small GPT-2 and a function that returns its loss on repeating sequences."""
     config = transformers.GPT2Config(
         vocab_size=500, n_positions=64, n_embd=128, n_layer=4, n_head=4, use_cache=False
     )
@@ -38,7 +38,7 @@ def gpt2():
 
 
 def resnet():
-    """Return a small ResNet and a function that takes its loss on handwritten digits."""
+    """Return a small ResNet and a function that returns its loss on handwritten digits."""
     config = transformers.ResNetConfig(
         num_channels=1, embedding_size=16, hidden_sizes=[16, 32, 64], depths=[2, 2, 2],
         layer_type="basic", num_labels=10, downsample_in_first_stage=False,
@@ -60,7 +60,7 @@ MODELS = {"gpt2": (gpt2, 3e-3), "resnet": (resnet, 1e-2)}
 
 
 def train(name: str, strength: float, folder: Path) -> str:
-    """Train a model; its log and its checkpoint are in files of the name that this returns."""
+    """Train a model; return the name of its log and checkpoint files, without suffix."""
     make, lr = MODELS[name]
     torch.manual_seed(0)
     model, loss_of = make()
@@ -83,7 +83,7 @@ def train(name: str, strength: float, folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, and draw."""
+    """Train the models and draw the figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.report.gallery", description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder

@@ -1,4 +1,4 @@
-"""Pictures of a run: bars per case, cost against size, and memory."""
+"""Figures of a run: bars per case, cost against size, and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from ..support.baselines import FLOORS
 from .results import LABELS, Result, Run, by_case, ours, sections
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; shapes tell lines apart too.
+# Okabe and Ito's colours, safe for colour-blind readers; marker shapes differ too.
 _OURS = "#D55E00"
 _OTHERS = [("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
            ("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*")]  # fmt: skip
@@ -30,10 +30,10 @@ _HEADINGS = {
     "optimizer_step": "AdamW's step with the penalty and without",
 }
 _COLUMNS = 3
-_WIDEST = 8  # bars are cut at so many times ours
+_WIDEST = 8  # bars are cut off at this multiple of ours
 _LEAST_BYTES = 1e6  # memory of smaller cases is mostly pages of the operating system
-_LEAST_PERCENT = 0.01  # where less, or nothing at all, is drawn on a log scale
-# Numbers over lines of the grid and of the floor.
+_LEAST_PERCENT = 0.01  # smaller values, and zero, are drawn here on a log scale
+# For numbers over lines of the grid and of the floor.
 _ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
@@ -70,7 +70,7 @@ def _by_device(run: Run, suite: str) -> dict[str, list[Result]]:
 
 
 def _contenders(results: list[Result]) -> list[str]:
-    """Return who was measured, floors aside: ours, then the others as they come."""
+    """Return the contenders without floors: ours, then the others in order."""
     names = dict.fromkeys(r.contender for r in results if r.contender not in FLOORS)
     own = _own(results)
     return sorted(names, key=lambda name: name != own)

@@ -1,4 +1,4 @@
-"""The results that pytest-benchmark has written, and what goes into one table or picture."""
+"""Results written by pytest-benchmark, grouped into tables and figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LABELS = {
 
 
 class Result(NamedTuple):
-    """One benchmark: where it belongs, its median in seconds, and what is known of the case."""
+    """One benchmark: its suite and case, its median in seconds, and details of the case."""
 
     suite: str
     case: str
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
 
 def commit_name(info: dict) -> str:
-    """Return what a result says of a commit that pytest-benchmark describes."""
+    """Return the name of a commit, from pytest-benchmark's description of it."""
     return info["id"][:9] + (" with changes" if info["dirty"] else "")
 
 
@@ -91,12 +91,12 @@ def load(paths: Iterable[str | Path]) -> Run:
 
 
 def ours(found: dict[str, Result]) -> Result | None:
-    """Return the result that counts as ours among those of one case, by contender."""
+    """Return the result that counts as ours, from those of one case by contender, or None."""
     return next((found[name] for name in OURS if name in found), None)
 
 
 def sections(run: Run) -> dict[tuple[str, str, str], list[Result]]:
-    """Return the results by suite, dtype and device: what goes into one table."""
+    """Return the results by suite, dtype and device: one table each."""
     found: dict[tuple[str, str, str], list[Result]] = {}
     for r in run.results:
         found.setdefault((r.suite, r.dtype, r.device_name), []).append(r)

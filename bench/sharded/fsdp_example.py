@@ -17,7 +17,7 @@ from spectral_kernels import SpectralAdamW
 
 
 def main() -> None:
-    """Train a small transformer whose weights are spread over the ranks."""
+    """Train a small transformer whose weights are sharded over the ranks."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
@@ -32,7 +32,7 @@ def main() -> None:
     fully_shard(model)
     optimizer = SpectralAdamW(model, lr=1e-3, strength=1e-2)  # built after fully_shard
 
-    torch.manual_seed(dist.get_rank())  # each rank has other data
+    torch.manual_seed(dist.get_rank())  # each rank has different data
     x, y = torch.randn(32, 16, 64, device=device), torch.randint(10, (32, 16), device=device)
     for step in range(51):
         loss = nn.functional.nll_loss(model(x).flatten(0, 1), y.flatten())
@@ -47,8 +47,8 @@ def main() -> None:
     optimizer.regularizer.check_ranks()
     dist.destroy_process_group()
     if device == "cpu":
-        # A thread of gloo that lets go of a tensor of the last collective while Python ends aborts
-        # the process (torch 2.13): end without Python's own ending.
+        # A gloo thread that frees a tensor of the last collective during Python's shutdown aborts
+        # the process (torch 2.13): exit without that shutdown.
         sys.stdout.flush()
         os._exit(0)
 

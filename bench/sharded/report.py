@@ -1,7 +1,7 @@
-"""``python -m bench.sharded.report FOLDER``: how far sharded weights are from whole ones.
+"""``python -m bench.sharded.report FOLDER``: deviations of a sharded model from an unsharded one.
 
 Writes sharded.md, with the largest deviations by placement and the collectives of a step, and
-losses.png, with the losses of trainings of the same model sharded and in one piece.
+losses.png, with the training losses of the same model sharded and unsharded.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""``python -m bench.sharded.scale_model``: what sharded weights cost past this machine.
+"""``python -m bench.sharded.scale_model``: estimated cost for sharded weights at scale.
 
 A decoder of L layers with widths d (model), f (hidden) and c (keys and values) has per layer the
 matrices q, o [d, d], k, v [c, d], gate, up [f, d] and down [d, f], and a head [vocabulary, d].
@@ -14,9 +14,9 @@ a rank moves per step
 An all-reduce of S bytes takes 2 (R - 1) / R * S / bandwidth + 2 log2(R) * latency (a tree; Thakur,
 Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005),
 memory its bytes over its bandwidth, and a training step 6 P tokens / (R * flops), with 4, 8 and 16
-million tokens per step for the three sizes. Nothing is overlapped in this estimate; all-reduces
-that run beside other work cost less. Left out: what Python and the launches of some small
-operations take, which does not grow with the weights.
+million tokens per step for the three sizes. The estimate assumes no overlap; all-reduces that
+overlap with other work cost less. Left out is the time of Python and of launching some small
+operations, which does not grow with the weights.
 
 ``--check`` counts the collectives of a step of a small decoder on 64 ranks of torch's fake process
 group and compares them with these formulas.
@@ -80,7 +80,7 @@ class Machine(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Bytes of a rank and step, and seconds."""
+    """Bytes and seconds of one step on one rank."""
 
     memory: float
     products: int
@@ -97,7 +97,7 @@ def collectives(decoder: Decoder, n_vectors: int) -> tuple[int, int]:
 
 
 def cost(decoder: Decoder, ranks: int, n_vectors: int, fused: bool, machine: Machine) -> Cost:
-    """Return what the formulas say for float32 weights; ``fused``: SpectralAdamW."""
+    """Return the formulas' estimate for float32 weights; ``fused``: SpectralAdamW."""
     weights = sum(rows * columns for rows, columns in decoder.matrices())
     memory = 0.0 if fused else 3 * 4 * weights / ranks
     sizes = collectives(decoder, n_vectors)
@@ -129,7 +129,7 @@ def counted(decoder: Decoder, ranks: int, n_vectors: int) -> list[tuple[str, int
 
 
 def check(ranks: int = 64) -> list[tuple[int, list[tuple[str, int]], tuple[int, int]]]:
-    """Return (n_vectors, what was counted, what the formulas say) for one and four vectors."""
+    """Return (n_vectors, collectives counted, bytes by the formulas) for one and four vectors."""
     return [(n, counted(SMALL, ranks, n), collectives(SMALL, n)) for n in (1, 4)]
 
 

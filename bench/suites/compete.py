@@ -1,4 +1,4 @@
-"""What the suites over lists of shapes share: their parameters, and how a group is filled."""
+"""Shared by the suites over lists of shapes: their parameters, and how a group is filled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step whose forward and backward pass torch.compile has compiled."""
+"""A training step with forward and backward pass compiled by torch.compile."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ PARAMETERS = [
 def compiled_step(case, device, dtype, contender):
     """Build a model and return a function that trains it one step on the same batch.
 
-    Each contender has code of its own: torch.compile keeps what it has compiled with the code.
+    Each contender is a function of its own: torch.compile caches results per code object.
     """
     model, x = models.MODELS[case].make(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
@@ -60,7 +60,7 @@ def compiled_step(case, device, dtype, contender):
 @pytest.mark.parametrize(("case", "device", "dtype", "contender"), PARAMETERS)
 def test_compiled_step(case, device, dtype, contender, compete):
     def fill(group, names):
-        torch.compiler.reset()  # what was compiled for other shapes counts against a limit
+        torch.compiler.reset()  # earlier compilations count against the recompilation limit
         group.time({name: compiled_step(case, device, getattr(torch, dtype), name)
                     for name in names})  # fmt: skip
 

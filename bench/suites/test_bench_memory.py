@@ -1,4 +1,4 @@
-"""Peak memory beside weights and gradients while a contender makes itself and runs two steps."""
+"""Peak memory beside weights and gradients while a contender is built and runs two steps."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One step of AdamW on gradients that are there, with the penalty in it and without."""
+"""One step of AdamW on given gradients, with the penalty and without."""
 
 import pytest
 import torch

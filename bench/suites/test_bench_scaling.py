@@ -8,7 +8,7 @@ from tests.support import cases
 from ..support.baselines import CONTENDERS
 from .compete import compete_on_shapes
 
-LAYERS = 50  # of the nets whose size varies; those whose depth varies have 1e7 weights
+LAYERS = 50  # of the nets of different sizes; those of different depths have 1e7 weights
 NETS = {
     **{f"{w} in {LAYERS}": (float(w), LAYERS)
        for w in ("1e5", "3e5", "1e6", "3e6", "1e7", "3e7", "1e8", "3e8")},
@@ -26,7 +26,7 @@ PARAMETERS = [
 
 @pytest.fixture
 def with_threads():
-    """Give torch.set_num_threads back what it was."""
+    """Yield torch.set_num_threads, and restore the number afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The penalty's step with several vectors per matrix, in units of that with one."""
+"""The penalty step with several vectors per matrix, relative to one vector."""
 
 import pytest
 

@@ -9,7 +9,7 @@ from ..support import baselines
 
 models = pytest.importorskip("bench.support.models", reason="needs the bench extra")
 
-# Training in bfloat16 on a CPU without instructions for it tells nothing.
+# Training in bfloat16 on a CPU without instructions for it means nothing.
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 PARAMETERS = [
     (case, device, dtype, contender)

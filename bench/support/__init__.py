@@ -1,1 +1,1 @@
-"""What suites and reports share: contenders, models, and how they are timed."""
+"""Shared by suites and reports: contenders, models, and timing."""

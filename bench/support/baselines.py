@@ -1,4 +1,4 @@
-"""What people write today, and ours, behind one interface.
+"""Common implementations, and ours, behind one interface.
 
 One step = power iteration of every layer + gradient of the penalty into ``.grad``. ``make(weights,
 strength)`` takes leaf tensors whose ``.grad`` exists, and returns a function without arguments that
@@ -27,10 +27,10 @@ Step = Callable[[], object]
 class Contender:
     """One way to compute a step.
 
-    ``at`` says for which vectors the gradient is right: "v" (those before the iteration; of ``r``
-    vectors the Ritz vector), "next v" (those after it), "svd" (the exact ones), or "nothing" for
-    what computes no gradient at all and is timed for orientation. ``most`` is the number of weights
-    beyond which it is left out.
+    ``at`` names the vectors at which the gradient is taken: "v" (those before the iteration; of
+    ``r`` vectors the Ritz vector), "next v" (those after it), "svd" (the exact ones), or "nothing"
+    if no gradient is computed and the time is for orientation. It is left out beyond ``most``
+    weights.
     """
 
     make: Callable[[list[torch.Tensor], float], Step]
@@ -42,7 +42,7 @@ class Contender:
     r: int = 1
 
     def enters(self, shapes, dtype: str, device: str) -> bool:
-        """Tell whether it can be measured on weights of ``shapes`` at all."""
+        """Return whether it can be measured on weights of ``shapes``."""
         weights = sum(m * n for m, n in shapes)
         return weights <= self.most and dtype in self.dtypes and device in self.devices
 
@@ -70,7 +70,7 @@ def _regularizer(weights, strength, backend, r=1) -> SpectralRegularizer:
 
 
 def ours(backend: str, r: int = 1):
-    """Return a maker of accumulate_grad_ on a backend, with ``r`` vectors per matrix."""
+    """Return a ``make`` for accumulate_grad_ on a backend, with ``r`` vectors per matrix."""
 
     def make(weights, strength):
         return _regularizer(weights, strength, backend, r).accumulate_grad_
@@ -79,29 +79,29 @@ def ours(backend: str, r: int = 1):
 
 
 def ours_replayed(backend: str):
-    """Return a maker of accumulate_grad_ captured in a CUDA graph; a step is one replay."""
+    """Return a ``make`` for accumulate_grad_ in a CUDA graph; a step is one replay."""
 
     def make(weights, strength):
         reg = _regularizer(weights, strength, backend)
         grads = [weight.grad.clone() for weight in weights]
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what the first step compiles and builds is not captured
+        with torch.cuda.stream(side):  # compilation and setup happen before the capture
             reg.accumulate_grad_()
         torch.cuda.current_stream().wait_stream(side)
         for weight, before in zip(weights, grads, strict=True):
             weight.grad.copy_(before)
         for bucket in reg._buckets.buckets:
-            bucket.state.swap()  # the vectors that a step reads are not changed by it
+            bucket.state.swap()  # back to the vectors that the step has read
         with torch.cuda.graph(graph):
             reg.accumulate_grad_()
-        return lambda kept=reg: graph.replay()  # on memory that the regularizer owns
+        return lambda kept=reg: graph.replay()  # the regularizer owns its memory
 
     return make
 
 
 def ours_by_autograd(backend: str):
-    """Return a maker of penalty().backward() on a backend."""
+    """Return a ``make`` for penalty().backward() on a backend."""
 
     def make(weights, strength):
         reg = _regularizer(weights, strength, backend)
@@ -111,7 +111,7 @@ def ours_by_autograd(backend: str):
 
 
 def loop_penalty(weights, vectors):
-    """R by a loop over layers as in most code; moves ``vectors``, then takes sigma from them."""
+    """R by the usual loop over layers; updates ``vectors``, then takes sigma from them."""
     total = 0.0
     for i, weight in enumerate(weights):
         with torch.no_grad():
@@ -133,7 +133,7 @@ def autograd_loop(weights, strength):
 
 
 def inplace_loop(weights, strength):
-    """Loop written by hand without autograd: two products and an in-place addr_ per layer."""
+    """A hand-written loop without autograd: two products and an in-place addr_ per layer."""
     vectors, grads = start_vectors(weights), [w.grad for w in weights]
     plain = [w.detach() for w in weights]
 
@@ -148,7 +148,7 @@ def inplace_loop(weights, strength):
 
 
 def compiled_loop(weights, strength):
-    """torch.compile of the loop written by hand."""
+    """torch.compile of the hand-written loop."""
     vectors, grads = start_vectors(weights), [w.grad for w in weights]
     plain = [w.detach() for w in weights]
 
@@ -160,7 +160,7 @@ def compiled_loop(weights, strength):
             out.append(_normalized(weight.mT @ s))
         return out
 
-    # Past its limit of recompilations torch would run, and we would time, plain Python.
+    # Beyond the recompilation limit torch would run plain Python, and that would be timed.
     dynamo_config.fail_on_recompile_limit_hit = True
     compiled = torch.compile(body, dynamic=False)
 
@@ -173,7 +173,7 @@ def compiled_loop(weights, strength):
 
 
 def stacked_bmm(weights, strength):
-    """Equal shapes stacked, anew in each step, into one tensor for batched products."""
+    """Equal shapes stacked in each step into one tensor for batched products."""
     groups = defaultdict(list)
     for weight, v in zip(weights, start_vectors(weights), strict=True):
         groups[tuple(weight.shape)].append((weight.detach(), weight.grad, v))

@@ -27,8 +27,8 @@ def name(device: str) -> str:
 def input_sets(device: str, n_bytes: int) -> int:
     """Return how many sets of inputs of ``n_bytes`` to take in turn.
 
-    On a GPU so many that none is left in the second-level cache when its turn comes again. On a
-    CPU one: small models are trained out of its cache.
+    On a GPU enough that none is left in the L2 cache when its turn comes again. On a CPU one: small
+    models are trained from its cache.
     """
     if device == "cpu":
         return 1
@@ -37,7 +37,7 @@ def input_sets(device: str, n_bytes: int) -> int:
 
 
 def seconds_on_cpu(function: Callable[[], object], min_time: float) -> float:
-    """Return the mean duration of calls, as many as ``min_time`` seconds take."""
+    """Return the mean duration of the calls that fit into ``min_time`` seconds."""
     calls, start = 0, time.perf_counter()
     while True:
         function()
@@ -48,7 +48,7 @@ def seconds_on_cpu(function: Callable[[], object], min_time: float) -> float:
 
 
 def seconds_on_cuda(function: Callable[[], object], min_time: float) -> float:
-    """Return the same between two events of the stream, with one synchronization at the end."""
+    """As seconds_on_cpu, between two events of the stream, with one synchronization at the end."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     calls = 1
     while True:

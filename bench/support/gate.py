@@ -1,4 +1,4 @@
-"""The gate before the stop watch: a contender whose first step is wrong is not timed."""
+"""The gate before timing: a contender whose first step is wrong is not timed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from . import devices
 from .baselines import FLOORS, Contender, start_vectors
 from .interleave import in_turn, measure
 
-STRENGTH = 1.0  # large enough for an error in the gradient to show beside what is in .grad
+STRENGTH = 1.0  # large enough that an error of the gradient shows in .grad
 
 
 def leaves(shapes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[torch.Tensor]:
-    """Return weights with gradients, neither of them zero."""
+    """Return random weights with random gradients."""
     weights = cases.random_weights(shapes, dtype, 2 * seed, device)
     grads = cases.random_weights(shapes, dtype, 2 * seed + 1, device)
     for weight, grad in zip(weights, grads, strict=True):
@@ -29,9 +29,10 @@ def leaves(shapes, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> li
 
 
 def true_gradient(weight: torch.Tensor, v: torch.Tensor, at: str) -> tuple[torch.Tensor, float]:
-    """Return the gradient in float64, and its largest element had sigma^2 - 1 not cancelled.
+    """Return the gradient in float64, and its largest element without cancellation in sigma^2 - 1.
 
-    ``at`` v (of several the Ritz vector), at W v and the next v, or at the exact singular vectors.
+    It is taken ``at`` "v" (of several the Ritz vector), at W v and the "next v", or, for "svd", at
+    the exact singular vectors.
     """
     weight = weight.detach().double()
     v = v.to(weight)
@@ -52,14 +53,14 @@ def true_gradient(weight: torch.Tensor, v: torch.Tensor, at: str) -> tuple[torch
 
 
 class FirstStep(NamedTuple):
-    """What was wrong with a contender's first step, if anything, and how long it took to get it."""
+    """Problem of a contender's first step, if any, and the seconds it took to build and run."""
 
     problem: str | None
     seconds: float
 
 
 def first_step(contender: Contender, weights) -> FirstStep:
-    """Make ``contender``, run one step, check the gradients and restore them."""
+    """Build ``contender``, run one step, check the gradients and restore them."""
     before = [weight.grad.clone() for weight in weights]
     vectors = start_vectors(weights, contender.r)
     start = time.perf_counter()
@@ -70,7 +71,7 @@ def first_step(contender: Contender, weights) -> FirstStep:
     if contender.at == "nothing":
         return FirstStep(None, seconds)
     eps = torch.finfo(weights[0].dtype).eps
-    # In 16 bits the loops also compute in 16 bits.
+    # On 16-bit weights the loops also compute in 16 bits.
     arithmetic = 1e-5 if eps < 1e-5 else 8 * eps
     worst = 0.0
     for weight, old, v in zip(weights, before, vectors, strict=True):
@@ -101,7 +102,7 @@ class Group:
 
     def run(self, shapes, dtype: torch.dtype, contenders: dict[str, Contender], floors) -> None:
         """Fill ``durations``, ``first`` and ``wrong`` for weights of ``shapes``."""
-        torch.compiler.reset()  # what was compiled for other shapes counts against a limit
+        torch.compiler.reset()  # earlier compilations count against the recompilation limit
         n_bytes = 2 * sum(m * n for m, n in shapes) * dtype.itemsize
         n_sets = devices.input_sets(self.device, n_bytes)
         sets = [leaves(shapes, dtype, self.device, seed) for seed in range(n_sets)]
@@ -130,11 +131,11 @@ class Group:
 
 
 def floor_functions(weights):
-    """Return what any step must at least do, by name of FLOORS.
+    """Return the least work of any step as functions, by name of FLOORS.
 
     The floor itself is one read of as many elements as the weights have and one addition to as
-    many, in turn, so that both are as cold in the cache as in a step. Its halves and a copy are
-    there for their bandwidth.
+    many, in turn, so that both are as cold in the cache as in a step. Its halves and a copy are for
+    their bandwidth.
     """
     n, like = sum(weight.numel() for weight in weights), weights[0].detach()
     flat, grad = (like.new_empty(n).normal_() for _ in range(2))

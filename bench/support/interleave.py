@@ -1,4 +1,4 @@
-"""Times several functions in turn, so that the machine's moods hit all of them alike."""
+"""Times several functions in turn, so that disturbances affect all of them alike."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def measure(
 ) -> dict[str, list[float]]:
     """Return ``rounds`` durations in seconds per call for each of ``functions``.
 
-    In every round each function runs once to bring its data into the state that its own repetition
-    leaves it in, then as often as ``clock`` wants for ``min_time`` seconds; the mean of these calls
-    is one duration.
+    In every round each function runs once to bring the cache into the state in which it is
+    repeated, then as often as ``clock`` wants for ``min_time`` seconds; the mean of these calls is
+    one duration.
     """
     for function in functions.values():
         for _ in range(warmup):
@@ -33,7 +33,7 @@ def measure(
 
 
 def in_turn(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Return a function each call of which calls the next of ``functions``, round and round."""
+    """Return a function that calls one of ``functions`` per call, cyclically."""
     if len(functions) == 1:
         return functions[0]
     following = cycle(functions)
@@ -41,7 +41,7 @@ def in_turn(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:
 
 
 class Replay:
-    """A clock for pytest-benchmark on which recorded durations pass again."""
+    """A clock for pytest-benchmark that replays recorded durations."""
 
     def __init__(self):
         self.now = 0.0

@@ -1,8 +1,8 @@
 """Peak extra memory of a contender: ``python -m bench.support.memory CASE DEVICE DTYPE CONTENDER``.
 
-What a contender holds beside weights and gradients, and what it allocates while it makes itself and
-runs two steps, in a process of its own. On a CPU the operating system tells (the high-water mark of
-resident memory), so that nothing escapes; on a GPU torch's allocator does.
+Memory beside weights and gradients that a contender holds or allocates while it is built and runs
+two steps, in a process of its own. On a CPU it is the operating system's high-water mark of
+resident memory, which misses nothing; on a GPU it is that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.support import cases
 from .baselines import CONTENDERS
 from .gate import STRENGTH, leaves
 
-# Larger blocks are mapped one by one, and given back to the system when they are freed.
+# Larger blocks are mapped one by one, and returned to the system when they are freed.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 class Peak(NamedTuple):
-    """Extra bytes at the peak, and seconds that one step took meanwhile."""
+    """Extra bytes at the peak, and seconds of one step."""
 
     bytes: int
     seconds: float
@@ -47,7 +47,7 @@ def measure(case: str, device: str, dtype: str, contender: str) -> Peak:
     """Measure in a new process.
 
     Raises:
-        RuntimeError: the process failed; with the end of what it wrote.
+        RuntimeError: the process failed; has the end of its output.
     """
     command = [sys.executable, "-m", "bench.support.memory", case, device, dtype, contender]
     done = subprocess.run(
@@ -67,7 +67,7 @@ def _resident(field: str) -> int:
 
 
 def _mark(device: str) -> int:
-    """Start anew with the peak; return the bytes in use."""
+    """Reset the peak; return the bytes in use."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -93,7 +93,7 @@ def main(case: str, device: str, dtype: str, contender: str) -> None:
         step()
         return time.perf_counter() - start
 
-    run()  # compilers, libraries and threads take their own memory once
+    run()  # compilers, libraries and threads allocate once
     before = _mark(device)
     seconds = run()
     print(json.dumps([_peak(device) - before, seconds]))

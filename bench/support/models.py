@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Model:
-    """``build`` makes the model; one step takes ``batch`` of what ``inputs`` draws."""
+    """``build`` makes the model; ``inputs`` draws the ``batch`` examples of a step."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], torch.Tensor]
@@ -27,7 +27,7 @@ class Model:
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return some loss of the model, 0-d."""
+    """Return an arbitrary loss of the model, 0-d."""
     out = model(x)
     return getattr(out, "logits", out).square().mean()
 

@@ -15,7 +15,7 @@ from . import baselines, devices, gate
 from .interleave import in_turn
 
 LR = 1e-4
-# attach() and the loop add to gradients that no backward() renews: they must not grow.
+# attach() and the loop add to gradients that no backward() resets: they must not grow.
 STRENGTH = 1e-6
 
 
@@ -34,7 +34,7 @@ def torch_adamw(model: nn.Module, strength: float) -> Contender:
 
 
 def spectral_adamw(model: nn.Module, strength: float) -> Contender:
-    """Ours."""
+    """SpectralAdamW."""
     optimizer = SpectralAdamW(model, LR, strength=strength)
     return Contender(model, optimizer, optimizer.step)
 
@@ -81,8 +81,8 @@ def with_gradients(
 def disagreement(make, build, dtype: torch.dtype, device: str) -> str | None:
     """Return how the first step of ``make`` differs from that of ``attach``, or None.
 
-    Compared are the first moments, which are the gradient and the penalty's to a factor (Adam's
-    first step itself is little more than their signs), and the weights.
+    Compares the weights, and the first moments: to a factor, these are the gradient with the
+    penalty's (Adam's first step itself is little more than their signs).
     """
     left = []
     for maker in (attach, make):
@@ -123,11 +123,11 @@ def run(group: gate.Group, names, build: Callable[[], nn.Module], dtype: torch.d
             group.wrong[name] = problem
     group.time(functions)
     functions.clear()
-    gc.collect()  # hooks and optimizers hold each other
+    gc.collect()  # hooks and optimizers reference each other
 
 
 def _ready(make, build, dtype: torch.dtype, device: str) -> Callable[[], object]:
-    """Return a step on models whose first step, which makes the moments, is done."""
+    """Return a step on models that have taken their first one, which makes the moments."""
     n_bytes = 4 * n_parameters(build) * dtype.itemsize  # weights, gradients and two moments
     steps = []
     for seed in range(devices.input_sets(device, n_bytes)):
@@ -137,6 +137,6 @@ def _ready(make, build, dtype: torch.dtype, device: str) -> Callable[[], object]
 
 
 def n_parameters(build: Callable[[], nn.Module]) -> int:
-    """Return the number of parameters, without their memory."""
+    """Return the number of parameters, without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in build().parameters())

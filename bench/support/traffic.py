@@ -20,7 +20,7 @@ LAUNCHES = 2  # gram_matvec and rank_one, whatever the number of layers
 
 
 class Traffic(NamedTuple):
-    """Bytes of a step: what grows with the number of weights, and all the rest."""
+    """Bytes of a step: those proportional to the number of weights, and all others."""
 
     weights: int
     vectors: int
@@ -42,8 +42,8 @@ def step(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: str = "c
     float32, the first launch reads v once per tile (T N), writes s (M) and a partial t per tile
     (T N); the second reads the partial t (T N), v again per tile and once more to keep it where
     the next is not finite ((T + 1) N), writes, reads and writes the next v (3 N) and reads s (M).
-    Tables and sums per tile and chunk count too. What is read from a cache counts as if it were
-    not. T depends on the type of ``device``.
+    Tables, sums per tile and chunk, and reads from a cache count too. T depends on the type of
+    ``device``.
     """
     weights = vectors = 0
     for (m, n), rows in zip(shapes, rows_of_tiles(shapes, device), strict=True):

@@ -1,4 +1,4 @@
-"""Processes that runs are spread over."""
+"""Worker processes of parallel runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Let this worker end when the process that started it does, however that ended."""
+    """End this worker when its parent process ends, however that happens."""
     threading.Thread(target=_wait_and_end, daemon=True).start()
 
 

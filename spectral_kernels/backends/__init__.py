@@ -1,1 +1,1 @@
-"""The mathematics, as plain PyTorch and as kernels, behind one contract."""
+"""The formulas in plain PyTorch, and backends that compute them, with one interface."""

@@ -1,13 +1,13 @@
-"""The contract of a backend: three methods to write, four to inherit or to do faster.
+"""The interface of a backend: three methods to write, four to inherit or to override for speed.
 
-A backend sees a plan (``tables.plan``: which matrices lie where, cut into tiles), and a state
-(``tables.state``: flat buffers of vectors and scalars). With M rows, N columns and r singular
-vectors per matrix, ``v`` and ``v_next`` hold [r, N] of each matrix, ``s`` [r, M], in float32
-(float64 for float64 weights).
+A backend works on a plan (``tables.plan``: addresses, layouts and tiles of matrices) and a state
+(``tables.state``: flat buffers of vectors and scalars). For a matrix with M rows, N columns and r
+singular vectors, ``v`` and ``v_next`` hold [r, N] and ``s`` [r, M], in float32 (float64 for float64
+weights).
 
-What is expected: sums are float32 or wider, in an order that does not depend on the number of
-threads. ``s`` is scaled by ``formulas.inverse_power_of_two`` of the last sigma before it goes into
-W^T s. A matrix of zeros has a gradient of zero; one that is not finite keeps its last good v.
+Requirements: sums are float32 or wider, in an order that does not depend on the number of threads.
+``s`` is scaled by ``formulas.inverse_power_of_two`` of the last sigma before W^T s is computed. A
+zero matrix has a zero gradient; a matrix with an element that is not finite keeps its v.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from . import reference
 
 
 class Rule(NamedTuple):
-    """How gradients become steps."""
+    """An optimizer's rule, AdamW or SGD."""
 
-    number: int  # in csrc/table.h
+    number: int  # of enum Rule in csrc/table.h
     moments: tuple[str, ...]  # their names in torch.optim
-    apply: Callable  # see formulas.adamw
+    apply: Callable  # called as formulas.adamw is
 
 
 @dataclass
 class Step:
     """An optimizer's step over the parameters of one device and dtype.
 
-    The same twice: as tensors, and as tables of their addresses for kernels (``address`` and
-    ``header_address`` for a CPU, ``tables`` and ``group_table`` on the device).
+    It holds tensors, and for kernels tables of their addresses (``address`` and ``header_address``
+    on the host, ``tables`` and ``group_table`` on the device).
 
     Attributes:
-        rule: the optimizer's.
-        plan: of the parameters with a penalty, or None.
-        state: of ``plan``, with its s, sigma and v_next.
-        weights: every parameter; those of ``plan`` first, in the order of its refs.
-        grads: the gradient of each, or None.
-        moments: of each, as ``rule.moments`` names them.
-        acts: whose step it is; the others stay as they are.
-        steps: [n_parameters] float32, the number of each parameter's step, this one included.
+        rule: AdamW or SGD.
+        plan: the plan of the parameters with a penalty, or None.
+        state: the state of ``plan``, with s, sigma and v_next of the present weights, or None.
+        weights: all parameters; those of ``plan`` first, in the order of its refs.
+        grads: the gradient of each parameter, or None.
+        moments: of each parameter, in the order of ``rule.moments``.
+        acts: whether each parameter takes the step; the others do not change.
+        steps: [n_parameters] float32, step count of each parameter, this step included.
         groups: [n_groups] of schema.GROUP, hyperparameters.
-        group_of: [n_parameters], a row of ``groups`` for each.
+        group_of: [n_parameters], the row of ``groups`` of each parameter.
         decoupled: whether the penalty acts on the weights directly, beside weight decay.
         grad_scale: 0-d float32, by which gradients are divided, or None.
-        found_inf: 0-d float32; where it is above zero nothing changes. None: everything does.
+        found_inf: 0-d float32; the step is skipped where it is above zero. None: never.
         moment_dtype: dtype of the moments.
         others: rows of schema.ELEMENTWISE, the parameters without a penalty, in parts.
-        tables: ``others``, then a row of schema.MOMENT per matrix, elementwise parameter and other.
-        group_table: ``groups``.
-        address: of the struct Update.
-        plain_header: a Header for a step without a penalty.
+        tables: ``others``, then rows of schema.MOMENT for matrices, elementwise parameters, others.
+        group_table: ``groups`` on the device.
+        address: address of the struct Update.
+        plain_header: address of the struct Header of a step without a penalty.
     """
 
     rule: Rule
@@ -101,7 +101,7 @@ class Step:
 
 
 class Backend(ABC):
-    """What runs power iterations, gradients and optimizers' steps.
+    """Base class of backends: power iterations, gradients and optimizers' steps.
 
     ``scalars_on_device``: whether ``update`` reads learning rate, grad_scale and found_inf on the
     device, so that the host does not wait for them.
@@ -112,52 +112,52 @@ class Backend(ABC):
 
     @abstractmethod
     def gram_matvec(self, plan: Plan, state: State) -> None:
-        """Multiply every matrix by its vectors, and take norms of what is elementwise.
+        """Compute the products of every matrix, and the norms of elementwise parameters.
 
-        Reads weights [M, N] and ``state.v``; with a tolerance ``state.v_next``, for stale matrices
-        alone. Writes
+        Reads weights [M, N] and ``state.v``; with a tolerance ``state.v_next``, and only for stale
+        matrices. Writes
 
         * ``state.s`` = W v, [r, M] per matrix;
         * ``plan.t_partial``: per tile (a block of rows) its part of scale * W^T s, [r, N]; nothing
-          where ``state.v_next`` is None;
+          if ``state.v_next`` is None;
         * ``plan.gram_partial``: per tile its part of s s^T, [r, r] float64;
         * ``state.norm`` [n_elementwise] and the elementwise part of ``state.raw_penalty``.
         """
 
     @abstractmethod
     def normalize(self, plan: Tables, state: State) -> None:
-        """Finish an iteration from the tiles' parts, without a look at weights.
+        """Finish an iteration from the tiles' parts, without reading weights.
 
         Writes sigmas and residuals [r, n_matrices], the matrices' part of ``raw_penalty``, and
-        ``v_next``, [r, N] orthonormal rows per matrix. With several vectors, v and s are turned to
-        the Ritz vectors, unless ``v_next`` is None. With a tolerance, all this for stale matrices
-        alone, whose v becomes ``v_next`` first.
+        ``v_next``, [r, N] orthonormal rows per matrix. With several vectors, v and s are rotated to
+        the Ritz vectors, unless ``v_next`` is None. With a tolerance, only stale matrices are
+        processed, and ``v_next`` is copied to their v first.
         """
 
     @abstractmethod
     def rank_one(
         self, plan: Plan, state: State, grads: Sequence[Tensor | None], accumulate: bool
     ) -> None:
-        """Add strength * dR/dW, an outer product of s and v, to gradients or write it over them.
+        """Add strength * dR/dW, an outer product of s and v, to the gradients, or overwrite them.
 
         Args:
-            plan: bound to ``grads``: its tables have their addresses.
+            plan: bound to ``grads``: its tables hold their addresses.
             state: with s, v, sigmas, norm, strength, target, and a factor ``scale`` or None.
-            grads: one per parameter of the plan, shaped and laid out like it; None: left out.
-            accumulate: add, instead of writing over.
+            grads: one per ref of the plan, shaped and laid out like the parameter; None: skipped.
+            accumulate: add to the gradients; otherwise overwrite them.
         """
 
     def finish(
         self, plan: Plan, state: State, grads: Sequence[Tensor | None], accumulate: bool
     ) -> None:
-        """Do what ``normalize`` and then ``rank_one`` do, in fewer launches where that can be."""
+        """Run ``normalize``, then ``rank_one``; override to take fewer launches."""
         self.normalize(plan, state)
         self.rank_one(plan, state, grads, accumulate)
 
     def transposed(self, plan: Plan, state: State) -> None:
-        """Write the tiles' parts of scale * W^T s and s s^T of the ``s`` that ``state`` holds.
+        """Write the tiles' parts of scale * W^T s and s s^T for the ``s`` in ``state``.
 
-        As ``gram_matvec``, but for s, which comes from a sum over ranks with other columns.
+        Like ``gram_matvec``, but s is given: it was summed over the ranks that hold other columns.
         """
         reference.transposed(plan, state)
 
@@ -165,10 +165,10 @@ class Backend(ABC):
         """Sum the tiles' parts of W^T s and s s^T of every matrix, for sums over ranks.
 
         Args:
-            plan: whose parts are summed.
-            state: of ``plan``.
-            t: [sum of r N], laid out like ``v``, in the state's dtype; None: not wanted.
-            gram: [n_matrices * r * r] float64. A matrix without rows or columns has zeros.
+            plan: the plan that holds the parts.
+            state: the state of ``plan``.
+            t: output [sum of r * N], laid out like ``v``, in the state's dtype; None: not computed.
+            gram: output [n_matrices * r * r] float64, zero for a matrix without rows or columns.
         """
         reference.collect(plan, state, t, gram)
 
@@ -176,8 +176,8 @@ class Backend(ABC):
         """Take an optimizer's step with the penalty's gradient in it.
 
         Then multiply the new weights by ``v_next``, as ``gram_matvec`` does with ``v``; the caller
-        swaps the two afterwards. Where ``step.found_inf`` is above zero, nothing but the products
-        is written, and these are those of ``v``, which goes to ``v_next``.
+        swaps the two afterwards. Where ``step.found_inf`` is above zero, weights and moments do not
+        change, ``v`` is copied to ``v_next``, and the products are taken with it.
         """
         reference.update(step)
 

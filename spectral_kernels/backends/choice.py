@@ -1,4 +1,4 @@
-"""Which backends exist on this machine, and why the others do not."""
+"""The choice of a backend: which ones can run on this machine, and why others cannot."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .selfcheck import disagreement
 NAMES = ("triton", "cuda", "cpu", "reference")
 
 
-# By type of device, the fastest first (bench/results/2026-11-27-h200); then the reference.
+# By device type, the fastest first (bench/results/2026-11-27-h200); the reference comes last.
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 _said: set[str] = set()
 
 
-_checked: dict[tuple, str | None] = {}  # by name, device, dtype, r and perhaps optimizer
+_checked: dict[tuple, str | None] = {}  # by name, device, dtype, r and optionally optimizer
 
 
 def unavailable(name: str) -> str | None:
@@ -40,7 +40,7 @@ def unavailable(name: str) -> str | None:
         except ModuleNotFoundError:
             return (
                 "the compiled module is missing: spectral_kernels was installed without a C++ "
-                "compiler, or not at all; install g++ or clang++, and spectral_kernels (again)"
+                "compiler, or not at all; install g++ or clang++, then reinstall spectral_kernels"
             )
         except ImportError as error:
             return f"the compiled module cannot be used: {error}"
@@ -55,15 +55,14 @@ def unavailable(name: str) -> str | None:
 
 
 def interpreted() -> bool:
-    """Tell whether Triton runs its kernels in Python, on tensors of a CPU (TRITON_INTERPRET=1)."""
+    """Return whether Triton interprets its kernels in Python, on a CPU (TRITON_INTERPRET=1)."""
     return importlib.import_module("triton").knobs.runtime.interpret
 
 
 def failed_check(name: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> str | None:
-    """Return how a backend that can run here differs from the reference on a small problem.
+    """Return how an available backend differs from the reference on a small problem, or None.
 
-    None if it does not. The problem is computed once per process, device, dtype and number ``r`` of
-    vectors.
+    The check runs once per process, device, dtype and number ``r`` of vectors.
     """
     key = name, device, dtype, r
     return _check(key, lambda: disagreement(_make(name, dtype), device, dtype, r))
@@ -72,9 +71,9 @@ def failed_check(name: str, device: torch.device, dtype: torch.dtype, r: int = 1
 def for_steps(
     backend, optimizer: str, device: torch.device, dtype: torch.dtype, differs: Callable, r: int = 1
 ):
-    """Return ``backend``, or the reference where an optimizer's steps by it are wrong.
+    """Return ``backend``, or the reference if an optimizer's steps with it are wrong.
 
-    ``differs`` returns how they are, or None; it is called once per process, optimizer, device,
+    ``differs`` returns what is wrong, or None; it is called once per process, optimizer, device,
     dtype and number ``r`` of vectors, and only for a GPU.
     """
     if device.type != "cuda" or backend.name == "reference":
@@ -98,9 +97,9 @@ def check_backend(backend: str | Backend) -> None:
     """Check the argument ``backend``: a name, or a Backend, which is used as it is.
 
     Raises:
-        TypeError: neither of them.
+        TypeError: neither a name nor a Backend.
         ValueError: an unknown name.
-        RuntimeError: one that cannot run here.
+        RuntimeError: a named backend that cannot run on this machine.
     """
     if isinstance(backend, Backend):
         return
@@ -116,16 +115,16 @@ def check_backend(backend: str | Backend) -> None:
 def choose(
     name: str | Backend, device: torch.device, dtype: torch.dtype = torch.float32, r: int = 1
 ) -> Backend:
-    """Return the backend for ``device``: the one asked for, or with "auto" the best there is.
+    """Return the backend for ``device``: the named one, or with "auto" the fastest that works.
 
-    float64 weights on a GPU go to the reference. What "auto" finds for a GPU has to agree with the
-    reference on a small problem, once per process, device, dtype and number ``r`` of vectors; where
-    it does not, the next one serves, with a warning. That one of several is not installed, or not
-    built for the device, needs no warning; that only the reference is left does.
+    float64 weights on a GPU go to the reference. A GPU backend that "auto" finds must agree with
+    the reference on a small problem, once per process, device, dtype and number ``r`` of vectors;
+    if it does not, the next one is used, with a warning. There is no warning for a backend that is
+    not installed or not built for the device, unless only the reference is left.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: a backend asked for by name that cannot run here or on that device.
+        RuntimeError: a named backend that cannot run on this machine or on that device.
     """
     check_backend(name)
     if isinstance(name, Backend):
@@ -137,7 +136,7 @@ def choose(
     if device.type == "cuda" and dtype == torch.float64:
         return Reference()
     if device.type not in _AUTO:
-        _say(f"no compiled backend serves {device.type} devices", "reference")
+        _say(f"no compiled backend supports {device.type} devices", "reference")
     candidates, missing = _AUTO.get(device.type, ()), []
     for i, candidate in enumerate(candidates):
         if (reason := unavailable(candidate) or _refused(candidate, device)) is not None:
@@ -154,7 +153,7 @@ def choose(
 
 
 def _is_there(device: torch.device) -> Callable[[str], bool]:
-    """Return what tells whether a backend can run on ``device``."""
+    """Return a predicate of names: whether that backend can run on ``device``."""
     return lambda name: (unavailable(name) or _refused(name, device)) is None
 
 
@@ -167,14 +166,14 @@ def _make(name: str, dtype: torch.dtype):
 
 
 def _refused(name: str, device: torch.device) -> str | None:
-    """Return why a backend that can run here does not serve ``device``, or None if it does."""
+    """Return why an available backend does not support ``device``, or None if it does."""
     if name == "cpu" and device.type != "cpu":
-        return f"'cpu' serves weights on a CPU; these are on {device}"
+        return f"'cpu' supports weights on a CPU; these are on {device}"
     if name == "triton" and device.type == "cpu" and interpreted():
         return None
     if name in ("triton", "cuda") and device.type != "cuda":
         where = "a CPU" if device.type == "cpu" else str(device)
-        return f"{name!r} serves weights on a CUDA device; these are on {where}"
+        return f"{name!r} supports weights on a CUDA device; these are on {where}"
     if name == "cuda" and (problem := native_module().cuda.problem(device.index or 0)):
         return f"'cuda' cannot run on {device}: {problem}"
     return None

@@ -11,7 +11,7 @@ from .base import Backend
 
 
 class Cpu(Backend):
-    """The C++ kernels, on torch's number of threads."""
+    """The C++ kernels, with torch's number of threads."""
 
     name = "cpu"
 
@@ -84,11 +84,11 @@ class Cuda(Backend):
         self._rank_one(*self._where(plan, state), False, True, accumulate)
 
     def finish(self, plan, state, grads, accumulate: bool) -> None:
-        """Do what normalize and rank_one do, with one vector per matrix in one launch."""
+        """See :meth:`Backend.finish`; one launch with one vector per matrix."""
         self._rank_one(*self._where(plan, state), True, True, accumulate)
 
     def update(self, step) -> None:
-        """See :meth:`Backend.update`; one launch, with several vectors one more for products."""
+        """See :meth:`Backend.update`; one launch, and with several vectors one for the products."""
         tables = (0, 0, 0, 0) if step.plan is None else step.plan.device_tables().addresses
         self._update(step.header_address, *tables, step.address, *_stream(step.device))
 
@@ -103,7 +103,7 @@ def _stream(device: torch.device) -> tuple[int, int]:
 
 
 def native_module():
-    """Import the compiled module; ImportError says why there is none that can be used."""
+    """Import the compiled module; raise ImportError if it is missing or of another version."""
     native = importlib.import_module("spectral_kernels._native")
     if getattr(native, "tables", None) != offsets():
         raise ImportError("it was built from another version of the package; reinstall it")

@@ -1,4 +1,4 @@
-"""Does a backend, or an optimizer's step by it, agree with the reference here?"""
+"""Checks of a backend, and of an optimizer's steps with it, against the reference."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..tables.state import State
 from . import formulas
 from .base import Backend, Reference
 
-# (M, N): short and long rows that wide loads can take, rows that they cannot, several tiles, and
-# several of them beside several chunks.
+# (M, N): short and long rows that allow vector loads, rows that do not, several tiles, and several
+# tiles together with several chunks.
 SHAPES = ((70, 192), (5, 2048), (130, 31), (3, 9000))
 
 
@@ -24,20 +24,20 @@ def disagreement(
 ) -> str | None:
     """Return how ``backend`` differs from the reference on ``device``, or None if it agrees.
 
-    Two power iterations with ``r`` vectors per matrix, the penalty's gradient added to gradients
-    after the first, and written over others, at fresh random weights without any effect on torch's
-    random numbers. Calls every method of a Backend but ``update``, for which there is
-    :func:`step_disagreement`. Waits for the device.
+    Runs two power iterations with ``r`` vectors per matrix at random weights; after the first, the
+    penalty's gradient is added to gradients and written over others. torch's random state does not
+    change. Calls every method of a Backend but ``update``, for which there is
+    :func:`step_disagreement`. Synchronizes the device.
     """
     model = small_model(device, dtype)
     try:
         found = _steps(model, backend, r)
-    except Exception as error:  # whatever a compiler or driver has to say
+    except Exception as error:  # any error of a compiler or driver
         return f"{type(error).__name__}: {error}"
     truth = _steps(model, Reference(), r)
     for name, own in found.items():
         expected = truth[name].double()
-        # Sums in another order, then one rounding to the gradient's type on either side.
+        # Sums in another order, then one rounding to the gradient's dtype on each side.
         unit = max(2 * torch.finfo(own.dtype).eps, 1e-4)
         error, size = (own.double() - expected).abs().max(), expected.abs().max()
         if not error <= unit * size:  # NaN is a disagreement
@@ -46,7 +46,7 @@ def disagreement(
 
 
 def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a model of those shapes, the same at every call, that takes no gradients."""
+    """Return a model with matrices of SHAPES, frozen, the same at every call."""
 
     def fresh(kind, *sizes):
         return nn.utils.skip_init(kind, *sizes, device=device, dtype=dtype)
@@ -62,7 +62,7 @@ def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 
 def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
-    """Return what two iterations make, by name."""
+    """Return the results of two iterations, by name."""
     selection = select(model, trainable_only=False)
     refs = list(dict.fromkeys(x.ref for x in (*selection.matrices, *selection.elementwise)))
     tensors = [ref.get() for ref in refs]
@@ -91,7 +91,7 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
                  for ref, grad in zip(refs, written, strict=True)})  # fmt: skip
     state.swap()
     backend.gram_matvec(plan, state)
-    # What sharded weights go through: s^T W again, and sums over the tiles.
+    # The calls for sharded weights: W^T s again, and sums over the tiles.
     t = torch.full_like(state.v, torch.nan)
     gram = plan.gram_partial.new_full((len(plan.matrices) * r * r,), torch.nan)
     for parts in (plan.t_partial, plan.gram_partial):
@@ -102,39 +102,39 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     if r == 1:
         made["the collected t"] = t
     backend.normalize(plan, state)
-    return {**made, "the next sigmas": state.sigmas}  # whatever basis v_next was
+    return {**made, "the next sigmas": state.sigmas}  # do not depend on the basis v_next
 
 
 STEPS = 2
 
 
-# So large that a step is more than the rounding of a 16-bit weight, and that the sign of a gradient
-# near zero does not decide about AdamW's direction.
+# Large enough that a step exceeds the rounding of a 16-bit weight, and that the sign of a gradient
+# near zero does not decide AdamW's direction.
 LR, EPS = 0.1, 0.1
 
 
 def step_disagreement(
     optimizer: type, backend: str | Backend, device: torch.device, dtype: torch.dtype, r: int = 1
 ):
-    """Return how the parameters or sigma differ after two steps by ``backend``, or None.
+    """Return how the parameters or sigma differ after two steps with ``backend``, or None.
 
-    Without any effect on torch's random numbers. Waits for the device.
+    torch's random state does not change. Synchronizes the device.
 
     Args:
         optimizer: SpectralAdamW or SpectralSGD.
-        backend: the one to check, or its name.
-        device: where.
-        dtype: of the parameters.
-        r: vectors per matrix.
+        backend: the backend to check, or its name.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        r: singular vectors per matrix.
     """
     try:
         found = _optimizer_steps(optimizer, backend, device, dtype, r)
-    except Exception as error:  # whatever a compiler or driver has to say
+    except Exception as error:  # any error of a compiler or driver
         return f"{type(error).__name__}: {error}"
     truth = _optimizer_steps(optimizer, "reference", device, dtype, r)
     for name, own in found.items():
         expected = truth[name].double()
-        # A step may be rounded to the parameter's type one way or the other.
+        # A step may be rounded to the parameter's dtype either way.
         unit = max(2 * torch.finfo(dtype).eps, 1e-4)
         error, size = (own.double() - expected).abs().max(), expected.abs().max()
         if not error <= unit * size:  # NaN is a disagreement

@@ -1,4 +1,4 @@
-"""Whether a network can still learn: what its weights, gradients and activations tell."""
+"""Measures of plasticity, from a network's weights, gradients and activations."""
 
 from .plasticity import Dormant, accuracy, dormant_units, gradient_diversity, weight_norm
 from .singular_values import Spectrum, effective_rank, spectra, spectral_norms

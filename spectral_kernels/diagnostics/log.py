@@ -1,4 +1,4 @@
-"""sigma and residual of every matrix over the steps, in a file of CSV or JSON lines."""
+"""Logs of sigma and residual of every matrix over the steps, as CSV or JSON lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..engine.untraced import untraced
 from ..selection.arguments import check_count
 
 SUFFIXES = (".csv", ".jsonl")
-SIGMA, RESIDUAL = "sigma/", "residual/"  # before the names in the header of a CSV
+SIGMA, RESIDUAL = "sigma/", "residual/"  # prefixes of names in the header of a CSV
 
 
 class Log:
@@ -27,18 +27,18 @@ class Log:
 
     A CSV has a header and the columns step, sigma/NAME of every matrix, residual/NAME of every
     matrix; JSON lines are ``{"step": 0, "sigma": {NAME: ...}, "residual": {NAME: ...}}``, with null
-    for what is not finite. A line is written at once and as a whole. A line that a killed run has
-    left half written is taken away when the file is opened again.
+    for values that are not finite. Each line is written at once and in one piece. An incomplete
+    last line, left by a killed run, is removed when the file is opened again.
 
     Args:
-        path: ends in .csv or .jsonl. A file that is there, of the same matrices, is continued.
-        names: of the matrices.
+        path: name in .csv or .jsonl; an existing log of the same matrices is continued.
+        names: names of the matrices.
         read: returns sigma and residual of the matrices, [2, n_matrices].
-        every: only steps that are divisible by it are written.
+        every: only steps divisible by it are written.
 
     Raises:
-        TypeError: ``every`` is no integer.
-        ValueError: ``every`` below 1, another suffix, a file of other matrices or no such log.
+        TypeError: ``every`` is not an integer.
+        ValueError: ``every`` below 1, another suffix, a file that is not a log of these matrices.
         FileNotFoundError: the folder of ``path`` does not exist.
         OSError: the file cannot be written.
     """
@@ -63,9 +63,9 @@ class Log:
 
     @untraced
     def __call__(self, step: int) -> None:
-        """Append sigma and residual as they are; with a process group every rank may call it.
+        """Append the current sigma and residual; with a process group every rank may call it.
 
-        Rank 0 alone writes. This synchronizes a GPU, if ``step`` is divisible by ``every``.
+        Only rank 0 writes. This synchronizes a GPU if ``step`` is divisible by ``every``.
         """
         if check_count("step", step, 0) % self.every:
             return
@@ -92,7 +92,7 @@ class Log:
         return json.dumps({"step": step, **rows}, allow_nan=False) + "\n"
 
     def _continue(self) -> None:
-        """Check the file that is there, and take the half of a line from its end."""
+        """Check an existing file, and remove an incomplete line at its end."""
         with self.path.open("a+b") as file:
             file.seek(0)
             first = file.readline()
@@ -102,7 +102,9 @@ class Log:
             elif first:
                 begin = self._header() or '{"step": '
                 if not begin.encode().startswith(first[: len(begin.encode())]):
-                    raise ValueError(f"path: '{self.path}' is there and no log of these matrices")
+                    raise ValueError(
+                        f"path: '{self.path}' exists and is not a log of these matrices"
+                    )
                 file.truncate(0)
 
     def _check(self, first: bytes) -> None:
@@ -116,7 +118,7 @@ class Log:
                 same = False
         if not same:
             raise ValueError(
-                f"path: '{self.path}' is there and no log of these {len(self.names)} matrices; "
+                f"path: '{self.path}' exists and is not a log of these {len(self.names)} matrices; "
                 "accepted are a new name, or the log of a model with the same names"
             )
 
@@ -126,9 +128,9 @@ class LogError(Exception):
 
 
 class History(NamedTuple):
-    """What a log holds: ``steps`` [T], increasing, and ``sigma`` and ``residual`` [T, n_matrices].
+    """The contents of a log: increasing ``steps`` [T], ``sigma`` and ``residual`` [T, n_matrices].
 
-    NaN where a number is not finite in JSON lines; in a CSV it is NaN or inf, as it was.
+    From JSON lines, numbers that are not finite are NaN; from a CSV they are NaN or inf as written.
     """
 
     names: list[str]
@@ -138,13 +140,13 @@ class History(NamedTuple):
 
 
 def read(path: str | PathLike[str]) -> History:
-    """Read a log, which may be one that is being written: half a line at its end is left out.
+    """Read a log, possibly while it is being written: an incomplete last line is left out.
 
-    Where a run went back to an earlier step, from a checkpoint, what it had written after that
-    step is left out.
+    Where a run resumed from an earlier step, the rows that it had written from that step on are
+    left out.
 
     Raises:
-        LogError: no such log, or one without a whole line.
+        LogError: the file is not a log, or has no complete row.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -155,7 +157,7 @@ def read(path: str | PathLike[str]) -> History:
     try:
         names, rows = parse(path, lines)
     except csv.Error as error:
-        raise LogError(f"{path}: is no log of log_to(): {error}") from None
+        raise LogError(f"{path}: not a log of log_to(): {error}") from None
     if not rows:
         raise LogError(f"{path}: holds no step yet")
     if not names:
@@ -177,13 +179,13 @@ def _parsed_csv(path: Path, lines: list[bytes]) -> tuple[list[str], list[tuple[i
     names = [column.removeprefix(SIGMA) for column in header[1 : n + 1]]
     expected = ["step", *(start + name for start in (SIGMA, RESIDUAL) for name in names)]
     if header != expected:
-        raise LogError(f"{path}: is no log of log_to(): line 1 is no header of its columns")
+        raise LogError(f"{path}: not a log of log_to(): line 1 is not a header of its columns")
     rows = []
     for number, row in enumerate(cells, 2):
         try:
             rows.append((int(row[0]), [float(x) for x in row[1:]]))
         except (ValueError, IndexError):
-            raise LogError(f"{path}: line {number} is no row of numbers") from None
+            raise LogError(f"{path}: line {number} is not a row of numbers") from None
         if len(row) != len(header):
             raise LogError(f"{path}: line {number} has {len(row)} columns, not {len(header)}")
     return names, rows
@@ -200,7 +202,7 @@ def _parsed_json(path: Path, lines: list[bytes]) -> tuple[list[str], list[tuple[
             values = [math.nan if x is None else float(x) for d in own for x in d.values()]
             rows.append((int(row["step"]), values))
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise LogError(f"{path}: line {number} is no line of log_to()") from None
+            raise LogError(f"{path}: line {number} is not a line of log_to()") from None
         if not same:
             raise LogError(f"{path}: line {number} has other matrices than line 1")
     return names or [], rows
@@ -221,7 +223,7 @@ def _or_none(x: float) -> float | None:
 
 
 def _end_of_last_line(file, block: int = 1 << 16) -> int:
-    """Return the place behind the last newline of a file that has one."""
+    """Return the position after the last newline of a file that has one."""
     end = file.seek(0, io.SEEK_END)
     while end:
         start = max(end - block, 0)

@@ -1,4 +1,4 @@
-"""Whether a network can still learn: what its gradients and activations tell."""
+"""Measures of plasticity, from a network's gradients and activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .singular_values import effective_rank
 
-# Of torch.nn.modules.activation, what acts on every element of its input alone.
+# The modules of torch.nn.modules.activation that act on each element of their input separately.
 _ACTIVATIONS = tuple(
     getattr(nn, name)
     for name in ("CELU", "ELU", "GELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh",
@@ -32,21 +32,21 @@ def gradient_diversity(
 ) -> float:
     """Return the effective rank of the matrix of per-example gradients.
 
-    As many directions as the examples pull the parameters in: near ``n`` for a network that can
-    tell its examples apart, near 1 where all of them say the same (Lewandowski et al.,
-    arXiv 2406.06811, section 3). The model is evaluated in eval mode, so that examples do not
-    depend on each other, and left in the mode it was in.
+    It counts the directions of the gradients: near ``n`` for a network that tells its examples
+    apart, near 1 if all gradients are parallel (Lewandowski et al., arXiv 2406.06811, section 3).
+    The model is evaluated in eval mode, so that examples do not depend on each other, and left in
+    the mode it was in.
 
     Args:
-        model: with parameters that require gradients, P numbers together.
-        inputs: of ``n`` examples, [n, ...].
-        targets: of the same examples, [n, ...].
+        model: its parameters that require gradients have P elements together.
+        inputs: inputs of ``n`` examples, [n, ...].
+        targets: targets of the same examples, [n, ...].
         loss: takes outputs and targets of a batch, here of one example, and returns a 0-d tensor.
-        chunk_size: examples whose gradients are computed at a time; None: all. n x P numbers are
-            held in any case.
+        chunk_size: examples whose gradients are computed at a time; None: all. All n x P numbers
+            are held in memory in any case.
 
     Returns:
-        between 1 and min(n, P); 0 where all gradients are zero, nan where one is not finite.
+        between 1 and min(n, P); 0 if all gradients are zero, nan if one is not finite.
 
     Raises:
         ValueError: no examples, or different numbers of inputs and targets.
@@ -61,7 +61,7 @@ def gradient_diversity(
         return loss(outputs, y[None])
 
     gradient = torch.func.vmap(torch.func.grad(of_one), in_dims=(None, 0, 0), chunk_size=chunk_size)
-    # The fused kernels of attention have no rule for batches of gradients.
+    # Fused attention kernels have no vmap rule for their gradients.
     with _evaluating(model), sdpa_kernel(SDPBackend.MATH):
         found = gradient(parameters, inputs, targets).values()
     gram = torch.zeros(len(inputs), len(inputs), dtype=torch.float64, device=inputs.device)
@@ -74,7 +74,7 @@ def gradient_diversity(
 
 
 class Dormant(NamedTuple):
-    """Of the units of a layer."""
+    """Numbers of dormant units and of all units of a layer."""
 
     dormant: int
     units: int
@@ -83,22 +83,23 @@ class Dormant(NamedTuple):
 def dormant_units(
     model: nn.Module, inputs: torch.Tensor, threshold: float = 0.025
 ) -> dict[str, Dormant]:
-    """Return how many units of every activation module hardly react to ``inputs``.
+    """Return the number of dormant units of every activation module.
 
     The score of a unit is the mean of |h| over inputs and positions, divided by the mean of that
     over the layer's units; a unit whose score is at most ``threshold`` is dormant, and so are all
-    of a layer that is silent (Sokar et al., "The Dormant Neuron Phenomenon in Deep Reinforcement
-    Learning", ICML 2023). The model is evaluated in eval mode and left in the mode it was in.
+    units of a layer that is zero (Sokar et al., "The Dormant Neuron Phenomenon in Deep
+    Reinforcement Learning", ICML 2023). The model is evaluated in eval mode and left in the mode it
+    was in.
 
     Args:
-        model: with its activations as modules (nn.ReLU, nn.GELU, ...); functions are not seen.
+        model: has its activations as modules (nn.ReLU, nn.GELU, ...); functions are not counted.
         inputs: one batch, [n, ...], on the model's device.
-        threshold: 0 counts units that never react.
+        threshold: 0 counts only units that are always zero.
 
     Returns:
-        name of the module -> Dormant; a module that is called again is counted as ``name#2`` and so
-        on. Units lie along dim 1 of outputs with two, four and five dimensions, along the last of
-        those with three (n, positions, units).
+        name of the module -> Dormant; the second call of a module is counted as ``name#2`` and so
+        on. Units are along dim 1 of outputs with two, four or five dimensions, along the last dim
+        of those with three (n, positions, units).
 
     Raises:
         ValueError: a model without activation modules, or a threshold below zero.
@@ -145,16 +146,16 @@ def weight_norm(model: nn.Module) -> float:
 def accuracy(
     model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, batch_size: int = 1024
 ) -> float:
-    """Return the share of examples whose largest output is that of their class.
+    """Return the fraction of examples whose largest output is that of their class.
 
-    On the examples of a task at its end this is trainability, on held-out ones generalization. The
-    model is evaluated in eval mode and left in the mode it was in.
+    On a task's own examples at its end it measures trainability, on held-out ones generalization.
+    The model is evaluated in eval mode and left in the mode it was in.
 
     Args:
-        model: gives outputs [n, classes].
+        model: returns outputs [n, classes].
         inputs: [n, ...].
         targets: classes [n], integers.
-        batch_size: examples at a time.
+        batch_size: examples evaluated at a time.
 
     Raises:
         ValueError: no examples, or different numbers of inputs and targets.
@@ -172,7 +173,7 @@ def _check_examples(inputs: torch.Tensor, targets: torch.Tensor) -> None:
     if len(inputs) == 0 or len(inputs) != len(targets):
         raise ValueError(
             f"inputs, targets: got {len(inputs)} and {len(targets)} examples; accepted are equally "
-            "many, one or more"
+            "many, at least one"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a regularizer and an optimizer can tell of their matrices: singular values and metrics."""
+"""Readings of a regularizer's or an optimizer's matrices: singular values and metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .log import Log
 
 
 class LayerReading(NamedTuple):
-    """One line of ``Readings.report``."""
+    """One matrix in ``Readings.report``."""
 
     name: str
     shape: tuple[int, int]
@@ -25,7 +25,7 @@ class LayerReading(NamedTuple):
 
 
 class Readings:
-    """Members that SpectralRegularizer and the optimizers share, about the matrices they hold."""
+    """Readings of the matrices, which SpectralRegularizer and the optimizers share."""
 
     _buckets: ModelBuckets
 
@@ -38,29 +38,29 @@ class Readings:
     def sigma(self) -> torch.Tensor:
         """Estimates of sigma_1, [n_matrices], in the order of ``names``, on the device; a copy.
 
-        As of the last step; an optimizer's are those of the weights that its step has left.
+        As of the last step; for an optimizer, of the weights after its step.
         """
         return self.singular_values[:, 0]
 
     @property
     def residual(self) -> torch.Tensor:
-        """Some singular value of W lies within ``residual`` of ``sigma``; [n_matrices], a copy."""
+        """Residuals, [n_matrices], a copy: a singular value is within ``residual`` of ``sigma``."""
         return self.residuals[:, 0]
 
     @property
     @untraced
     def singular_values(self) -> torch.Tensor:
-        """Estimates of the ``n_vectors`` largest ones of each matrix, [n_matrices, n_vectors].
+        """Estimates of the ``n_vectors`` largest singular values, [n_matrices, n_vectors], a copy.
 
-        Largest first, in the order of ``names``; a copy. None is above the singular value that it
-        stands for. What a matrix has fewer of, or is below a millionth of the largest, is 0.
+        Largest first, in the order of ``names``. No estimate is above the singular value that it
+        estimates. Those that a matrix does not have, or below 1e-6 of the largest, are 0.
         """
         return gather(self._buckets.bound(), self.names, "sigmas")
 
     @property
     @untraced
     def residuals(self) -> torch.Tensor:
-        """Some singular value of W lies within each of them; [n_matrices, n_vectors], a copy."""
+        """Residuals of ``singular_values``, [n_matrices, n_vectors], a copy."""
         return gather(self._buckets.bound(), self.names, "residuals")
 
     @untraced
@@ -79,9 +79,9 @@ class Readings:
         """Return numbers for a logger, as of the last step; this synchronizes a GPU once.
 
         "spectral/sigma_max", "spectral/sigma_median" and "spectral/sigma_min" over the matrices,
-        "spectral/residual_max", the largest residual / sigma, "spectral/above_target", how many
-        sigma are above their target by more than the residual, and "spectral/penalty",
-        ``strength * R``. Without a matrix those of sigma and residual are left out.
+        "spectral/residual_max", the largest residual / sigma, "spectral/above_target", the number
+        of sigma above their target by more than the residual, and "spectral/penalty",
+        ``strength * R``. Without matrices, those of sigma and residual are left out.
 
         Args:
             per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix.
@@ -92,7 +92,8 @@ class Readings:
     def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
         """Return ``log``: ``log(step)`` in the loop appends sigma and residual of every matrix.
 
-        To a ``.csv`` or ``.jsonl`` file; one of the same matrices is continued. See ``log.Log``.
+        The file is ``.csv`` or ``.jsonl``; an existing log of the same matrices is continued. See
+        ``diagnostics.log.Log``.
         """
         return Log(path, self.names, lambda: torch.stack((self.sigma, self.residual)), every)
 

@@ -63,11 +63,11 @@ def spectral_norms(
 
 
 class Spectrum(NamedTuple):
-    """What the singular values of a matrix W [M, N] say about it; nan if W is not finite."""
+    """Summary of the singular values of a matrix W [M, N]; nan if W is not finite."""
 
     sigma_max: float
     sigma_min: float
-    """The min(M, N)-th."""
+    """The min(M, N)-th singular value."""
     stable_rank: float
     """||W||_F^2 / sigma_max^2, between 1 and min(M, N); 0 for a matrix of zeros."""
     effective_rank: float
@@ -79,9 +79,9 @@ class Spectrum(NamedTuple):
 def spectra(
     model_or_named_tensors: nn.Module | Iterable[tuple[str, torch.Tensor]], **selection
 ) -> dict[str, Spectrum]:
-    """Return what the singular values of every matrix say, from a full SVD in float64.
+    """Return a summary of the singular values of every matrix, from a full SVD in float64.
 
-    It takes min(M, N)^2 max(M, N) operations per matrix; for sigma_1 alone see
+    It takes about min(M, N)^2 max(M, N) operations per matrix; for sigma_1 alone see
     :func:`spectral_norms`.
 
     Args:
@@ -116,7 +116,7 @@ def effective_rank(values: torch.Tensor) -> torch.Tensor:
     """Return the effective rank of a matrix with singular values ``values``.
 
     exp(-sum p_i log p_i) with p_i = sigma_i / sum sigma (Roy and Vetterli, "The effective rank",
-    EUSIPCO 2007): n for n equal values, 1 where one value is all there is, 0 for zeros alone.
+    EUSIPCO 2007): n for n equal values, 1 if only one is not zero, 0 if all are zero.
 
     Args:
         values: singular values >= 0 [..., n], in any order.

@@ -1,1 +1,1 @@
-"""What runs a step: buckets, power iterations, and the three ways to add the penalty."""
+"""The engine of a step: buckets, power iterations, and the three ways to add the penalty."""

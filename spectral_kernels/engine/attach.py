@@ -29,7 +29,7 @@ def attach(
     refs: Sequence[ParameterRef],
     others: Sequence[Attachment],
 ) -> Attachment:
-    """Have ``accumulate_grad(grad_scale)`` called in every step; see SpectralRegularizer.attach."""
+    """Call ``accumulate_grad(grad_scale)`` in every step; see SpectralRegularizer.attach."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer: got {type(optimizer).__name__}; accepted is a torch.optim.Optimizer"
@@ -51,7 +51,7 @@ def attach(
             )
 
     def accumulate() -> None:
-        # GradScaler leaves the gradients of a fused optimizer scaled and says so here.
+        # GradScaler leaves the gradients of a fused optimizer scaled, and sets this attribute.
         accumulate_grad(getattr(optimizer, "grad_scale", None))
 
     def hook(_, args, kwargs):

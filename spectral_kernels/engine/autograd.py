@@ -10,21 +10,21 @@ from .bucket import Bucket
 
 
 class SpectralPenalty(torch.autograd.Function):
-    """sum of strength * R over all matrices and elementwise parameters, exact given v.
+    """The sum of strength * R over all matrices and elementwise parameters, exact given v.
 
-    The forward pass runs the power iterations, which count as constants; the backward pass writes
-    strength * dR/dW with the vectors of its own forward pass, whatever ran in between.
+    The forward pass runs the power iterations, whose vectors count as constants. The backward pass
+    returns strength * dR/dW at the vectors of its own forward pass, even if others ran in between.
     """
 
     @staticmethod
     def forward(ctx, buckets: list[Bucket], iterations: int, *weights: torch.Tensor):
-        """Advance every bucket and return the penalty, 0-d.
+        """Run the power iterations of every bucket and return the penalty, 0-d.
 
         Args:
-            ctx: what the backward pass will find.
-            buckets: what the weights belong to.
-            iterations: power iterations to run.
-            weights: the parameter of every parameter, bucket by bucket.
+            ctx: context of the backward pass.
+            buckets: the buckets of the weights.
+            iterations: number of power iterations.
+            weights: all parameters, bucket by bucket.
         """
         total = None
         ctx.parts = []
@@ -65,13 +65,13 @@ class SpectralPenalty(torch.autograd.Function):
 
 
 def _differentiable(parts, weights, needed, upstream):
-    """Return the same gradients as functions that autograd can differentiate again."""
+    """Return the same gradients, with a graph that autograd can differentiate again."""
     total, start = 0, 0
     for bucket, state in parts:
         if bucket.is_sharded:
             raise RuntimeError(
-                f"parameter {bucket.plan.owners[0].name!r} is sharded: of its penalty there are no "
-                "second derivatives; call backward() without create_graph"
+                f"parameter {bucket.plan.refs[0].name!r} is sharded: second derivatives of its "
+                "penalty are not supported; call backward() without create_graph"
             )
         own = weights[start : start + len(bucket.plan.refs)]
         total = total + differentiable_penalty(bucket.plan, state, own).to(upstream.device)
@@ -82,7 +82,7 @@ def _differentiable(parts, weights, needed, upstream):
 
 
 def penalty(buckets: list[Bucket], iterations: int) -> torch.Tensor:
-    """Return the penalty of all buckets, 0-d: differentiable, or only evaluated without grad."""
+    """Return the penalty of all buckets, 0-d: differentiable, or evaluated in no-grad mode."""
     if torch.is_grad_enabled():
         weights = [tensor for bucket in buckets for tensor in bucket.parameters]
         return SpectralPenalty.apply(buckets, iterations, *weights)

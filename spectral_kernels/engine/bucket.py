@@ -1,4 +1,4 @@
-"""One plan with its state and its backend: what a step does with it."""
+"""Buckets: a plan with its state and backend, and the operations of a step on them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ..tables import device as device_tables
 from ..tables.plan import Plan
 from ..tables.state import State
 
-# With "auto" power iterations, those matrices whose residual / sigma is above TOLERANCE get up to
-# MAX_EXTRA_ITERATIONS more per step. An estimate that is off by 1 % has a residual of 1 to 3 %.
+# With n_power_iterations="auto", stale matrices (residual / sigma above TOLERANCE) get up to
+# MAX_EXTRA_ITERATIONS per step. An estimate that is 1 % off has a residual / sigma of 1 to 3 %.
 TOLERANCE, MAX_EXTRA_ITERATIONS = 0.01, 8
 
 
 class Bucket:
-    """One plan with its state and its backend, and how many extra iterations it may run.
+    """The parameters of one device and dtype: a plan with its state and backend.
 
-    The plan is about what this rank has of the ``parameters``, the state about whole matrices.
+    For sharded parameters the plan describes this rank's shards, and the state has the vectors of
+    whole matrices. ``extra_iterations`` is the limit for stale matrices.
     """
 
     def __init__(self, plan: Plan, backend, exponent: float, extra_iterations: int = 0):
@@ -31,7 +32,7 @@ class Bucket:
         self._parameters: list[torch.Tensor] | None = None
         self._placements: list[tuple | None] = []
         self.warm = self.measured = self._captured = False
-        self.is_ahead = False  # v, s and v_next belong to the next step already, weights unchanged
+        self.is_ahead = False  # v, s and v_next are already those of the next step
 
     @classmethod
     def of(
@@ -44,7 +45,7 @@ class Bucket:
         r: int = 1,
         extra_iterations: int = 0,
     ) -> Bucket:
-        """Return the bucket of some parameters, one per parameter, all of them axes alike."""
+        """Return the bucket of ``parameters``, one per ref, all with the same shard axes."""
         if not any(map(shards.is_sharded, parameters)):
             return cls(
                 Plan(matrices, elementwise, parameters, r), backend, exponent, extra_iterations
@@ -65,12 +66,12 @@ class Bucket:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """The parameter of every parameter; ``plan.tensors`` are what this rank has of them."""
+        """The parameters, one per ref; ``plan.tensors`` are this rank's shards of them."""
         return self.plan.tensors if self._parameters is None else self._parameters
 
     @property
     def kernels(self):
-        """The backend of this rank's products."""
+        """The backend that computes this rank's products."""
         return self.backend.inner if self.is_sharded else self.backend
 
     @kernels.setter
@@ -94,49 +95,53 @@ class Bucket:
 
     @property
     def local(self) -> State:
-        """The state as the plan sees it."""
+        """The state for the plan, with this rank's columns of the vectors."""
         return self.backend.local(self.plan, self.state) if self.is_sharded else self.state
 
     def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum of ``x`` over the ranks that have other rows."""
+        """Return the sum of ``x`` over the ranks that hold other rows."""
         return self.backend.sum_rows(x) if self.is_sharded else x
 
     def iterate(self, n: int) -> None:
-        """Run ``n`` power iterations; ``state`` then holds s, sigma of the last and its v."""
+        """Run ``n`` power iterations; ``state`` then holds v, s and sigma of the last one."""
         for _ in range(n):
             self._products()
             self.backend.normalize(self.plan, self.state)
         self._catch_up()
 
     def grads(self) -> list[torch.Tensor | None]:
-        """Return what this rank has of every parameter's ``.grad``."""
+        """Return this rank's shard of every parameter's ``.grad``."""
         if not self.is_sharded:
             return [parameter.grad for parameter in self.parameters]
         return [shards.local_grad(o.name, p)
                 for o, p in zip(self.plan.refs, self.parameters, strict=True)]  # fmt: skip
 
     def make_missing_grads(self, grads: list[torch.Tensor | None]) -> None:
-        """Give every trainable parameter without a gradient one, and put it into ``grads``.
+        """Create the missing gradients of trainable parameters, and put them into ``grads``.
 
-        While a CUDA graph is being captured they are in its memory, and replays start from zeros.
+        Those created while a CUDA graph is being captured are in its memory, and each replay
+        starts them from zero.
         """
         if type(None) not in set(map(type, grads)):
             return
         for i, tensor in enumerate(self.parameters):
             if grads[i] is None and tensor.requires_grad:
-                with torch.inference_mode(False):  # which a gradient outlives
+                with torch.inference_mode(False):  # the gradient outlives it
                     tensor.grad = torch.zeros_like(tensor, requires_grad=False)
                 grads[i] = shards.local_of(tensor.grad)
         self.plan.bind_grads(grads)
 
     def begin(self, n: int) -> None:
-        """Run ``n`` power iterations, the last one to where sums over ranks are on their way."""
+        """Run ``n`` power iterations; :meth:`finish` completes the last one.
+
+        Meanwhile its sums over ranks are in flight, together with those of other buckets.
+        """
         self.iterate(n if self.extra_iterations else n - 1)
         if not self.extra_iterations:
             self._products()
 
     def finish(self, n: int, grads) -> None:
-        """Add the gradient of the last of ``n`` iterations that have begun to ``grads``."""
+        """Complete the ``n`` iterations of :meth:`begin`, and add their gradient to ``grads``."""
         if self.extra_iterations:
             self.add_gradient(self.state, grads, accumulate=True)
         else:
@@ -144,9 +149,10 @@ class Bucket:
         self.settle(n)
 
     def settle(self, n: int) -> None:
-        """Have the next vectors where CUDA graphs read them, whose replays go on from each other.
+        """Copy the next v to where it was before ``n`` iterations, if CUDA graphs read it there.
 
-        That is where they were before ``n`` iterations. ``v`` is then the next one too.
+        A CUDA graph replays fixed addresses, and each replay continues from the one before it.
+        ``v`` may then hold the next vectors too.
         """
         if self._is_in_graphs() and n % 2:
             self.state.v.copy_(self.state.v_next)
@@ -158,9 +164,10 @@ class Bucket:
         self.measured = True
 
     def _catch_up(self) -> None:
-        """Run extra iterations for matrices that are stale.
+        """Run extra iterations for stale matrices.
 
-        On a GPU the kernels tell which these are, and all calls are made, so that nothing waits.
+        On a GPU the kernels decide which these are, and all calls are made, so that the host does
+        not wait.
         """
         if not self.extra_iterations:
             return
@@ -175,7 +182,11 @@ class Bucket:
         state.set_tolerance(0)
 
     def look_ahead(self, changed: bool) -> None:
-        """Have s, sigma and v_next of the weights as they are, ``changed`` from outside or not."""
+        """Bring s, sigma and v_next up to date with the weights.
+
+        Args:
+            changed: whether the weights have changed since the last step.
+        """
         if not self.is_ahead:
             self.iterate(1)
             self.is_ahead = True
@@ -184,7 +195,7 @@ class Bucket:
             self.backend.normalize(self.plan, self.state)
 
     def after_update(self) -> None:
-        """Go on after an optimizer's step, which has left the products with ``v_next``."""
+        """Finish the iteration whose products an optimizer's step has computed with ``v_next``."""
         state = self.state
         state.swap()
         self.backend.normalize(self.plan, state)
@@ -196,12 +207,12 @@ class Bucket:
             state.swap()
 
     def _is_in_graphs(self) -> bool:
-        """Tell whether CUDA graphs iterate these vectors, one that is being captured among them."""
+        """Return whether a CUDA graph, captured or being captured, iterates these vectors."""
         self._captured = self._captured or device_tables.is_capturing(self.plan.device)
         return self._captured
 
     def measure(self) -> None:
-        """Fill s, sigma and residual if no iteration has; ``v_next`` stays where it is."""
+        """Compute s, sigma and residual if no iteration has yet; ``v_next`` does not change."""
         if not self.measured:
             self.iterate(1)
             self.state.swap()
@@ -214,16 +225,16 @@ class Bucket:
             check_ranks(names, vectors, self.backend.shard_axes.mesh if self.is_sharded else ())
 
     def evaluated(self, state: State | None = None) -> State:
-        """Return sigma and penalty at the vectors the next iteration would use, or at ``state``."""
+        """Return a state with sigma and penalty at ``v_next``, of ``state`` if that is given."""
         state = (state or self.state).evaluation()
         self.backend.gram_matvec(self.plan, state)
         self.backend.normalize(self.plan, state)
         return state
 
     def value(self, state: State) -> torch.Tensor:
-        """Return sum of strength * R, 0-d, in the dtype of the state."""
+        """Return the sum of strength * R, 0-d, in the dtype of the state."""
         return torch.dot(state.strength, state.raw_penalty)
 
     def add_gradient(self, state: State, grads, accumulate: bool) -> None:
-        """Add the gradient at ``state`` to ``grads``, which the plan is bound to, or overwrite."""
+        """Add the gradient at ``state`` to ``grads``, bound to the plan, or overwrite them."""
         self.backend.rank_one(self.plan, state, grads, accumulate)

@@ -1,4 +1,4 @@
-"""Strength and target of every matrix and elementwise parameter, brought to their device."""
+"""Strength and target of every matrix and elementwise parameter, and their device copies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Target = float | str | Mapping[str, float | str]
 
 
 class Coefficients:
-    """How strongly each entry of a selection is pulled, and to which sigma.
+    """Strength and target of each entry of a selection.
 
     Args:
         selection: matrices and elementwise parameters.
-        strength: factor of the penalty: a number, a 0-d tensor, or a mapping from name patterns.
+        strength: factor of R: a number, a 0-d tensor, or a mapping from name patterns.
         target: tau: a number, "initial", or a mapping from name patterns to these.
-        backend: the one, or its name, that measures initial targets.
+        backend: the backend, or its name, that measures initial targets.
 
     Raises:
         TypeError: a strength or target of the wrong type.
@@ -41,7 +41,7 @@ class Coefficients:
 
     @property
     def strength(self) -> Strength:
-        """Factor of the penalty, as it was given."""
+        """Factor of R, as given."""
         return self._strength
 
     @strength.setter
@@ -59,7 +59,7 @@ class Coefficients:
         self.strength_tensor: torch.Tensor | None = strength if is_tensor else None
 
     def fill(self, bucket: Bucket) -> None:
-        """Write strength and target of a new bucket."""
+        """Write strength and target into a new bucket."""
         self.fill_strength(bucket)
         self.measure_initial()
         values = [
@@ -69,7 +69,7 @@ class Coefficients:
         device_tables.fill(bucket.state.target, values)
 
     def fill_strength(self, bucket: Bucket) -> None:
-        """Write the strength of every entry of a bucket."""
+        """Write the strength of every entry into a bucket."""
         values = self.strength_tensor
         if values is None:
             entries = (*bucket.plan.matrices, *bucket.plan.elementwise)

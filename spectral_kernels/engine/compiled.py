@@ -1,11 +1,12 @@
-"""The penalty as operators of torch (``torch.ops.spectral_kernels``), for graphs of torch.compile.
+"""The penalty as custom operators (``torch.ops.spectral_kernels``) in graphs of torch.compile.
 
-Eager calls go straight to a backend: torch's dispatcher takes as long to pass the parameters of a
-small model as its kernels take. A graph needs operators, though: all that one reads or writes is an
-argument, and what it writes is marked, so that the compiler keeps the order. Tables and backend are
-no tensors: it finds them by the number of the regularizer's ``ModelBuckets`` and a bucket's index.
+Eager calls go straight to a backend: for a small model, torch's dispatcher takes as long to pass
+the parameters as the kernels take. A graph needs operators: every tensor that one reads or writes
+is an argument, and those it writes are marked as mutated, so that the compiler keeps the order.
+Tables and backend are not tensors: an operator finds them by the number of the regularizer's
+``ModelBuckets`` and a bucket's index.
 
-This module is imported when a call is traced first: what it needs of torch takes a second to load.
+This module is imported at the first trace, because its imports from torch take a second.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from .bucket import Bucket
 from .model_buckets import ModelBuckets
 
 _LIBRARY = torch.library.Library("spectral_kernels", "DEF")
-# Why not in the CUDA graphs of mode="reduce-overhead": a replay compares no address with a tensor;
-# power_iteration writes v, v_next, s and scalars, inputs that the graph does not own, and inductor
-# records nothing that writes such; and each recording, of which inductor may make many without an
-# eager step between them, would take spare tables of its own (see device_tables.py). What is
-# tagged runs eagerly between two parts of the graph, and the parts are recorded. A graph that a
-# user captures (torch.cuda.graph) may hold the operators.
-# The strides of what comes in are those that were traced.
+# cudagraph_unsafe keeps the operators out of the CUDA graphs of mode="reduce-overhead": a replay
+# does not compare addresses with tensors; power_iteration mutates v, v_next, s and scalars, inputs
+# that the graph does not own, which inductor does not record; and each recording, of which inductor
+# may make many without an eager step between them, would take spare tables (see tables/device.py).
+# Tagged operators run eagerly between the recorded parts of the graph. A graph that a user captures
+# (torch.cuda.graph) may contain them.
+# needs_exact_strides: inputs have the strides that were traced.
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides)
 
 
@@ -43,8 +44,8 @@ def _bucket(number: int, index: int, weights: list[Tensor]) -> Bucket:
     if not found or not found[0].bind(weights):
         raise RuntimeError(
             "the parameters have another device, dtype, shape or layout than when penalty() was "
-            "compiled, or than in its forward pass. Between two steps they may change; torch up to "
-            "2.11 compiles nothing anew for other strides, call torch.compiler.reset() there"
+            "compiled, or than in its forward pass. They may change between two steps; torch up to "
+            "2.11 does not recompile for other strides: call torch.compiler.reset() there"
         )
     return found[0]
 
@@ -56,21 +57,21 @@ def power_iteration(
     """Run power iterations from ``v_next``; return the penalty and what its gradient needs.
 
     Args:
-        weights: the parameter of every parameter of the bucket; constants for differentiation.
-        v: [sum of r * N], overwritten with what the last iteration has multiplied.
-        v_next: [sum of r * N], where to start; then where to go on.
+        weights: the parameters of the bucket; constants for differentiation.
+        v: [sum of r * N], overwritten with the vectors of the last iteration.
+        v_next: [sum of r * N], the vectors to start from; overwritten with the next ones.
         s: [sum of r * M], overwritten.
-        scalars: of the state, see there; all but strength and target are overwritten.
-        strength: 0-d, written over all strengths, or None.
-        number: of the ``ModelBuckets``.
-        index: of the bucket among them.
-        iterations: how many, 1 or more.
+        scalars: ``State.scalars``; all but strength and target are overwritten.
+        strength: 0-d, replaces all strengths, or None.
+        number: number of the ``ModelBuckets``.
+        index: index of the bucket among them.
+        iterations: number of iterations, 1 or more.
 
     Returns:
-        Sum of strength * R, 0-d; copies of v, s and scalars as they are then.
+        The sum of strength * R, 0-d; copies of v, s and scalars after the last iteration.
 
     Raises:
-        RuntimeError: the bucket is gone or does not go with ``weights``.
+        RuntimeError: the bucket is gone or does not fit ``weights``.
     """
     bucket, buffers = _bucket(number, index, weights), (v, v_next, s, scalars)
     if strength is not None:
@@ -79,14 +80,14 @@ def power_iteration(
         _iterate(bucket, buffers, ModelBuckets.by_number[number].settings.warmup)
         bucket.warm = True
     value = _iterate(bucket, buffers, iterations)
-    torch.autograd.graph.increment_version(buffers)  # the kernels know addresses alone
+    torch.autograd.graph.increment_version(buffers)  # kernels write to addresses
     return value, v.clone(), s.clone(), scalars.clone()
 
 
 def _iterate(bucket: Bucket, buffers: tuple[Tensor, ...], n: int) -> Tensor:
     """Run ``n`` power iterations on v, v_next, s and scalars, and return the penalty.
 
-    After them, v is what has made s.
+    ``v`` is then the one that s was computed from.
     """
     v, v_next, *others = buffers
     if n % 2:  # every iteration swaps them
@@ -109,7 +110,7 @@ def evaluate(
     weights: list[Tensor], v_next: Tensor, scalars: Tensor, strength: Tensor | None,
     number: int, index: int,
 ) -> Tensor:  # fmt: skip
-    """Return the penalty at ``v_next``, 0-d, and change nothing; arguments as above."""
+    """Return the penalty at ``v_next``, 0-d, and change nothing; see ``power_iteration``."""
     bucket = _bucket(number, index, weights)
     v, v_next = torch.empty_like(v_next), v_next.clone()
     s, scalars = torch.empty_like(bucket.state.s), scalars.clone()
@@ -129,9 +130,9 @@ def penalty(
     weights: list[Tensor], value: Tensor, v: Tensor, s: Tensor, scalars: Tensor,
     number: int, index: int,
 ) -> Tensor:  # fmt: skip
-    """Return the penalty, 0-d, of what ``power_iteration`` has returned, as ``value``.
+    """Return ``value``, the penalty that ``power_iteration`` has returned, 0-d.
 
-    This is where its gradient comes in: exact in ``weights``, given v.
+    This operator carries the gradient: exact in ``weights``, given v.
     """
     return value.clone()
 
@@ -144,7 +145,7 @@ def penalty_backward(
     weights: list[Tensor], v: Tensor, s: Tensor, scalars: Tensor, upstream: Tensor,
     wanted: list[bool], number: int, index: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Return upstream * strength * dR/dW of those weights that are ``wanted``."""
+    """Return upstream * strength * dR/dW of the ``wanted`` weights."""
     bucket = _bucket(number, index, weights)
     state = State(bucket.plan, v, None, s, scalars, bucket.state.exponent)
     grads = [torch.empty_like(w) if x else None for w, x in zip(weights, wanted, strict=True)]
@@ -206,7 +207,7 @@ _define(
 torch.library.register_autograd(
     "spectral_kernels::penalty", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
-# The vectors are constants for differentiation, and so is what is only evaluated.
+# The vectors are constants for differentiation, and so is a penalty that is only evaluated.
 for _name in ("power_iteration", "evaluate"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -217,19 +218,19 @@ torch.compiler.assume_constant_result(ModelBuckets.ready_to_trace)
 
 
 @torch.compiler.disable(
-    reason="of spectral_kernels, graphs hold only penalty() of parameters that are not sharded; "
-    "with fullgraph=True, call this outside of the compiled function"
+    reason="spectral_kernels: graphs can contain only penalty() of parameters that are not sharded;"
+    " with fullgraph=True, call this outside of the compiled function"
 )
 def outside(function: Callable, *args, **kwargs):
-    """Call ``function`` between two graphs."""
+    """Call ``function`` eagerly, between two graphs."""
     return function(*args, **kwargs)
 
 
 def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | None) -> Tensor:
     """Return the penalty of all buckets, 0-d, as ``autograd.penalty`` does, in a traced function.
 
-    They are ready to trace, and none is sharded. The compiler guards all that is read here and
-    traces again where it has changed: what changes from step to step is no attribute among it.
+    The buckets must be ready to trace and not sharded. The compiler guards every attribute read
+    here and retraces when one changes, so none of them may change from step to step.
     """
     own, number, total = torch.ops.spectral_kernels, buckets.number, None
     for index, (bucket, weights) in enumerate(buckets.with_tensors()):

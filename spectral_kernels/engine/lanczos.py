@@ -13,7 +13,7 @@ from ..selection.matrices import Matrix
 from ..sharding.shards import local_of
 from .bucket import Bucket
 
-BETWEEN = 5  # iterations from one look at the singular values to the next
+BETWEEN = 5  # iterations between two convergence checks
 
 
 def singular_values(
@@ -34,7 +34,7 @@ def singular_values(
     bucket = Bucket.of([matrix], [], [tensor], chosen, exponent=1, r=r)
     bucket.state.target.zero_()
     if r == 1:
-        # A start outside of the row space of W adds one dimension to what can be reached.
+        # A start vector outside of the row space of W adds one dimension to the Krylov space.
         return (_lanczos(bucket, rtol, matrix.name, min(matrix.shape) + 1),)
     return _block_lanczos(bucket, rtol, matrix.name)
 
@@ -51,7 +51,7 @@ def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
     betas: list[float] = []
     unit = 1.0  # sigma of the first product: W / unit keeps every number near one
     history: list[float] = []
-    # The first product only tells the magnitude, by which later ones are scaled.
+    # The first product only gives the magnitude, by which later ones are scaled.
     state.v_next.copy_(v)
     bucket.iterate(1)
     while True:
@@ -65,7 +65,7 @@ def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
             return 0.0
         if len(basis) == 1:
             unit = sigma
-        # W^T W v = length * v_next, and the residual tells its length (see normalize).
+        # W^T W v = length * v_next, and the residual gives the length (see normalize).
         length = math.hypot(sigma, residual) * sigma / unit**2
         alphas.append((sigma / unit) ** 2)
         t = state.v_next.double() * length
@@ -76,7 +76,8 @@ def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
         if len(basis) % BETWEEN == 0 or len(basis) >= limit or beta <= 1e-14 * alphas[0]:
             ritz, rest = _top_ritz_value(alphas, betas, beta)
             history.append(math.sqrt(max(ritz, 0.0)))
-            # sigma is half as wrong as its square; the margin is for clustered singular values.
+            # The relative error of sigma is half that of its square; the margin is for clustered
+            # singular values.
             settled = len(history) > 2 and history[-1] - history[-3] <= 0.1 * rtol * history[-1]
             if len(basis) >= limit or (rest <= 0.1 * rtol * ritz and settled) or beta == 0:
                 return history[-1] * unit
@@ -89,14 +90,14 @@ def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
 def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
     """Return r singular values: the Ritz values of W on the space that all blocks of v span.
 
-    Each block comes with its s = W v, so that s s^T over all blocks is what W does there.
+    Each block has its s = W v; the eigenvalues of s s^T over all blocks are the squares.
     """
     plan, state = bucket.plan, bucket.state
     r, n = plan.r, state.plan.layouts[0].cols
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(r, n, generator=generator, dtype=torch.float64, device="cpu")
     block = orthonormal_rows(start).to(plan.device)
-    # The first product only tells the magnitude, by which later ones are scaled.
+    # The first product only gives the magnitude, by which later ones are scaled.
     state.columns(0, state.v_next).copy_(block)
     bucket.iterate(1)
     basis = torch.zeros(0, n, dtype=torch.float64, device=plan.device)
@@ -127,10 +128,10 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
 
 
 def _beside(basis: torch.Tensor, block: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return the rows of ``block`` orthonormal to ``basis`` and each other.
+    """Return the rows of ``block``, orthonormalized against ``basis`` and each other.
 
-    Where a row holds nothing new, as that of a singular value far below the largest may after
-    rounding, a random one takes its place, and zeros where the basis is complete.
+    A row without a new direction (after rounding, such as that of a singular value far below the
+    largest) is replaced by a random one, or by zeros if the basis is complete.
     """
     least = 10 * torch.finfo(torch.float32).eps
     found = basis[torch.linalg.vector_norm(basis, dim=1) > 0.5]
@@ -149,7 +150,10 @@ def _beside(basis: torch.Tensor, block: torch.Tensor, generator: torch.Generator
 
 
 def _unit_beside(basis: torch.Tensor, row: torch.Tensor, least: float) -> torch.Tensor | None:
-    """Return the part of ``row`` orthogonal to ``basis`` as a unit, None if all but ``least``."""
+    """Return the unit vector along the part of ``row`` orthogonal to ``basis``.
+
+    None if that part is at most ``least`` times the length of ``row``.
+    """
     length = torch.linalg.vector_norm(row)
     for _ in range(2):
         row = row - basis.mT @ (basis @ row)

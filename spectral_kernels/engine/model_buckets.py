@@ -1,4 +1,4 @@
-"""The plans of a selection, one per device and dtype, kept in step with the parameters."""
+"""The buckets of a model, one per device, dtype and shard axes, rebuilt when parameters change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .coefficients import Coefficients
 
 @dataclass(frozen=True)
 class Settings:
-    """How the matrices of a model are iterated.
+    """Settings of the power iteration.
 
     Attributes:
         backend: name of a backend, or a Backend.
@@ -32,7 +32,7 @@ class Settings:
         warmup: iterations for vectors that start from random numbers.
         seed: of those random numbers; each matrix has its own stream, keyed by its name.
         n_vectors: singular vectors per matrix.
-        extra_iterations: at most, for stale matrices, after every other iteration.
+        extra_iterations: at most, for stale matrices, after the iterations of each step.
     """
 
     backend: str | Backend = "auto"
@@ -48,26 +48,26 @@ class ModelBuckets:
 
     Args:
         selection: matrices and elementwise parameters.
-        settings: how they are iterated.
+        settings: settings of the power iteration.
         coefficients: strength and target of each.
     """
 
     by_number: ClassVar[WeakValueDictionary[int, ModelBuckets]] = WeakValueDictionary()
     _some_traced: ClassVar[bool] = False
-    _numbers = count(2)  # compilers have code of their own for 0 and for 1
+    _numbers = count(2)  # compilers specialize on 0 and 1
 
     def __init__(self, selection: Selection, settings: Settings, coefficients: Coefficients):
         self.selection, self.settings, self.coefficients = selection, settings, coefficients
         self.number = next(self._numbers)
         self.by_number[self.number] = self
-        self._traced = False  # is in a graph
+        self._traced = False  # whether it is in a compiled graph
         self.buckets: list[Bucket] | None = None
-        self._indices: list[list[int]] = []  # of each bucket's parameters
-        self._sharded: dict[int, torch.Tensor] = {}  # parameters that were DTensors last
-        self._warm = True  # what is known needs no warm-up
-        self._managed: set | None = None  # modules that FSDP2 looks after
+        self._indices: list[list[int]] = []  # indices into refs of each bucket's parameters
+        self._sharded: dict[int, torch.Tensor] = {}  # sharded parameters, as last seen
+        self._warm = True  # start_vectors need no warm-up
+        self._managed: set | None = None  # modules that FSDP2 manages
         self.start_vectors: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
-        # Of each parameter, in their order, what it has first.
+        # The first matrix of each parameter, or its elementwise entry.
         self._first = {x.ref: x for x in (*selection.elementwise[::-1], *selection.matrices[::-1])}
         self.refs = list(
             dict.fromkeys(x.ref for x in (*selection.matrices, *selection.elementwise))
@@ -81,16 +81,16 @@ class ModelBuckets:
         ]
 
     def check_in_place(self) -> None:
-        """Raise ValueError if there is no ``.grad`` to add to, or parameter to change."""
+        """Raise ValueError for a parametrized weight: only ``penalty()`` can regularize it."""
         if self._computed is not None:
             raise ValueError(
                 f"parameter {self._computed.name!r} is made by a parametrization at every use; "
-                "accepted is penalty(), whose gradient goes through it, or leave it out with "
+                "accepted is penalty(), whose gradient passes through it; or leave it out with "
                 "exclude"
             )
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return the parameter of every parameter as it is now."""
+        """Return the current parameters, one per ref."""
         try:
             tensors = [slot[key] for slot, key in self._slots]
         except KeyError:
@@ -103,7 +103,7 @@ class ModelBuckets:
         return tensors
 
     def _settled(self, i: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Return parameter ``i``: its shards where FSDP2 shows the gathered one for a while."""
+        """Return parameter ``i``: its sharded form while FSDP2 has it gathered."""
         known = self._sharded.get(i)
         if known is not None and shards.is_gathered(tensor, known):
             if self._managed is None:
@@ -117,7 +117,7 @@ class ModelBuckets:
         return tensor
 
     def bound(self) -> list[Bucket]:
-        """Return buckets whose tables point at the parameters of this moment, warmed up."""
+        """Return the buckets, warmed up, with tables that point at the current parameters."""
         buckets = self._bound()
         for bucket in buckets:
             if not bucket.warm:
@@ -128,7 +128,7 @@ class ModelBuckets:
         return buckets
 
     def fill_strength(self) -> None:
-        """Write the strength of the coefficients into every bucket that is there."""
+        """Write the strength of the coefficients into every existing bucket."""
         for bucket in self.buckets or ():
             self.coefficients.fill_strength(bucket)
 
@@ -136,7 +136,7 @@ class ModelBuckets:
         """Run power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
         Args:
-            n_iterations: how many, 1 or more.
+            n_iterations: number of power iterations, 1 or more.
             scale: a factor of the gradient, or None.
 
         Raises:
@@ -156,7 +156,7 @@ class ModelBuckets:
             bucket.finish(n_iterations, own)
 
     def _bound(self) -> list[Bucket]:
-        """Return buckets whose tables point at the parameters of this moment."""
+        """Return the buckets, with tables that point at the current parameters."""
         tensors = self.tensors()
         if self.buckets is not None:
             for bucket, indices in zip(self.buckets, self._indices, strict=True):
@@ -166,25 +166,25 @@ class ModelBuckets:
                     self.start_vectors, self.buckets = self.vectors(), None
                     break
         if self.buckets is None:
-            # The state outlives an inference mode in which it happens to be made.
+            # The state outlives an inference mode that is active here.
             with torch.inference_mode(False):
                 self._build(tensors)
         return self.buckets
 
     @property
     def is_warm(self) -> bool:
-        """Whether vectors are there and warmed up."""
+        """Whether the buckets are built and their vectors warmed up."""
         return self.buckets is not None and all(bucket.warm for bucket in self.buckets)
 
     def ready_to_trace(self) -> bool:
-        """Build what a graph refers to, while it is traced; False: it cannot be in a graph."""
+        """Build the buckets for a graph being traced; return whether it can contain the penalty."""
         ModelBuckets._some_traced = self._traced = True
         return not any(bucket.is_sharded for bucket in self._bound())
 
     def ready_for_graphs(self) -> None:
-        """Build at once if steps are compiled in this process: one may serve these buckets too.
+        """Build the buckets at once if a penalty has been compiled in this process.
 
-        Graphs expect buckets that are there, and would be compiled anew for each regularizer.
+        Its graph may be used for these buckets too, and would be recompiled if they did not exist.
         """
         if not self._some_traced:
             return
@@ -193,7 +193,7 @@ class ModelBuckets:
             self._bound()
 
     def with_tensors(self) -> Iterator[tuple[Bucket, list[torch.Tensor]]]:
-        """Yield every bucket with the parameters of its owners as they are now."""
+        """Yield every bucket with its current parameters."""
         tensors = self.tensors()
         for bucket, indices in zip(self.buckets, self._indices, strict=True):
             yield bucket, [tensors[i] for i in indices]
@@ -229,7 +229,7 @@ class ModelBuckets:
         self.buckets, self._indices, self.start_vectors, self._warm = buckets, orders, {}, True
 
     def _axes_of(self, i: int, parameter: torch.Tensor) -> ShardAxes:
-        """Return over which axes what parameter ``i`` has is spread."""
+        """Return the shard axes of parameter ``i``."""
         if not shards.is_sharded(parameter):
             return ShardAxes()
         first = self._first[self.refs[i]]
@@ -238,14 +238,14 @@ class ModelBuckets:
         return shards.elementwise_axes(first, parameter)
 
     def _start(self, bucket: Bucket) -> bool:
-        """Write the vectors to start from; tell whether all of them were known."""
+        """Write the vectors to start from; return whether all of them were known."""
         state, all_known = bucket.state, True
         for i, (matrix, layout) in enumerate(
             zip(bucket.plan.matrices, state.plan.layouts, strict=True)
         ):
             v = self.start_vectors.get(matrix.name)
             if v is not None and layout.side == "left" and bucket.is_sharded:
-                v = None  # its left vectors would take a sum over the ranks
+                v = None  # its left vectors would need a sum over ranks
             n = layout.rows if layout.side == "left" else layout.cols
             if v is not None and v.shape[-1] == n:
                 v = layout.from_logical(v[: self.settings.n_vectors].to(state.v))
@@ -265,7 +265,7 @@ class ModelBuckets:
         return all_known
 
     def _random(self, name: str, cols: int) -> torch.Tensor:
-        # torch's generator on a CPU has 32 bits of seed.
+        # torch's CPU generator uses 32 bits of the seed.
         generator = torch.Generator().manual_seed(
             zlib.crc32(f"{self.settings.seed}/{name}".encode())
         )
@@ -273,10 +273,10 @@ class ModelBuckets:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def vectors(self) -> dict[str, torch.Tensor]:
-        """Return right singular vectors to start from again: name -> [r, N], copies.
+        """Return copies of the right singular vectors to continue from: name -> [r, N].
 
-        They do not depend on how the weight lies in memory. A zero matrix that is stored column by
-        column has none.
+        They do not depend on the memory layout of the weight. A matrix that is stored column by
+        column has none if it is zero or sharded.
         """
         # Copies may go into an optimizer's state, which outlives an inference mode.
         with torch.inference_mode(False):
@@ -286,10 +286,10 @@ class ModelBuckets:
         found = dict(self.start_vectors)
         for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
             layouts, state = bucket.state.plan.layouts, bucket.state
-            if bucket.is_sharded:  # rows of s, left vectors, are on other ranks
+            if bucket.is_sharded:  # s, here the right vectors, is spread over ranks
                 layouts = [None if x.side == "left" else x for x in layouts]
             elif not bucket.measured and any(layout.side == "left" for layout in layouts):
-                # s has to be computed, from weights that may have moved since the last use.
+                # s must be computed, from weights that may have moved since the last use.
                 tensors = self.tensors()
                 if bucket.bind([tensors[i] for i in indices]):
                     bucket.measure()
@@ -313,7 +313,7 @@ class ModelBuckets:
         self.start_vectors = state["vectors"]
 
     def restart(self, vectors: Mapping[str, torch.Tensor], warm: bool) -> None:
-        """Start from ``vectors`` at the next use; unless ``warm``, with a warm-up."""
+        """Start from ``vectors`` at the next use, with a warm-up unless ``warm``."""
         self.start_vectors = {**self.vectors(), **vectors}
         self.buckets, self._warm = None, warm
         if self._traced:
@@ -321,7 +321,7 @@ class ModelBuckets:
 
 
 class LoadResult(NamedTuple):
-    """What a state_dict did not have, and what of it was not used."""
+    """Names missing from a loaded state_dict, and names in it that were not used."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -330,7 +330,7 @@ class LoadResult(NamedTuple):
 def vectors_of(
     state: Mapping[str, Any], matrices: Sequence[Matrix]
 ) -> tuple[dict[str, torch.Tensor], LoadResult]:
-    """Return orthonormal vectors [r, N] by name of the matrix, and which names did not match.
+    """Return orthonormal vectors [r, N] by matrix name, and the names that did not match.
 
     Raises:
         TypeError: not a dict with "vectors".
@@ -351,13 +351,13 @@ def _checked(matrix: Matrix, v) -> torch.Tensor:
     if not isinstance(v, torch.Tensor) or len(shape) != 2 or shape[0] < 1 or shape[1] != cols:
         raise ValueError(
             f"state: the vectors of {matrix.name!r} have shape {shape}; accepted is (1, {cols}), "
-            f"or a row for each of several, for this matrix of {rows} x {cols}"
+            f"or one row per vector, for this matrix of {rows} x {cols}"
         )
     wide = v.detach().to(torch.promote_types(v.dtype, torch.float32))
     norms = torch.linalg.vector_norm(wide.double(), dim=1)
     if not torch.isfinite(norms).all() or (norms[0] == 0 and v.numel()):
         raise ValueError(f"state: the vectors of {matrix.name!r} have norms {norms.tolist()}")
-    # Vectors that are orthonormal already keep their bits; those beyond N are zero.
+    # Vectors that are already orthonormal keep their bits; those beyond N are zero.
     gram = wide.double() @ wide.double().mT
     off = (gram - torch.diag((norms > 0).to(gram))).abs().max()
     return wide.clone() if off < 2e-6 else orthonormal(wide)

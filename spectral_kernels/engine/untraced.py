@@ -1,4 +1,4 @@
-"""What torch.compile leaves out of its graphs."""
+"""Functions that torch.compile leaves out of its graphs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def untraced(function: Callable) -> Callable:
-    """Return ``function``; where torch.compile meets it, the graph ends and it runs as it is.
+    """Wrap ``function`` so that torch.compile breaks the graph and runs it eagerly.
 
-    ``torch.compiler.disable`` does this as well, but loads the compiler at once, which takes long,
-    and adds more to every eager call. Where even this wrapper counts, see ``outside``.
+    ``torch.compiler.disable`` does the same, but imports the compiler at once, which takes long,
+    and costs more per eager call. Where even this wrapper costs too much, call ``outside``.
     """
 
     @functools.wraps(function)
@@ -21,14 +21,14 @@ def untraced(function: Callable) -> Callable:
             return outside(function, *args, **kwargs)
         return function(*args, **kwargs)
 
-    # Compilers keep a small number of versions of each code: one that all functions shared would
-    # have too many.
+    # The compiler limits the number of compiled versions per code object: one that all functions
+    # shared would exceed it.
     run.__code__ = run.__code__.replace(co_name=function.__name__)
     return run
 
 
 def outside(function: Callable, *args, **kwargs):
-    """Return ``function(*args, **kwargs)``, in a function that is being compiled."""
+    """Return ``function(*args, **kwargs)``, run outside of the graph that is being traced."""
     from . import compiled
 
     return compiled.outside(function, *args, **kwargs)

@@ -1,1 +1,1 @@
-"""Callbacks for trainers of other libraries; nothing here is imported unless it is asked for."""
+"""Callbacks for the trainers of other libraries, which are not imported with the package."""

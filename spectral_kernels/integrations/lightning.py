@@ -1,4 +1,4 @@
-"""A callback for Lightning, the package lightning or pytorch_lightning."""
+"""A callback for Lightning (package lightning or pytorch_lightning)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..regularizer import SpectralRegularizer
 from ..selection.arguments import check_count
 from .session import Session
 
-# Where both are installed, the one that the program uses has been imported before.
+# If both are installed, the program has already imported the one that it uses.
 if "lightning.pytorch" in sys.modules or (
     "pytorch_lightning" not in sys.modules and importlib.util.find_spec("lightning")
 ):
@@ -21,19 +21,19 @@ else:
 
 
 class SpectralCallback(Callback):
-    """Regularizes the module that a Trainer fits, logs metrics, and is part of its checkpoints.
+    """Regularizes the module that a Trainer fits, logs metrics, and saves its state in checkpoints.
 
     ``Trainer(..., callbacks=[SpectralCallback(strength=1e-3)])``. The penalty counts once per
     optimizer step, outside of gradient clipping, as with ``SpectralRegularizer.attach``. Every
     ``log_every_n_steps`` of the Trainer, ``reg.metrics()`` go to its loggers.
 
-    With SpectralAdamW or SpectralSGD as the module's optimizer it logs alone.
+    With SpectralAdamW or SpectralSGD as the module's optimizer, it only logs.
 
     Args:
         per_layer: log sigma and residual of every matrix too.
-        optimizer: which of the module's optimizers the penalty goes to; it holds all parameters
-            that are selected.
-        **arguments: of SpectralRegularizer, but for the model.
+        optimizer: index of the module's optimizer to attach to; it must hold all selected
+            parameters.
+        **arguments: arguments of SpectralRegularizer, without the model.
 
     Raises:
         TypeError: an argument that SpectralRegularizer does not have. Values are checked when
@@ -57,7 +57,7 @@ class SpectralCallback(Callback):
         return self._generate_state_key(optimizer=self.optimizer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Build the regularizer, attach it, and go on from what a checkpoint had."""
+        """Build and attach the regularizer, and load the state of a checkpoint if there is one."""
         if self.optimizer >= len(trainer.optimizers):
             raise ValueError(
                 f"optimizer: got {self.optimizer}; the module has {len(trainer.optimizers)}"
@@ -68,7 +68,7 @@ class SpectralCallback(Callback):
         self._loaded, self._logged = None, trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Hand the metrics to the loggers."""
+        """Log the metrics."""
         step = trainer.global_step
         if not trainer.loggers or step == self._logged or step % trainer.log_every_n_steps:
             return

@@ -1,4 +1,4 @@
-"""What the callbacks have in common: a regularizer that lives from begin to end of a training."""
+"""The part that callbacks share: a regularizer that is attached while training lasts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Session:
     """The regularizer of one model at a time, attached to its optimizer while training lasts.
 
     If the optimizer is SpectralAdamW or SpectralSGD, the regularizer is that of the optimizer,
-    which carries its state too (``is_own`` is False then).
+    which also saves its state (``is_own`` is False then).
 
     Args:
-        arguments: of SpectralRegularizer, but for the model.
+        arguments: arguments of SpectralRegularizer, without the model.
 
     Raises:
         TypeError: an argument that SpectralRegularizer does not have.
@@ -36,14 +36,14 @@ class Session:
         self._attachment: Attachment | None = None
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> SpectralRegularizer:
-        """Build the regularizer, or keep it if ``model`` is that of before, and attach it."""
+        """Build the regularizer, or keep it if ``model`` is the same as before, and attach it."""
         self.end()
         optimizer = unwrapped(optimizer)
         if isinstance(optimizer, SpectralOptimizer):
             if self.arguments:
                 raise ValueError(
                     f"{', '.join(self.arguments)}: {type(optimizer).__name__} has the penalty in "
-                    "its step; give these arguments to it, and none to the callback"
+                    "its step; pass these arguments to it, and none to the callback"
                 )
             self.regularizer, self.is_own = optimizer.regularizer, False
             return self.regularizer
@@ -54,14 +54,14 @@ class Session:
         return self.regularizer
 
     def end(self) -> None:
-        """Detach the regularizer, which stays for a look at it."""
+        """Detach the regularizer, which stays readable."""
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that takes the steps, inside of wrappers such as accelerate's."""
+    """Return the optimizer inside wrappers such as accelerate's."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer

@@ -17,25 +17,25 @@ from .session import Session
 if TYPE_CHECKING:
     from transformers import Trainer
 
-FILE = "spectral_kernels.pt"  # in the folder of a checkpoint
+FILE = "spectral_kernels.pt"  # in a checkpoint's folder
 
 
 class SpectralCallback(TrainerCallback):
-    """Regularizes the model that a Trainer trains, logs metrics, and saves with its checkpoints.
+    """Regularizes the model of a Trainer, logs metrics, and saves its state in checkpoints.
 
     ``Trainer(..., callbacks=[SpectralCallback(strength=1e-3)])``. The penalty counts once per
     optimizer step, outside of gradient clipping, as with ``SpectralRegularizer.attach``. Whenever
-    the Trainer logs a loss, ``reg.metrics()`` are added to ``state.log_history`` and to what
-    callbacks behind this one see. TensorBoard, W&B and other reporters stand before the callbacks
-    that a Trainer is given: for them, use ``SpectralCallback(...).add_to(trainer)`` instead.
+    the Trainer logs a loss, ``reg.metrics()`` are added to ``state.log_history`` and to the logs
+    that later callbacks receive. TensorBoard, W&B and other reporters come before the callbacks
+    passed to a Trainer: for them, use ``SpectralCallback(...).add_to(trainer)`` instead.
 
-    With SpectralAdamW or SpectralSGD as the Trainer's optimizer it logs alone.
+    With SpectralAdamW or SpectralSGD as the Trainer's optimizer, it only logs.
 
     Args:
         per_layer: log sigma and residual of every matrix too.
-        resume_from: the folder of the checkpoint that training goes on from, if it is neither
+        resume_from: folder of the checkpoint to resume from, if it is neither
             ``args.resume_from_checkpoint`` nor the one of this step in ``args.output_dir``.
-        **arguments: of SpectralRegularizer, but for the model.
+        **arguments: arguments of SpectralRegularizer, without the model.
 
     Raises:
         TypeError: an argument that SpectralRegularizer does not have. Values are checked when
@@ -63,7 +63,7 @@ class SpectralCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs) -> None:
-        """Build the regularizer, attach it, and go on from a checkpoint if the Trainer does."""
+        """Build and attach the regularizer, and load its state if the Trainer resumes."""
         regularizer = self._session.begin(model, optimizer)
         if not state.global_step or not self._session.is_own:
             return
@@ -80,7 +80,7 @@ class SpectralCallback(TrainerCallback):
         regularizer.load_state_dict(torch.load(found, map_location="cpu", weights_only=True))
 
     def on_log(self, args, state, control, *, logs: dict[str, Any], **kwargs) -> None:
-        """Add the metrics to a log of the loss."""
+        """Add the metrics to a log that has a loss."""
         if self.regularizer is None or "loss" not in logs:
             return
         metrics = self.regularizer.metrics(self.per_layer)
@@ -89,13 +89,13 @@ class SpectralCallback(TrainerCallback):
             state.log_history[-1].update(metrics)
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        """Write the vectors of the power iteration into the folder of the checkpoint."""
+        """Write the vectors of the power iteration into the checkpoint's folder."""
         if not self._session.is_own:
             return
         found, folder = self.regularizer.state_dict(), _folder(args, state)
         if not args.should_save:
             return
-        if not folder.is_dir():  # a search for hyperparameters saves in folders of its own
+        if not folder.is_dir():  # a hyperparameter search saves in other folders
             warnings.warn(
                 f"SpectralCallback: no folder {folder}; its state is not saved", stacklevel=2
             )

@@ -1,4 +1,4 @@
-"""Optimizers whose step contains the penalty: no further pass over the weights."""
+"""Optimizers whose step contains the penalty, without another pass over the weights."""
 
 from .adamw import SpectralAdamW
 from .sgd import SpectralSGD

@@ -17,40 +17,40 @@ from .update import ADAMW
 class SpectralAdamW(SpectralOptimizer):
     """AdamW with the spectral penalty in the same pass over weights, gradients and moments.
 
-    A step is that of :class:`SpectralRegularizer` attached to ``torch.optim.AdamW``, to rounding,
-    with R as there: g + strength * dR/dW goes through the moments. With ``decoupled=True`` the
-    penalty acts beside weight decay instead, as in Loshchilov & Hutter (arXiv 1711.05101)::
+    A step is, up to rounding, that of ``torch.optim.AdamW`` with :class:`SpectralRegularizer`
+    attached: g + strength * dR/dW goes through the moments. With ``decoupled=True`` the penalty
+    acts on the weights beside decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101)::
 
         W <- (1 - lr * weight_decay) W - lr * strength * dR/dW - lr * AdamW's direction of g
 
-    The sigma of the weights that a step leaves is known after it (``sigma``, ``residual``).
+    ``sigma`` and ``residual`` are those of the weights after the last step.
 
     Args:
-        params: a module; an iterable of (name, parameter); or with ``model``, whatever torch.optim
-            takes.
-        lr: learning rate, a number or a 0-d tensor; one on the GPU stays there, and may change
-            between replays of a CUDA graph, as ``strength`` may.
-        betas: of the two moments.
+        params: a module; an iterable of (name, parameter); or with ``model``, anything that
+            torch.optim accepts.
+        lr: learning rate, a number or a 0-d tensor. A tensor on the GPU is read there, and may
+            change between replays of a CUDA graph, as ``strength`` may.
+        betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in torch.
         strength: factor of R, see :class:`SpectralRegularizer`.
         exponent: k.
         target: tau.
-        model: the module whose parameters ``params`` are: tells layers apart, and names them.
-        n_power_iterations: 1 or "auto", see :class:`SpectralRegularizer`; extra ones are run
+        model: the module that holds ``params``, for names and kinds of layers.
+        n_power_iterations: 1 or "auto", see :class:`SpectralRegularizer`; extra iterations run
             after the step.
-        n_vectors: singular vectors that are iterated per matrix, see there.
+        n_vectors: singular vectors iterated per matrix, see :class:`SpectralRegularizer`.
         decoupled: let the penalty act on the weights directly.
         state_dtype: torch.float32 for float32 moments of 16-bit parameters; None: the parameter's
-            own, as in torch.
-        backend: as there.
+            dtype, as in torch.
+        backend: see :class:`SpectralRegularizer`.
         selection: ``biases``, ``norms``, ``include``, ``exclude``, ``splits``, ``stacked``,
             ``warmup``, ``seed`` of :class:`SpectralRegularizer`.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a value out of range, ``amsgrad`` or ``maximize``, nothing to regularize.
-        RuntimeError: a backend asked for by name that cannot run here.
+        RuntimeError: the named backend cannot run on this machine.
     """
 
     _rule = ADAMW

@@ -1,4 +1,4 @@
-"""What the optimizers of optim.py have in common: groups, checkpoints, and the order of a step."""
+"""Base class of SpectralAdamW and SpectralSGD: groups, checkpoints, and the order of a step."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from ..sharding import shards
 from ..tables import device as device_tables
 from .update import Rule, Update
 
-# What torch.optim keeps in a group beside these optimizers' own options, so that checkpoints go
-# both ways.
+# Further options that torch.optim keeps in a group; they make checkpoints interchangeable.
 TORCH_OPTIONS = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
 
 
 class SpectralOptimizer(Readings, torch.optim.Optimizer):
-    """What SpectralAdamW and SpectralSGD have in common; see there."""
+    """Base class of SpectralAdamW and SpectralSGD; see there."""
 
     _rule: Rule
-    _step_supports_amp_scaling = True  # GradScaler leaves the gradients scaled and says so
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
 
     def __init__(
         self, params, defaults, strength, exponent, target, *, model, decoupled, state_dtype,
@@ -67,7 +66,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):
-        """Take a step on the gradients in ``.grad`` and the penalty's, which is not put there.
+        """Take a step with the gradients in ``.grad`` and the penalty's; ``.grad`` does not change.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -99,10 +98,10 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             update.run()
         return loss
 
-    _changed = False  # refresh() was called
+    _changed = False  # whether refresh() was called
 
     def refresh(self) -> None:
-        """Look at the weights again at the next step, after an edit that torch does not count.
+        """Recompute sigma at the next step, after an edit of weights that torch does not track.
 
         Edits through torch (``copy_``, ``load_state_dict``, clipping) are noticed without it; those
         through ``.data`` or numpy are not.
@@ -110,13 +109,13 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         self._changed = True
 
     def _bound(self) -> list[Update]:
-        """Return tables that point at the parameters and gradients of this moment."""
+        """Return the updates, with tables that point at the current parameters and gradients."""
         buckets = self._buckets.bound()
         groups = [group["params"] for group in self.param_groups]
         flags = [p.requires_grad for params in groups for p in params]
         shape = [id(b) for b in buckets], flags, list(map(len, groups))
         if self._updates is None or shape != self._shape:
-            # Moments, steps and tables outlive an inference mode in which they happen to be made.
+            # Moments, steps and tables outlive an inference mode that is active here.
             with torch.inference_mode(False):
                 self._build(buckets)
             self._shape = shape
@@ -139,13 +138,13 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         return self._updates
 
     def _build(self, buckets: list[Bucket]) -> None:
-        """Sort the parameters by device and dtype, those of a bucket first in its order."""
+        """Group the parameters by device and dtype, those of a bucket first, in its order."""
         group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
         parts: dict[tuple, list[torch.Tensor]] = {}
         of: dict[tuple, Bucket] = {}
         taken: set[int] = set()
         for i, b in enumerate(buckets):
-            # What is not regularized goes with the plain parameters of its device and dtype.
+            # Parameters without a penalty go with the unsharded ones of their device and dtype.
             key = (b.plan.device, b.plan.dtype, i if b.is_sharded else None)
             parts[key], of[key] = list(b.parameters), b
             taken |= {id(p) for p in b.parameters}
@@ -184,7 +183,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         self._keep_vectors()
 
     def _checked(self, backend, device: torch.device, dtype: torch.dtype):
-        """Return ``backend``, or the reference where a GPU's steps turn out to be wrong."""
+        """Return ``backend``, or the reference if its steps on a GPU are wrong."""
         kind, r = type(self), self.regularizer.n_vectors
         return choice.for_steps(
             backend, kind.__name__, device, dtype,
@@ -192,7 +191,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         )  # fmt: skip
 
     def _moments(self, p: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Return the moments in the state of ``p``, made, converted or laid out where needed."""
+        """Return the moments in the state of ``p``, created or converted if needed."""
         state, found = self.state[p], []
         for name in self._rule.moments:
             if not self._keeps_moments():
@@ -201,7 +200,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             like = torch.zeros_like(p, dtype=dtype, requires_grad=False)
             kept = state.get(name)
             if kept is not None:
-                if "step" not in state:  # torch.optim.SGD counts no steps
+                if "step" not in state:  # torch.optim.SGD does not count steps
                     state["step"] = torch.ones(())
                 fits = kept.dtype == dtype and kept.stride() == like.stride()
                 like = kept if fits and kept.device == p.device else like.copy_(kept)
@@ -215,7 +214,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     # ------------------------------------------------------------------------ hyperparameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; those that the model did not have at the start get no penalty."""
+        """Add a parameter group; parameters not in the model at construction get no penalty."""
         self._check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._updates = None
@@ -229,14 +228,14 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
                 raise ValueError(f"{name}: got {group[name]!r}; accepted are finite numbers >= 0")
 
     def _row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        """Return a group's hyperparameters in the order of GROUP; each optimizer has its own."""
+        """Return a group's hyperparameters in the order of schema.GROUP."""
         raise NotImplementedError
 
-    # ---------------------------------------------------------------------- what it has learnt
+    # ----------------------------------------------------------------------- strength and state
 
     @property
     def strength(self) -> Strength:
-        """Factor of the penalty; assign a number, a 0-d tensor or a mapping at any time."""
+        """Factor of R; assign a number, a 0-d tensor or a mapping at any time."""
         return self.regularizer.strength
 
     @strength.setter
@@ -248,7 +247,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         return self.regularizer._buckets
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what torch.optim's optimizer would, which loads it, with "spectral_..." beside it.
+        """Return a state_dict that torch's counterpart can load, with "spectral_..." entries added.
 
         The vectors of a parameter's matrices, [n_vectors, N] each, are in its state, so that
         torch.distributed.checkpoint finds them by the parameter's name.
@@ -262,11 +261,11 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a state_dict of this class or of its counterpart in torch.optim."""
+        """Load a state_dict of this class or of its counterpart in torch.optim."""
         for group in state_dict["param_groups"]:
             self._check_options(group)
         super().load_state_dict(state_dict)
-        # torch has brought them to the parameter's dtype; float32 moments of narrow ones are kept.
+        # torch has converted moments to the parameter's dtype; with state_dtype restore float32.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, own, strict=True):
@@ -292,7 +291,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         self._updates = None
 
     def _matrices(self) -> Iterable[tuple[str, torch.Tensor, str]]:
-        """Yield name, parameter and what the name adds to the parameter's, of every matrix."""
+        """Yield name, parameter, and the name's suffix after the parameter's, of every matrix."""
         buckets = self._buckets
         parameters = dict(zip(buckets.refs, buckets.tensors(), strict=True))
         for matrix in buckets.selection.matrices:
@@ -300,7 +299,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             yield matrix.name, parameters[ref], matrix.name.removeprefix(ref.name)
 
     def _keep_vectors(self) -> None:
-        """Put vectors and measured targets into the state of the parameters that have one."""
+        """Store vectors and measured targets in the state of the parameters that have one."""
         known = self.regularizer.state_dict() if self.state else {"vectors": {}}
         for matrix, p, name in self._matrices():
             if matrix in known["vectors"] and p in self.state:
@@ -331,12 +330,12 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
 
 
 def _named_groups(params, model: nn.Module | None):
-    """Return what to select from, and groups whose "params" are (name, parameter)."""
+    """Return the source to select from, and groups whose "params" are (name, parameter) pairs."""
     if isinstance(params, nn.Module):
         return params, [{"params": list(params.named_parameters())}]
     given = list(params) if isinstance(params, Iterable) else None
     if not given:
-        raise ValueError(f"params: got {params!r}; accepted are a module or some parameters")
+        raise ValueError(f"params: got {params!r}; accepted are a module or parameters")
     groups = given if isinstance(given[0], dict) else [{"params": given}]
     names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
     found = []

@@ -17,32 +17,32 @@ from .update import SGD
 class SpectralSGD(SpectralOptimizer):
     """SGD with the spectral penalty in the same pass over weights, gradients and momentum.
 
-    A step is that of :class:`SpectralRegularizer` attached to ``torch.optim.SGD``, to rounding.
-    With ``decoupled=True`` the penalty does not go through the momentum but straight to the
-    weights, ``W <- W - lr * strength * dR/dW`` beside SGD's own step.
+    A step is, up to rounding, that of ``torch.optim.SGD`` with :class:`SpectralRegularizer`
+    attached. With ``decoupled=True`` the penalty bypasses the momentum and acts on the weights:
+    ``W <- W - lr * strength * dR/dW`` beside SGD's own step.
 
     Args:
-        params: see :class:`SpectralAdamW`, as for what is not listed here.
-        lr: learning rate.
-        momentum: factor of the momentum buffer; 0: none is kept.
-        dampening: of what goes into the momentum buffer.
+        params: see :class:`SpectralAdamW`.
+        lr: learning rate; see :class:`SpectralAdamW`.
+        momentum: factor of the momentum buffer; 0: there is no buffer.
+        dampening: reduction of the gradient's share in the momentum buffer.
         weight_decay: coupled, as in torch.
-        nesterov: look ahead by the momentum.
+        nesterov: Nesterov momentum.
         strength: factor of R.
         exponent: k.
         target: tau.
-        model: see there.
-        n_power_iterations: see there.
-        n_vectors: see there.
+        model: see :class:`SpectralAdamW`.
+        n_power_iterations: see :class:`SpectralAdamW`.
+        n_vectors: see :class:`SpectralAdamW`.
         decoupled: let the penalty act on the weights directly.
         state_dtype: torch.float32 for float32 momentum of 16-bit parameters.
-        backend: see there.
-        selection: see there.
+        backend: see :class:`SpectralAdamW`.
+        selection: see :class:`SpectralAdamW`.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a value out of range, ``maximize``, nothing to regularize.
-        RuntimeError: a backend asked for by name that cannot run here.
+        RuntimeError: the named backend cannot run on this machine.
     """
 
     _rule = SGD

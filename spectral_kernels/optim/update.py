@@ -1,8 +1,8 @@
-"""An optimizer's step over the parameters of one device and dtype, the penalty's gradient in it.
+"""An optimizer's step, with the penalty in it, over the parameters of one device and dtype.
 
-At step t the state holds, from the step before, s = W v, sigma = ||s|| and the next v. The step
-takes g + strength * dR/dW(W; v) through the optimizer's rule and multiplies the new weights by the
-next v: the iteration that a regularizer would run at the start of the next step.
+The state holds s = W v, sigma = ||s|| and the next v from the step before. The step passes
+g + strength * dR/dW(W; v) to the optimizer's rule, then multiplies the new weights by the next v:
+the iteration that a regularizer would run at the start of the next step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..tables.schema import (
     address,
 )
 
-PART = 32768  # elements of a parameter without a penalty that one task takes
+PART = 32768  # elements per unit of work of a parameter without a penalty
 _ON_DEVICE = "others", "matrix_moments", "elementwise_moments", "other_moments", "groups"
 _TABLES = [UPDATE_SLOT[name] for name in _ON_DEVICE]
 
@@ -40,18 +40,18 @@ SGD = Rule(RULES["sgd"], ("momentum_buffer",), formulas.sgd)
 
 
 class Update:
-    """Tables of an optimizer for the parameters of one device and dtype.
+    """An optimizer's tables for the parameters of one device and dtype.
 
     Args:
-        rule: the optimizer.
-        backend: takes the step.
-        bucket: what is regularized among the parameters, or None.
-        names: of the parameters, for errors.
+        rule: AdamW or SGD.
+        backend: the backend that takes the step.
+        bucket: the bucket of the regularized parameters, or None.
+        names: names of the parameters, for error messages.
         weights: the parameters; those of the bucket first, in the order of its refs.
         moments: exp_avg and exp_avg_sq, or momentum_buffer, or nothing, of each parameter.
-        group_of: the row of groups of each parameter.
-        moment_dtype: that of the parameters, or float32.
-        n_groups: number of groups, whose hyperparameters go into ``groups`` (GROUP) before a step.
+        group_of: the row of ``groups`` of each parameter.
+        moment_dtype: dtype of the parameters, or float32.
+        n_groups: number of parameter groups, the rows of ``groups``.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Update:
         self.n_regularized = len(bucket.plan.refs) if bucket is not None else 0
         self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
         self.grads: list[torch.Tensor | None] = []
-        self.acts: list[bool] = []  # whose step it is
+        self.acts: list[bool] = []  # whether each parameter takes the step
         self._acting = torch.zeros_like(self.steps)
         self._versions: list[int] = []
         self._seen = self._seen_weights = self._checked = None
         self.groups = np.zeros(n_groups, GROUP)
-        self._options: list[tuple] = []  # what they hold
+        self._options: list[tuple] = []  # the values in groups
         self._groups_version = 0
         self._placed: tuple[int, ...] = ()  # the addresses of _ON_DEVICE in the header
         self.grad_scale: torch.Tensor | None = None
@@ -99,14 +99,14 @@ class Update:
         self._other_ref = ref
         none = np.zeros(0, np.int64)
         plan = None if self.bucket is None else self.bucket.plan
-        # ParameterRef and first element of every row, by table.
+        # Index of the parameter, and first element, of every row, by table.
         rows = {
             "matrix_moments": (none, none) if plan is None else (plan.matrix_ref, plan.offsets),
             "elementwise_moments": (none, none) if plan is None else (plan.elementwise_ref, 0),
             "other_moments": (ref, self._other_start),
         }
         self._rows = [(np.zeros(len(own), MOMENT), own, start) for own, start in rows.values()]
-        self._header = np.zeros(len(HEADER), np.int64)  # without anything to regularize
+        self._header = np.zeros(len(HEADER), np.int64)  # of a step without a penalty
         self._header[SLOT["weight_dtype"]] = DTYPES[self.dtype]
         self._plain_header = address(self._header)
         tables = self.others, *(row[0] for row in self._rows)
@@ -123,7 +123,7 @@ class Update:
             self.header[UPDATE_SLOT[name]] = value
 
     def as_step(self) -> Step:
-        """Return what the backend reads."""
+        """Return the step for the backend."""
         plan, state = (None, None) if self.bucket is None else (self.bucket.plan, self.bucket.state)
         return Step(
             self.rule, plan, state, self.weights, self.grads, self.moments, self.acts, self.steps,
@@ -136,7 +136,7 @@ class Update:
         """Point the tables at the parameters and gradients of this step.
 
         Raises:
-            ValueError: one that cannot be used in place.
+            ValueError: a parameter, gradient or moment that cannot be used in place.
         """
         self.weights, self.grads = weights, grads
         if self.bucket is not None:
@@ -168,7 +168,7 @@ class Update:
         self._seen = seen
 
     def _place_others(self, seen: tuple) -> None:
-        """Write addresses of what has no penalty, as they were looked at."""
+        """Write the addresses in ``seen`` of parameters without a penalty and their gradients."""
         here, others, _ = seen
         if not others:
             return
@@ -180,14 +180,14 @@ class Update:
             self.others[field] = np.where(addresses, addresses + offsets, 0)
 
     def _looked_at(self) -> tuple:
-        """Return what changes when an address does; the plan knows about its own."""
+        """Return a value that changes when an address does; the plan's version covers its own."""
         weights, grads = self.weights[self.n_regularized :], self.grads[self.n_regularized :]
         here = [i for i, grad in enumerate(grads) if grad is not None]
         others = (memory_of(weights), memory_of([grads[i] for i in here])) if weights else ()
         return here, others, self.bucket and self.bucket.plan.version
 
     def _layouts(self, seen: tuple) -> tuple:
-        """Return what changes when _check might find something else."""
+        """Return a value that changes when the result of ``_check`` may change."""
         here, others, _ = seen
         plan = None if self.bucket is None else self.bucket.plan
         own = None if plan is None else (plan.grads_seen[0], plan.grads_seen[1].layouts,
@@ -218,7 +218,11 @@ class Update:
                     )
 
     def look_ahead(self, changed: bool) -> None:
-        """Have the products of the weights as they are, which may be ``changed`` from outside."""
+        """Bring the products up to date with the weights.
+
+        Args:
+            changed: whether the weights may have changed without a new version in torch.
+        """
         if self.bucket is None:
             return
         versions, seen = self._regularized_versions(), self.bucket.plan.weights_seen
@@ -227,10 +231,10 @@ class Update:
         self._seen_weights = seen
 
     def set_options(self, rows: Sequence[tuple], decoupled: bool) -> None:
-        """Write the hyperparameters of every group, in the order of GROUP.
+        """Write the hyperparameters of every group, in the order of schema.GROUP.
 
-        A learning rate that is a tensor on a GPU stays there: its value may change between replays
-        of a CUDA graph. Numbers are those of the capture in every replay, as in torch.optim.
+        A learning rate that is a tensor on a GPU is copied there: its value may change between
+        replays of a CUDA graph. Numbers are constants of the graph, as in torch.optim.
         """
         self.decoupled = self.header[UPDATE_SLOT["decoupled"]] = decoupled
         on_device = {i: row[0] for i, row in enumerate(rows) if isinstance(row[0], torch.Tensor)}
@@ -246,7 +250,7 @@ class Update:
                 numbers[i, 0].copy_(lr)
 
     def set_scaling(self, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
-        """Divide gradients by ``grad_scale``; leave all as it is where ``found_inf`` > 0."""
+        """Divide gradients by ``grad_scale``, and skip the step where ``found_inf`` > 0."""
         for name, number in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if number is not None:
                 number = number_on(self.device, torch.float32, number)
@@ -266,7 +270,7 @@ class Update:
         self.backend.update(self.as_step())
         if self.bucket is not None:
             self.bucket.after_update()
-        torch.autograd.graph.increment_version(self.weights)  # the kernels know addresses alone
+        torch.autograd.graph.increment_version(self.weights)  # kernels write to addresses
         self._versions = self._regularized_versions()
 
     def _regularized_versions(self) -> list[int]:

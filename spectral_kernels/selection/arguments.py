@@ -52,7 +52,7 @@ def match_any(names: Sequence[str], patterns: Iterable[str]) -> str | None:
 
 
 def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str]) -> None:
-    """Raise ValueError when a pattern matches no parameter: most likely a misspelt name."""
+    """Raise ValueError if a pattern matches no parameter, which is most likely a typing error."""
     names = list(names)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -61,7 +61,7 @@ def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str])
 
 
 def check_pattern_list(argument: str, patterns: Sequence[str] | None) -> list[str] | None:
-    """Return ``patterns`` as a list, or None; TypeError for what is no list of strings."""
+    """Return ``patterns`` as a list, or None; TypeError if it is not a list of strings."""
     if patterns is None:
         return None
     found = None
@@ -79,7 +79,7 @@ def by_name(
 
     Raises:
         TypeError: neither a number, one of ``words``, nor a mapping to these.
-        ValueError: a number below 0, a pattern that matches nothing, a name that none matches.
+        ValueError: a number below 0, a pattern without a match, a name that no pattern matches.
     """
     entries = [*selection.matrices, *selection.elementwise]
     if not isinstance(value, Mapping):

@@ -28,13 +28,12 @@ _RECURRENT = (nn.RNN, nn.RNNCell, *_GATES)
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix: a part of a parameter, flattened to (rows, everything else).
+    """One matrix: the 2-D view (rows, everything else) of a parameter or of a part of it.
 
-    ``index`` picks one of a stack along dim 0; ``part = (start, length)`` a range of the output
-    dimension ``row_dim`` (counted after ``index``). ``whole`` is the shape of the parameter that
-    was divided so. Of a sharded parameter, what one rank holds is such a matrix too, of the local
-    tensor: ``side`` is then how it has to lie (see ``layout.Layout``), and ``absent`` the shape of
-    a part that this rank has nothing of.
+    ``index`` selects one matrix of a stack along dim 0; ``part = (start, length)`` a range of the
+    output dimension ``row_dim`` (counted after ``index``). ``whole`` is the shape of the parameter.
+    A rank's shard is a matrix of the local tensor: ``side`` is then the required side of its layout
+    (see ``layout.Layout``), and ``absent`` the shape of a shard without any element on this rank.
     """
 
     name: str
@@ -49,13 +48,13 @@ class Matrix:
     absent: tuple[int, ...] | None = None
 
     def shape_now(self) -> tuple[int, int]:
-        """Return (M, N) of the parameter as it is now; ``shape`` is that at selection."""
+        """Return the current (M, N); ``shape`` is that at selection."""
         part = self.of(self.ref.get())
         others = [n for d, n in enumerate(part.shape) if d != self.row_dim]
         return part.shape[self.row_dim], torch.Size(others).numel()
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the part of ``tensor`` that is this matrix, its rows in dim ``row_dim``."""
+        """Return the part of ``tensor`` that is this matrix, with rows in dim ``row_dim``."""
         if self.absent is not None:
             return tensor.new_empty(self.absent)
         if self.index is not None:
@@ -76,7 +75,7 @@ class Elementwise:
 
 @dataclass
 class Selection:
-    """What is regularized, and what was skipped and why."""
+    """The regularized parameters, and (name, reason) of those that were skipped."""
 
     matrices: list[Matrix] = field(default_factory=list)
     elementwise: list[Elementwise] = field(default_factory=list)
@@ -85,7 +84,7 @@ class Selection:
 
 
 class NothingSelected(ValueError):
-    """Neither a matrix nor an elementwise parameter: ``skipped`` has every name and why."""
+    """Nothing was selected; ``skipped`` has (name, reason) of every parameter."""
 
     def __init__(self, skipped: list[tuple[str, str]]) -> None:
         shown = "; ".join(f"{n}: {why}" for n, why in skipped[:8]) or "no parameters"
@@ -96,7 +95,7 @@ class NothingSelected(ValueError):
 def matrices_of(
     ref: ParameterRef, aliases: Sequence[str], tensor: torch.Tensor, splits, stacked
 ) -> list[Matrix]:
-    """Return the matrices of a parameter with the names ``aliases``; see ``rules.select``."""
+    """Return the matrices of a parameter whose names are ``aliases``; see ``rules.select``."""
     shape = whole = tuple(tensor.shape)
     view = []
     stack: Sequence[int | None] = (None,)
@@ -136,7 +135,7 @@ def matrices_of(
 def _parts(
     ref: ParameterRef, aliases: Sequence[str], shape, row_dim: int, splits
 ) -> tuple[list[int] | None, Sequence[str]]:
-    """Return sizes and labels of the parts along the output dimension; None: it is not split."""
+    """Return sizes and labels of the parts along the output dimension; (None, ()) if not split."""
     total = shape[row_dim]
     pattern = match_any(aliases, splits)
     if pattern is not None:
@@ -162,7 +161,7 @@ def _parts(
 
 
 def _is_hf_conv1d(ref: ParameterRef) -> bool:
-    """Tell whether it is the weight of transformers' Conv1D, which is stored (in, out)."""
+    """Return whether ``ref`` is a weight of transformers' Conv1D, which is stored (in, out)."""
     return type(ref.module).__name__ == "Conv1D" and hasattr(ref.module, "nf")
 
 
@@ -170,7 +169,7 @@ _PULLED = {"shift": "pulled to 0", "gain": "every element pulled to 1"}
 
 
 def listing(selection: Selection) -> list[str]:
-    """Return lines with every entry of a selection, and what was skipped and why."""
+    """Return lines of text with every entry of a selection, and skipped names with reasons."""
     entries = [*selection.matrices, *selection.elementwise]
     width = max((len(entry.name) for entry in entries), default=0)
     lines = [f"{len(selection.matrices)} matrices"]

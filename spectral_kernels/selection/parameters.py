@@ -1,4 +1,4 @@
-"""Where the parameters of a model live."""
+"""References to the parameters of a model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 import torch.nn.utils.prune
 from torch import nn
 
-# Of torch.compile and of activation checkpointing, inside of names.
+# Parts that torch.compile and activation checkpointing insert into names.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
 class ParameterRef:
-    """Where a parameter lives: looked up again at every use, since modules may replace it.
+    """Where a parameter lives: looked up at every use, since modules may replace it.
 
-    ``computed``: it is the weight that a parametrization makes of others at every use.
+    ``computed``: the weight is computed by a parametrization at every use.
     """
 
     name: str
@@ -27,7 +27,7 @@ class ParameterRef:
     computed: bool = False
 
     def get(self) -> torch.Tensor:
-        """Return the tensor that is the parameter now; RuntimeError when it is gone."""
+        """Return the current tensor; RuntimeError if the parameter was removed."""
         if self.module is None:
             return self.tensor
         if self.computed:
@@ -43,7 +43,7 @@ class ParameterRef:
 
 
 class Computed:
-    """What a parametrization makes, looked up as a parameter is."""
+    """A computed weight, with the lookup of ``module._parameters``."""
 
     def __init__(self, ref: ParameterRef):
         self.ref = ref
@@ -53,7 +53,7 @@ class Computed:
 
 
 def parameter_refs(source) -> list[list[ParameterRef]]:
-    """Group the places where each distinct tensor is found, in order of appearance."""
+    """Return the refs of each distinct tensor, in order of appearance."""
     groups: dict[object, list[ParameterRef]] = {}
     if isinstance(source, nn.Module):
         for prefix, module in unwrapped(source).named_modules(remove_duplicate=False):
@@ -86,7 +86,7 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
             raise TypeError(f"model: got an item {item!r:.80}; accepted is (name, parameter)")
         name, tensor = item
         if name in seen:
-            raise ValueError(f"model: the name {name!r} comes twice")
+            raise ValueError(f"model: got the name {name!r} twice; accepted are distinct names")
         seen.add(name)
         groups.setdefault(id(tensor), []).append(
             ParameterRef(name, None, name.rpartition(".")[2], tensor)
@@ -95,12 +95,12 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
 
 
 def _refuse_other_shards(name: str, module: nn.Module) -> None:
-    """Raise ValueError for parameters that are sharded in another way than as DTensors."""
+    """Raise ValueError for parameters that are sharded, but not as DTensors."""
     instead = "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
     if type(module).__name__ == "FullyShardedDataParallel":
         raise ValueError(
             f"model: {name or 'it'!r} is a FullyShardedDataParallel (FSDP1), whose flat parameters "
-            f"do not tell one matrix from another; {instead}"
+            f"are not divided into matrices; {instead}"
         )
     if any(hasattr(p, "ds_id") for p in module._parameters.values()):
         raise ValueError(
@@ -122,20 +122,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def made_before_use(ref: ParameterRef) -> str | None:
-    """Return why a parameter is not the weight that its module uses, and what to do, or None."""
+    """Return why a parameter is not its module's weight, and what to do, or None if it is."""
     for hook in getattr(ref.module, "_forward_pre_hooks", {}).values():
         if isinstance(hook, nn.utils.prune.BasePruningMethod):
             if ref.attribute == f"{hook._tensor_name}_orig":
                 return (
-                    "is pruned: what its module uses is made of it and a mask before every forward "
-                    "pass; call torch.nn.utils.prune.remove first"
+                    "is pruned: its module uses the product with a mask, computed before every "
+                    "forward pass; call torch.nn.utils.prune.remove first"
                 )
         elif (kind := type(hook).__name__) in ("WeightNorm", "SpectralNorm"):
             own = f"{hook.name}_g", f"{hook.name}_v", f"{hook.name}_orig"
             if type(hook).__module__.startswith("torch.") and ref.attribute in own:
                 new = "weight_norm" if kind == "WeightNorm" else "spectral_norm"
                 return (
-                    f"belongs to torch.nn.utils.{new}, which makes a weight of it before every "
-                    f"forward pass; use torch.nn.utils.parametrizations.{new} instead"
+                    f"belongs to torch.nn.utils.{new}, which computes the weight from it before "
+                    f"every forward pass; use torch.nn.utils.parametrizations.{new} instead"
                 )
     return None

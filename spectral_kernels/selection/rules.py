@@ -56,17 +56,18 @@ def select(
         source: a module, or an iterable of (name, tensor).
         biases: select biases.
         norms: select the gains and shifts of normalization layers.
-        include: glob patterns; when given, only parameters whose name matches one are selected,
-            embedding tables among them.
+        include: glob patterns; if given, only parameters whose name matches one are selected,
+            embedding tables included.
         exclude: glob patterns of names to leave out.
         splits: pattern -> number of equal parts, or their sizes, along the output dimension
             (dim 0; dim 1 for transposed convolutions and transformers' ``Conv1D``).
-        stacked: patterns of stacks (E, out, in) that are E matrices.
+        stacked: patterns of parameters (E, out, in) that are stacks of E matrices.
         trainable_only: leave out parameters that do not require a gradient.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a pattern that matches nothing, sizes that do not add up, nothing selected.
+        ValueError: a pattern without a match, sizes that do not add up, a parameter that cannot be
+            regularized, nothing selected.
     """
     include = check_pattern_list("include", include)
     exclude, stacked = (
@@ -140,7 +141,7 @@ def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> s
 
 
 def _role(ref: ParameterRef, tensor: torch.Tensor, chosen: bool) -> str:
-    """Return "matrix", "bias", "gain", "shift", or the reason why it is none of them."""
+    """Return "matrix", "bias", "gain" or "shift", or else the reason to skip the parameter."""
     kind = type(ref.module).__name__
     if isinstance(ref.module, _NORMS) or ("norm" in kind.lower() and tensor.dim() == 1):
         if ref.attribute in _GAINS:

@@ -1,15 +1,15 @@
-"""Power iteration of sharded matrices: local products, and sums over the ranks between them.
+"""Power iteration of sharded matrices: local products, and sums over ranks between them.
 
-Of W [M, N] a rank holds a block: some rows, some columns or both. Every rank has the whole v [N]
-and its rows' part of s [M]:
+A rank holds a block of W [M, N]: some rows, some columns or both. Every rank has the whole v [N]
+and the part of s [M] that belongs to its rows:
 
-    s = W v           columns are spread: an all-reduce of the local products over their ranks
-    t = W^T s         an all-reduce of the local products over all ranks that W is spread over
-    sigma = ||s||     rows are spread: an all-reduce of one number per matrix (r^2 of them)
+    s = W v           if columns are sharded: all-reduce of the local products over column axes
+    t = W^T s         all-reduce of the local products over all shard axes
+    sigma = ||s||     if rows are sharded: all-reduce of one number per matrix (r^2 for r vectors)
 
-The s, the t and the numbers of all matrices go together, so that neither the number nor the order
-of the collectives depends on how many matrices there are or when their gradients were ready. What
-follows, the next v among it, every rank computes itself from the same numbers: the same bits.
+The s, t and numbers of all matrices are reduced together, so that number and order of the
+collectives do not depend on how many matrices there are or when their gradients are ready. Every
+rank computes the rest, including the next v, from the same numbers, bitwise equal on all ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .shards import Axis, MatrixShard, ShardAxes
 
 
 class ReducedTables(Tables):
-    """Tables through which ``normalize`` finds what was summed over tiles and ranks.
+    """Reduced tables: ``normalize`` reads the sums over tiles and ranks through them.
 
     A matrix has all of its columns, its local rows and one tile.
     """
@@ -44,9 +44,9 @@ class ReducedTables(Tables):
         return [[(0, x.rows)] for x in self.layouts]
 
     def _partials(self, t_size: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return t and S S^T of every matrix, beside which ``numbers`` has those of the vectors.
+        """Return buffers for t and s s^T; ``numbers`` also has two per elementwise parameter.
 
-        Where both are float64 they are one piece of memory, so that one all-reduce does.
+        If both are float64 they share one buffer, so that one all-reduce suffices.
         """
         n_products, nv = self.r * self.r * n_tiles, len(self.elementwise)
         n_numbers = n_products + 2 * nv
@@ -66,13 +66,13 @@ class ReducedTables(Tables):
 
 
 class ShardedBackend(Backend):
-    """A backend whose matrices are spread over ranks, around the one that has the kernels.
+    """A backend for sharded matrices, around the backend that runs the kernels.
 
     Args:
         inner: the backend of the local products.
-        plan: of what this rank holds.
-        matrices: the same matrix by matrix.
-        shard_axes: over which axes, the same for all.
+        plan: the plan of this rank's shards.
+        matrices: this rank's shard of each matrix.
+        shard_axes: the shard axes, the same for all matrices.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ShardedBackend(Backend):
     # -------------------------------------------------------------------- the calls of a backend
 
     def gram_matvec(self, plan: Plan, state: State) -> None:
-        """See :meth:`Backend.gram_matvec`; sums over the ranks are on their way then."""
+        """See :meth:`Backend.gram_matvec`; returns with the sums over ranks in flight."""
         local = self.local(plan, state)
         if not self.shard_axes.columns:
             self.inner.gram_matvec(plan, local)
@@ -118,9 +118,9 @@ class ShardedBackend(Backend):
         self.inner.rank_one(plan, self.local(plan, state), grads, accumulate)
 
     def update(self, step: Step) -> None:
-        """See :meth:`Backend.update`; sums over the ranks are on their way then."""
+        """See :meth:`Backend.update`; returns with the sums over ranks in flight."""
         plan, state = step.plan, step.state
-        if step.found_inf is not None:  # a step that is skipped takes the products with v
+        if step.found_inf is not None:  # a skipped step takes the products with v
             state.v_next.copy_(torch.where(step.found_inf > 0, state.v, state.v_next))
         self.inner.update(replace(step, state=self.local(plan, state)))
         local = self.local(plan, state)
@@ -129,10 +129,10 @@ class ShardedBackend(Backend):
             self.inner.transposed(plan, local)
         self._sum(plan, local)
 
-    # -------------------------------------------------------------------------- what is around it
+    # ------------------------------------------------------------------ local states, collectives
 
     def local(self, plan: Plan, state: State) -> State:
-        """Return ``state`` as ``plan`` sees it, its vectors cut down to the local columns."""
+        """Return ``state`` for ``plan``, its vectors restricted to the local columns."""
         found = state.__dict__.get("_local")
         if found is None:
             found = State(plan, state.v, state.v_next, state.s, state.scalars, state.exponent)
@@ -146,18 +146,18 @@ class ShardedBackend(Backend):
         return found
 
     def agree(self, v: torch.Tensor) -> None:
-        """Give every rank of the mesh the first one's ``v``."""
+        """Broadcast ``v`` from the first rank of the mesh to all of its ranks."""
         for axis in self.shard_axes.mesh:
             dist.broadcast(v, dist.get_global_rank(axis.group, 0), axis.group)
 
     def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum of ``x`` over the ranks that have other rows."""
+        """Return the sum of ``x`` over the ranks that hold other rows."""
         for axis in self.shard_axes.rows:
             dist.all_reduce(x, group=axis.group)
         return x
 
     def _sum(self, plan: Plan, local: State) -> None:
-        """Start to sum what the tiles have over tiles and ranks."""
+        """Sum the parts over the tiles, and start the sums over ranks."""
         reduced, n = self.reduced, len(plan.matrices)
         with_t = local.v_next is not None
         t = reduced.t_partial if self._columns is None else self._columns.t
@@ -169,7 +169,7 @@ class ShardedBackend(Backend):
             reduced.t_partial.zero_()
             reduced.t_partial[self._columns.index] = t
         if self.shard_axes.columns:
-            # All ranks of a column axis have the same s: that of one of them counts.
+            # All ranks of a column axis have the same s: count it once.
             products = reduced.gram_partial.view(n, -1)
             products.masked_fill_(~self._columns.counts[:, None], 0)
         for tensor in reduced.to_sum if with_t else [reduced.numbers]:
@@ -181,7 +181,7 @@ class ShardedBackend(Backend):
             self._pending.append((work, tensor, axes[1:]))
 
     def _wait(self) -> None:
-        """Wait for the sums; over a second axis they are taken when those over the first are."""
+        """Wait for the sums over the first axis, then take those over the other axes."""
         pending, self._pending = self._pending, []
         for work, tensor, other_axes in pending:
             work.wait()
@@ -190,7 +190,7 @@ class ShardedBackend(Backend):
 
 
 class _Columns:
-    """Which columns this rank has, and the products with them."""
+    """The columns that this rank holds, and the products with them."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class _Columns:
         matrices: Sequence[MatrixShard],
         axes: Sequence[Axis],
     ):
-        # Where the local columns, vector by vector, are among all of v.
+        # Indices of the local columns in all of v, vector by vector.
         starts, own = (x.table["v_offset"].tolist() for x in (whole, plan))
         index = torch.empty(plan.r * sum(x.cols for x in plan.layouts), dtype=torch.int64)
         for start, place, one in zip(starts, own, matrices, strict=True):
@@ -211,8 +211,8 @@ class _Columns:
         sizes = torch.tensor([plan.r * x.rows for x in plan.layouts])
         self._matrix_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(plan.device)
         empty = torch.tensor([x.cols == 0 for x in plan.layouts])
-        self._empty = empty.to(plan.device)[self._matrix_of]  # what of s no kernel writes
-        # Of which matrices this is the first rank that has columns.
+        self._empty = empty.to(plan.device)[self._matrix_of]  # elements of s that no kernel writes
+        # Matrices of which this is the first rank with columns.
         own = torch.where(empty, dist.get_world_size(), dist.get_rank()).to(plan.device)
         first = own.clone()
         for axis in axes:
@@ -227,7 +227,7 @@ class _Columns:
         self._part = zeros(len(self._matrix_of))
 
     def cut(self, state: State, local: State) -> None:
-        """Give ``local`` the local columns of the vectors of ``state``."""
+        """Let ``local`` use the local columns of the vectors of ``state``."""
         torch.index_select(state.v, 0, self.index, out=self._v)
         if state.v_next is None:
             return local.use(self._v, None)
@@ -235,12 +235,12 @@ class _Columns:
         return local.use(self._v, self._v_next)
 
     def products(self, plan: Plan, local: State) -> State:
-        """Return a state that takes a product with the local columns alone, and no t."""
+        """Return a state for the products of the local columns only, without t."""
         v = local.v_next if local.tolerance > 0 else local.v
         return State(plan, v, None, self._part, local.scalars, local.exponent)
 
     def sum(self, axes: Sequence[Axis], local: State, state: State) -> None:
-        """Sum the products over ``axes``, and put those of matrices that take part into s."""
+        """Sum the products over ``axes`` into s; with a tolerance, those of stale matrices only."""
         self._part.masked_fill_(self._empty, 0)
         for axis in axes:
             dist.all_reduce(self._part, group=axis.group)
@@ -258,12 +258,12 @@ class _Columns:
 
 
 def check_ranks(names: Sequence[str], vectors: Sequence[torch.Tensor], axes: Sequence[Axis]):
-    """Raise RuntimeError where ranks of ``axes`` have other matrices or vectors than this one.
+    """Raise RuntimeError if ranks differ in matrices or vectors.
 
     Args:
-        names: of the matrices.
-        vectors: of each of them, the same bits on every rank.
-        axes: whose groups are to agree; () for all ranks.
+        names: names of the matrices.
+        vectors: vectors of each matrix, which must be bitwise equal on every rank.
+        axes: the axes whose process groups must agree; (): all ranks.
     """
     groups = [axis.group for axis in axes] or [dist.group.WORLD]
     device = vectors[0].device
@@ -283,7 +283,7 @@ def check_ranks(names: Sequence[str], vectors: Sequence[torch.Tensor], axes: Seq
                 raise RuntimeError(
                     f"the vectors of {names[different[0]]!r} and of {len(different) - 1} other "
                     f"matrices differ between ranks {ranks[dist.get_rank(group)]} and {rank}: "
-                    "their weights, or seed or strength, have come apart"
+                    "their weights, seed or strength differ"
                 )
 
 
@@ -294,7 +294,7 @@ def _gather(tensor: torch.Tensor, group) -> list[torch.Tensor]:
 
 
 def _bits(v: torch.Tensor) -> torch.Tensor:
-    """Return two sums over the bits of ``v``, the second one of the order too."""
+    """Return two sums over the bits of ``v``, the second of which depends on their order."""
     kind = torch.int64 if v.dtype == torch.float64 else torch.int32
     bits = v.contiguous().view(kind).flatten().long()
     place = torch.arange(1, len(bits) + 1, device=v.device)

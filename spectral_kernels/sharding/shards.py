@@ -1,4 +1,4 @@
-"""What this rank holds of matrices and vectors whose parameters are sharded (DTensor)."""
+"""This rank's shards of matrices and elementwise parameters that are sharded (DTensor)."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ except ImportError:  # torch was built without torch.distributed: no parameter i
     DTensor = FSDPModule = None
 
 
-LEAST_RANKS = 2  # of a mesh dimension over which sums are taken
+LEAST_RANKS = 2  # a mesh dimension with fewer ranks needs no sums
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension of a device mesh with several ranks: what one of its process groups spans."""
+    """A dimension of a device mesh with several ranks, and this rank's process group along it."""
 
     name: str
     group: dist.ProcessGroup = field(compare=False, repr=False)
 
 
 class ShardAxes(NamedTuple):
-    """Over which axes the stored rows and the stored columns of some matrices are spread.
+    """Shard axes: the mesh axes over which stored rows and stored columns are sharded.
 
-    ``mesh`` has all axes of their meshes, those over which they are replicated too. Vectors are
-    spread as rows are. See ``layout.Layout`` for what is stored as a row.
+    ``mesh`` has all axes of the mesh, including those of replicas. The axes of elementwise
+    parameters are ``rows``. See ``layout.Layout`` for what is stored as a row.
     """
 
     rows: tuple[Axis, ...] = ()
@@ -46,37 +46,37 @@ class ShardAxes(NamedTuple):
 
 
 class MatrixShard(NamedTuple):
-    """A matrix of which this rank holds a part."""
+    """This rank's shard of a matrix."""
 
-    local: Matrix  # of the local tensor
-    whole: Layout  # its rows are the local ones, its columns all
-    columns: torch.Tensor | None  # of the whole that are here, as they lie here; None: all in order
+    local: Matrix  # a matrix of the local tensor
+    whole: Layout  # with the local rows and all columns
+    columns: torch.Tensor | None  # indices of this rank's columns in the full matrix; None: all
     shard_axes: ShardAxes
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Tell whether ``tensor`` is a DTensor."""
+    """Return whether ``tensor`` is a DTensor."""
     return DTensor is not None and isinstance(tensor, DTensor)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this rank holds of ``tensor``: itself if it is no DTensor."""
+    """Return this rank's shard of ``tensor``, or ``tensor`` itself if it is not a DTensor."""
     if not is_sharded(tensor):
         return tensor
-    # What to_local() returns without grad mode, which would take longer than all else here.
+    # The same as to_local() in no-grad mode, which would take longer than everything else here.
     local = tensor._local_tensor
     if type(local) is not torch.Tensor and hasattr(local, "trigger_wait"):
-        return local.wait()  # a gradient that is still on its way
+        return local.wait()  # a gradient whose collective is in flight
     return local
 
 
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of ``tensor``, gathered on every rank if it is a DTensor."""
+    """Return the full ``tensor``, gathered on every rank if it is a DTensor."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """Return ``local`` as a tensor that is spread as ``parameter`` is."""
+    """Return ``local`` as a tensor sharded like ``parameter``."""
     if not is_sharded(parameter):
         return local
     return DTensor.from_local(
@@ -86,10 +86,10 @@ def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
 
 def local_grad(name: str, parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return what this rank has of ``parameter.grad``, which is brought to its placement.
+    """Return this rank's shard of ``parameter.grad``, redistributed to the parameter's placements.
 
     Raises:
-        ValueError: a gradient that is no DTensor while the parameter is one.
+        ValueError: the parameter is a DTensor and its gradient is not.
     """
     grad = parameter.grad
     if grad is None or not is_sharded(parameter):
@@ -99,19 +99,19 @@ def local_grad(name: str, parameter: torch.Tensor) -> torch.Tensor | None:
             f"the gradient of parameter {name!r} is a {type(grad).__name__} of shape "
             f"{tuple(grad.shape)}; accepted is a DTensor, as the parameter is"
         )
-    if grad.placements != parameter.placements:  # such as sums that have yet to be taken
+    if grad.placements != parameter.placements:  # such as partial sums
         grad = grad.redistribute(parameter.device_mesh, parameter.placements)
         parameter.grad = grad
     return local_of(grad)
 
 
 def placement(parameter: torch.Tensor) -> tuple | None:
-    """Return what changes when a parameter is sharded anew."""
+    """Return mesh and placements of a DTensor, which change when it is resharded; else None."""
     return (parameter.device_mesh, parameter.placements) if is_sharded(parameter) else None
 
 
 class _Placed:
-    """Ranges and axes of the dimensions of a DTensor that are sharded."""
+    """Local index ranges and mesh axes of the sharded dimensions of a DTensor."""
 
     def __init__(self, name: str, parameter: DTensor):
         mesh = parameter.device_mesh
@@ -141,7 +141,7 @@ class _Placed:
 
 
 def elementwise_axes(vector: Elementwise, parameter: torch.Tensor) -> ShardAxes:
-    """Return over which axes a bias or a norm's parameter is spread."""
+    """Return the shard axes of an elementwise parameter."""
     if not is_sharded(parameter):
         return ShardAxes()
     placed = _Placed(vector.name, parameter)
@@ -151,15 +151,16 @@ def elementwise_axes(vector: Elementwise, parameter: torch.Tensor) -> ShardAxes:
 
 
 def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:
-    """Return what this rank holds of a matrix of a sharded parameter.
+    """Return this rank's shard of a matrix of a sharded parameter.
 
     Raises:
         ValueError: a layout or a placement that cannot be used in place.
-        RuntimeError: a parameter on a mesh without this rank.
+        RuntimeError: the parameter is on a mesh without this rank.
     """
     placed = _Placed(matrix.name, parameter)
     local = placed.local
-    # Shards need not lie as the DTensor says, and ranks have to agree: the whole is contiguous.
+    # Local strides may differ from the DTensor's, and ranks must agree on the order of columns:
+    # that of a contiguous full tensor.
     whole = layout_of(matrix, torch.empty(parameter.shape, device="meta"))
     stacked = 0 if matrix.index is None else 1  # dimensions before those of the matrix
     row_dim = matrix.row_dim + stacked
@@ -168,7 +169,7 @@ def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:
         first, end = placed.ranges[0]
         is_here, index = first <= index < end, index - first
     start, n_rows = matrix.part or (0, parameter.shape[row_dim])
-    rows = start, start + n_rows  # that are here
+    rows = start, start + n_rows  # the local ones
     if row_dim in placed.ranges:
         first, end = placed.ranges[row_dim]
         rows = max(first, start), min(end, start + n_rows)
@@ -199,7 +200,7 @@ def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:
             first, end = placed.ranges.get(d + stacked, (0, parameter.shape[d + stacked]))
             columns = columns.narrow(place, first, end - first)
         order = [whole.column_dims.index(d) for d in found.column_dims]
-        order += [i for i in range(columns.dim()) if i not in order]  # sizes of 1
+        order += [i for i in range(columns.dim()) if i not in order]  # dimensions of size 1
         columns = columns.permute(order).reshape(-1)[: found.cols]
     is_all = torch.equal(columns, torch.arange(whole.cols))
     return MatrixShard(
@@ -209,9 +210,9 @@ def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:
 
 
 def is_gathered(tensor: torch.Tensor, sharded: torch.Tensor) -> bool:
-    """Tell whether ``tensor`` may be what FSDP2 shows for ``sharded`` around a forward pass.
+    """Return whether ``tensor`` may be FSDP2's gathered form of ``sharded`` in a forward pass.
 
-    That is the whole parameter, or one that is spread over fewer ranks.
+    That is the whole parameter, or one that is sharded over fewer ranks.
     """
     if tensor is sharded or tensor.shape != sharded.shape:
         return False
@@ -227,5 +228,5 @@ def managed(root: nn.Module | None) -> set[nn.Module]:
 
 
 def same_placement(parameters: Sequence[torch.Tensor], before: Sequence[tuple | None]) -> bool:
-    """Tell whether parameters are spread as they were."""
+    """Return whether the parameters have the meshes and placements of ``before``."""
     return all(placement(p) == b for p, b in zip(parameters, before, strict=True))

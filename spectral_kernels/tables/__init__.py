@@ -1,1 +1,1 @@
-"""How matrices lie in memory, byte for byte what the kernels read."""
+"""Plans and states, and their tables in the binary format that kernels read."""

@@ -1,4 +1,4 @@
-"""Where tensors lie: looked at in every step, so in one call where that can be had."""
+"""Addresses and layouts of tensors, read in every step: in one native call if possible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ImportError:  # backends/choice.py says why
 
 
 class Memory(NamedTuple):
-    """Addresses of tensors, and all else that tells how they lie."""
+    """Addresses and layouts of some tensors."""
 
     addresses: bytes  # an int64 per tensor; 0 for one without memory of its own
     layouts: object  # equal for equal devices, dtypes, shapes and strides
@@ -26,10 +26,10 @@ class Memory(NamedTuple):
 
 
 def memory_of(tensors: Sequence[torch.Tensor]) -> Memory:
-    """Look at ``tensors``.
+    """Return addresses and layouts of ``tensors``.
 
     Raises:
-        RuntimeError: one that has no address, being sparse.
+        RuntimeError: a tensor without an address, such as a sparse one.
     """
     found = None if _describe is None else _describe(torch.Tensor, list(tensors))
     if found is None:

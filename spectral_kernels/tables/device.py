@@ -1,4 +1,4 @@
-"""What Python writes for kernels: tables, and numbers, brought to their device without a wait."""
+"""Tables and numbers for kernels, copied to their device without a synchronization."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-SPARES = 4  # changes of the tables that captures of CUDA graphs may see between two eager steps
+SPARES = 4  # table changes that captures of CUDA graphs may see between two eager steps
 
 
 def shares_memory(device: torch.device) -> bool:
-    """Tell whether what serves ``device`` may read the memory that Python writes.
+    """Return whether the backends of ``device`` can read host memory.
 
-    Kernels of a GPU may not; devices that are no CPU either have the reference alone.
+    GPU kernels cannot; devices other than CPU and GPU have only the reference.
     """
     return device.type != "cuda"
 
 
 def pinned(n: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return page-locked memory for ``n`` numbers, from where a copy to a GPU does not wait."""
+    """Return page-locked memory for ``n`` numbers, for asynchronous copies to a GPU."""
     return torch.empty(n, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Tell whether what goes into the current stream of ``device`` becomes a CUDA graph."""
+    """Return whether the current stream of ``device`` is being captured into a CUDA graph."""
     if device.type != "cuda":
         return False
     if device.index == torch.cuda.current_device():
@@ -36,11 +36,11 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def fill(tensor: torch.Tensor, values: float | torch.Tensor | Sequence[float]) -> None:
-    """Write ``values`` into ``tensor``, 1-D, on any device; a host does not wait for a GPU.
+    """Write ``values`` into ``tensor``, on any device; the host does not wait for a GPU.
 
     Args:
-        tensor: where to.
-        values: a number or a 0-d tensor for all elements, or a number for each.
+        tensor: 1-D, the destination.
+        values: a number or a 0-d tensor for all elements, or one number per element.
     """
     if isinstance(values, torch.Tensor):
         if not shares_memory(values.device):
@@ -51,7 +51,7 @@ def fill(tensor: torch.Tensor, values: float | torch.Tensor | Sequence[float]) -
         tensor.fill_(values)
     elif len(set(values)) == 1:
         tensor.fill_(values[0])
-    elif is_capturing(tensor.device):  # a graph would copy from memory that is used again
+    elif is_capturing(tensor.device):  # a graph would copy from memory that is reused
         start = 0
         for value, equal in groupby(values):
             n = len(list(equal))
@@ -69,9 +69,9 @@ def fill(tensor: torch.Tensor, values: float | torch.Tensor | Sequence[float]) -
 def number_on(
     device: torch.device, dtype: torch.dtype, number: float | torch.Tensor
 ) -> torch.Tensor:
-    """Return ``number`` as a 0-d tensor; a host waits only for a number that is on another device.
+    """Return ``number`` as a 0-d tensor of ``dtype`` on ``device``, itself if it is one already.
 
-    A tensor that is there in that dtype is returned as it is.
+    The host waits only for a number that is on a GPU other than ``device``.
     """
     if isinstance(number, torch.Tensor):
         if shares_memory(device) or not shares_memory(number.device):
@@ -83,29 +83,29 @@ def number_on(
 class _Copy(NamedTuple):
     """All tables on the device, one after the other."""
 
-    whole: torch.Tensor | None  # None where they share memory
+    whole: torch.Tensor | None  # None if they share the host's memory
     views: list[torch.Tensor]
     addresses: tuple[int, ...]
-    staged: torch.Tensor | None = None  # page-locked, for a copy that a CUDA graph takes
+    staged: torch.Tensor | None = None  # page-locked source of the copy in a CUDA graph
 
 
 class DeviceTables:
-    """Copies of tables as int64 tensors, one in ``views`` and ``addresses`` for each.
+    """Device copies of tables as int64 tensors; ``views`` and ``addresses`` have one per table.
 
     On a CPU they share the memory of the tables. On a GPU a refresh is one copy from page-locked
     memory in the current stream, without a synchronization.
 
-    What a CUDA graph reads is not written again but by the graph itself, which would otherwise go
-    to addresses of another time. Copies that were up to date before a capture are left to the
-    graph, and eager steps get others when the tables change. Where the tables have changed since,
-    as every gradient that autograd makes in the graph's own memory changes them, the capture takes
-    a spare pair of copies, on the host and on the device: the graph copies the one to the other in
+    A copy that a CUDA graph reads is overwritten only by the graph itself: otherwise its replays
+    would use addresses from after the capture. A copy that is up to date at the capture is left to
+    the graph, and eager steps get a new one when the tables change. If the tables have changed
+    since the last eager step (autograd allocates gradients in the graph's own memory), the capture
+    takes a spare pair of buffers, on host and device, and the graph copies one to the other in
     each replay. The pairs live as long as this object.
 
     Args:
         tables: arrays of eight-byte fields.
-        device: where the copies are.
-        what: makes the tables change, for the error.
+        device: device of the copies.
+        what: what changes the tables, for the error message.
     """
 
     def __init__(self, tables: Sequence[np.ndarray], device: torch.device, what: str):
@@ -119,16 +119,16 @@ class DeviceTables:
             return
         self._version = self._captured_version = None
         self._spares: list[_Copy] = []
-        self._captured: list[_Copy] = []  # spares that were taken
+        self._captured: list[_Copy] = []  # spares that graphs use
         self._kept: list[_Copy] = []  # former eager copies that graphs read
-        self._is_read_by_graphs = False  # the eager copy
-        # These outlive an inference mode in which they happen to be made.
+        self._is_read_by_graphs = False  # whether a graph reads the eager copy
+        # These outlive an inference mode that is active here.
         with torch.inference_mode(False):
             self._now = self._eager = self._room()
 
     @property
     def views(self) -> list[torch.Tensor]:
-        """The copies of this moment, int64, 1-D."""
+        """The current copies, int64, 1-D."""
         return self._now.views
 
     @property
@@ -137,11 +137,11 @@ class DeviceTables:
         return self._now.addresses
 
     def refresh(self, version: int) -> None:
-        """Bring the copies up to date if the ``version`` of the tables is not theirs.
+        """Update the copies if they are older than ``version`` of the tables.
 
         Raises:
-            RuntimeError: the tables have changed during captures of CUDA graphs, and there is no
-                spare copy left, or none yet.
+            RuntimeError: the tables have changed during captures of CUDA graphs, and no spare
+                copy is left, or none has been made yet.
         """
         if self.on_host:
             return
@@ -163,7 +163,7 @@ class DeviceTables:
         return pinned(sum(self._sizes), torch.int64)
 
     def _write(self) -> None:
-        """Copy the tables to where eager steps read them, and have spares."""
+        """Copy the tables to the eager copy, and allocate missing spares."""
         if self._is_read_by_graphs:
             self._kept.append(self._eager)
             self._eager, self._is_read_by_graphs = self._room(), False
@@ -175,7 +175,7 @@ class DeviceTables:
             self._spares.append(self._room(self._staged()))
 
     def _capture(self, version: int) -> None:
-        """Let the graph that is being captured read tables that nothing else will write."""
+        """Give the graph being captured a copy that nothing else will overwrite."""
         if self._version == version:
             self._now, self._is_read_by_graphs = self._eager, True
             return
@@ -183,14 +183,14 @@ class DeviceTables:
             if not self._spares:
                 raise RuntimeError(
                     f"{self._what} has changed since the last step outside of a CUDA graph, "
-                    f"and each of the {SPARES} spare copies of the tables is in a graph, or there "
-                    "are none yet: run a step before the capture"
+                    f"and all {SPARES} spare copies of the tables are in graphs, or there are "
+                    "none yet: run a step before the capture"
                 )
             found = self._spares.pop()
             np.concatenate(self._parts, out=found.staged.numpy())
             self._captured.append(found)
             self._captured_version = version
-        # Nothing tells whether this is the capture in which the spare was taken or another one,
-        # whose graph may be replayed first: each use is preceded by the copy.
+        # This may be another capture than the one that took the spare, and its graph may be
+        # replayed first: each use is preceded by the copy.
         self._now = self._captured[-1]
         self._now.whole.copy_(self._now.staged, non_blocking=True)

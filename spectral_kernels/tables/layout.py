@@ -1,4 +1,4 @@
-"""How a matrix lies in its parameter's memory."""
+"""The memory layout of a matrix within its parameter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..selection.matrices import Matrix
 
 @dataclass(frozen=True)
 class Layout:
-    """How one matrix lies in memory: [rows, outer * inner], inner elements contiguous.
+    """Memory layout of one matrix: [rows, outer * inner], inner elements contiguous.
 
     Columns are taken in memory order, which changes no singular value. A dense weight stored
     column by column is read as its transpose (``side = "left"``): v is then a left singular vector
-    of the matrix and s a right one. ``column_sizes`` and ``column_dims`` are the dimensions of the
-    matrix's columns, in memory order.
+    of the matrix and s a right one. ``column_sizes`` and ``column_dims`` are sizes and indices of
+    the dimensions that form the matrix's columns, in memory order.
     """
 
     offset: int
@@ -38,22 +38,22 @@ class Layout:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Strides between rows and between pieces of a row, in elements."""
+        """Strides between rows and between contiguous pieces of a row, in elements."""
         return self.row_stride, self.outer_stride
 
     def fits(self, other: Layout) -> bool:
-        """Tell whether ``other`` (a gradient's layout) has the same rows and column order."""
+        """Return whether ``other`` (a gradient's layout) has the same rows and column order."""
         return all(
             getattr(self, name) == getattr(other, name)
             for name in ("rows", "outer", "inner", "side", "permutation")
         )
 
     def _places(self) -> list[int]:
-        """Return where each column dimension, in the parameter's own order, stands in memory."""
+        """Return each column dimension's position in memory order, in the parameter's order."""
         return sorted(range(len(self.column_dims)), key=self.column_dims.__getitem__)
 
     def to_logical(self, v: torch.Tensor) -> torch.Tensor:
-        """Bring right singular vectors [r, N] from memory order into the parameter's own order."""
+        """Reorder right singular vectors [r, N] from memory order to the parameter's own order."""
         if len(self.column_dims) < 2:
             return v
         places = self._places()
@@ -61,7 +61,7 @@ class Layout:
         return folded.permute(0, *(1 + p for p in places)).reshape(v.shape)
 
     def from_logical(self, v: torch.Tensor) -> torch.Tensor:
-        """Undo :meth:`to_logical`."""
+        """Reorder vectors [r, N] from the parameter's own order to memory order."""
         if len(self.column_dims) < 2:
             return v
         places = self._places()
@@ -71,13 +71,19 @@ class Layout:
 
 
 def layout_of(matrix: Matrix, tensor: torch.Tensor) -> Layout:
-    """Describe how ``matrix`` lies in ``tensor``; ValueError when it cannot be used in place."""
+    """Return the layout of ``matrix`` in ``tensor``.
+
+    Raises:
+        ValueError: the matrix cannot be used in place, or ``tensor`` has another shape than the
+            parameter at selection (a parameter that is one matrix may change its sizes).
+    """
     whole = tensor.detach()
     is_part = matrix.index is not None or matrix.part is not None
     if whole.dim() != len(matrix.whole) or (is_part and whole.shape != matrix.whole):
         raise ValueError(
             f"parameter {matrix.name!r} had shape {matrix.whole} when it was selected, now "
-            f"{tuple(whole.shape)}; accepted are other sizes for a parameter that is one matrix"
+            f"{tuple(whole.shape)}; accepted are as many dimensions, and other sizes only if the "
+            "parameter is one matrix"
         )
     part = matrix.of(whole)
     offset = part.storage_offset() - whole.storage_offset()

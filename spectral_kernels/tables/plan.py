@@ -1,4 +1,4 @@
-"""Tables and tiles for the matrices and elementwise parameters of one device and dtype."""
+"""Plans: tables and tiles of the matrices and elementwise parameters of one device and dtype."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ from .schema import (
     scalar_sizes,
 )
 
-# On a CPU, and with several vectors: rows of a tile at most, if MAX_TILES per matrix allow. A tile
-# writes r N numbers of t.
+# On a CPU, and with several vectors: maximum rows of a tile, exceeded where a matrix would have
+# more than MAX_TILES tiles. A tile writes r * N numbers of t.
 TILE_ROWS, TILE_ROWS_ON_GPU, MAX_TILES = 128, 64, 64
 
 
-# On a GPU with one vector: a tile per program that runs at once, of LEAST to MOST elements, but at
-# most about TILES, as a tile costs microseconds to begin and to end; 8 to MOST_ROWS rows. Of large
-# plans as many as _LEAST_ROWS says at least, or t would not stay in the cache.
+# On a GPU with one vector: one tile per concurrent program, of LEAST_ELEMENTS to MOST_ELEMENTS
+# elements, but at most about TILES in all, as starting and ending a tile costs microseconds; 8 to
+# MOST_ROWS rows. In large plans at least _LEAST_ROWS rows, so that t stays in the cache.
 PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 528, 2048, 64 * 1024, 1056
 
 
 MOST_ROWS = 256
 
 
-_LEAST_ROWS = ((2**27, 32), (2**25, 16), (0, 8))  # by elements of the plan
+_LEAST_ROWS = ((2**27, 32), (2**25, 16), (0, 8))  # (elements of the plan, rows)
 
 
 _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 
 
 def rows_of_tiles(shapes: Sequence[tuple[int, int]], device_type: str, r: int = 1) -> list[int]:
-    """Return how many rows go into each tile but the last of each of the (M, N) ``shapes``.
+    """Return the rows per tile (the last tile may have fewer) for each (M, N) of ``shapes``.
 
-    On a CPU more than 64 rows make two tiles at least, or one thread would have most of a small
-    model. On a GPU tiles are equal in elements rather than in rows, and small plans have as many as
-    keep every multiprocessor busy. Nothing but the shapes decides, so results are the same bits on
-    every machine of that type.
+    On a CPU a matrix with more than 64 rows has at least two tiles, or one thread would do most of
+    the work of a small model. On a GPU tiles are equal in elements rather than in rows, and small
+    plans have enough tiles to keep every multiprocessor busy. The result depends on the arguments
+    alone, so that tiles are the same on every machine.
     """
     if device_type == "cpu" or r > 1:
         most = TILE_ROWS * min(r, 2) if device_type == "cpu" else TILE_ROWS_ON_GPU * r
@@ -75,10 +75,10 @@ def rows_of_tiles(shapes: Sequence[tuple[int, int]], device_type: str, r: int = 
 
 
 def _starts(sizes: Sequence[int], cols: Sequence[int]) -> list[int]:
-    """Return where each matrix's numbers start in a flat buffer.
+    """Return the offset of each matrix's numbers in a flat buffer.
 
-    Those of rows that are a multiple of four come first: each then starts at a multiple of 16
-    bytes, as loads of four float32 numbers want it.
+    Matrices with a multiple of four columns come first: each then starts at a multiple of 16
+    bytes, as vector loads of four float32 numbers need.
     """
     starts, place = [0] * len(sizes), 0
     for i in sorted(range(len(sizes)), key=lambda i: cols[i] % 4 != 0):
@@ -87,16 +87,16 @@ def _starts(sizes: Sequence[int], cols: Sequence[int]) -> list[int]:
 
 
 class Tables:
-    """What kernels need to know of a set of parameters, but for the addresses of weights.
+    """Tables of a set of parameters for the kernels, without the addresses of weights.
 
     Args:
         matrices: the matrices, in order.
         elementwise: the biases, gains and shifts, in order.
-        layouts: how each matrix lies.
-        sizes: how many elements each elementwise parameter has.
-        device: of the weights, whose dtype is ``dtype``.
-        dtype: see there.
-        r: vectors per matrix, one of N_VECTORS.
+        layouts: the layout of each matrix.
+        sizes: the number of elements of each elementwise parameter.
+        device: device of the weights.
+        dtype: dtype of the weights.
+        r: singular vectors per matrix, one of N_VECTORS.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Tables:
         self._build(sizes)
 
     def _tiles(self) -> list[list[tuple[int, int]]]:
-        """Return first and last row + 1 of every tile of every matrix."""
+        """Return (first row, last row + 1) of every tile of every matrix."""
         shapes = [(x.rows, x.cols) for x in self.layouts]
         steps = rows_of_tiles(shapes, self.device.type, self.r)
         return [
@@ -133,7 +133,7 @@ class Tables:
         ]
 
     def _partials(self, t_size: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return memory for the tiles' t, and for their products of s."""
+        """Return buffers for the tiles' parts of t and of s s^T."""
         t = torch.empty(t_size, dtype=self.state_dtype, device=self.device)
         n_products = self.r * self.r * n_tiles
         return t, torch.empty(n_products, dtype=torch.float64, device=self.device)
@@ -143,7 +143,7 @@ class Tables:
         tiles: list[tuple[int, int, int, int]] = []
         chunks: list[tuple[int, int]] = []
         cols, every = [x.cols for x in self.layouts], self._tiles()
-        self.widths = tuple(set(cols))  # of rows, in elements
+        self.widths = tuple(set(cols))  # distinct row lengths, in elements
         v_starts = _starts([self.r * n for n in cols], cols)
         t_sizes = [self.r * n * len(own) for n, own in zip(cols, every, strict=True)]
         t_starts, s_offset = _starts(t_sizes, cols), 0
@@ -155,7 +155,7 @@ class Tables:
             for j, (begin, end) in enumerate(own):
                 tiles.append((i, begin, end, t_starts[i] + j * self.r * x.cols))
             s_offset += self.r * x.rows
-            if self.r == 1:  # a matrix without columns is finished too
+            if self.r == 1:  # a matrix without columns has one chunk too
                 chunks += [(i, begin) for begin in range(0, max(x.cols, 1), CHUNK_COLUMNS)]
         elementwise_table = np.zeros(len(self.elementwise), ELEMENTWISE)
         for i, (entry, size) in enumerate(zip(self.elementwise, sizes, strict=True)):
@@ -163,7 +163,7 @@ class Tables:
         self.table, self.elementwise_table = table, elementwise_table
         self.tiles, self.chunks = np.array(tiles, TILE), np.array(chunks, CHUNK)
         self.t_partial, self.gram_partial = self._partials(sum(t_sizes), len(tiles))
-        # Of the programs that finish a matrix together on a GPU; the last one sets arrivals back.
+        # For the GPU programs that finish a matrix together; the last one resets arrivals.
         self.chunk_squares = torch.empty(len(chunks), dtype=torch.float64, device=self.device)
         self.arrivals = torch.zeros(len(table), dtype=torch.int32, device=self.device)
         self.n_elements = sum(x.rows * x.cols for x in self.layouts)
@@ -183,7 +183,7 @@ class Tables:
             self.header[SLOT[name]] = value
 
     def device_tables(self) -> DeviceTables:
-        """Return the tables on the device, up to date: matrices, tiles, elementwise, chunks."""
+        """Return up-to-date device tables: matrices, tiles, elementwise, chunks."""
         if self._device_tables is None:
             tables = self.table, self.tiles, self.elementwise_table, self.chunks
             what = "an address of a weight or a gradient"
@@ -195,15 +195,15 @@ class Tables:
 class Plan(Tables):
     """Tables of a fixed set of matrices and elementwise parameters that share a device and a dtype.
 
-    The addresses in the tables are compared with the tensors at every use; the cut into tiles
-    depends on the shapes alone, so results do not depend on the number of threads.
+    The addresses in the tables are compared with the tensors at every use. Tiles depend on shapes
+    and device type alone, so that results do not depend on the number of threads.
 
     Args:
         matrices: the matrices, in order.
         elementwise: the biases, gains and shifts, in order.
         tensors: the parameter of each distinct ref, in the order in which ``matrices`` and then
             ``elementwise`` first name them; all on one device and of one dtype.
-        r: vectors per matrix, one of N_VECTORS.
+        r: singular vectors per matrix, one of N_VECTORS.
 
     Raises:
         ValueError: a parameter that cannot be used in place.
@@ -230,22 +230,22 @@ class Plan(Tables):
         self._strides = np.array([x.strides for x in self.layouts], dtype=np.int64).reshape(-1, 2)
         self.weights_seen = self.grads_seen = None
         self._grads_usual = False
-        self.grad_dtypes: list[torch.dtype] = []  # of the gradients that are bound
+        self.grad_dtypes: list[torch.dtype] = []  # distinct dtypes of the bound gradients
         self.bind_weights(tensors)
 
     def bind_weights(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Point the tables at ``tensors`` (one per parameter).
+        """Point the tables at ``tensors`` (one per ref).
 
         Returns:
-            False when a tensor's device, dtype, shape or layout is not the one that this plan was
-            made for; the plan is then unchanged and a new one is needed.
+            False if device, dtype, shape or layout of a tensor differ from those the plan was made
+            for; the plan is then unchanged and a new one is needed.
 
         Raises:
             ValueError: a parameter that cannot be used in place.
         """
         now, before = memory_of(tensors), self.weights_seen
         if now == before:
-            self.tensors = tensors  # other objects, perhaps, for the same memory
+            self.tensors = tensors  # possibly other objects with the same memory
             return True
         addresses = now.address_array()
         if any(t.device != self.device or t.dtype != self.dtype for t in tensors):
@@ -262,7 +262,7 @@ class Plan(Tables):
         return True
 
     def _fits(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Tell whether shapes and layouts are those that this plan was made for."""
+        """Return whether shapes and layouts are those that this plan was made for."""
         for entry, ref, size in zip(
             self.elementwise, self.elementwise_ref, self.elementwise_table["size"], strict=True
         ):
@@ -281,11 +281,11 @@ class Plan(Tables):
         )
 
     def bind_grads(self, grads: Sequence[torch.Tensor | None]) -> None:
-        """Point the tables at the gradients (one per parameter; None: skip what it owns).
+        """Point the tables at the gradients (one per ref; None: the parameter is skipped).
 
         Raises:
-            ValueError: a gradient that is sparse, on another device, of a dtype that does not go
-                with the weight's, or laid out differently from the weight.
+            ValueError: a gradient that is sparse, on another device, of a dtype that does not fit
+                the weight's, or laid out differently from the weight.
         """
         present, here = grads, range(len(grads))
         if type(None) in set(map(type, grads)):
@@ -302,7 +302,7 @@ class Plan(Tables):
         like = self.weights_seen if whole else memory_of([self.tensors[i] for i in here])
         addresses = np.zeros(len(grads), np.int64)
         addresses[list(here)] = now.address_array()
-        # Gradients that lie like their weights need no closer look.
+        # Gradients laid out like their weights need no further checks.
         usual = now.layouts == like.layouts and bool(now.address_array().all())
         if not usual:
             self._check_grads(grads)
@@ -334,13 +334,13 @@ class Plan(Tables):
         return offsets * sizes[self.matrix_ref]
 
     def _grad_layout(self, i: int, grad: torch.Tensor) -> Layout | None:
-        """Describe how ``grad`` lies if rows and columns are those of matrix ``i``, else None."""
+        """Return the layout of ``grad`` if its rows and columns fit matrix ``i``, else None."""
         try:
             own, found = self.layouts[i], layout_of(self.matrices[i], grad)
         except ValueError:
             return None
         if own.cols == 1 and found.rows == 1 and found.outer == 1:
-            # One column, apart in the weight and contiguous in the gradient.
+            # A single column, strided in the weight and contiguous in the gradient.
             found = replace(own, offset=found.offset, row_stride=1)
         return found if own.fits(found) else None
 
@@ -371,7 +371,7 @@ class Plan(Tables):
             if not same or (ref in self.elementwise_ref and not grad.is_contiguous()):
                 return (
                     f"strides {grad.stride()}, those of the weight are {weight.stride()}; accepted "
-                    "are gradients laid out like the weight (zero_grad(set_to_none=True) lets "
-                    "autograd make such ones)"
+                    "are gradients laid out like the weight (after zero_grad(set_to_none=True) "
+                    "autograd creates such ones)"
                 )
         return None

@@ -1,8 +1,8 @@
-"""The tables that Python writes and kernels read: every field is named here.
+"""The structs of the tables that Python writes and kernels read.
 
-csrc/table.h has the same structs and says what each field means. The compiled module exports its
-names, offsets and sizes, which are compared with these when it is loaded; Triton's constants are
-derived from these.
+csrc/table.h has the same structs and documents each field. The compiled module exports its names,
+offsets and sizes, which are compared with these when it is loaded; Triton's constants are derived
+from these.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-KINDS = {"shift": 0, "gain": 1}  # of what is elementwise
+KINDS = {"shift": 0, "gain": 1}  # of elementwise parameters
 RULES = {"adamw": 0, "sgd": 1}
-N_VECTORS = (1, 2, 4, 8, 16)  # singular vectors per matrix that the kernels are made for
-CHUNK_COLUMNS = 128  # of one matrix, that one program of a GPU sums over the tiles
+N_VECTORS = (1, 2, 4, 8, 16)  # singular vectors per matrix that the kernels support
+CHUNK_COLUMNS = 128  # of one matrix, summed over its tiles by one GPU program
 
 
 def _struct(fields: str, floats: str = "") -> np.dtype:
-    """Return a row of int64 fields, but for the float64 ones named in ``floats``."""
+    """Return the dtype of a struct of int64 ``fields``; those in ``floats`` are float64."""
     wide = floats.split()
     return np.dtype([(name, "f8" if name in wide else "i8") for name in fields.split()])
 
@@ -48,11 +48,11 @@ STRUCTS = {
     "Group": GROUP, "Update": UPDATE, "Header": HEADER,
 }  # fmt: skip
 
-# Where a field is among those of a header, all of which have eight bytes.
+# Index of each field of a header; every field has eight bytes.
 SLOT = {name: i for i, name in enumerate(HEADER.names)}
 UPDATE_SLOT = {name: i for i, name in enumerate(UPDATE.names)}
 
-# Parts of the one array of a state's scalars, in this order; see scalar_sizes.
+# Parts of a state's array of scalars, in this order; see scalar_sizes.
 SCALARS = ("sigmas", "residuals", "norm", "raw_penalty", "strength", "target")
 
 
@@ -63,7 +63,7 @@ def scalar_sizes(n_matrices: int, n_elementwise: int, r: int) -> tuple[int, ...]
 
 
 def offsets() -> dict[str, dict[str, int]]:
-    """Return where each field of each struct lies, in bytes, and the size under "sizeof"."""
+    """Return the byte offset of each field of each struct, and the struct's size as "sizeof"."""
     return {
         name: {**{field: struct.fields[field][1] for field in struct.names},
                "sizeof": struct.itemsize}

@@ -1,4 +1,4 @@
-"""What power iteration carries from step to step, in flat buffers."""
+"""The state of the power iteration, carried from step to step in flat buffers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _ADDRESSES = slice(SLOT["v"], SLOT["target"] + 1)
 class State:
     """Vectors and scalars of one plan, with the header through which kernels find them.
 
-    With r vectors per matrix: ``v`` [sum of r * N] are the vectors that made ``s`` [sum of r * M]
-    and ``sigmas`` [r * n_matrices], of each matrix the largest first; ``v_next`` are those of the
-    next iteration (None in a read-only copy). ``scalars`` holds sigmas, residuals and target of
-    every matrix, norm of every elementwise parameter, raw penalty and strength of both.
+    With r vectors per matrix: ``v`` [sum of r * N] are the vectors from which ``s``
+    [sum of r * M] and ``sigmas`` [r * n_matrices], the largest first, were computed; ``v_next``
+    are those of the next iteration (None in a read-only copy). ``scalars`` holds sigmas, residuals
+    and target of every matrix, norm of every elementwise parameter, raw penalty and strength of
+    both.
 
-    With a ``tolerance`` above 0, calls are about stale matrices alone, whose residual is more than
-    that times sigma, and start from ``v_next``.
+    With ``tolerance`` above 0, calls process only stale matrices (residual > tolerance * sigma),
+    and start from ``v_next``.
     """
 
     def __init__(self, plan: Plan, v, v_next, s, scalars, exponent: float):
@@ -44,7 +45,7 @@ class State:
 
     @classmethod
     def allocate(cls, plan: Plan, exponent: float) -> State:
-        """Allocate the state of ``plan`` for exponent k, everything unknown (NaN)."""
+        """Allocate the state of ``plan`` for exponent k, filled with NaN."""
 
         def unknown(n):
             return torch.full((n,), math.nan, dtype=plan.state_dtype, device=plan.device)
@@ -54,7 +55,7 @@ class State:
         return cls(plan, *vectors, unknown(sum(plan.scalar_sizes)), exponent)
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        """Return the part of ``scalars`` with that name, a view."""
+        """Return the part ``name`` of ``scalars``, a view."""
         if name not in SCALARS:
             raise AttributeError(name)
         i = SCALARS.index(name)
@@ -70,37 +71,37 @@ class State:
 
     @property
     def residual(self) -> torch.Tensor:
-        """Their residuals, [n_matrices], a view."""
+        """Residuals of ``sigma``, [n_matrices], a view."""
         return self.residuals[: len(self.plan.matrices)]
 
     def set_tolerance(self, tolerance: float) -> None:
-        """Let calls be about the matrices alone whose residual / sigma is more (0: all)."""
+        """Restrict calls to matrices with residual / sigma above ``tolerance`` (0: process all)."""
         self.tolerance = self.header.view(np.float64)[SLOT["tolerance"]] = tolerance
 
     def swap(self) -> None:
-        """Make ``v_next`` the vectors that the next iteration reads."""
+        """Exchange ``v`` and ``v_next``: the next iteration reads ``v``."""
         self.v, self.v_next = self.v_next, self.v
         header, v = self.header, SLOT["v"]
         header[v], header[v + 1] = header[v + 1], header[v]
 
     def use(self, v: torch.Tensor, v_next: torch.Tensor | None) -> None:
-        """Let ``v`` and ``v_next`` be others."""
+        """Replace the buffers ``v`` and ``v_next``."""
         self.v, self.v_next = v, v_next
         self.header[SLOT["v"]] = v.data_ptr()
         self.header[SLOT["v_next"]] = 0 if v_next is None else v_next.data_ptr()
 
     def snapshot(self) -> State:
-        """Copy what a gradient needs, so that later iterations do not change it."""
+        """Return a read-only copy for a gradient, which later iterations do not change."""
         copies = self.v.clone(), None, self.s.clone(), self.scalars.clone()
         return State(self.plan, *copies, self.exponent)
 
     def evaluation(self) -> State:
-        """Return a state that reads ``v_next`` and writes nothing of this one."""
+        """Return a state that evaluates ``v_next`` and leaves this one unchanged."""
         own = None, torch.empty_like(self.s), self.scalars.clone()
         return State(self.plan, self.v_next, *own, self.exponent)
 
     def set_scale(self, scale: float | torch.Tensor | None) -> None:
-        """Let one number on the device multiply every strength (None: no such number)."""
+        """Set a factor of every strength, kept on the device (None: no factor)."""
         if scale is not None:
             scale = number_on(self.plan.device, self.plan.state_dtype, scale)
             self.header[SLOT["scale"]] = scale.data_ptr()

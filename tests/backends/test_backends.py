@@ -15,13 +15,13 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def rounding(backend, dtype):
-    """Units of one rounding; Triton's interpreter, unlike a GPU, is not exact to bfloat16."""
+    """Error of one rounding in units of eps; Triton's interpreter is less exact to bfloat16."""
     in_python = backend == "triton" and choice.interpreted()
     return 1.01 if in_python and dtype == torch.bfloat16 else 0.51
 
 
 def decaying_zoo(dtype):
-    """The zoo with singular values 1, 1/2, 1/4, ... times a scale, and the exact top of each."""
+    """The zoo with singular values 1, 1/2, 1/4, ... times a scale; sigma_1 and u v^T of each."""
     device = torch.get_default_device()
     weights, triples = _decaying_zoo(dtype)
     return [w.to(device) for w in weights], [(s, p.to(device)) for s, p in triples]
@@ -44,6 +44,7 @@ def _decaying_zoo(dtype):
     return weights, triples
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sigma_and_direction_against_svd_over_the_zoo(backend, dtype):
     weights, triples = decaying_zoo(dtype)
@@ -118,7 +119,7 @@ def test_gradient_is_added_to_what_is_there(backend, dtype):
     added = gradients(bucket, accumulate=True, grads=[g.clone() for g in start])
     for before, fresh_part, after in zip(start, fresh, added, strict=True):
         expected = before.double() + fresh_part.double()
-        # Two roundings in one, the other, or both.
+        # Either of the two, or both, may be rounded twice.
         unit = torch.finfo(dtype).eps
         allowed = unit * (expected.abs() + fresh_part.double().abs())
         assert ((after.double() - expected).abs() <= allowed).all()
@@ -313,7 +314,7 @@ def test_non_finite_weight_shows_and_the_vector_survives(backend, dtype, value):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_16_bit_gradient_value_survives_a_zero_update(backend, dtype):
-    """Adding nothing must give back every finite number, subnormals and infinities bit for bit."""
+    """Adding zero must keep every finite number, subnormals and infinities, bit for bit."""
     if dtype.itemsize != 2:
         pytest.skip("only 16-bit types can be enumerated")
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -323,7 +324,7 @@ def test_every_16_bit_gradient_value_survives_a_zero_update(backend, dtype):
     after = gradients(bucket, accumulate=True, grads=[grad.clone()])[0]
     same = (after == grad) | (after.isnan() & grad.isnan())
     if backend == "triton" and dtype == torch.bfloat16 and choice.interpreted():
-        # The interpreter, unlike a GPU, does not convert subnormal bfloat16 numbers rightly.
+        # The interpreter, unlike a GPU, does not convert subnormal bfloat16 numbers correctly.
         same |= grad.abs() < torch.finfo(dtype).smallest_normal
     assert same.all()
 

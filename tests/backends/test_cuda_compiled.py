@@ -15,21 +15,21 @@ from spectral_kernels.tables import schema
 triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
 
 KIB = 1024
-LOAD, STORE = "LDG.E.128.STRONG.GPU", "STG.E.128.STRONG.GPU"  # of what is not kept in a cache
+LOAD, STORE = "LDG.E.128.STRONG.GPU", "STG.E.128.STRONG.GPU"  # of data that no cache keeps
 
 
 class Entry(NamedTuple):
-    """What to expect of the kernels whose names contain a word."""
+    """Expectations for the kernels whose names contain a word."""
 
     kernels: int
-    shared: int  # bytes at most, with what the driver keeps for itself from sm_90
+    shared: int  # bytes at most, including the driver's share from sm_90 on
     code: tuple[str, ...]  # instructions
 
 
-# Kernels per dtype of the weights, one for all, per dtypes of weights and moments; for several
-# vectors, per dtype and how many a thread takes at a time, and per number of vectors; of the sums
-# over tiles, one for one vector and one for several. 5 KiB are products.cuh's kReservedBytes and
-# the driver's.
+# Numbers of kernels: gram_matvec has one per dtype of the weights, rank_one one for all, adamw and
+# sgd one per dtypes of weights and moments; subspace and transposed one per dtype and number of
+# vectors that a thread takes at a time, ritz one per number of vectors; the sums over tiles one for
+# one vector and one for several. 5 KiB: kReservedBytes of products.cuh, and the driver's share.
 ENTRIES = {
     "gram_matvec": Entry(3, 5 * KIB, (LOAD,)),
     "rank_one": Entry(1, 9 * KIB, (LOAD, STORE)),
@@ -42,13 +42,13 @@ ENTRIES = {
     "collect_chunks": Entry(1, 6 * KIB, (LOAD,)),
 }
 REGISTERS = 128  # of a thread, so that a multiprocessor holds two blocks of 256
-# Of the stack. Where registers are few, two are kept there while lanes that have diverged shuffle,
-# in a subroutine that is no part of the loops; ptxas does not count it as a spill.
+# Bytes of stack. Where registers are few, two are saved there while diverged lanes shuffle, in a
+# subroutine outside the loops; ptxas does not count that as a spill.
 STACK = 8
 
 
 class Kernel(NamedTuple):
-    """What cuobjdump says about one kernel on one architecture; bytes, but for registers."""
+    """Output of cuobjdump for one kernel on one architecture; bytes, except registers."""
 
     registers: int
     stack: int
@@ -68,7 +68,7 @@ def native():
 
 @lru_cache
 def kernels(file):
-    """Return what is in ``file`` by (architecture, name of the kernel)."""
+    """Return the kernels in ``file`` by (architecture, name)."""
 
     def sections(option):
         text = subprocess.run([triton.knobs.nvidia.cuobjdump.path, option, file],
@@ -97,7 +97,7 @@ def test_nothing_spills_two_blocks_fit_and_aligned_rows_are_read_128_bits_at_a_t
         assert kernel.stack <= STACK, (key, kernel.stack)
         assert kernel.registers <= REGISTERS, (key, kernel.registers)
         assert kernel.shared <= entry.shared, (key, kernel.shared)
-        # Of weights and gradients alone; vectors are loaded in other ways.
+        # For weights and gradients only; vectors are loaded in other ways.
         assert all(instruction in kernel.code for instruction in entry.code), key
 
 

@@ -125,6 +125,7 @@ def check(bucket, tolerance=0.0):
             assert torch.equal(state.columns(i, state.v_next), before.columns(i, before.v_next))
 
 
+@pytest.mark.takes_seconds
 def test_of_every_backend(folder):
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.cuda_emulator",
                "--emulator", folder,
@@ -136,6 +137,7 @@ def test_of_every_backend(folder):
     assert all(f"PASSED {name}" in done.stdout for name in OF_EVERY_BACKEND)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_matrices_of_any_shape_and_size_in_one_launch(dtype):
@@ -150,6 +152,7 @@ def test_matrices_of_any_shape_and_size_in_one_launch(dtype):
         check(bucket, tolerance)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("n", [8, 5])
 def test_a_matrix_of_many_tiles(n, monkeypatch):
@@ -159,6 +162,7 @@ def test_a_matrix_of_many_tiles(n, monkeypatch):
     check(bucket)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.usefixtures("emulated")
 def test_same_bits_in_any_order_of_blocks_and_threads():
     shapes = [(300, 1300), (9, 9001), (1000, 40), (20, 3)]

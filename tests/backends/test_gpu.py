@@ -40,7 +40,7 @@ def loss_of(model):
 
 
 def are_close(first, second):
-    """Products of a graph may have been rounded in another order."""
+    """Compare with a tolerance: products in a graph may be rounded in another order."""
     close(first, second, rtol=1e-4, atol=1e-6)
     return True
 
@@ -85,7 +85,7 @@ def test_same_bits_on_ten_runs(kernels, n_vectors, iterations):
 
 
 def test_a_step_runs_in_the_current_stream(kernels):
-    """Weights that are written late, in a stream of their own, are those that the step reads."""
+    """The step reads weights that the current stream writes late."""
     expected, model = (with_gradients(net()) for _ in range(2))
     regs = [SpectralRegularizer(m, 0.1, backend=kernels) for m in (expected, model)]
     for reg in regs:
@@ -150,7 +150,7 @@ def test_a_captured_step_replays_bit_for_bit(kernels, n_vectors, iterations):
 @pytest.mark.parametrize("n_vectors", [1, 4])
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "optimizer"])
 def test_a_whole_step_is_captured_after_gradients_were_set_to_none(kernels, way, n_vectors):
-    """Gradients, and tables with their addresses, are the graph's own; eager steps go on beside."""
+    """The graph has its own gradients and tables of addresses; eager steps still work."""
     options = {"n_vectors": n_vectors}
     check_graph(captured, lambda: training(net(), way, kernels, loss_of, **options), are_close)
 
@@ -187,7 +187,7 @@ def test_an_eager_step_does_not_move_the_gradients_of_a_graph(kernels):
 
 
 def test_a_capture_without_a_step_before_it_is_an_error(kernels):
-    """Of tables that were built, and not used yet."""
+    """The tables are built, but not used yet."""
     reg = SpectralRegularizer(with_gradients(net()), 0.1, warmup=0, backend=kernels)
     reg._buckets.bound()
     graph = torch.cuda.graph(torch.cuda.CUDAGraph())
@@ -246,7 +246,7 @@ def test_compute_sanitizer_finds_nothing(kernels, tool):
          "tests.support.sanitized",
          kernels],
         capture_output=True, text=True, check=False,
-        # Each tensor is an allocation of its own, or accesses beyond it would not be seen.
+        # Each tensor is an allocation of its own, so that accesses beyond it are detected.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -281,7 +281,7 @@ def test_every_contender_passes_the_gate(name):
 def test_the_clock_measures_the_device_and_not_the_launch():
     x = torch.randn(2**28, device="cuda")
     seconds = devices.seconds_on_cuda(lambda: x.mul_(1.0001), 0.02)
-    assert 2 * x.nbytes / seconds < 10e12  # bytes per second, above any memory's
+    assert 2 * x.nbytes / seconds < 10e12  # bytes per second, above any memory's bandwidth
 
 
 def test_input_sets_outgrow_the_cache():

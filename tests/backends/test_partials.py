@@ -1,4 +1,4 @@
-"""Partial results of tiles on every backend: made of a given s, summed up, and used apart."""
+"""Partial results of tiles on every backend: from a given s, summed, and used apart."""
 
 import copy
 
@@ -25,7 +25,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def few_in_the_interpreter(request):
-    """Triton's interpreter takes seconds for each r and dtype."""
+    """Skip most r and dtypes in Triton's interpreter, which takes seconds for each."""
     given = request.node.callspec.params
     r, dtype = given.get("r", 2), given.get("dtype", torch.float32)
     if given["backend"] == "triton" and (
@@ -35,7 +35,7 @@ def few_in_the_interpreter(request):
 
 
 def filled(bucket):
-    """Random numbers for s, sigmas of many sizes, NaN for the vectors; return s as it is."""
+    """Fill s at random, sigma with many sizes, the vectors with NaN; return a copy of s."""
     state = bucket.state
     state.s.copy_(torch.randn(state.s.shape))
     sizes = torch.tensor([NAN, 0.0, 0.3, 1.0, 70.0, 3e4, 1e-6])
@@ -61,7 +61,7 @@ def parts(plan, i):
 
 
 def assert_partials(bucket, s, with_t=True):
-    """The partial results are those of ``s``, of each tile or, as the reference has it, in all."""
+    """Assert the partial results of ``s``: of each tile or, for the reference, in all."""
     plan, state = bucket.plan, bucket.state
     eps = torch.finfo(plan.state_dtype).eps
     for i, layout in enumerate(plan.layouts):
@@ -138,7 +138,7 @@ def test_collect_sums_tiles_in_their_order(backend, r, dtype):
     plan.t_partial.copy_(torch.randn(plan.t_partial.shape))
     plan.gram_partial.copy_(torch.randn(plan.gram_partial.shape))
     t, gram = torch.full_like(state.v, NAN), torch.full((len(shapes) * r * r,), NAN).double()
-    state.set_tolerance(0.1)  # makes no difference
+    state.set_tolerance(0.1)  # has no effect
     bucket.backend.collect(plan, state, t, gram)
     exact = {"rtol": 0, "atol": 0} if bucket.backend.name != "reference" else {}
     for i, layout in enumerate(plan.layouts):
@@ -187,7 +187,7 @@ def test_with_a_tolerance_stale_matrices_alone(backend, r):
 
 
 def collected(bucket):
-    """The bucket's sums over tiles as those of one tile per matrix, with no weights or rows."""
+    """A plan of one tile per matrix, without weights, that has the bucket's sums; its state."""
     plan, state = bucket.plan, bucket.state
     own = copy.copy(plan)
     own.table, n = plan.table.copy(), len(plan.matrices)
@@ -221,7 +221,7 @@ def test_normalize_needs_the_sums_alone(backend, r, tolerance):
     bucket.backend.gram_matvec(plan, state)
     other, apart = collected(bucket)
     apart.set_tolerance(tolerance)
-    other.table["rows"][3] = 0  # of another process: its s is not turned here
+    other.table["rows"][3] = 0  # as on another process: its s is not rotated here
     untouched = apart.rows(3).clone()
     bucket.backend.normalize(plan, state)
     bucket.backend.normalize(other, apart)

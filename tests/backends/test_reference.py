@@ -17,7 +17,7 @@ def unit(n):
 def test_power_iteration_converges_to_the_svd(shape):
     weight = torch.randn(shape, dtype=F64)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    s = s[0] * 0.6 ** torch.arange(len(s), dtype=F64)  # a gap to converge over
+    s = s[0] * 0.6 ** torch.arange(len(s), dtype=F64)  # a gap, so that it converges
     weight = u @ torch.diag(s) @ vh
     v = unit(shape[1])[None]
     for _ in range(60):

@@ -23,7 +23,8 @@ def test_every_backend_passes(backend, dtype):
     assert disagreement(own, torch.get_default_device(), dtype) is None
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])  # for Triton's interpreter it is too much
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("name", ["reference", "cpu"])  # too slow in Triton's interpreter
 def test_the_steps_for_compute_sanitizer_run(name):
     if (reason := choice.unavailable(name)) is not None:
         pytest.skip(reason)
@@ -43,7 +44,7 @@ class Planted(Reference):
         self.bug = bug
 
     def finish(self, plan, state, grads, accumulate):
-        """Do it nearly right."""
+        """Finish correctly, then apply the bug."""
         super().finish(plan, state, grads, accumulate)
         self.bug(state, grads)
 
@@ -115,6 +116,7 @@ def test_a_bug_in_a_step_is_found_and_named(bug, message):
     assert re.search(message, found), found
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     "method",
     ["gram_matvec", "normalize", "rank_one", "finish", "transposed", "collect", "update"],
@@ -181,7 +183,7 @@ def test_what_is_no_backend_is_refused(kind):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As if there were a GPU with both backends; what a check finds is set by the test."""
+    """Pretend that there is a GPU with both backends; the test sets the result of a check."""
     problems = {}
     monkeypatch.setattr(choice, "_checked", {})
     monkeypatch.setattr(choice, "_said", set())

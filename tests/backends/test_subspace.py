@@ -19,7 +19,7 @@ SHAPES = [(1, 1), (1, 9), (9, 1), (3, 5), (5, 3), (8, 8), (70, 64), (33, 17), (3
 
 @pytest.fixture(autouse=True)
 def few_in_the_interpreter(request):
-    """Leave most of r and dtype to the first test: Triton's interpreter takes seconds for each."""
+    """In Triton's interpreter, which is slow, only the first test has most r and dtypes."""
     given = request.node.callspec.params
     r, dtype = given.get("r", 2), given.get("dtype", torch.float32)
     dtypes, rs = (torch.float32, torch.bfloat16), (1, 2, 8)
@@ -36,7 +36,7 @@ def eps(bucket):
 
 
 def matrix_of(bucket, i):
-    """Matrix ``i`` as it is iterated with, float64."""
+    """Matrix ``i`` as the bucket iterates with it, float64."""
     weight = bucket.plan.tensors[i].double()
     return weight.mT if bucket.plan.layouts[i].side == "left" else weight
 
@@ -78,7 +78,7 @@ def test_one_iteration_is_rayleigh_ritz_of_the_vectors(backend, r, dtype):
         # A millionth of the largest counts as zero.
         assert (found - sigmas).abs().max() <= (20 * unit + 1.1e-6) * size, shape
         assert (found[:-1] >= found[1:]).all(), shape
-        # v and s are turned to the Ritz vectors: the same space, orthogonal s, s = W v.
+        # v and s are rotated to the Ritz vectors: the same space, orthogonal s, s = W v.
         turned, s = state.columns(i, state.v).double(), state.rows(i).double()
         assert_orthonormal(turned, 20 * unit + 1e-14, shape)
         assert (turned - turned @ v.mT @ v).abs().max() <= 40 * unit, shape
@@ -187,13 +187,13 @@ def test_zero_empty_low_rank_and_repeated(backend, r):
     assert float(values(bucket, "residuals")[3, 0]) < 4e-3 * size
     assert found[4].tolist() == pytest.approx([3] * r, rel=1e-4)
     kept = bucket.state.columns(0, bucket.state.v_next)
-    torch.testing.assert_close(kept.mT @ kept, start.mT @ start)  # what spans it may be turned
+    torch.testing.assert_close(kept.mT @ kept, start.mT @ start)  # the basis may be rotated
     for i in (0, 3, 4):
         assert_orthonormal(bucket.state.columns(i, bucket.state.v_next).double(), 1e-5, i)
     fresh = gradients(bucket)
     assert (fresh[0] == 0).all()
     assert all(torch.isfinite(g).all() for g in fresh)
-    # A matrix that was zero or of low rank is found again when it is not any more.
+    # A matrix that was zero or of low rank is estimated again once it is not.
     bucket.plan.tensors[0].copy_(with_singular_values(20, 10, [2, 1, 0.5, 0.25]))
     bucket.plan.tensors[3].copy_(with_singular_values(30, 70, [8, 4, 2, 1, 0.5]))
     bucket.iterate(9)
@@ -279,7 +279,7 @@ def test_extra_iterations_are_for_stale_matrices_alone(backend, r):
         assert torch.equal(bucket.state.rows(i), single.state.rows(i))
         assert torch.equal(values(bucket)[i], values(single)[i])
         assert torch.equal(values(bucket, "residuals")[i], values(single, "residuals")[i])
-    # The stale one went through as many iterations as it would have alone.
+    # The stale one has as many iterations as it would have alone.
     for _ in range(8):
         if float(single.state.residual[1]) <= 0.01 * float(single.state.sigma[1]):
             break

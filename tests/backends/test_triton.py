@@ -1,4 +1,4 @@
-"""What belongs to the Triton backend alone; the tests of all backends run it too."""
+"""Tests of the Triton backend only; those of all backends run it too."""
 
 import math
 
@@ -156,14 +156,14 @@ CUT = [(2100, 8), (300, 40), (9, 300), (40, 3), (64, 130), (0, 5), (5, 0), (1, 2
 
 
 def cut_into_small_tiles(monkeypatch):
-    """Have plans cut matrices as on a GPU, into tiles of few elements."""
+    """Make plans cut matrices as on a GPU, into tiles of few elements."""
     cut_as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(plan, "LEAST_ELEMENTS", 64)
     monkeypatch.setattr(plan, "MOST_ELEMENTS", 64)
 
 
 def in_random_order(monkeypatch, seed):
-    """Have the interpreter run the programs of every launch in an order of its own."""
+    """Make the interpreter run the programs of every launch in random order."""
     from triton.runtime.interpreter import interpreter_builder
 
     orders, original = {}, type(interpreter_builder).set_grid_idx
@@ -179,7 +179,7 @@ def in_random_order(monkeypatch, seed):
 
 
 def steps_of(backend, weights, tolerance=0.0):
-    """Two iterations and the gradient of the second; what they have made."""
+    """Run two iterations and the gradient of the second; return the bucket and the results."""
     bucket = bucket_of([w.clone() for w in weights], backend, target=0.6)
     grads = [0.1 * w for w in weights]
     bucket.plan.bind_grads(grads)

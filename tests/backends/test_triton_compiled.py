@@ -18,12 +18,15 @@ from spectral_kernels.backends.triton import precompile  # noqa: E402
 from ..support.triton_compiled import (  # noqa: E402
     CAPABILITIES,
     compiled,
+    core,
+    largest,
     partials,
     rare,
     several_vectors,
     usual,
 )
 
+pytestmark = pytest.mark.takes_seconds
 # Bytes, of registers for which a compiler finds no room. On an H200 such kernels were faster than
 # those with room for all: more programs run at once. Triton 3.7 runs out of them in five more.
 STACK = {"update": 256, "gram_matvec_long": 160, "gram_matvec large": 128}
@@ -32,13 +35,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Nothing shows the compiler here that vectors are aligned.
 NARROW = ("ritz", "subspace_grams", "collect")
 
-USUAL = [(sm, d) for sm in CAPABILITIES for dtype in DTYPES for d in usual(dtype)]
-OTHERS = [
+# Everything for one architecture; for the others what decides about their registers: the core of a
+# usual step in both widths, and the kernels with the most vectors.
+MAIN = 90
+USUAL = [
     (sm, d)
     for sm in CAPABILITIES
     for dtype in DTYPES
-    for d in (*rare(dtype), *several_vectors(dtype, sm), *partials(dtype))
+    if sm == MAIN or dtype != torch.float16
+    for d in (usual(dtype) if sm == MAIN else core(dtype))
 ]
+OTHERS = [
+    (MAIN, d)
+    for dtype in DTYPES
+    for d in (*rare(dtype), *several_vectors(dtype, MAIN), *partials(dtype))
+] + [(sm, d) for sm in CAPABILITIES if sm != MAIN for d in largest()]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched on a GPU, seen without one."""
+"""Launches of the Triton kernels on a GPU, tested without one."""
 
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ SECOND = torch.device("cuda", 1)
 
 
 class Recorder:
-    """Stands for a compiled kernel."""
+    """Replaces a compiled kernel."""
 
     def __init__(self):
         self.launches = []
@@ -41,7 +41,7 @@ def devices(monkeypatch):
 
 
 def chosen():
-    """A variant of its own, whose kernels are not compiled yet."""
+    """A new variant, whose kernels are not compiled yet."""
     constants = {"WITH_T": True}
     return launch.Variant("collect", 90, 4, 4, {**constants, "VECTORS": 4})
 
@@ -93,7 +93,7 @@ def test_rocm_has_no_limit_of_registers(monkeypatch):
 
 
 def test_arguments_are_pointers_then_numbers_then_constants():
-    """A launch hands them over by their places."""
+    """A launch passes them by position."""
     for name, kernel in launch.KERNELS.items():
         constants = list(kernel.fn.__annotations__)
         arguments = [n for n in kernel.arg_names if n not in constants]

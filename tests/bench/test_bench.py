@@ -83,11 +83,12 @@ def test_our_kernel_with_a_flipped_sign_is_not_timed(monkeypatch):
     assert "off by" in compete(baselines.ours("cpu"), torch.float32)
 
 
+@pytest.mark.takes_seconds
 def test_a_compiled_contender_never_falls_back_to_plain_python():
     group = gate.Group(rounds=1, min_time=0)
     chosen = {"compiled_loop": baselines.CONTENDERS["compiled_loop"]}
     with torch._dynamo.config.patch(recompile_limit=1):
-        for shapes in ([(3, 4)], [(5, 6)]):  # starts anew for each list of shapes
+        for shapes in ([(3, 4)], [(5, 6)]):  # the limit counts per list of shapes
             group.run(shapes, torch.float32, chosen, [])
             assert not group.wrong
         step = baselines.compiled_loop(gate.leaves([(7, 8)], torch.float32), 1.0)
@@ -110,6 +111,7 @@ def longer_step(model, strength):
     return found
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizer_whose_step_is_wrong_is_not_timed(monkeypatch, dtype):
     for wrong, said in (
@@ -126,6 +128,7 @@ def test_an_optimizer_whose_step_is_wrong_is_not_timed(monkeypatch, dtype):
         assert said in group.wrong["spectral_adamw"]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizers_are_timed_where_they_are_right(dtype):
     group = gate.Group(rounds=2, min_time=0)
@@ -145,6 +148,7 @@ def test_input_sets_are_taken_in_turn():
     assert seen == [0, 1, 2, 0, 1, 2, 0]
 
 
+@pytest.mark.takes_seconds
 def test_memory_of_a_step_is_that_of_vectors_not_of_matrices():
     if (reason := memory.missing("cpu")) is not None:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""The report's pictures: which are drawn, and what is in them."""
+"""The report's figures: which are drawn, and what they show."""
 
 import struct
 
@@ -87,6 +87,7 @@ def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
+@pytest.mark.takes_seconds
 def test_every_picture_is_written_in_order(tmp_path):
     names = plots.draw(run_of(everything()), tmp_path)
     assert names == BARS + SCALING + MEMORY
@@ -100,6 +101,7 @@ def test_every_picture_is_written_in_order(tmp_path):
         assert len(data) > 10_000, name
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("cases", [{"mlp"}, {"resnet18", "vit_b"}, {"mlp", "resnet18", "vit_b"}])
 def test_nothing_is_cut_at_the_edge(cases):
     results = [r for r in everything() if r.case in cases or r.suite == "scaling"]
@@ -114,6 +116,7 @@ def test_training_steps_alone_draw_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("kept", "expected"),
     [

@@ -31,7 +31,7 @@ KEY = train.Key("random_labels", "digits", "mlp", "none", 0.0, 0, 2, 1)
 
 @pytest.fixture
 def process_wide_settings():
-    """Undo what a run, which usually has a process of its own, sets for all of it."""
+    """Undo the process-wide settings of a run, which usually has a process of its own."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -168,6 +168,7 @@ def test_penalties_add_their_gradient(name):
         torch.testing.assert_close(p.grad + decay * p.detach(), expected)
 
 
+@pytest.mark.takes_seconds
 def test_l2_shrinks_and_l2_init_holds():
     plain, initial = after_update("none", 0, 200)
     for name, others in (("l2", [torch.zeros(())] * 8), ("l2_init", initial)):
@@ -206,6 +207,7 @@ def test_what_is_made_for_mlps_says_so(name):
         methods.METHODS[name](models.build("resnet", (1, 8, 8), 10, generator()), 0.1, 1e-3)
 
 
+@pytest.mark.takes_seconds
 def test_spectral_norm_holds_every_matrix_at_one():
     for name in ("mlp", "resnet", "vit"):
         model = models.build(name, (1, 8, 8), 10, generator())
@@ -216,6 +218,7 @@ def test_spectral_norm_holds_every_matrix_at_one():
             assert float(torch.linalg.svdvals(weight.flatten(1))[0]) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", [n for n in methods.METHODS if n.startswith("spectral_")])
 def test_spectral_methods_hold_sigma_down(name):
     if name == "spectral_norm":
@@ -231,6 +234,7 @@ def test_spectral_methods_hold_sigma_down(name):
 # ------------------------------------------------------------------------------------------ runs
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("model", models.MODELS)
 @pytest.mark.parametrize("method", ["none", "shrink_perturb", "spectral", "spectral_norm"])
 def test_every_model_is_trained_and_measured(model, method):
@@ -246,6 +250,7 @@ def test_every_model_is_trained_and_measured(model, method):
     assert 1 <= found["gradient_diversity"][0] <= train.MEASURED
 
 
+@pytest.mark.takes_seconds
 def test_a_run_gives_the_same_figures_again_and_learns():
     key = KEY._replace(problem="label_flips", method="spectral", strength=1e-3, epochs=6)
     a, b = train.run(key), train.run(key)
@@ -256,6 +261,7 @@ def test_a_run_gives_the_same_figures_again_and_learns():
     assert all(online < end for online, end in zip(a["online"], a["train"], strict=True))
 
 
+@pytest.mark.takes_seconds
 def test_the_benchmark_sees_a_network_lose_its_plasticity():
     key = KEY._replace(tasks=6, epochs=20)
     none = train.run(key)["train"]
@@ -263,6 +269,7 @@ def test_the_benchmark_sees_a_network_lose_its_plasticity():
     assert spectral[-1] > none[-1] + 0.05
 
 
+@pytest.mark.takes_seconds
 def test_methods_of_a_seed_see_the_same():
     found = [train.run(KEY._replace(method=m, strength=s, epochs=2))
              for m, s in (("none", 0.0), ("l2", 1e-12))]  # fmt: skip
@@ -275,6 +282,7 @@ def command(folder, *more):
             "--workers", "1", *more]  # fmt: skip
 
 
+@pytest.mark.takes_seconds
 def test_a_run_that_is_killed_is_resumed_without_losing_or_repeating_one(tmp_path):
     folder = tmp_path / "killed"
     file = folder / runner.FILE
@@ -288,14 +296,14 @@ def test_a_run_that_is_killed_is_resumed_without_losing_or_repeating_one(tmp_pat
     process.wait()
     kept = file.read_bytes()
     assert 1 <= kept.count(b"\n") < 4
-    file.write_bytes(kept + b'{"problem":"random_la')  # as a kill within a write leaves it
+    file.write_bytes(kept + b'{"problem":"random_la')  # as a kill during a write leaves it
     subprocess.run(command(folder), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     whole = file.read_bytes()
     assert whole.startswith(kept)
     runs = runner.load(folder)
     expected = cli.keys(cli.parse(command(folder)[3:]))
     assert sorted(map(runner.key_of, runs)) == sorted(expected)
-    # What a resumed run gives is what it would have given.
+    # Resuming does not change the results.
     for run in runs:
         again = train.run(runner.key_of(run))
         assert run["train"] == again["train"]
@@ -304,6 +312,7 @@ def test_a_run_that_is_killed_is_resumed_without_losing_or_repeating_one(tmp_pat
     assert (folder / "report.md").exists()
 
 
+@pytest.mark.takes_seconds
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     process = subprocess.Popen(command(tmp_path, "--epochs", "4000"), cwd=ROOT,
                                stdout=subprocess.DEVNULL)  # fmt: skip
@@ -398,6 +407,7 @@ def test_intervals_are_students():
     assert math.isnan(report.interval([1.0])[1])
 
 
+@pytest.mark.takes_seconds
 def test_report_has_every_arm_and_the_best_strength(tmp_path):
     runs = [made("none", 0.0, s, 0.1 + 0.01 * s) for s in range(3)]
     runs += [made("l2", strength, s, end + 0.01 * s)
@@ -453,6 +463,7 @@ def test_a_changed_pole_moves_and_looks_differently():
     assert pole.unwrapped.force_mag == usual.unwrapped.force_mag
 
 
+@pytest.mark.takes_seconds
 def test_ppo_learns_with_a_method_in_its_steps():
     key = train.Key("cartpole", "none", "ppo", "spectral", 1e-3, 0, 1, 12)
     found = control().run(key)

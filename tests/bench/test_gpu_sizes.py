@@ -1,4 +1,4 @@
-"""The timing of other sizes, rehearsed with the interpreter's kernels."""
+"""``bench.gpu_sizes``, rehearsed with interpreted kernels."""
 
 import json
 

@@ -82,7 +82,7 @@ def test_nested_dicts_give_dotted_names_and_optimizers_are_left_out(tmp_path, ca
     inside = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
               "more": [{"w": torch.eye(2)}], "step": 3}  # fmt: skip
     inside["model"]["self"] = inside["more"]
-    inside["more"].append(inside)  # containers may hold each other
+    inside["more"].append(inside)  # containers may be cyclic
     torch.save(inside, path)
     names = [row["name"] for row in values(path, capsys=capsys)["matrices"]]
     assert names == ["model.weight", "model.self.0.w"]
@@ -155,7 +155,7 @@ def test_tensors_that_lie_in_odd_ways_are_measured_too(tmp_path, capsys):
     document = values(path, capsys=capsys)
     del tensors["expanded"]
     check_against_svd(document, tensors)
-    # Such a tensor may claim any size without having it.
+    # An expanded tensor may claim any size.
     assert [s["name"] for s in document["skipped"]] == ["expanded"]
 
 
@@ -176,7 +176,7 @@ def test_tensors_may_begin_at_any_byte(tmp_path, capsys):
 
 
 class Hostile:
-    """Writes a file when it is unpickled without care."""
+    """Writes a file when it is unpickled without restrictions."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -271,6 +271,7 @@ def test_a_tensor_that_the_index_promises_is_missed(saved, tmp_path, capsys):
     assert r"'lost\x1b[2J' is not in model.safetensors" in error_of(path, capsys)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_one_tensor_is_held_at_a_time(tmp_path, tensors, monkeypatch, suffix):
     index = save_sharded(tmp_path, tensors, suffix)
@@ -304,6 +305,7 @@ def test_a_mapped_file_is_opened_anew_after_some_bytes(saved, monkeypatch):
     assert len(rows) == 3
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_memory_is_that_of_the_largest_tensor(tmp_path, suffix):
@@ -331,7 +333,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path, suffix):
          "sampler.join()\n"
          "print(max(most) - before)\n", path, _small(tmp_path)],
         capture_output=True, text=True, timeout=TIMEOUT,
-        # What has been freed goes back to the system at once, else it would be counted here.
+        # Freed memory returns to the system at once, or it would be counted here.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

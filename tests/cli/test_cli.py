@@ -74,6 +74,7 @@ def test_bad_arguments_are_named(capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_missing_extra_is_one_line(extras, tmp_path, name):
     done = processes.run_without(name, "demo", "--out", tmp_path / "demo.png")
@@ -84,6 +85,7 @@ def test_a_missing_extra_is_one_line(extras, tmp_path, name):
     )
 
 
+@pytest.mark.takes_seconds
 def test_a_small_demo_prints_every_arm_and_writes_a_picture(extras, tmp_path):
     path = tmp_path / "demo.png"
     done = subprocess.run(
@@ -125,6 +127,7 @@ def test_ctrl_c_before_any_task_is_finished(extras, tmp_path, capsys, monkeypatc
     assert not (tmp_path / "demo.png").exists()
 
 
+@pytest.mark.takes_seconds
 def test_ctrl_c_in_a_terminal_keeps_finished_tasks_and_leaves_nothing_behind(extras, tmp_path):
     path = tmp_path / "demo.png"
     arguments = ["demo", "--tasks", 200, "--epochs", 2, "--out", path]

@@ -17,7 +17,7 @@ from spectral_kernels.cli.demo import experiment
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """As in a worker: so small a network only waits for a second thread."""
+    """As in a worker: so small a network gains nothing from a second thread."""
     threads(1)
 
 
@@ -43,7 +43,7 @@ def rendered(results, width=80):
 
 
 def learned(arm, tasks, epochs, seed):
-    """Accuracies and singular values; times are left out."""
+    """Accuracies and singular values, without times."""
     return [(r.accuracy, r.sigmas) for r in experiment.run_arm(arm, tasks, epochs, seed)]
 
 
@@ -108,6 +108,7 @@ def test_weight_decay_is_the_gradient_of_the_l2_penalty():
         torch.testing.assert_close(p.grad, decay * p.detach())
 
 
+@pytest.mark.takes_seconds
 def test_the_spectral_arm_bounds_the_singular_values():
     plain, spectral = (experiment.run_arm(arm, 2, 25, seed=0) for arm in ("none", "spectral"))
     assert max(spectral[-1].sigmas) < 0.8 * max(plain[-1].sigmas)
@@ -131,6 +132,7 @@ def test_reports_follow_the_epochs():
     assert [e.accuracy for e in epochs if e.result] == [r.accuracy for r in results]
 
 
+@pytest.mark.takes_seconds
 def test_processes_compute_what_run_arm_computes():
     shown = []
     results = experiment.run(2, 1, 0, shown.append, arms=("none", "spectral"))
@@ -141,6 +143,7 @@ def test_processes_compute_what_run_arm_computes():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.takes_seconds
 def test_an_error_in_a_worker_is_raised_with_its_traceback():
     with pytest.raises(
         experiment.WorkerError, match=r"'L1' arm failed:\n(?s:.*)ValueError: arm: got 'L1'"
@@ -149,6 +152,7 @@ def test_an_error_in_a_worker_is_raised_with_its_traceback():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.takes_seconds
 def test_a_killed_worker_is_an_error_and_ends_the_others():
     killed = []
 
@@ -162,6 +166,7 @@ def test_a_killed_worker_is_an_error_and_ends_the_others():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.takes_seconds
 def test_an_interrupt_keeps_finished_tasks_and_the_handler():
     def interrupt(epoch):
         if epoch.task == 2:

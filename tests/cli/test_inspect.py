@@ -112,7 +112,7 @@ def test_two_checkpoints_are_compared_by_name(saved, tmp_path, tensors, capsys):
         assert row["other"]["sigma"] == pytest.approx(2 * row["sigma"], rel=2e-4)
     assert [row["name"] for row in document["only_in_checkpoint"]] == ["conv.weight"]
     assert [row["name"] for row in document["only_in_other"]] == ["new.weight"]
-    # A pattern may match in one of them alone.
+    # A pattern may match in only one of them.
     assert cli.main(["inspect", str(saved), str(other), "--exclude", "new.*"]) == 0
     out = capsys.readouterr().out
     assert f"only in {saved}: conv.weight\n" in out
@@ -173,6 +173,7 @@ def test_wrong_usage_is_exit_code_2(saved, capsys, arguments, said):
     assert said in err
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["safetensors", "rich", "matplotlib"])
 def test_a_missing_package_is_one_line(saved, tmp_path, name):
     done = processes.run_without(name, "inspect", saved, "--plot", tmp_path / "x.png")
@@ -181,6 +182,7 @@ def test_a_missing_package_is_one_line(saved, tmp_path, name):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.takes_seconds
 def test_the_picture_shows_every_kind(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
@@ -242,6 +244,7 @@ def test_output_that_is_no_terminal_has_a_line_per_matrix(tmp_path, capsys, monk
     assert re.search(rf"{re.escape(name)} +9x9 +1\.000 +9\.0 +3\.00", capsys.readouterr().out)
 
 
+@pytest.mark.takes_seconds
 def test_a_reader_that_goes_away_is_no_traceback(saved):
     read, write = os.pipe()
     os.close(read)
@@ -254,6 +257,7 @@ def test_a_reader_that_goes_away_is_no_traceback(saved):
     assert done.returncode == 1
 
 
+@pytest.mark.takes_seconds
 def test_ctrl_c_in_a_terminal_ends_cleanly(tmp_path):
     path = tmp_path / "large.pt"
     torch.save({f"{i}.w": torch.randn(1500, 1500) for i in range(40)}, path)

@@ -14,7 +14,7 @@ SUFFIXES = (".csv", ".jsonl")
 
 
 def written(path, names, values, steps=None):
-    """A log of ``values`` [T, 2, n_matrices]; returns its path."""
+    """Write a log of ``values`` [T, 2, n_matrices]; return its path."""
     rows = iter(torch.as_tensor(np.asarray(values)))
     log = logs.Log(path, names, lambda: next(rows))
     for step in range(len(values)) if steps is None else steps:
@@ -66,7 +66,7 @@ def test_what_is_not_finite_is_seen(tmp_path, suffix):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, instead of writing them."""
+    """Collects the figures that are drawn, instead of writing them."""
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
@@ -86,6 +86,7 @@ def labels(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+@pytest.mark.takes_seconds
 def test_few_matrices_are_all_named_the_largest_first(tmp_path, figures):
     sigma = np.array([[1.0, 5, 3], [2, 1, 4]])
     path = written(tmp_path / "run.csv", ["a", "b", "c"], np.stack((sigma, 0.1 + 0 * sigma), 1))
@@ -103,6 +104,7 @@ def test_few_matrices_are_all_named_the_largest_first(tmp_path, figures):
     assert top.get_xlim() == layers.get_xlim() == bottom.get_xlim() == (0, 2)
 
 
+@pytest.mark.takes_seconds
 def test_of_many_matrices_the_extremes_are_named_beside_median_and_range(tmp_path, figures):
     path = random_log(tmp_path / "run.csv", 200)
     history = logs.read(path)
@@ -130,6 +132,7 @@ def test_long_names_stay_apart():
     assert found == {"head.weight": "head.weight"}
 
 
+@pytest.mark.takes_seconds
 def test_long_runs_keep_their_spikes_on_the_map(tmp_path, figures):
     values = np.ones((2500, 2, 2))
     values[1234, 0, 1] = 50
@@ -150,6 +153,7 @@ def test_broken_and_zero_matrices_are_told(tmp_path, figures):
     assert layers.collections[0].get_array().mask.sum() == 2
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("n", "rows", "fill"),
     [(1, 1, 1.0), (13, 1, 0.0), (30, 2, math.nan), (4, 3, 1e-30), (300, 3, 1.0)],
@@ -167,22 +171,22 @@ def test_pictures_of_unusual_logs(tmp_path, capsys, n, rows, fill):
     ("name", "text", "said"),
     [
         ("a.txt", "x", "accepted are names in .csv and .jsonl"),
-        ("a.csv", "", "line 1 is no header"),
-        ("a.csv", "step,sigma/a,resid", "line 1 is no header"),
-        ("a.csv", "x,y,z\n1,2,3\n", "line 1 is no header"),
-        ("a.csv", "step,sigma/a,residual/b\n", "line 1 is no header"),
+        ("a.csv", "", "line 1 is not a header"),
+        ("a.csv", "step,sigma/a,resid", "line 1 is not a header"),
+        ("a.csv", "x,y,z\n1,2,3\n", "line 1 is not a header"),
+        ("a.csv", "step,sigma/a,residual/b\n", "line 1 is not a header"),
         ("a.csv", "step,sigma/a,residual/a\n", "holds no step yet"),
         ("a.csv", "step,sigma/a,residual/a\n1,2", "holds no step yet"),
         ("a.csv", "step\n1\n", "holds no matrix"),
-        ("a.csv", "step,sigma/a,residual/a\n1,2,3\n1,x,3\n", "line 3 is no row of numbers"),
+        ("a.csv", "step,sigma/a,residual/a\n1,2,3\n1,x,3\n", "line 3 is not a row of numbers"),
         ("a.csv", "step,sigma/a,residual/a\n1,2\n", "line 2 has 2 columns, not 3"),
-        ("a.csv", "\x00\n", "is no log of log_to()"),
-        ("a.csv", f"{'x' * 200_000}\n", "is no log of log_to(): field larger"),
+        ("a.csv", "\x00\n", "not a log of log_to()"),
+        ("a.csv", f"{'x' * 200_000}\n", "not a log of log_to(): field larger"),
         ("a.jsonl", "", "holds no step yet"),
-        ("a.jsonl", "[1]\n", "line 1 is no line of log_to()"),
-        ("a.jsonl", '{"step": 1}\n', "line 1 is no line of log_to()"),
+        ("a.jsonl", "[1]\n", "line 1 is not a line of log_to()"),
+        ("a.jsonl", '{"step": 1}\n', "line 1 is not a line of log_to()"),
         ("a.jsonl", '{"step": 1, "sigma": {"a": 1}, "residual": {"b": 1}}\n', "other matrices"),
-        ("a.jsonl", '{"step": 1, "sigma": {"a": "?"}, "residual": {"a": 1}}\n', "is no line of"),
+        ("a.jsonl", '{"step": 1, "sigma": {"a": "?"}, "residual": {"a": 1}}\n', "is not a line of"),
         ("none.csv", None, "none.csv: No such file or directory"),
     ],
 )
@@ -199,6 +203,7 @@ def test_what_is_no_log_is_one_line_and_an_exit_code(tmp_path, capsys, name, tex
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.takes_seconds
 def test_without_matplotlib_it_says_what_to_install(tmp_path):
     done = processes.run_without("matplotlib", "plot", random_log(tmp_path / "run.csv", 3))
     assert done.returncode == 1

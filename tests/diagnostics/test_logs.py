@@ -210,7 +210,7 @@ def test_a_file_of_other_matrices_is_refused_and_left_alone(tmp_path, suffix, te
     else:
         path.write_text(text)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=rf"^path: '.*run{suffix}' is there and no log of these"):
+    with pytest.raises(ValueError, match=rf"^path: '.*run{suffix}' exists and is not a log of"):
         SpectralRegularizer(net(3, 5, 4)).log_to(path)
     assert path.read_bytes() == before
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("seeded", "compiled_once")
 
 
 def arguments(r=1, strength=None, dtype=torch.float32, requires_grad=False, backend="auto"):
-    """What a graph passes: tensors of a regularizer that has taken a step; and the regularizer."""
+    """The arguments that a graph passes, after a step of a regularizer; and the regularizer."""
     layers = nn.Linear(12, 20), nn.LayerNorm(20), nn.ReLU(), nn.Linear(20, 5)
     model = nn.Sequential(*layers).to(dtype)
     reg = SpectralRegularizer(model, 0.1, n_vectors=r, backend=backend)
@@ -38,7 +38,7 @@ def test_operators_do_what_their_schemas_say(name, options):
     v, v_next, s, scalars = copies
     upstream = torch.tensor(0.7, dtype=scalars.dtype)
     wanted = [i != 1 for i in range(len(weights))]
-    if name == "penalty_backward":  # which has no derivative, as compiled graphs have no second one
+    if name == "penalty_backward":  # no derivative: compiled graphs have no second one
         weights = [w.detach() for w in weights]
     calls = {
         "power_iteration": [(weights, *copies, strength, *where, n) for n in (1, 2)],

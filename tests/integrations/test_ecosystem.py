@@ -1,4 +1,4 @@
-"""Beside what else changes parameters, gradients and forward passes."""
+"""Beside other tools that change parameters, gradients and forward passes."""
 
 import copy
 
@@ -156,7 +156,7 @@ def test_norms_of_old_are_refused(name):
 
 
 def test_adapters_are_matrices_of_their_own():
-    """What LoRA trains are A and B: those are regularized, the frozen weight is not."""
+    """LoRA trains A and B: those are regularized, the frozen weight is not."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=4, target_modules=["0", "3"])
     model = peft.get_peft_model(built(), config)

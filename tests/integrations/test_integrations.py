@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 FOLDER = Path(spectral_kernels.__file__).parent / "integrations"
 
 
+@pytest.mark.takes_seconds
 def test_nothing_of_other_libraries_is_imported_with_the_package():
     done = processes.run(
         "import sys, spectral_kernels, spectral_kernels.cli, spectral_kernels.integrations.session;"
@@ -84,6 +85,7 @@ def callback_of(**arguments):
     return SpectralCallback(**arguments)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(("build", "data"), [(gpt2, tokens), (vit, images)])
 def test_a_trainer_keeps_sigma_down_and_logs_it(hf, tmp_path, build, data):
     largest = {}
@@ -124,6 +126,7 @@ def test_the_steps_are_those_of_attach(hf, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.takes_seconds
 def test_training_goes_on_from_a_checkpoint_with_the_same_bits(hf, tmp_path):
     def run(folder, model, resume=None, **arguments):
         callback = callback_of(strength=0.5, target="initial", **arguments)
@@ -146,6 +149,7 @@ def test_training_goes_on_from_a_checkpoint_with_the_same_bits(hf, tmp_path):
         run(tmp_path / "c", gpt2(hf), str(checkpoint))
 
 
+@pytest.mark.takes_seconds
 def test_a_second_training_has_the_penalty_once(hf, tmp_path):
     callback, counts = callback_of(), []
     trainer = trainer_of(hf, tmp_path, gpt2(hf), tokens(), [callback], max_steps=2)
@@ -161,6 +165,7 @@ def test_a_second_training_has_the_penalty_once(hf, tmp_path):
     assert len(counts) == 2
 
 
+@pytest.mark.takes_seconds
 def test_callbacks_behind_it_see_the_metrics(hf, tmp_path):
     seen = []
 
@@ -175,6 +180,7 @@ def test_callbacks_behind_it_see_the_metrics(hf, tmp_path):
     assert [f"spectral/sigma/{name}" in logs for logs in seen] == [True, True, True, False]
 
 
+@pytest.mark.takes_seconds
 def test_with_spectral_adamw_it_logs_alone(hf, tmp_path):
     model = gpt2(hf)
     optimizer = SpectralAdamW(model, lr=1e-2, strength=0.1)
@@ -248,6 +254,7 @@ class TestLightning:
 
         return SpectralCallback(**arguments)
 
+    @pytest.mark.takes_seconds
     def test_the_penalty_is_in_the_steps_and_metrics_go_to_the_loggers(self, pl, tmp_path):
         largest = {}
         for strength in (0, 10.0):
@@ -286,6 +293,7 @@ class TestLightning:
             lightning_run(pl, tmp_path, callback)
         assert not any(a.active for a in callback.regularizer._attached)
 
+    @pytest.mark.takes_seconds
     def test_with_spectral_adamw_it_logs_alone(self, pl, tmp_path):
         callback = self.callback()
         _, trainer = lightning_run(

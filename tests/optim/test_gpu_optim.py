@@ -66,7 +66,7 @@ def test_same_bits_on_ten_runs(kernels):
 
 
 def test_a_step_runs_in_the_current_stream(kernels):
-    """Gradients that are written late, in a stream of their own, are those that the step reads."""
+    """The step reads gradients that the current stream writes late."""
     models = net(), net()
     optimizers = [adamw(m, kernels) for m in models]
     for optimizer in optimizers:
@@ -106,7 +106,7 @@ def test_new_gradients_and_what_a_scaler_says_are_not_waited_for(kernels):
     optimizer.grad_scale = torch.tensor(4.0, device="cuda")
     optimizer.found_inf = torch.tensor(0.0, device="cuda")
     optimizer.step()
-    kept = [p.grad for p in model.parameters()]  # or the next ones might be where they were
+    kept = [p.grad for p in model.parameters()]  # or the new ones might get their addresses
     torch.cuda.set_sync_debug_mode("error")
     try:
         with_gradients(model)
@@ -210,7 +210,7 @@ def test_a_changed_set_of_gradients_is_not_waited_for(kernels):
     torch.cuda.set_sync_debug_mode("error")
     try:
         model[0].weight.grad = model[2].bias.grad = None
-        model[2].bias.requires_grad_(False)  # builds the tables anew
+        model[2].bias.requires_grad_(False)  # rebuilds the tables
         optimizer.step()
         optimizer.param_groups[0]["lr"] = 2e-2
         optimizer.step()

@@ -25,7 +25,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 class Net(nn.Module):
-    """Convolution (some of it channels_last), norm, linears, a scale that nothing regularizes."""
+    """Convolutions (one channels_last), a norm, linear layers, a scale that is not regularized."""
 
     def __init__(self):
         super().__init__()
@@ -83,6 +83,7 @@ def run(model, optimizer, steps):
     return torch.stack(losses)
 
 
+@pytest.mark.takes_seconds
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_200_steps_are_those_of_the_regularizer_and_torch(backend, kind, dtype):
@@ -98,7 +99,7 @@ def test_200_steps_are_those_of_the_regularizer_and_torch(backend, kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_rows_of_every_length(backend, kind, dtype, decoupled):
-    """Short and long ones, those that wide loads can take and others, several tiles."""
+    """Short and long rows, aligned for wide loads or not, several tiles."""
     _, ours, options = KINDS[kind]
     shapes = [(200, 8), (5, 31), (7, 520), (3, 1040), (3, 2600), (2, 4096), (2, 5003), (2, 9008)]
     torch.manual_seed(0)
@@ -203,7 +204,7 @@ def test_groups_schedulers_and_closures(backend):
 
 
 def test_a_parameter_without_a_gradient(backend):
-    """A selected one follows its penalty, another one stays, and neither breaks the next step."""
+    """A selected one follows its penalty, others stay, and neither breaks the next step."""
     (a, first), (b, second) = pair("adamw", backend)
     for model, optimizer in ((a, first), (b, second)):
         backward(model, 0)

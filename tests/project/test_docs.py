@@ -11,6 +11,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("page", [p for p in PAGES if p != "README.md"])
 def test_blocks_of_a_page_run_in_their_order(page, seeded):
     text = (DOCS / page).read_text()

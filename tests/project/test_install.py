@@ -1,4 +1,4 @@
-"""What pip makes of the source tree."""
+"""Builds and installations of the source tree."""
 
 import os
 import shutil
@@ -38,6 +38,7 @@ def build_tools():
     pytest.importorskip("setuptools", reason="building needs the test extra")
 
 
+@pytest.mark.takes_seconds
 def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, build_tools):
     empty = tmp_path / "bin"
     empty.mkdir()
@@ -52,7 +53,7 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, build_too
 
 
 def configured(tmp_path, value):
-    """Let CMake look at a machine with a C++ compiler and no nvcc."""
+    """Run CMake's configuration with a C++ compiler and without nvcc."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("cmake", "ninja", "c++", "g++", "as", "ld", "uname"):
@@ -71,6 +72,7 @@ def configured(tmp_path, value):
     )  # fmt: skip
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("value", "message"), [("1", "no working nvcc"), ("yes", "SPECTRAL_KERNELS_CUDA: got 'yes'")]
 )
@@ -80,6 +82,7 @@ def test_cuda_that_cannot_be_had_is_an_error(tmp_path, build_tools, value, messa
     assert message in result.stderr
 
 
+@pytest.mark.takes_seconds
 def test_cuda_is_left_out_when_asked(tmp_path, build_tools):
     result = configured(tmp_path, "0")
     assert result.returncode == 0, result.stderr

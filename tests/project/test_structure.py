@@ -1,4 +1,4 @@
-"""The parts and which way they depend on each other; what is loaded with the package."""
+"""The parts of the package and the direction of their imports; what is loaded with it."""
 
 import ast
 import graphlib
@@ -13,13 +13,13 @@ from spectral_kernels.backends import choice
 from tests.support import processes
 
 PACKAGE = Path(spectral_kernels.__file__).parent
-# A part may import those below it, nothing that stands above it.
+# A part may import only those that come after it.
 ORDER = [
     "__main__", "cli", "integrations", "__init__", "optim", "regularizer", "diagnostics", "engine",
     "sharding", "backends", "tables", "selection",
 ]  # fmt: skip
 
-# Of the Triton kernels, of which their modules' tl.constexpr(...) are some.
+# Names of the Triton kernels' constants, annotated assignments with constexpr(...).
 CONSTANTS = {
     node.target.id
     for path in (PACKAGE / "backends/triton").glob("*.py")
@@ -29,7 +29,7 @@ CONSTANTS = {
 
 
 def imported(path):
-    """Parts of the package that a file imports, at its top or later; not for type checks alone."""
+    """Parts of the package that a file imports, at its top or later, except for type checks."""
     found = set()
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
@@ -86,7 +86,7 @@ def test_files_of_a_part_do_not_import_each_other_in_a_circle():
 
 
 def test_a_folder_is_seen_at_a_glance():
-    """Few entries, and no module that hides a function of its package."""
+    """Few entries, and no module with the name of a function of its package."""
     tracked = [p for p in PACKAGE.iterdir() if not p.name.startswith(("_native", "__pycache__"))]
     assert len(tracked) <= 13
     for package in PACKAGE.rglob("__init__.py"):
@@ -106,7 +106,7 @@ def test_files_can_be_read_in_one_sitting():
 
 
 def test_no_constant_of_a_kernel_stands_before_a_tensor():
-    """Triton's interpreter makes CONSTANT * tensor a constant up to 3.8, and fails then."""
+    """Up to Triton 3.8 the interpreter makes CONSTANT * tensor a constant, and fails."""
     found = []
     for path in (PACKAGE / "backends/triton").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -117,6 +117,7 @@ def test_no_constant_of_a_kernel_stands_before_a_tensor():
     assert [ast.unparse(n) for n in wrong] == []
 
 
+@pytest.mark.takes_seconds
 def test_one_openmp_runtime_is_mapped():
     if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
@@ -132,6 +133,7 @@ def test_one_openmp_runtime_is_mapped():
     assert result.stdout.startswith("True")
 
 
+@pytest.mark.takes_seconds
 def test_without_the_compiled_module_the_reference_serves_and_says_so_once():
     result = processes.run(
         "import sys; sys.modules['spectral_kernels._native'] = None\n"

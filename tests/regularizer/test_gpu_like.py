@@ -1,4 +1,4 @@
-"""What is particular to a GPU, on a stand-in for one: tables are copies, nothing waits, graphs."""
+"""Behaviour on a GPU, with a simulated one: tables are copies, nothing waits, graphs."""
 
 import ast
 
@@ -239,7 +239,7 @@ def test_a_step_of_an_optimizer_does_not_wait(gpu_like):
         optimizer.param_groups[0]["lr"] = 2e-2
         model[0].weight.grad = None
         model[3].bias.grad = None
-        model[3].bias.requires_grad_(False)  # builds the tables anew
+        model[3].bias.requires_grad_(False)  # rebuilds the tables
         optimizer.step()
         optimizer.strength = {"0.*": 0.1, "*": 0.3}
         optimizer.step()
@@ -324,7 +324,7 @@ def test_float64_weights_are_measured_beside_kernels_that_do_not_know_them(n_vec
 
 @pytest.mark.parametrize("n_vectors", [1, 2])
 def test_float64_weights_are_measured_by_a_backend_for_them(monkeypatch, n_vectors):
-    """A GPU's kernels know no float64."""
+    """GPU kernels do not support float64."""
     asked = []
 
     def make(name, dtype):
@@ -344,7 +344,7 @@ def test_float64_weights_are_measured_by_a_backend_for_them(monkeypatch, n_vecto
 
 
 def test_numbers_of_a_generator_on_a_cpu_are_drawn_there():
-    """Where torch's default device is a GPU, as for the fixture ``backend``, others would fail."""
+    """Otherwise they fail if torch's default device is a GPU, as in the fixture ``backend``."""
     functions = []
     for path in (ROOT / "tests").rglob("*.py"):
         found = [x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.FunctionDef)]
@@ -372,7 +372,7 @@ def test_exact_products_are_a_matter_of_the_test(exact_before, exact):
 
 @pytest.fixture
 def exact_before():
-    """Assert after a test that asks for this first that all is as it was."""
+    """Assert that the settings are restored after a test that requests this fixture first."""
     cudnn = torch.backends.cudnn
 
     def settings():

@@ -15,7 +15,7 @@ from ..support.models import close
 
 
 def gradient_of_way(way, dtype=torch.float32, backend="auto", steps=1, **arguments):
-    """Gradients of the task and the penalty together, as one optimizer step finds them."""
+    """Gradients of the task and the penalty together, as an optimizer step gets them."""
     model = models.mixed(dtype=dtype)
     reg = SpectralRegularizer(model, 0.3, backend=backend, **arguments)
     seen = []
@@ -38,6 +38,7 @@ def gradient_of_way(way, dtype=torch.float32, backend="auto", steps=1, **argumen
     return seen, reg
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_three_ways_give_the_same_gradient(backend, dtype):
     arguments = {"dtype": dtype, "backend": backend, "steps": 3, "exponent": 3}
@@ -246,7 +247,7 @@ def test_initial_target_is_the_sigma_at_construction():
         model.weight.mul_(2)
         start = float(torch.linalg.svdvals(model.weight)[0]) / 2
         assert float(reg.penalty()) == pytest.approx((4 * start**2 - start**2) ** 2, rel=1e-3)
-    # A target survives a checkpoint: it is not measured anew on the changed weights.
+    # A target survives a checkpoint: it is not measured again on the changed weights.
     other = SpectralRegularizer(model, 1.0, target="initial", warmup=500)
     other.load_state_dict(reg.state_dict())
     with torch.no_grad():

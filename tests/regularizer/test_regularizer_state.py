@@ -1,4 +1,4 @@
-"""The vectors that are carried along, and changes of the model under way."""
+"""The vectors kept between steps, and changes of the model during training."""
 
 import copy
 import io
@@ -98,7 +98,7 @@ def test_vectors_are_carried_between_memory_layouts(shape):
 
 
 def test_no_kernel_runs_on_weights_that_have_moved_since(monkeypatch):
-    """Right after loading, nothing has been computed yet; saving again must look where W is now."""
+    """After loading, nothing has been computed yet: saving must use the current address of W."""
     parameter = nn.Parameter(torch.randn(6, 9).t())
     reg = SpectralRegularizer([("w.weight", parameter)])
     reg.load_state_dict(reg.state_dict())
@@ -189,7 +189,7 @@ def test_seed_and_name_decide_the_start():
 
 
 def fresh_gradient(model, vectors):
-    """The gradient that a new regularizer finds, from given vectors."""
+    """The gradient of a new regularizer with given vectors."""
     reg = SpectralRegularizer(model, 0.2)
     reg.load_state_dict({"vectors": vectors})
     model.zero_grad()
@@ -292,6 +292,7 @@ def test_a_parameter_that_is_gone_is_named():
         reg.penalty()
 
 
+@pytest.mark.takes_seconds
 def test_several_dtypes_in_one_model(backend):
     def build():
         torch.manual_seed(2)

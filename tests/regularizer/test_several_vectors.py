@@ -215,7 +215,7 @@ def test_an_optimizer_takes_one_power_iteration_or_auto():
 
 
 def replace(model):
-    """As after a reset: every weight is another random matrix."""
+    """Replace every weight with a random matrix, as a reset does."""
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -223,7 +223,7 @@ def replace(model):
 
 
 def steps(model, way, n_vectors, backend, iterations="auto"):
-    """A function that takes a step without changing weights, and what knows the sigma."""
+    """A function that takes a step without changing weights, and the object that has sigma."""
     common = {"n_vectors": n_vectors, "n_power_iterations": iterations, "backend": backend}
     if way == "SpectralAdamW":
         optimizer = SpectralAdamW(model, lr=0.0, weight_decay=0.0, **common)
@@ -245,7 +245,7 @@ def test_auto_catches_up_with_new_weights_within_five_steps(backend, way, n_vect
         for _ in range(5):
             step()
         error = 1 - ref.sigma.double().cpu() / truth(model)[:, 0].cpu()
-        # A single vector may rest on the second of two close singular values.
+        # A single vector may settle on the second of two close singular values.
         assert (error.abs() < (0.03 if n_vectors == 1 else 0.01)).all(), error
 
 
@@ -263,7 +263,7 @@ def test_one_iteration_does_not_catch_up_that_fast():
 
 
 def counted(own):
-    """Let the backend of a bucket count its products."""
+    """Count the products of a bucket's backend."""
     calls = []
 
     class Counting(type(own.backend)):

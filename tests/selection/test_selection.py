@@ -294,6 +294,7 @@ def test_named_parameters_may_be_tied():
     assert names_of(named) == ["table.weight"]
 
 
+@pytest.mark.takes_seconds
 def test_a_compiled_model_has_the_names_of_the_original():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     compiled = torch.compile(model)

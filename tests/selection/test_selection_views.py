@@ -1,4 +1,4 @@
-"""As which matrices a selected parameter is viewed."""
+"""The matrices as which a selected parameter is viewed."""
 
 import pytest
 import torch
@@ -206,6 +206,7 @@ def test_another_class_of_that_name_is_split_along_dim_0():
     assert_matrices(layer, numbered("weight", layer.weight.chunk(3)), splits={"weight": 3})
 
 
+@pytest.mark.takes_seconds
 def test_gpt2():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(

@@ -46,6 +46,7 @@ def trained_by_a_rank(way):
     return train(ddp, inputs[:, half], targets[:, half], way)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("way", ["penalty", "accumulate", "attach"])
 def test_two_ranks_agree_with_each_other_and_with_one_process(way):
     ranks = Ranks(2)

@@ -1,4 +1,4 @@
-"""Sharded weights give what whole ones do: sigma, residuals, penalty, gradients, training."""
+"""Sharded weights give the results of unsharded ones: sigma, penalty, gradients, training."""
 
 import re
 
@@ -16,7 +16,7 @@ WORLDS = (2, 4)
 
 @pytest.fixture(scope="module")
 def ranks():
-    """Return groups of processes by their number, started when they are first asked for."""
+    """Return groups of processes by their number, started at first use."""
     started = {}
 
     def get(world):
@@ -32,15 +32,16 @@ def ranks():
 
 
 def within(results, limit=1e-6):
-    """Assert that no quantity deviates by more on any rank.
+    """Assert that no quantity deviates by more than ``limit`` on any rank, gradients by 10 times.
 
-    A gradient has the factor sigma^k - target^k, in which what sigma is off by counts more.
+    A gradient has the factor sigma^k - target^k, which amplifies the error of sigma.
     """
     for found in results:
         limits = {name: 10 * limit if name == "grad" else limit for name in found}
         assert {k: v for k, v in found.items() if not v <= limits[k]} == {}, found
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("placement", sharded_models.PLACEMENTS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_placement(ranks, world, placement):
@@ -48,10 +49,11 @@ def test_every_placement(ranks, world, placement):
         within(ranks(world).call(sharded_runs.compare, placement, way, {}))
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("way", ["accumulate", "penalty"])
 @pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 def test_sums_over_one_rank(backend, way):
-    """With NCCL this is what one GPU can show."""
+    """With NCCL this is all that a single GPU can test."""
     if backend == "nccl" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     alone = Ranks(1, backend=backend)
@@ -77,6 +79,7 @@ def test_every_view_by_every_dimension(ranks, placements, n_vectors):
     within(ranks(4).call(sharded_runs.compare_views, placements, (), options), limit)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("options", [
     {"n_vectors": 2}, {"n_vectors": 8}, {"n_power_iterations": 3}, {"n_power_iterations": "auto"},
@@ -89,6 +92,7 @@ def test_every_option(ranks, placement, options, backend):
     within(ranks(4).call(sharded_runs.compare, placement, "accumulate", options), limit)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("way", ["attach", "accumulate", "penalty", "SpectralAdamW", "SpectralSGD"])
 @pytest.mark.parametrize("placement", ["fsdp", "tensor parallel", "fsdp and tensor parallel"])
 def test_training_has_the_same_losses(ranks, placement, way):
@@ -97,6 +101,7 @@ def test_training_has_the_same_losses(ranks, placement, way):
         assert alone[-1] < alone[0]
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("n_vectors", [1, 4])
 @pytest.mark.parametrize("kind", ["SpectralRegularizer", "SpectralAdamW", "SpectralSGD"])
@@ -117,6 +122,7 @@ def test_checkpoints_go_from_two_ranks_to_four_to_one_and_to_none(
             torch.testing.assert_close(trained[name], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.takes_seconds
 def test_vectors_are_saved_while_weights_are_gathered(ranks):
     found = ranks(2).call(sharded_runs.evaluated_and_saved)
     assert found[0] == found[1]
@@ -129,6 +135,7 @@ def test_float64(ranks, placement):
     within(ranks(4).call(sharded_runs.compare, placement, "penalty", {}, torch.float64), 1e-12)
 
 
+@pytest.mark.takes_seconds
 def test_bfloat16(ranks):
     for placement in ("fsdp", "tensor parallel"):
         for found in ranks(4).call(sharded_runs.compare, placement, "penalty", {}, torch.bfloat16):
@@ -150,13 +157,14 @@ def test_two_collectives_per_step_whatever_the_number_of_matrices(ranks, placeme
             assert seen == [("allreduce_", 4 * v), ("allreduce_", 8 * numbers)]
 
 
+@pytest.mark.takes_seconds
 def test_collectives_of_tensor_parallel_layers(ranks):
     counts = []
     for blocks in (1, 4):
         found, seen, sizes = ranks(4).call(
             sharded_runs.counted, "tensor parallel", blocks, 1, "accumulate"
         )[0]
-        # Rows are spread: t and numbers. Columns are: s before them.
+        # Rows are sharded: t, then scalars. Columns are sharded: s before them.
         _, rows, columns, _ = zip(*(sizes[n] for n in ("v", "s")), strict=True)
         bytes_of = sorted(size for _, size in seen)
         assert sorted((4 * rows[0], 4 * columns[0], 4 * columns[1])) == bytes_of[-3:]
@@ -164,6 +172,7 @@ def test_collectives_of_tensor_parallel_layers(ranks):
     assert counts == [{"c10d.allreduce_": 5}] * 2
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("n_vectors", [1, 4])
 @pytest.mark.parametrize("placements", [(Shard(0),), (Shard(1), Shard(0))], ids=str)
 def test_norms_of_sharded_weights(ranks, placements, n_vectors):
@@ -179,6 +188,7 @@ def test_metrics_are_those_of_whole_matrices_and_the_first_rank_logs(ranks, tmp_
     assert [line.partition(",")[0] for line in path.read_text().splitlines()] == ["step", "1"]
 
 
+@pytest.mark.takes_seconds
 def test_check_ranks_finds_what_has_come_apart(ranks):
     for what in ("replicas", "replicas of shards", "vectors"):
         said = ranks(4).call(sharded_runs.come_apart, what)
@@ -195,6 +205,7 @@ def test_another_placement_is_noticed(ranks, change):
     within(ranks(4).call(sharded_runs.resharded, change), 1e-5)
 
 
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     ("what", "says"),
     [
@@ -212,6 +223,7 @@ def test_what_cannot_be_done_is_refused_by_name(ranks, what, says):
     assert re.search(says, ranks(4).call(sharded_runs.refused, what)[3])
 
 
+@pytest.mark.takes_seconds
 def test_compiled_functions_call_the_penalty_between_two_graphs(ranks):
     within(ranks(2).call(sharded_runs.between_graphs))
 
@@ -228,6 +240,7 @@ def test_a_gradient_that_is_yet_to_be_summed(ranks):
         torch.testing.assert_close(found, truth)
 
 
+@pytest.mark.takes_seconds
 def test_a_rank_that_dies_leaves_an_error_and_no_hang():
     group = Ranks(2, timeout=10)
     try:

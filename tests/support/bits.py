@@ -1,8 +1,8 @@
-"""Hashes of what 20 steps leave, to compare a change with: ``python -m tests.support.bits``.
+"""Hashes of the results of 20 steps, to detect changes: ``python -m tests.support.bits``.
 
 Prints a line for every way to use the package, backend, instruction-set level, dtype and number of
 vectors: a hash of weights, gradients, sigmas, residuals and vectors. A change that keeps behaviour
-keeps every line. With TRITON_INTERPRET=1 the kernels of Triton alone.
+keeps every line. With TRITON_INTERPRET=1 only the kernels of Triton.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def hashed(model, penalty):
-    """Return a hash of the bits of all that ``model`` and what holds the penalty have."""
+    """Return a hash of the bits of ``model`` and of the regularizer or optimizer ``penalty``."""
     digest = hashlib.sha256()
     state = penalty.state_dict()
     vectors = state.get("vectors") or {

@@ -1,4 +1,4 @@
-"""ModelBuckets over plain lists of tensors, for tests of plans and backends."""
+"""Buckets over plain lists of tensors, for tests of plans and backends."""
 
 import torch
 
@@ -34,7 +34,7 @@ def bucket_of(
 
 
 def cut_as_on_a_gpu(patch):
-    """Have plans cut matrices into the tiles of a GPU; ``patch`` is pytest's monkeypatch."""
+    """Make plans cut matrices into the tiles of a GPU; ``patch`` is pytest's monkeypatch."""
     rows = plan_module.rows_of_tiles
     patch.setattr(plan_module, "rows_of_tiles", lambda shapes, _, r=1: rows(shapes, "cuda", r))
 
@@ -45,7 +45,7 @@ def named_weights(tensors):
 
 
 def poison(plan):
-    """Fill scratch with NaN, so that a read of something nobody wrote shows."""
+    """Fill scratch with NaN, so that reads of unwritten memory show."""
     plan.t_partial.fill_(float("nan"))
     plan.gram_partial.fill_(float("nan"))
 

@@ -45,14 +45,14 @@ def gpt2() -> list[tuple[int, ...]]:
 
 
 def llama(width, inside, kv_width, depth, vocabulary) -> list[tuple[int, ...]]:
-    """Llama with its head; the table of embeddings is none of the matrices."""
+    """Llama with its head, without the embedding table."""
     attention = [(width, width), (kv_width, width), (kv_width, width), (width, width)]
     block = [*attention, (inside, width), (inside, width), (width, inside)]
     return [*block * depth, (vocabulary, width)]
 
 
 def equal(weights: float, matrices: int) -> list[tuple[int, ...]]:
-    """As many square matrices of one size as asked for, with about ``weights`` in all."""
+    """Equal square matrices, ``matrices`` of them, with about ``weights`` elements in all."""
     side = max(1, round((weights / matrices) ** 0.5))
     return [(side, side)] * matrices
 

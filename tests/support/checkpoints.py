@@ -1,4 +1,4 @@
-"""What the tests of checkpoints on disk share."""
+"""Helpers for tests of checkpoints on disk."""
 
 import json
 

@@ -1,7 +1,7 @@
-"""A stand-in for a GPU: on a CPU, but what Python writes reaches kernels in copies alone.
+"""A simulated GPU on a CPU: kernels see only copies of what Python writes.
 
-The kernels are those of the "cpu" backend and read the copies of the tables. A CUDA graph is a list
-of calls, in which kernels have the arguments of the capture, and torch's operations its tensors.
+The kernels are those of the "cpu" backend and read copies of the tables. A CUDA graph is a list of
+calls; kernels get the arguments of the capture, and torch's operations its tensors.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from spectral_kernels.tables import device as device_tables
 from spectral_kernels.tables import schema
 from spectral_kernels.tables.schema import SLOT, address
 
-WAYS = ("accumulate", "penalty", "optimizer")  # of having the penalty in a step
+WAYS = ("accumulate", "penalty", "optimizer")  # to have the penalty in a step
 _TABLES = [SLOT[name] for name in ("matrices", "tiles", "elementwise", "chunks")]
 
 
 def training(model, way, backend, loss_of, **options):
-    """Return a step by torch's recipe for graphs, what it reads on the device, what it leaves.
+    """Return a step as torch recommends for graphs, its device scalars, and a getter of results.
 
     Some parameters are not regularized.
     """
@@ -32,7 +32,7 @@ def training(model, way, backend, loss_of, **options):
     strength, lr = torch.tensor([0.1, 1e-2], device=device)
     options = {"strength": strength, "exclude": ["1.*", "*.bias"], "backend": backend, **options}
     if way == "optimizer":
-        # Gradients of a graph need not have the bits of others: eps is above their rounding.
+        # Gradients of a graph may be rounded differently: eps is above their rounding.
         optimizer = reg = SpectralAdamW(model, lr, eps=1e-3, **options)
     else:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -52,12 +52,12 @@ def training(model, way, backend, loss_of, **options):
 
 
 def check_graph(capture, make, equal):
-    """Assert that replays and eager steps are those of a twin, whose steps are all eager.
+    """Assert that replays and eager steps give the results of a twin with eager steps only.
 
     Args:
-        capture: returns a graph of a step, which has run once before.
-        make: returns a step, numbers that it reads on the device, and what it leaves, twice alike.
-        equal: compares what two steps leave.
+        capture: returns a graph of a step, after running it once.
+        make: returns what :func:`training` does, the same at every call.
+        equal: compares the results of two steps.
     """
     (step, numbers, state), (twin_step, twin_numbers, twin_state) = make(), make()
     graph = capture(step)
@@ -76,10 +76,10 @@ def check_graph(capture, make, equal):
 
 
 class GpuLike:
-    """What a test asks of the device; ``patch`` is pytest's monkeypatch."""
+    """The simulated device; ``patch`` is pytest's monkeypatch."""
 
     def __init__(self, patch):
-        self.graph = None  # that is being captured
+        self.graph = None  # the one being captured
         self.pinned = []
         patch.setattr(device_tables, "shares_memory", lambda device: False)
         patch.setattr(device_tables, "pinned", self._pin)
@@ -99,7 +99,7 @@ class GpuLike:
         return any(_start(tensor) == _start(other) for other in self.pinned)
 
     def captured(self, step):
-        """Return a graph of what ``step`` does, which happens in its replays only."""
+        """Return a graph of ``step``, which has effects only when replayed."""
         self.graph = graph = Graph(self)
         try:
             with graph:
@@ -119,12 +119,12 @@ class GpuLike:
 
 
 class Graph(TorchDispatchMode):
-    """Operations of torch and kernels, in their order."""
+    """Operations of torch and kernels, in order."""
 
     def __init__(self, gpu):
         super().__init__()
         self.gpu, self.calls = gpu, []
-        self._made, self._before = [], {}  # tensors; storages that were written, as they were
+        self._made, self._before = [], {}  # new tensors; written storages with a copy
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -156,7 +156,7 @@ class Kernels(Backend):
     """The kernels of the "cpu" backend, launched with headers by value, on copies of tables."""
 
     name = "cpu"
-    scalars_on_device = True  # all but found_inf, which these kernels do not know
+    scalars_on_device = True  # except found_inf, which these kernels lack
 
     def __init__(self, gpu):
         self._gpu, self._native = gpu, choice.native_module().cpu
@@ -200,7 +200,7 @@ def _copy_of_struct(where, n_fields):
 
 
 class _Waits(TorchDispatchMode):
-    """Finds what would wait: reading a number, and using memory of the host that is not pinned."""
+    """Finds operations that would wait: reading a number, using pageable host memory."""
 
     def __init__(self, gpu):
         super().__init__()
@@ -230,7 +230,7 @@ def _start(tensor):
 
 
 def _again(func, args, kwargs, out):
-    """Call ``func`` once more, into the memory of what it has returned."""
+    """Call ``func`` again, and write the results into the tensors that it returned before."""
     for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
         if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
             old.copy_(new)

@@ -26,7 +26,7 @@ def channels_last(*shape):
 
 
 class Conv1D(nn.Module):
-    """Like that of transformers: the weight is stored (in, out)."""
+    """Like Conv1D of transformers: the weight is stored (in, out)."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +129,7 @@ def bucket_in(layout, backend, dtype=torch.float32, **options):
 
 
 def oriented(bucket, i, matrix):
-    """The matrix, or its transpose where that is what is iterated with."""
+    """The matrix, or its transpose if the bucket iterates with that."""
     return matrix.mT if bucket.plan.layouts[i].side == "left" else matrix
 
 

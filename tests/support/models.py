@@ -28,7 +28,7 @@ class Mixed(nn.Module):
 
 
 def mixed(seed=0, dtype=torch.float32):
-    """A Mixed with parameters drawn anew, none of them special."""
+    """A Mixed whose parameters are perturbed at random."""
     torch.manual_seed(seed)
     model = Mixed().to(dtype)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def with_gradients(model):
 
 
 def captured(step):
-    """A CUDA graph of ``step``, which runs once before that, in a stream of its own."""
+    """Run ``step`` once in a stream of its own; return a CUDA graph of it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

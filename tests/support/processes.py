@@ -1,4 +1,4 @@
-"""Python and the command in processes of their own, in a terminal too; what they leave there."""
+"""Run Python code and the command in processes of their own, also in a terminal."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ def command(*arguments):
 
 
 def run(code):
-    """Run Python code in a process of its own, and return it with what it has written."""
+    """Run Python code in a process of its own; return that with its output."""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
 
 
 def run_without(package, *arguments):
-    """Run ``spectral_kernels`` with the arguments as if a package was not installed."""
+    """Run ``spectral_kernels`` with the arguments as if a package were not installed."""
     return run(
         f"import sys; sys.modules[{package!r}] = None; from spectral_kernels.cli import main;"
         f"sys.exit(main({[*map(str, arguments)]!r}))"
@@ -33,16 +33,16 @@ def run_without(package, *arguments):
 
 
 def interrupted(arguments, when):
-    """Run ``spectral_kernels`` in a terminal and press Ctrl-C once it has shown ``when``.
+    """Run ``spectral_kernels`` in a terminal and press Ctrl-C once its output matches ``when``.
 
-    Returns what it has shown, and the number of its process group.
+    Returns its output and the number of its process group.
     """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command(*arguments),
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         env={**os.environ, "TERM": "xterm"},
-        # Where the tests run in the background of a shell, SIGINT is ignored.
+        # SIGINT is ignored where the tests run in the background of a shell.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(theirs)
@@ -60,7 +60,7 @@ def interrupted(arguments, when):
 
 
 def check_ending(shown):
-    """Assert that a command that was interrupted gave the cursor back and said so, in one line."""
+    """Assert that an interrupted command restored the cursor and reported it in one line."""
     assert b"Traceback" not in shown
     hidden, visible = b"\x1b[?25l", b"\x1b[?25h"
     assert hidden in shown
@@ -69,7 +69,7 @@ def check_ending(shown):
 
 
 def png_size(path):
-    """Return width and height of a picture."""
+    """Return width and height of a PNG file."""
     header = path.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", header[16:24])

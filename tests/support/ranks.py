@@ -1,4 +1,4 @@
-"""Processes of torch.distributed, all of which run a function when asked to."""
+"""Processes of torch.distributed that run a function together."""
 
 import importlib
 import multiprocessing
@@ -28,10 +28,10 @@ class Ranks:
         ]  # fmt: skip
         for process in self.processes:
             process.start()
-        self.usable = True  # no rank has left the others in the middle of something
+        self.usable = True  # no call has failed or timed out on any rank
 
     def call(self, function, *args, raising=True):
-        """Return a list, by rank, of what ``function`` returns; its own exceptions too."""
+        """Return the results of ``function`` by rank; unless ``raising``, tracebacks too."""
         name = f"{function.__module__}:{function.__name__}"
         self.usable = False
         for pipe in self.pipes:
@@ -59,7 +59,7 @@ def _main(rank, world, port, timeout, backend, pipe):
     if backend == "nccl":
         torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT))
-    store.set(f"rank {rank}", "is there")  # those that start late are not what timeout is for
+    store.set(f"rank {rank}", "is there")  # timeout is not for ranks that start late
     store.wait([f"rank {other}" for other in range(world)])
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)

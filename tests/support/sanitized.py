@@ -1,6 +1,6 @@
 """Small steps of a GPU backend for compute-sanitizer: ``python -m tests.support.sanitized NAME``.
 
-With PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment, so that each tensor is an allocation.
+Needs PYTORCH_NO_CUDA_MEMORY_CACHING=1 in the environment: each tensor is then an allocation.
 """
 
 import os
@@ -23,8 +23,9 @@ SHAPES = [(70, 64), (20, 1000), (5, 2048), (9, 4096), (3, 20000), (130, 31), (33
 def main(backend: str, device: str) -> None:
     """Take two steps in every dtype: both launches, and the two halves of the second one alone.
 
-    Between them the partial results of a given s and their sums. Then of both optimizers, the last
-    one as a GradScaler skips it. With several vectors, stale matrices get two iterations more.
+    Between them compute the partial results of a given s and their sums. Then take two steps of
+    both optimizers; the second is skipped as by a GradScaler. With several vectors, stale matrices
+    get two extra iterations.
     """
     for dtype, r in ((torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 1),
                      (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 16)):  # fmt: skip

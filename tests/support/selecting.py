@@ -1,4 +1,4 @@
-"""Shorthand for tests of the selection."""
+"""Helpers for tests of the selection."""
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def skipped(source, **options):
 
 
 def assert_matrices(source, expected, **options):
-    """Names in order, shapes and singular values of all matrices are those of ``expected``."""
+    """Assert that names (in order), shapes and singular values of all matrices are as expected."""
     found = select(source, **options)
     assert [matrix.name for matrix in found.matrices] == list(expected)
     refs = list(dict.fromkeys(matrix.ref for matrix in found.matrices))

@@ -1,4 +1,4 @@
-"""Models in every placement that is supported, for tests/sharding/test_sharded.py."""
+"""Models in every supported placement, for tests/sharding/test_sharded.py."""
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Blocks between an embedding of numbers and a head with fewer rows than ranks."""
+    """Blocks between a linear layer and a head with fewer rows than ranks."""
 
     def __init__(self, dtype=torch.float32, blocks=2):
         super().__init__()
@@ -47,7 +47,7 @@ class Model(nn.Module):
 
 
 class Views(nn.Module):
-    """Parameters that are viewed as matrices in every way; they are not run."""
+    """Parameters for every view as matrices; the module is not run."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ def built(kind=Model, seed=0, **options):
 
 
 def distributed(model, mesh, placements):
-    """ShardAxes every parameter with as many dimensions as that by its ``placements``."""
+    """Shard every parameter by those of the ``placements`` whose dimensions it has."""
     for module in model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
@@ -142,5 +142,5 @@ PLACEMENTS = (
 
 
 def whole(tensor):
-    """Return all of a tensor, on every rank."""
+    """Return the full tensor, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""What tests/sharding/test_sharded.py lets every rank do, and how results are compared."""
+"""Functions that tests/sharding/test_sharded.py runs on every rank, and their comparisons."""
 
 import os
 import time
@@ -26,11 +26,11 @@ from tests.support.collectives import Collectives
 from tests.support.sharded_models import VIEWS, Views, built, device, distributed, sharded, whole
 
 STRENGTH = 0.1
-EPS = 1e-3  # of AdamW: gradients that are all rounding, such as those of keys' biases, count little
+EPS = 1e-3  # of AdamW: damps gradients that are pure rounding, such as those of key biases
 
 
 def measured(reg, model):
-    """Return what is compared: of the regularizer and of gradients that are there."""
+    """Return the quantities that are compared: sigmas, residuals and gradients."""
     return {
         "sigma": reg.singular_values, "squared residual": reg.residuals**2,
         **{f"grad {n}": whole(p.grad) for n, p in model.named_parameters() if p.grad is not None},
@@ -40,8 +40,8 @@ def measured(reg, model):
 def deviations(found, truth):
     """Return the largest deviation of each quantity, relative to its largest element.
 
-    A residual is the root of a difference of squares of the size of sigma's: what rounding leaves
-    of that is compared with sigma^2.
+    A residual is the root of a difference of squares as large as sigma^2: its square is compared
+    relative to sigma^2.
     """
     largest = {}
     for name, value in truth.items():
@@ -55,20 +55,20 @@ def deviations(found, truth):
 
 
 def compare_alone(placement, way, options):
-    """Do what ``compare`` does with sums over the only rank, which are usually left out."""
+    """Do what ``compare`` does, with the usually omitted sums over a single rank."""
     shards.LEAST_RANKS = 1
     return compare(placement, way, options)
 
 
 def compare(placement, way, options, dtype=torch.float32, steps=3):
-    """Return the deviations of a sharded model from the same one in one piece, after some steps."""
+    """Return the deviations of a sharded model from the unsharded one after some steps."""
     world = torch.distributed.get_world_size()
     alone, model = built(dtype=dtype), sharded(placement, world, built(dtype=dtype))
     return _compared(alone, model, way, options, {}, steps)
 
 
 def compare_views(placements, names, options):
-    """Return the deviations with every parameter of Views spread by ``placements``."""
+    """Return the deviations with every parameter of Views sharded by ``placements``."""
     world = torch.distributed.get_world_size()
     sizes = (world,) if len(placements) == 1 else (2, world // 2)
     alone, model = built(Views), built(Views)
@@ -106,7 +106,7 @@ def _evaluated(reg):
 
 
 def losses(placement, way, steps):
-    """Return the losses of a training of the model in one piece, and sharded."""
+    """Return the training losses of the unsharded and the sharded model."""
     world = torch.distributed.get_world_size()
     rank = torch.distributed.get_rank()
     generator = torch.Generator().manual_seed(5)
@@ -152,9 +152,9 @@ def losses(placement, way, steps):
 
 
 def counted(placement, blocks, n_vectors, way):
-    """Return the collectives of a step as torch counts them, and as they are seen, with bytes.
+    """Return the collectives of a step: torch's counts, and each with its bytes.
 
-    And how many numbers v and s have, and matrices and vectors there are.
+    Also the sizes of v and s, and the numbers of matrices and elementwise parameters.
     """
     world = torch.distributed.get_world_size()
     model = sharded(placement, world, built(blocks=blocks))
@@ -182,7 +182,7 @@ def counted(placement, blocks, n_vectors, way):
 
 
 def _trainer(kind, placement, n_vectors):
-    """Return model, optimizer, and what carries the vectors."""
+    """Return model, optimizer, and the regularizer that has the vectors."""
     model = built()
     if placement is not None:
         model = sharded(placement, torch.distributed.get_world_size(), model)
@@ -220,7 +220,7 @@ def _vectors(reg):
 
 
 def saved(folder, kind, placement, n_vectors, flat, steps):
-    """Train, save, train on; return the vectors at both ends, and the last weights."""
+    """Train, save, train on; return the vectors at both points, and the last weights."""
     model, optimizer, reg = _trainer(kind, placement, n_vectors)
     _train(model, optimizer, steps)
     torch.distributed.checkpoint.save(
@@ -233,7 +233,7 @@ def saved(folder, kind, placement, n_vectors, flat, steps):
 
 
 def evaluated_and_saved():
-    """Return what is in the optimizer's state after a forward pass that left weights gathered."""
+    """Return the names in the optimizer's state after a forward pass left weights gathered."""
     model, optimizer, _ = _trainer("SpectralAdamW", "fsdp", 1)
     _train(model, optimizer, 1)
     with torch.no_grad():
@@ -243,7 +243,7 @@ def evaluated_and_saved():
 
 
 def loaded(folder, kind, placement, n_vectors, flat, steps):
-    """Load what ``saved`` has saved, whatever the number of ranks; return the same."""
+    """Load what ``saved`` has saved, on any number of ranks; return the same as it does."""
     model, optimizer, reg = _trainer(kind, placement, n_vectors)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     states = _states(model, optimizer, reg, kind, flat)
@@ -257,7 +257,7 @@ def loaded(folder, kind, placement, n_vectors, flat, steps):
 
 
 def norms(placements, n_vectors):
-    """Return names, spectral_norms of sharded Views, and the singular values of the whole."""
+    """Return the spectral_norms of sharded and of unsharded Views; compare their spectra."""
     world = torch.distributed.get_world_size()
     sizes = (world,) if len(placements) == 1 else (2, world // 2)
     alone = built(Views)
@@ -273,7 +273,7 @@ def norms(placements, n_vectors):
 
 
 def metrics(path):
-    """Return the metrics of a model in one piece and of a sharded one, and log the latter."""
+    """Return the metrics of an unsharded and of a sharded model, and log the latter."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     found = []
     for model in (built(), sharded("fsdp", world, built())):
@@ -288,7 +288,7 @@ def metrics(path):
 
 
 def come_apart(what):
-    """Return what check_ranks says before and after one rank does something of its own."""
+    """Return the message of check_ranks before and after one rank diverges."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if what == "replicas":
         model = built()
@@ -320,7 +320,7 @@ def come_apart(what):
 
 
 def resharded(change):
-    """Return deviations after a model was sharded, or gathered, behind the regularizer's back."""
+    """Return deviations after a model was sharded or gathered under an existing regularizer."""
     world = torch.distributed.get_world_size()
     alone, model = built(), built()
     if change == "gathered":
@@ -346,7 +346,7 @@ def resharded(change):
 
 
 def refused(what):
-    """Return the error of what cannot be done with sharded weights."""
+    """Return the error of an unsupported use of sharded weights."""
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh(device(), (world,))
     model = built()
@@ -396,7 +396,7 @@ def between_graphs():
 
 
 def partial_gradient():
-    """Return gradients where .grad of a replicated parameter is yet to be summed."""
+    """Return gradients where .grad of a replicated parameter is a partial sum."""
     world = torch.distributed.get_world_size()
     mesh = init_device_mesh(device(), (world,))
     alone = built()
@@ -410,7 +410,7 @@ def partial_gradient():
 
 
 def dies(seconds):
-    """Return what the other ranks are told when one is gone."""
+    """Return the error on the other ranks when one has died."""
     model = sharded("fsdp", torch.distributed.get_world_size(), built())
     reg = SpectralRegularizer(model)
     reg.accumulate_grad_()

@@ -1,8 +1,7 @@
-"""How far a kernel may be from the truth in float64.
+"""Tolerances of kernels against float64.
 
-A kernel is judged against PyTorch's own code in the dtype of the state: it may be half again as
-wrong, plus a floor for the cases in which PyTorch happens to be exact (in float64, where truth and
-comparison are one and the same, always).
+The error of a kernel may be 1.5 times that of PyTorch's own code in the dtype of the state, plus a
+floor for the cases in which PyTorch happens to be exact (in float64 always, where it is the truth).
 """
 
 import torch
@@ -27,7 +26,7 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor, of=None) -> float:
 def assert_as_good(value, same_dtype, truth, what: str, of=None) -> None:
     """Assert that ``value`` is about as close to ``truth`` as PyTorch's ``same_dtype`` result.
 
-    ``of`` is what errors are relative to, for sums whose terms cancel.
+    Errors are relative to ``of``, if given, for sums whose terms cancel.
     """
     state_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     error, allowed = relative_error(value, truth, of), relative_error(same_dtype, truth, of)

@@ -116,6 +116,14 @@ def partials(dtype: torch.dtype) -> Iterator[Description]:
             yield describe("collect", None, r, with_t=r != 2)
 
 
+def largest() -> Iterator[Description]:
+    """Yield the kernels with the most vectors, which need the most registers."""
+    most, plain = N_VECTORS[-1], {"with_t": True, "tolerance": 0.0}
+    yield describe("subspace_products", torch.float32, most, **plain)
+    yield describe("ritz", None, most, **plain)
+    yield describe("transposed", torch.float32, most, **plain)
+
+
 @cache
 def compiled(configuration: Description, capability: int) -> Compiled:
     """Compile for a compute capability (90 for 9.0)."""

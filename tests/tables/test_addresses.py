@@ -1,4 +1,4 @@
-"""Where tensors lie is seen alike through DLPack's table and tensor by tensor."""
+"""Addresses of tensors are the same through DLPack's table and tensor by tensor."""
 
 import pytest
 import torch

@@ -44,7 +44,7 @@ def test_an_iteration_is_one_with_the_logical_matrix(backend, layout, dtype):
 
 
 def gradient_by_autograd(bucket, kind, weight, exponent, target, strength):
-    """The gradient of the penalty given the bucket's v, as autograd finds it in float64."""
+    """The gradient of the penalty given the bucket's v, by autograd in float64."""
     leaf = weight.detach().double().requires_grad_()
     total = 0.0
     for i, matrix in enumerate(matrices_of(kind, leaf)):
@@ -60,7 +60,7 @@ def whole_buffer(tensor):
 
 
 def assert_gradient(bucket, kind, weight, grad, accumulate):
-    """rank_one adds to (or overwrites) the elements of ``grad`` and touches no other memory."""
+    """Assert that rank_one adds to (or overwrites) ``grad`` and touches no other memory."""
     before, outside = grad.double(), torch.isnan(whole_buffer(grad))
     assert int((~outside).sum()) == grad.numel()
     gradients(bucket, accumulate, [grad])
@@ -164,14 +164,14 @@ INCOMPATIBLE = {
 
 
 def assert_refused(bucket, grad, *parts):
-    """bind_grads names the parameter and says what is accepted; the tables stay as they were."""
+    """Assert an error with the parameter and what is accepted, and unchanged tables."""
     good = [torch.zeros_like(t) for t in bucket.plan.tensors]
     bucket.plan.bind_grads(good)
     before = bucket.plan.table.tobytes(), bucket.plan.elementwise_table.tobytes()
     for _ in range(2):
         with pytest.raises(ValueError, match="accepted") as caught:
             bucket.plan.bind_grads([grad, *good[1:]])
-        for part in (f"gradient of parameter {bucket.plan.owners[0].name!r}", *parts):
+        for part in (f"gradient of parameter {bucket.plan.refs[0].name!r}", *parts):
             assert part in str(caught.value)
     assert (bucket.plan.table.tobytes(), bucket.plan.elementwise_table.tobytes()) == before
 

@@ -242,14 +242,14 @@ def test_chunks_cover_every_column_once():
     plan_ = bucket_of([torch.randn(shape) for shape in TILED]).plan
     for i, layout in enumerate(plan_.layouts):
         own = plan_.chunks[plan_.chunks["matrix"] == i]["begin"]
-        # A matrix without columns has a chunk too: somebody has to write its sigma.
+        # A matrix without columns has a chunk too, to write its sigma.
         assert list(own) == list(range(0, max(layout.cols, 1), schema.CHUNK_COLUMNS))
     assert (np.diff(plan_.chunks["matrix"]) >= 0).all()
     assert not plan_.arrivals.any()
     assert len(plan_of([torch.randn(7, 5)], r=4).chunks) == 0
 
 
-# Tiles on a GPU, and bytes of the largest over the mean, both at least as good as this.
+# Least number of tiles on a GPU, and largest ratio of the largest tile to the mean.
 CUT = {
     "mlp": (20, 1.6), "resnet18": (264, 1.1), "vit_tiny": (264, 1.6), "vit_b": (950, 1.2),
     "gpt2": (1056, 1.2), "many_small": (1000, 1.0), "one_huge": (256, 1.0), "llama_1b": (2048, 2.0),
@@ -259,7 +259,7 @@ CUT = {
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_every_multiprocessor_has_as_much_to_do(case):
-    """264 or 528 programs run at once on an H100: each has a tile, or some of about one size."""
+    """264 or 528 programs run at once on an H100: each has a tile, or some of about equal size."""
     shapes, (least, worst) = cases.CASES[case](), CUT[case]
     sizes = []
     for (m, n), step in zip(shapes, rows_of_tiles(shapes, "cuda"), strict=True):
@@ -268,7 +268,7 @@ def test_every_multiprocessor_has_as_much_to_do(case):
         sizes += [n * min(step, m - start) for start in range(0, m, step)]
     assert len(sizes) >= least
     assert max(sizes) * len(sizes) / sum(sizes) <= worst
-    # What tiles write of t is little beside what they read, or stays in a cache of 50 MB.
+    # The partial t are small beside the weights, or fit into a cache of 50 MB.
     t = 4 * sum(-(-m // step) * n for (m, n), step in zip(shapes, rows_of_tiles(shapes, "cuda"),
                                                           strict=True))  # fmt: skip
     assert t <= max(32e6, 0.04 * 2 * sum(sizes))

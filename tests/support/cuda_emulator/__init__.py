@@ -1,14 +1,13 @@
-"""The CUDA C++ kernels on a CPU: csrc/ as it is, compiled with a stand-in for CUDA.
+"""The CUDA C++ kernels on a CPU: csrc/ unchanged, compiled with an emulation of CUDA.
 
 ``python -m pytest -p tests.support.cuda_emulator --emulator FOLDER FILES`` builds it in FOLDER and
-runs the tests of backend "cuda" in some files, such as tests/backends/test_subspace.py.
+runs the tests of backend "cuda" in FILES, such as tests/backends/test_subspace.py.
 
-Blocks run in another random order in each launch, several at once, and the threads of a block in
-random order between barriers and shuffles. A launch fails where some threads wait for others that
-never come, a load or store is not aligned, or a block writes beyond its shared memory. What cannot
-be shown: that a first-level cache holds what another block has changed since, that memory is seen
-in another order than it was written, that something beyond a tensor is read and not used, what
-nvcc and ptxas make of the code, and how fast it is.
+Blocks run in a new random order in each launch, several at once, and the threads of a block in
+random order between barriers and shuffles. A launch fails if threads wait for others that never
+arrive, a load or store is misaligned, or a block writes beyond its shared memory. Not detected:
+stale data in an L1 cache, reordering of memory accesses, reads beyond a tensor whose values are not
+used, and errors of nvcc and ptxas. Nothing is said about speed.
 """
 
 import importlib.util
@@ -38,7 +37,7 @@ PLAIN = ["-O0", "-DSPECTRAL_CUDA", "-DSPECTRAL_LEVEL=baseline"]
 
 
 def missing() -> str | None:
-    """Return what the emulator needs and is not here, or None."""
+    """Return which requirement of the emulator is missing here, or None."""
     if shutil.which(compiler()) is None:
         return f"no C++ compiler: there is no {compiler()!r}"
     if shutil.which("nvcc") is None:
@@ -64,7 +63,7 @@ def includes() -> list[str]:
 
 
 def build(folder: Path) -> Path:
-    """Compile in ``folder`` what has changed since the last time there; return the module."""
+    """Compile in ``folder`` what has changed since the last build; return the module's path."""
     target = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     kernels = [HERE / "emulator.cpp", *CSRC.rglob("*.cu")]
     headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), HERE / "emulator.h"]
@@ -80,20 +79,20 @@ def build(folder: Path) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, [*kernels, *CSRC.rglob("*.cpp")]))
-    # Of functions that torch's libraries have as well, the emulator's are meant.
+    # -Bsymbolic: the emulator's functions, not those of the same names in torch's libraries.
     run("-shared", "-Wl,-Bsymbolic", *objects, "-pthread", "-o", target)
     return target
 
 
 def run(*arguments) -> None:
-    """Run the compiler; where it fails, the error has what it said."""
+    """Run the compiler; the error, if it fails, has its output."""
     done = subprocess.run([compiler(), *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
 
 
 def load(path: Path):
-    """Import a module that :func:`build` has made."""
+    """Import a module built by :func:`build`."""
     spec = importlib.util.spec_from_file_location("_native", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -101,12 +100,12 @@ def load(path: Path):
 
 
 def emulate(patch, native) -> None:
-    """Let backend "cuda" be the emulator's, on a CPU, with tiles cut as for a GPU.
+    """Run backend "cuda" on the emulator, on a CPU, with tiles cut as for a GPU.
 
     ``patch`` is pytest's monkeypatch, ``native`` what :func:`load` returns.
     """
     patch.setitem(sys.modules, "spectral_kernels._native", native)
-    choice.native_module()  # or it was made from other tables
+    choice.native_module()  # raises if it was built from other tables
 
     def but_for_cuda(reason):
         return lambda name, *where: None if name == "cuda" else reason(name, *where)
