@@ -1,4 +1,5 @@
-// Addresses and tables in, kernels run. Python owns every array; nothing here knows torch.
+// Python bindings: addresses and tables come in, kernels run. Python owns every array; torch is not
+// used here.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -32,7 +33,7 @@ py::dict fields(size_t size, std::initializer_list<std::pair<const char*, size_t
 const Header& header_at(int64_t address) { return *reinterpret_cast<const Header*>(address); }
 
 #ifdef SPECTRAL_CUDA
-// The header with the tables' addresses on the device in the place of those on the host.
+// Returns the header with the addresses of the device tables in place of the host tables'.
 Header device_header(int64_t address, int64_t matrices, int64_t tiles, int64_t elementwise,
                      int64_t chunks) {
   Header header = header_at(address);

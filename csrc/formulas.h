@@ -1,4 +1,4 @@
-// The mathematics on numbers, for the CPU and for CUDA: one truth for both.
+// The scalar mathematics that CPU and CUDA kernels share.
 //
 // Where this is included, SPECTRAL_FORMULA says how functions are compiled (inlined, and for which
 // processor), and these functions of float64 exist: is_finite, bits_of, double_of, pow_of, sqrt_of,
@@ -45,7 +45,7 @@ SPECTRAL_FORMULA double raw_penalty_of(double sigma, double target, double k) {
   return excess * excess;
 }
 
-// ||W^T u - sigma v||, from t_norm = scale * ||W^T s||: ||W^T u||^2 - sigma^2, squared.
+// ||W^T u - sigma v|| = sqrt(||W^T u||^2 - sigma^2), from t_norm = scale * ||W^T s||.
 SPECTRAL_FORMULA double residual_of(double sigma, double t_norm, double scale) {
   if (!is_finite(sigma) || !(sigma > 0)) return sigma;
   const double wtu = t_norm / (scale * sigma);

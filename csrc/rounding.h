@@ -1,5 +1,5 @@
-// What counts as rounding where several vectors of a matrix are made orthonormal: one truth for all
-// processors.
+// Thresholds for rounding errors when several vectors of a matrix are orthonormalized, the same on
+// all processors.
 #pragma once
 
 namespace spectral {

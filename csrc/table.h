@@ -15,7 +15,7 @@ enum DType : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 }
 // a * outer_stride + b (strides in elements). A plain matrix has outer = 1.
 struct Matrix {
   int64_t weight;  // address of element (0, 0)
-  int64_t grad;    // the same of the gradient; 0: there is none, skip the matrix
+  int64_t grad;    // the same for the gradient; 0: there is none, skip the matrix
   int64_t grad_dtype;
   int64_t rows, outer, inner;
   int64_t row_stride, outer_stride;
@@ -54,11 +54,10 @@ struct Elementwise {
 
 enum Rule : int64_t { kAdamW = 0, kSgd = 1 };
 
-// What an optimizer keeps beside one matrix, one elementwise parameter or (a part of) another
-// parameter.
+// The optimizer's state of one matrix, one elementwise parameter or (a part of) another parameter.
 struct Moment {
   int64_t first;   // address that goes with the first element: exp_avg or momentum_buffer; 0: none
-  int64_t second;  // the same of exp_avg_sq
+  int64_t second;  // the same for exp_avg_sq
   int64_t parameter;  // which parameter, for its number of steps
   int64_t group;      // which row of groups; negative: the parameter is left as it is
 };
@@ -70,8 +69,8 @@ struct Group {
   double eps, nesterov;
 };
 
-// What an optimizer's step needs beside a Header, whose gradients are those of the task alone. Its
-// addresses are on the device of the weights.
+// What an optimizer's step needs in addition to a Header, whose gradients are those of the task.
+// Addresses are on the device of the weights.
 struct Update {
   int64_t rule;
   int64_t moment_dtype;    // that of the weights, or float32
@@ -83,7 +82,7 @@ struct Update {
   int64_t steps;       // float32 per parameter, this step included
   int64_t decoupled;   // the penalty acts on the weights, beside weight decay
   int64_t grad_scale;  // one float32 number by which gradients are multiplied; 0: there is none
-  int64_t found_inf;   // one float32 number: above zero nothing moves; 0: everything does
+  int64_t found_inf;   // one float32 number: above zero nothing changes; 0: there is none
 };
 
 constexpr int kMaxVectors = 16;  // per matrix

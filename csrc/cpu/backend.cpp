@@ -42,15 +42,14 @@ const Level* best_level() {
 
 const Level* current = best_level();
 
-// Below this many bytes to read a second thread costs more than it saves.
+// For fewer bytes than this, a second thread costs more than it saves.
 constexpr int64_t kSerialBytes = 256 * 1024;
 
 int useful_threads(int64_t n_bytes, int threads) {
   return n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
 }
 
-// One parallel region over all tiles and all elementwise parameters, and what else is to be done
-// after these.
+// Runs one parallel region over all tiles and all elementwise parameters, then `after`.
 template <class OnTile, class OnElementwise>
 void for_each_task(const Header& header, int64_t n_bytes, int threads, OnTile on_tile,
                    OnElementwise on_elementwise, int64_t n_others = 0) {

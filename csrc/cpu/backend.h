@@ -10,8 +10,8 @@
 namespace spectral {
 namespace cpu {
 
-std::vector<std::string> levels();        // those this processor can run, best last
-std::string level();                      // the one in use
+std::vector<std::string> levels();        // that this processor supports, the best last
+std::string level();                      // the level in use
 void set_level(const std::string& name);  // throws std::invalid_argument
 bool has_openmp();
 

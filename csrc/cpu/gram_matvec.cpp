@@ -1,4 +1,4 @@
-// s = W v and t = W^T s of every tile, and the stage that makes sigma and the next v of them.
+// s = W v and t = W^T s of every tile, and the stage that computes sigma and the next v from them.
 
 #include "elementwise_norm.h"
 #include "isa.h"
@@ -10,10 +10,10 @@ namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-// What normalize finds out about a matrix: r values each, the largest first.
+// Results of normalize for one matrix: r values each, the largest first.
 struct Estimates {
   double sigma[kMaxVectors];
-  double t_norm[kMaxVectors];  // of the t that belong to them
+  double t_norm[kMaxVectors];  // norms of the corresponding t
 };
 
 // The next v is t / ||t||.
@@ -31,7 +31,7 @@ void next_vector(const Header& header, const Matrix& m, double squares, Estimate
   found.t_norm[0] = t_norm;
 }
 
-// v and s become those of the Ritz values, and the next v an orthonormal basis of the t.
+// Rotates v and s to the Ritz vectors; the next v is an orthonormal basis of the rotated t.
 template <class S>
 void next_vectors(const Header& header, const Matrix& m, Small& products, double scale,
                   Estimates& found) {

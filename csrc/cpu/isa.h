@@ -6,16 +6,16 @@
 
 namespace spectral {
 
-constexpr int kMaxRows = 4;  // of a matrix that are worked on together
+constexpr int kMaxRows = 4;  // of a matrix that are processed together
 
-// What the products of a tile take, with r vectors per matrix.
+// The kernels for the products of a tile, with r vectors per matrix.
 constexpr int64_t product_rows(int64_t r) { return kMaxRows + r; }
 constexpr int64_t scratch_rows(int64_t r) { return product_rows(r) + 1; }
 
 struct CpuKernels {
   // s, partial t and partial norm of one tile; scratch as for rank_one.
   void (*gram_matvec)(const Header&, const Tile&, const Tile* next, double* scratch);
-  // Partial t and partial products of one tile from the s that is given; scratch as for rank_one.
+  // Partial t and partial products of one tile from a given s; scratch as for rank_one.
   void (*transposed)(const Header&, const Tile&, double* scratch);
   // Below n_tiles a part of the sums of t over the tiles of a matrix, at the address t unless that
   // is 0; then the sums of products of one matrix, at the address gram.

@@ -1,4 +1,4 @@
-// The partial results of tiles apart from s = W v: made of an s that is given, and summed up.
+// Partial results of tiles without s = W v: computed from a given s, and summed over tiles.
 
 #include "isa.h"
 #include "tile_products.h"
@@ -8,7 +8,7 @@ namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-// What the partial results of a tile are made of and written to.
+// Inputs and outputs of the partial results of a tile.
 template <class T, class S = typename Simd<T>::Accumulator>
 struct Given {
   const Matrix& m;
@@ -18,8 +18,8 @@ struct Given {
   const S* s;    // [r, rows]
   S* t;          // [r, n]; null: only gram is wanted
   double* gram;  // [r, r]
-  T* rows;       // scratch for kMaxRows of them
-  S* split_t;    // t in the order in which it is summed up
+  T* rows;       // scratch for kMaxRows rows
+  S* split_t;    // t in split order
 
   Given(const Header& header, const Tile& tile, double* scratch)
       : m(reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix]),
@@ -47,7 +47,7 @@ struct Given {
   }
 };
 
-// One vector: R rows from the given one on.
+// One vector: R rows, starting at the given one.
 template <int R, class T, class S>
 SPECTRAL_INLINE void add_few(const Given<T, S>& given, int64_t row) {
   const T* w[R];
@@ -72,8 +72,8 @@ void transposed_of_one(const Header& header, const Tile& tile, double* scratch) 
   given.end();
 }
 
-// Several vectors: t[j] += sum over the rows w of factor[row][j] * w[row], or written over it where
-// they are the first. W is read from memory once: a block of columns stays in the cache for all
+// Several vectors: t[j] += sum over the rows w of factor[row][j] * w[row], or overwritten for
+// the first rows. W is read from memory once: a block of columns stays in the cache for all
 // vectors, NV of which go through registers at a time.
 template <int NV, class T, class S>
 SPECTRAL_INLINE void add_group(const Given<T, S>& given, const T* const* w,
@@ -120,7 +120,7 @@ void transposed_of_several(const Header& header, const Tile& tile, double* scrat
   given.end();
 }
 
-// The share of a tile in the sums of t over its matrix: some of the columns.
+// Sums t over the tiles of a matrix, for the columns that this tile is responsible for.
 template <class S>
 void collect_columns(const Header& header, int64_t index, S* t) {
   const Tile& tile = reinterpret_cast<const Tile*>(header.tiles)[index];
@@ -132,7 +132,7 @@ void collect_columns(const Header& header, int64_t index, S* t) {
   if (n > 0) reduce_tiles(header, m, begin, t + m.v_offset + begin, n);
 }
 
-// The products of one matrix, and zeros for t where it has no tile.
+// Sums the products of one matrix; writes zeros to t if it has no tile.
 template <class S>
 void collect_products(const Header& header, int64_t index, S* t, double* gram) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[index];

@@ -8,7 +8,7 @@ namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-// grad[c] = (accumulate ? grad[c] : 0) + a * v[c], v in split order where the type wants it
+// grad[c] = (accumulate ? grad[c] : 0) + a * v[c], v in split order if the type needs it
 template <bool kAccumulate, class G, class S>
 SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
   using L = Simd<G>;
@@ -78,7 +78,7 @@ void add_elementwise_gradient(const Header& header, const Elementwise& entry, in
   }
 }
 
-// float64 gradients belong to float64 weights; every other pair of types is mixed freely.
+// float64 gradients occur with float64 weights only; all other types may be mixed.
 template <class T, class Function>
 SPECTRAL_INLINE void with_grad_dtype(int64_t dtype, Function function) {
   if constexpr (sizeof(T) == 8) {

@@ -1,4 +1,4 @@
-// What several vectors of a matrix need between their products: Rayleigh-Ritz and a new basis.
+// Rayleigh-Ritz and a new basis, for several vectors per matrix.
 //
 // The small matrices are float64 and live on the stack. Arrays of vectors are [r, n], one vector
 // after the other.
@@ -13,7 +13,7 @@ namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-// Of r x r numbers in use.
+// An r x r matrix.
 struct Small {
   double a[kMaxVectors][kMaxVectors] = {};
   SPECTRAL_INLINE double* operator[](int64_t i) { return a[i]; }
@@ -69,7 +69,8 @@ void combine(const Small& c, const S* x, const Small& d, const S* y, int64_t n, 
 // that are zero are never rotated: vectors of zeros stay apart from others.
 void eigen(Small& h, int r, double* values, Small& q) {
   constexpr int kMaxSweeps = 20;
-  constexpr double kNegligible = 1e-32;  // square of an element, beside those on the diagonal
+  constexpr double kNegligible =
+      1e-32;  // square of an off-diagonal element, relative to the diagonal
   for (int i = 0; i < r; ++i) q[i][i] = 1;
   bool rotated = true;
   for (int sweep = 0; rotated && sweep < kMaxSweeps; ++sweep) {
@@ -114,7 +115,7 @@ void eigen(Small& h, int r, double* values, Small& q) {
   }
 }
 
-// Gram-Schmidt on candidates that are known by their products alone, all units or zero.
+// Gram-Schmidt on candidates, unit vectors or zero, given by their inner products alone.
 struct Basis {
   static constexpr int kMost = 2 * kMaxVectors;
   int count;                        // candidates
@@ -125,11 +126,12 @@ struct Basis {
 
   explicit Basis(int count) : count(count) {}
 
-  // Makes candidate `which` the next vector; false, and zero, where it depends on those before it.
+  // Makes candidate `which` the next vector; returns false, and adds zero, if it depends on earlier
+  // ones.
   bool take(int which) {
     double row[kMost] = {}, row_with[kMost] = {};
     row[which] = 1;
-    // The second turn removes what rounding has left.
+    // A second pass removes rounding errors.
     for (int turn = 0; turn < 2; ++turn)
       for (int k = 0; k < found; ++k) {
         double product = 0;
@@ -150,7 +152,7 @@ struct Basis {
     return inverse > 0;
   }
 
-  // The next vector is zero.
+  // Adds a zero vector.
   void leave_out() {
     for (int i = 0; i < count; ++i) c[found][i] = with[found][i] = 0;
     ++found;
@@ -195,7 +197,7 @@ void new_basis(const Small& q, const double* squares, const Small& gram, const d
     }
 }
 
-// Makes vectors orthonormal that nearly are, or zero.
+// Orthonormalizes vectors that are nearly orthonormal, or zero.
 template <class S>
 void orthonormalize(S* x, int64_t n, int r) {
   Small gram, coefficients;

@@ -1,4 +1,4 @@
-// The formulas, on the numbers that a header points to.
+// The formulas, applied to the arrays of a header.
 #pragma once
 
 #include "../table.h"

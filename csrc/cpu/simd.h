@@ -94,7 +94,7 @@ SPECTRAL_INLINE u32v float16_bits(u32v x) {
 
 // Simd<T>: vectors of Accumulator elements, read from and written to arrays of T, a pair of vectors
 // at a time. kSplits: the pair holds the even and the odd elements instead of the first and second
-// half, which needs no shuffle; whoever works with such pairs brings v and t into split_order.
+// half, which needs no shuffle; code that uses such pairs brings v and t into split_order first.
 template <class T>
 struct Simd;
 
@@ -206,8 +206,8 @@ SPECTRAL_INLINE u32v last_lanes(int64_t n) {
   return load_bits<u32v>((const char*)kMask + n * sizeof(V{}[0]));
 }
 
-// The end of a row that full vectors have not covered, n = 1 to kLanes - 1 elements: where the row
-// has room for it, the vector that ends with the row is taken, so that nothing is copied.
+// The end of a row that full vectors have not covered, n = 1 to kLanes - 1 elements: if the row
+// is long enough, the last full vector of the row is used, so that nothing is copied.
 template <class T>
 struct Tail {
   using V = typename Simd<T>::V;
@@ -218,18 +218,18 @@ struct Tail {
       : n(row - covered),
         start(row >= Simd<T>::kLanes ? row - Simd<T>::kLanes : covered),
         overlaps(row >= Simd<T>::kLanes) {}
-  // What is not part of the tail is zero.
+  // Lanes before the tail are zero.
   template <class E>
   SPECTRAL_INLINE V load(const E* row) const {
     if (!overlaps) return load_part(row + start, n);
     return (V)((u32v)Simd<E>::load(row + start) & last_lanes<V>(n));
   }
-  // The other way round: the tail is zero.
+  // The opposite: the lanes of the tail are zero.
   template <class E>
   SPECTRAL_INLINE V load_before(const E* row) const {
     return overlaps ? (V)((u32v)Simd<E>::load(row + start) & ~last_lanes<V>(n)) : V{};
   }
-  // What is not part of the tail is what lies there; to be stored again unchanged.
+  // Lanes before the tail keep their values in memory, to be stored unchanged.
   template <class E>
   SPECTRAL_INLINE V load_all(const E* row) const {
     return overlaps ? Simd<E>::load(row + start) : load_part(row + start, n);
@@ -269,7 +269,7 @@ SPECTRAL_INLINE void memory_order(const S* x, S* out, int64_t n) {
   for (; c < n; ++c) out[c] = x[c];
 }
 
-// The upper half of the lanes brought down; what stands above them does not count.
+// Moves the upper half of the lanes down; the lanes above are unspecified.
 SPECTRAL_INLINE f32v upper_half(f32v x) {
 #if SPECTRAL_BYTES == 64
   return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0);

@@ -15,7 +15,7 @@ namespace {
 constexpr int kGroupRows = 16;
 constexpr int64_t kGroupBytes = 96 * 1024;  // of W: two groups, V and T share the cache
 constexpr int64_t kColumns = 1024;          // of a block, a whole number of pairs
-// With 16 registers two rows times four vectors leave room for what is multiplied.
+// With 16 registers, two rows times four vectors leave room for the operands.
 constexpr int kRegisterRows = SPECTRAL_BYTES == 64 ? 4 : 2;
 
 // out[r][j] += sum of w[r][c] * v[j][c] over a block of columns from begin on; the last one has the
@@ -109,7 +109,7 @@ SPECTRAL_INLINE void add_block(const T* const* w, const T* const* later, const S
   }
 }
 
-// A function of a row without its type: what calls it is compiled once for all of them.
+// A type-erased function of a row, so that its callers are compiled once.
 struct RowFunction {
   void (*call)(const void* function, int64_t row);
   const void* function;
@@ -121,7 +121,7 @@ struct RowFunction {
   void operator()(int64_t row) const { call(function, row); }
 };
 
-// before(row) is called for every row before anything of it is read. NV vectors go through
+// before(row) is called for every row before it is read. NV vectors go through
 // registers at a time.
 template <int NV, class T, bool kPrefetch, class S>
 struct SubspaceTask {
@@ -130,11 +130,11 @@ struct SubspaceTask {
   const int64_t n;
   const int r;
   const double scale;
-  const S* v;  // [r, n], in split order where the type wants it
+  const S* v;  // [r, n], in split order if the type needs it
   S* s;        // [r, rows]
   S* t;        // [r, n] as v; null: only s is wanted
   T* rows_scratch;
-  const T* next;  // what this thread will probably read after the tile; null: unknown
+  const T* next;  // what this thread will probably read next; null: unknown
   double* gram;   // [r, r]
   RowFunction before;
 

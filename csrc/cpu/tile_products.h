@@ -78,21 +78,21 @@ SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n
   }
 }
 
-// before(row) is called for every row before anything of it is read.
+// before(row) is called for every row before it is read.
 template <class T, bool kPrefetch, class S, class Before>
 struct TileTask {
   const Matrix& m;
   const Tile& tile;
   const int64_t n;
   const double scale;
-  const S* v;  // in split order where the type wants it
+  const S* v;  // in split order if the type needs it
   S* s;
   S* t;  // the same; null: only s is wanted
   T* rows_scratch;
-  const T* next;  // what this thread will probably read after the tile; null: unknown
+  const T* next;  // what this thread will probably read next; null: unknown
   Before before;
   double sum_of_squares = 0;
-  int64_t ahead = 0;  // rows from those in work to those that are prefetched
+  int64_t ahead = 0;  // rows between the current and the prefetched ones
 
   template <int R>
   SPECTRAL_INLINE void rows(int64_t row) {
@@ -128,7 +128,7 @@ struct TileTask {
   }
 };
 
-// Apart, so that one vector's code is compiled as if there was nothing else.
+// Separate, so that the code for one vector is optimized on its own.
 template <class T, bool kPrefetch, class S>
 __attribute__((noinline)) void products_of_several(const Header& header, const Tile& tile,
                                                    const T* next, const S* v, double* scratch,
@@ -139,7 +139,7 @@ __attribute__((noinline)) void products_of_several(const Header& header, const T
     subspace_products<4, T, kPrefetch>(header, tile, next, v, scratch, before);
 }
 
-// Writes s, the partial t and the partial Gram matrix of a tile; v is one of those of the header.
+// Writes s, the partial t and the partial Gram matrix of a tile; v is v or v_next of the header.
 template <class T, bool kPrefetch = true, class S, class Before>
 SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const Tile* next,
                                    const S* v, double* scratch, Before before) {

@@ -1,4 +1,4 @@
-// How the rows of a tile are walked through: pairs of vectors, prefetching, rows in pieces.
+// Iteration over the rows of a tile: pairs of SIMD vectors, prefetching, rows in pieces.
 #pragma once
 
 #include "isa.h"

@@ -1,8 +1,8 @@
 // An optimizer's step that contains the penalty, in one pass over weights, gradients and moments.
 //
-// A row is updated with its gradient and the penalty's, strength * dR/dW at the s and v that the
-// pass before has left; what is still in the cache is then multiplied by v_next, and by that into
-// t, for the next step. AdamW and SGD are rules of the same pass.
+// A row is updated with its gradient and the penalty's, strength * dR/dW at the s and v of the
+// previous pass; while it is in the cache it is multiplied by v_next to s and into t, for the next
+// step. AdamW and SGD are rules of the same pass.
 
 #include "elementwise_norm.h"
 #include "isa.h"
@@ -13,7 +13,7 @@ namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-constexpr int64_t kAheadInRow = 512;  // bytes from what is updated to what is fetched
+constexpr int64_t kAheadInRow = 512;  // bytes between the update and the prefetch
 
 template <class A, class B>
 constexpr bool is_same = false;
@@ -36,7 +36,7 @@ SPECTRAL_INLINE f32v sqrt_lanes(f32v x) { return (f32v)_mm_sqrt_ps((__m128)x); }
 SPECTRAL_INLINE f64v sqrt_lanes(f64v x) { return (f64v)_mm_sqrt_pd((__m128d)x); }
 #endif
 
-// What the rules of optimizers do side by side.
+// Arithmetic of the optimizers' rules on the lanes of a SIMD vector.
 struct Lanes {
   template <class V>
   static SPECTRAL_INLINE V root_of(V x) {
@@ -48,13 +48,14 @@ struct Lanes {
   }
 };
 
-// What happens to a stretch of elements: g / grad_scale + in_gradient * x goes through the rule,
-// beside_it * x straight to the weights, with x the other factor of the penalty's gradient.
+// The update of a stretch of elements: g / grad_scale + in_gradient * x goes through the rule,
+// beside_it * x straight to the weights, where x is the element-dependent factor of the penalty's
+// gradient.
 template <class Rule, class T, class M, class S>
 struct Stretch {
   using V = typename Simd<T>::V;
   static constexpr int kLanes = Simd<T>::kLanes;
-  // Pairs of vectors in split order go together where all arrays are split alike.
+  // Split order is used if all arrays are split alike.
   static constexpr bool kPairs = is_same<T, M>;
   static constexpr bool kSplits = kPairs && Simd<T>::kSplits;
 
@@ -64,7 +65,7 @@ struct Stretch {
   M* second;
   S inverse_scale, in_gradient, beside_it;
 
-  // weight and moments become the next ones.
+  // Updates weight and moments.
   SPECTRAL_INLINE void apply(const Rule& rule, V& weight, V gradient, V x, V& m1, V& m2) const {
     gradient = gradient * inverse_scale + x * in_gradient;
     rule(weight, gradient, m1, m2);
@@ -132,7 +133,7 @@ struct Stretch {
   }
 };
 
-// x of a row of a matrix: v, in split order where pairs are.
+// x of a row of a matrix: v, in split order if pairs are.
 template <class S>
 struct RowFactor {
   const S* v;
@@ -234,8 +235,7 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
       piece.run(rule, m.inner, RowFactor<S>{v + o * m.inner});
     }
   };
-  // Memory is busy enough without fetching more of the weights than of the other arrays:
-  // prefetching as gram_matvec does made the step up to a tenth slower.
+  // No prefetching of weights as in gram_matvec: it made the step up to 10 % slower.
   tile_products<T, false>(header, tile, next, v_next, scratch, update_row);
 }
 

@@ -6,7 +6,7 @@ namespace spectral {
 namespace cuda {
 namespace {
 
-// Right to about one rounding; without the branches of sqrtf.
+// Accurate to about one ulp, without the branches of sqrtf.
 __device__ __forceinline__ float fast_sqrt(float x) {
   float root;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));

@@ -3,8 +3,8 @@
 //
 // The header itself is read on the host. Every address in it is one on the device, the tables'
 // too; state arrays and scale are float32. A call puts its launch into the stream (a cudaStream_t
-// as a number) and returns: nothing is allocated and nothing waited for, so that a CUDA graph can
-// capture it. Nothing is launched where there is nothing to do.
+// as a number) and returns: it neither allocates nor waits, so that a CUDA graph can
+// capture it. Empty work is not launched.
 //
 // Throws std::invalid_argument for weights that are neither float32, bfloat16 nor float16, and
 // std::runtime_error with CUDA's message where a launch fails.
@@ -17,14 +17,14 @@
 namespace spectral {
 namespace cuda {
 
-// Why the kernels cannot run on a device, in CUDA's words; empty: they can.
+// Returns CUDA's message why the kernels cannot run on a device; empty: they can.
 std::string problem(int device);
 
 // s, partial t and the products of s of every tile; norm and penalty of every elementwise
 // parameter.
 void gram_matvec(const Header& header, int device, int64_t stream);
 
-// Partial t and products of every tile from the s that is given.
+// Partial t and products of every tile from a given s.
 void transposed(const Header& header, int device, int64_t stream);
 
 // Sums of these over the tiles of every matrix: t [sum of r N], at an address that may be 0, laid
@@ -39,8 +39,8 @@ void rank_one(const Header& header, int device, int64_t stream, bool finish, boo
 
 // An optimizer's step that contains the penalty's gradient at v and the sigma, s and norms in the
 // state; then s, partial t and products of the new weights with v_next, norms and penalties of the
-// new vectors. A step that found_inf skips takes the products with v and copies it to v_next.
-// The update itself is read on the host; every address in it is one on the device.
+// new elementwise parameters. A step that found_inf skips takes the products with v and copies it
+// to v_next. The update itself is read on the host; every address in it is one on the device.
 void update(const Header& header, const Update& update, int device, int64_t stream);
 
 }  // namespace cuda

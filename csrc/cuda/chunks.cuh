@@ -25,7 +25,7 @@ template <int kWidth>
 __device__ __forceinline__ void add_tiles(const float* t, int64_t n, int64_t n_tiles, int count,
                                           float (&sum)[kChunkColumns]) {
   using Bits = std::conditional_t<kWidth == 1, float, uint4>;
-  constexpr int kTilesAhead = 8;  // whose loads a thread has under way
+  constexpr int kTilesAhead = 8;  // whose loads are in flight per thread
   constexpr int kPieces = kChunkColumns / (32 * kWidth);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float own[kPieces][kWidth] = {};

@@ -12,18 +12,18 @@ namespace cuda {
 
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / 32;
-constexpr int kLoadBytes = 16;  // that one load takes at most
+constexpr int kLoadBytes = 16;  // maximum of one load
 template <class T>
 constexpr int kPerLoad = kLoadBytes / (int)sizeof(T);
 
-// A number as a pointer. The compiler does not know that one from the tables points to global
-// memory; where that matters, the kernels load and store by functions that say so (__ldcg, ...).
+// Converts an address to a pointer. The compiler does not know that it points to global memory;
+// where that matters, the kernels use load and store functions that imply it (__ldcg, ...).
 template <class T>
 __device__ __forceinline__ T* at(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Tells whether every row starts and ends at a multiple of kLoadBytes.
+// Returns whether every row starts and ends at a multiple of kLoadBytes.
 template <class T>
 __device__ __forceinline__ bool is_aligned(int64_t address, int64_t row_stride, int64_t n,
                                            int64_t outer) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x)
 __device__ __forceinline__ uint32_t bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
 __device__ __forceinline__ uint32_t bits_of(__half x) { return __half_as_ushort(x); }
 
-// What one load brings, as numbers, in order of their addresses.
+// Unpacks the elements of one load, in memory order.
 template <class T>
 __device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kPerLoad<T>]) {
   const uint32_t word[4] = {bits.x, bits.y, bits.z, bits.w};
@@ -144,7 +144,7 @@ __device__ __forceinline__ bool is_aligned(const float* p) {
   return reinterpret_cast<uintptr_t>(p) % kLoadBytes == 0;
 }
 
-// Where element (row, c) of a row in pieces lies, less row * row_stride.
+// Offset of column c of a row in pieces, relative to the row.
 __device__ __forceinline__ int64_t column_offset(int64_t c, int64_t inner, int64_t outer_stride) {
   if (((c | inner) >> 32) == 0) {  // a division of 32 bits is many times faster
     const uint32_t piece = (uint32_t)c / (uint32_t)inner;
@@ -168,7 +168,7 @@ __device__ __forceinline__ S sum_over_warp(S x) {
 __device__ __forceinline__ double sum_over_block(double x) {
   __shared__ double partial[kWarps];
   x = sum_over_warp(x);
-  __syncthreads();  // an earlier sum may still be being read
+  __syncthreads();  // `partial` may still be in use by an earlier sum
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
   __syncthreads();
   double total = 0;

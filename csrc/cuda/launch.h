@@ -24,7 +24,7 @@ inline void check_dtype(const Header& header, const char* what) {
     throw std::invalid_argument(std::string(what) + ": weights are float32, bfloat16 or float16");
 }
 
-// Makes a device current and the one before it again at the end.
+// Makes a device current, and restores the previous one at the end.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* what) : device_(device) {

@@ -1,4 +1,4 @@
-// The partial results of tiles apart from s = W v: made of an s that is given, and summed up.
+// Partial results of tiles without s = W v: computed from a given s, and summed over tiles.
 
 #include "backend.h"
 #include "chunks.cuh"
@@ -9,7 +9,7 @@ namespace spectral {
 namespace cuda {
 namespace {
 
-constexpr int kRows = 8;      // whose loads a thread has under way
+constexpr int kRows = 8;      // whose loads are in flight per thread
 constexpr int kFactors = 64;  // rows whose factors are in shared memory
 constexpr int kMaxSlices = kFactors / kRows;
 constexpr int kCollectThreads = 64;
@@ -127,7 +127,7 @@ struct Sums {
   int64_t t, gram;  // addresses; t may be 0
 };
 
-// The share of a tile in the sums of t over its matrix: some of the columns.
+// Sums t over the tiles of a matrix, for the columns that this tile is responsible for.
 __device__ __forceinline__ void collect_columns(const Header& header, int64_t index, float* sums) {
   const Tile* tiles = at<const Tile>(header.tiles);
   const Matrix m = at<const Matrix>(header.matrices)[tiles[index].matrix];
@@ -144,7 +144,7 @@ __device__ __forceinline__ void collect_columns(const Header& header, int64_t in
   }
 }
 
-// The products of one matrix, and zeros for t where it has no tile.
+// Sums the products of one matrix; writes zeros to t if it has no tile.
 __device__ __forceinline__ void collect_products(const Header& header, int64_t index,
                                                  const Sums& sums) {
   const Matrix m = at<const Matrix>(header.matrices)[index];

@@ -1,4 +1,4 @@
-// The penalty: the scalars of its gradient, and norm and penalty of a elementwise parameter.
+// The scalars of the penalty's gradient, and norm and penalty of an elementwise parameter.
 #pragma once
 
 #include "common.cuh"

@@ -18,7 +18,7 @@
 namespace spectral {
 namespace cuda {
 
-constexpr int64_t kReservedBytes = 4 * 1024;  // of shared memory, for everything else
+constexpr int64_t kReservedBytes = 4 * 1024;  // of shared memory, for other uses
 
 extern __shared__ float4 dynamic_shared[];
 
@@ -103,7 +103,7 @@ __device__ __forceinline__ double short_rows(const Source& w, const Operands& o)
   return squares;
 }
 
-// The sum of one row over the warps, the same bits in every thread.
+// Sums one row over the warps, with the same bits in every thread.
 __device__ __forceinline__ float sum_of(const float (&partial)[kWarps]) {
   float total = 0;
 #pragma unroll
@@ -196,7 +196,7 @@ __device__ __forceinline__ double long_rows(const Source& w, const Operands& o,
   return squares;
 }
 
-// What the products of a tile with v are taken with and written to.
+// Inputs and outputs of the products of a tile with v.
 __device__ __forceinline__ Operands operands_of(const Header& header, const Tile& tile,
                                                 const Matrix& m, int64_t v) {
   return {at<const float>(v) + m.v_offset, at<float>(header.s) + m.s_offset + tile.row_begin,

@@ -3,9 +3,9 @@
 //
 // Both in one launch: the first blocks take a chunk of a matrix each and sum its t, the next take a
 // tile each and add strength * 2 k (sigma^k - tau^k) sigma^(k-1) u v^T with u = s / sigma to the
-// gradient, the last ones the elementwise parameters. No block waits for another: of those with a
-// chunk of the same matrix the one that is done last finishes it, and those of tiles add the
-// squares up themselves. With several vectors per matrix or a tolerance, v and s change as well, so
+// gradient, the last ones the elementwise parameters. No block waits for another: the last
+// block to complete a chunk of a matrix finishes the matrix, and blocks of tiles add up the squares
+// themselves. With several vectors per matrix or a tolerance, v and s change as well, so
 // that there are two launches; see ritz.cu for the first.
 
 #include <type_traits>
@@ -20,7 +20,7 @@ namespace spectral {
 namespace cuda {
 namespace {
 
-constexpr int kRowsAhead = 8;  // whose loads a thread has under way
+constexpr int kRowsAhead = 8;  // whose loads are in flight per thread
 
 struct Parts {
   bool finish, gradient, accumulate;
@@ -48,7 +48,7 @@ __device__ __forceinline__ bool is_last(const Header& header, const Matrix& m, i
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    // Counts to the others, and from there to 0.
+    // Wraps to 0 after the last one.
     last = atomicInc(at<unsigned>(header.arrivals) + index, others) == others;
     __threadfence();
   }
@@ -60,7 +60,7 @@ __device__ __forceinline__ bool is_last(const Header& header, const Matrix& m, i
 template <int kWidth>
 __device__ __forceinline__ void multiply(const float* from, double factor, int64_t n, float* to) {
   using Bits = std::conditional_t<kWidth == 1, float, uint4>;
-  constexpr int kAhead = 4;  // loads that a thread has under way
+  constexpr int kAhead = 4;  // loads in flight per thread
   constexpr int64_t kStride = kThreads * kWidth;
   for (int64_t c = threadIdx.x * kWidth; c < n; c += kAhead * kStride) {
     Bits bits[kAhead] = {};
@@ -211,8 +211,8 @@ __device__ __forceinline__ void elementwise_gradient(const Header& header, int64
 }
 
 // gradient: the first n_tiles blocks take a tile each, the n_elementwise after them an elementwise
-// parameter each; finish: n_chunks more, a chunk each. They wait for memory, and the tiles beside
-// them make use of it: so they come after half of those.
+// parameter each; finish: n_chunks more, a chunk each. They are bound by memory latency, the tiles
+// by bandwidth: they are placed after half of the tiles.
 __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header header, Parts parts) {
   int64_t block = blockIdx.x;
   const int64_t chunk = block - (parts.gradient ? header.n_tiles / 2 : 0);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 2) rank_one_kernel(const Header head
   const Tile tile = at<const Tile>(header.tiles)[block];
   const Matrix m = at<const Matrix>(header.matrices)[tile.matrix];
   if (m.grad == 0) return;
-  // As it is stored, so that the gradient is the same bits in two launches.
+  // Rounded as stored, so that the gradient has the same bits as with two launches.
   const double sigma = parts.finish ? (float)sqrt(sum_of_squares(header, m))
                                     : at<const float>(header.sigmas)[tile.matrix];
   const double factor = gradient_factor(header, tile.matrix, sigma);

@@ -9,9 +9,9 @@ namespace spectral {
 namespace cuda {
 namespace {
 
-constexpr int kColumnsAhead = 4;  // whose loads a thread has under way
+constexpr int kColumnsAhead = 4;  // whose loads are in flight per thread
 
-// Tells whether the call is about the matrix; with a tolerance, v then becomes v_next. Every thread
+// Returns whether the call is about the matrix; with a tolerance, copies v_next to v. Every thread
 // must call it before any writes sigma or residual.
 __device__ __forceinline__ bool begins(const Header& header, const Matrix& m, int64_t index) {
   if (header.tolerance == 0) return true;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void combine(const Small<R>& c, const float* x, const
   }
 }
 
-// What the threads of a block share about their matrix.
+// Shared memory of the block of a matrix.
 template <int R>
 struct Found {
   Small<R> products;  // of s
@@ -213,7 +213,7 @@ __device__ __forceinline__ void find_basis(Found<R>& found, double scale) {
   __syncthreads();
 }
 
-// Makes vectors orthonormal that nearly are, or zero.
+// Orthonormalizes vectors that are nearly orthonormal, or zero.
 template <int R>
 __device__ __forceinline__ void orthonormalize(float* x, int64_t n, Found<R>& found) {
   Basis<R>& basis = found.basis;

@@ -30,7 +30,8 @@ __device__ __forceinline__ void rows_of_pair(int step, int pair, int& i, int& j)
 template <int R>
 __device__ __forceinline__ void eigen(Small<R>& h, double (&values)[R], Small<R>& q) {
   constexpr int kMaxSweeps = 20, kPairs = R / 2;
-  constexpr double kNegligible = 1e-32;  // square of an element, beside those on the diagonal
+  constexpr double kNegligible =
+      1e-32;  // square of an off-diagonal element, relative to the diagonal
   __shared__ double cosine[kPairs], sine[kPairs];
   __shared__ Small<R> unsorted;
   const int thread = threadIdx.x;
@@ -96,8 +97,8 @@ __device__ __forceinline__ void eigen(Small<R>& h, double (&values)[R], Small<R>
   __syncthreads();
 }
 
-// Gram-Schmidt on candidates that are known by their products alone, all units or zero. A lane of a
-// warp has a candidate each; what lies beyond the last of them is zero.
+// Gram-Schmidt on candidates, unit vectors or zero, given by their inner products alone. Each lane
+// of a warp has one candidate; lanes beyond the last have zeros.
 template <int R>
 struct Basis {
   double products[2 * R][32];  // of the candidates
@@ -110,11 +111,12 @@ struct Basis {
     __syncthreads();
   }
 
-  // Makes candidate `which` vector j; false, and zero, where it depends on those before it.
+  // Makes candidate `which` vector j; returns false, and makes it zero, if it depends on earlier
+  // ones.
   __device__ __forceinline__ bool take(int j, int which) {
     const int lane = threadIdx.x % 32;
     double row = lane == which, row_with = 0;
-    // The second turn removes what rounding has left.
+    // A second pass removes rounding errors.
 #pragma unroll 1
     for (int k = 0; k < 2 * j; ++k) {
       const int before = k < j ? k : k - j;

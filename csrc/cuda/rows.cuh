@@ -1,4 +1,4 @@
-// The rows of a tile, as the threads of a block read and use them.
+// Reads the rows of a tile with the threads of a block.
 #pragma once
 
 #include <type_traits>
@@ -52,7 +52,7 @@ struct Rows {
     }
   }
 
-  // What has been loaded before.
+  // Loads again what has been loaded before.
   template <int kRows, class Use>
   __device__ __forceinline__ void reload(int row, int64_t c, Use use) const {
     load<kRows>(row, c, use);
@@ -99,7 +99,7 @@ __device__ __forceinline__ float sum_rows_over_warp(const float (&x)[kRows]) {
     return sum[0];
 }
 
-// Multiplies by 2^-e in two steps, since 2^149 is none of a float's numbers.
+// Multiplies by 2^-e in two steps, since 2^149 is not a float32 number.
 struct Scale {
   float half, other_half;
   __device__ __forceinline__ explicit Scale(int e)
@@ -107,7 +107,7 @@ struct Scale {
   __device__ __forceinline__ float operator()(float s) const { return s * half * other_half; }
 };
 
-// What the products of a tile are taken with and written to.
+// Inputs and outputs of the products of a tile.
 struct Operands {
   const float* v;
   float* s;

@@ -28,7 +28,7 @@ __device__ __forceinline__ void load_columns(const float* p, int64_t n, bool ali
   for (int i = 0; i < kWidth; ++i) x[i] = i < n ? p[i] : 0;
 }
 
-// A tile as all threads of its block see it.
+// A tile, the same for all threads of its block.
 template <class T>
 struct Task {
   static constexpr int kWidth = kPerLoad<T>;

@@ -1,4 +1,4 @@
-// What is launched where matrices have several vectors.
+// Launches for several vectors per matrix.
 #pragma once
 
 #include <stdint.h>

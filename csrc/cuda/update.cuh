@@ -1,7 +1,7 @@
 // An optimizer's step that contains the penalty, in one pass over weights, gradients and moments.
 //
 // Rows go through registers as in products.cuh. On their way there they are updated with their
-// gradient and the penalty's, strength * dR/dW at the s and v that the launch before has left; the
+// gradient and the penalty's, strength * dR/dW at the s and v of the previous launch; the
 // new weights are multiplied by v_next, and by that into t, for the next step. AdamW and SGD are
 // rules of the same pass, in a file each: a rule changes p and the moments m1, m2 of an element by
 // gradient g as in torch.optim.
@@ -14,13 +14,13 @@
 namespace spectral {
 namespace cuda {
 
-// What update() chooses between, by the rule.
+// The rules that update() chooses from.
 void adamw(const Header& header, const Update& update, int device, int64_t stream);
 void sgd(const Header& header, const Update& update, int device, int64_t stream);
 
 namespace {
 
-// Weights, gradients and moments, whose elements lie alike.
+// Weights, gradients and moments, all with the same layout.
 template <class T, class M>
 struct Arrays {
   T* p;
@@ -40,12 +40,12 @@ __device__ __forceinline__ Arrays<T, M> arrays_at(int64_t weight, int64_t grad,
   return x;
 }
 
-// What happens to the elements of a parameter: g / grad_scale + in_gradient * penalty's gradient
+// The update of the elements of a parameter: g / grad_scale + in_gradient * penalty's gradient
 // goes through the rule, beside_it * penalty's gradient straight to the weights.
 template <class Rule, class T, class M>
 struct Change {
   Arrays<T, M> arrays;
-  bool acts;  // or all of it stays as it is, and nothing below has a value
+  bool acts;  // false: nothing changes, and the fields below are not set
   Rule rule;
   float inverse_scale, in_gradient, beside_it;
 };
@@ -54,8 +54,8 @@ __device__ __forceinline__ bool is_skipped(const Update& update) {
   return update.found_inf != 0 && *at<const float>(update.found_inf) > 0;
 }
 
-// Every thread of the block must call it, once; a barrier. One thread computes, since numbers of 64
-// bits are slow on many devices, and the result stays in shared memory, since registers are few.
+// Every thread of the block must call it, once; it is a barrier. One thread computes, since float64
+// is slow on many devices, and the result stays in shared memory, to save registers.
 template <class Rule, class T, class M>
 __device__ __forceinline__ const Change<Rule, T, M>& change_of(const Update& update,
                                                                const Moment& moment,
@@ -76,7 +76,7 @@ __device__ __forceinline__ const Change<Rule, T, M>& change_of(const Update& upd
   return change;
 }
 
-// kWidth neighbouring elements as they lie in memory, in as few loads as there can be.
+// kWidth neighbouring elements as in memory, in as few loads as possible.
 template <class E, int kWidth>
 struct Elements {
   static constexpr int kPerPart = kWidth == 1 ? 1 : kPerLoad<E>, kParts = kWidth / kPerPart;
@@ -123,7 +123,7 @@ __device__ __forceinline__ bool are_aligned(int64_t weight, int64_t grad, const 
   return (weight | grad | moment.first | moment.second) % kLoadBytes == 0;
 }
 
-// kWidth elements of each array on their way through registers.
+// kWidth elements of each array in registers.
 template <class Rule, class T, class M, int kWidth>
 struct Piece {
   Elements<T, kWidth> p{}, g{};
@@ -165,7 +165,7 @@ struct UpdatedRows : Rows<T, kAligned> {
   using Base = Rows<T, kAligned>;
   static constexpr int kWidth = Base::kWidth;
   static constexpr bool kAhead = false;
-  // Pieces whose loads are under way.
+  // Pieces whose loads are in flight.
   static constexpr int kTogether = !kAligned ? 4 : sizeof(M) > sizeof(T) ? 1 : 2;
 
   const Change<Rule, T, M>& change;  // whose arrays begin with the tile's first row
@@ -286,7 +286,7 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
 template <int kWidth, class Rule, class T, class M, class X>
 __device__ __forceinline__ void update_elements(const Change<Rule, T, M>& change, int64_t begin,
                                                 int64_t end, X x) {
-  constexpr int kTogether = 2;  // pieces whose loads are under way
+  constexpr int kTogether = 2;  // pieces whose loads are in flight
   constexpr int64_t kStride = kThreads * kWidth;
   for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kTogether * kStride) {
     Piece<Rule, T, M, kWidth> piece[kTogether];
