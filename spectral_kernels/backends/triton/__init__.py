@@ -1,1 +1,1 @@
-"""Triton kernels for all matrices and vectors of a plan: two launches per step, or a few."""
+"""Triton kernels for all parameters of a plan: two launches per step, or a few more."""

@@ -1,4 +1,4 @@
-"""The Triton kernels behind the calls of a backend."""
+"""The Triton kernels as a backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sizes import LARGE, sizes
 
 
 class Triton(Backend):
-    """All matrices and vectors of a plan in two launches per step; a third one for very long rows,
+    """All parameters of a plan in two launches per step; a third one for very long rows,
     and up to four for several vectors per matrix.
     """
 
@@ -24,7 +24,7 @@ class Triton(Backend):
         self._products(plan, state, v, len(plan.elementwise))
 
     def _products(self, plan, state, v, n_elementwise) -> None:
-        """Take the products of ``v`` with the matrices, and norms of the first vectors."""
+        """Multiply matrices by ``v``; take norms of the first ``n_elementwise`` parameters."""
         device, n_tiles = plan.device, len(plan.tiles)
         matrices, tiles, elementwise, _ = plan.device_tables().views
         pointers = (
@@ -70,7 +70,7 @@ class Triton(Backend):
         matrices, tiles, _, chunks = plan.device_tables().views
         if not plan.matrices:
             return
-        # Without t nothing is written there.
+        # Without t, this argument is not written to.
         sums = plan.t_partial, plan.gram_partial, plan.t_partial if t is None else t, gram
         if plan.r == 1:
             found = variant("collect_chunks", capability_of(plan.device), with_t=t is not None)
@@ -103,7 +103,7 @@ class Triton(Backend):
         self._rank_one(plan, state, finish=False, gradient=True, accumulate=accumulate)
 
     def finish(self, plan, state, grads, accumulate: bool) -> None:
-        """Do what normalize and rank_one do; of one vector, in one launch."""
+        """See :meth:`Backend.finish`; one launch for one vector."""
         together = plan.r == 1 and state.tolerance == 0
         if not together:
             self.normalize(plan, state)
@@ -119,7 +119,7 @@ class Triton(Backend):
             plan.arrivals, state.v, state.v_next if with_t else state.v, state.s, state.scalars,
             neutral(plan.device)[0] if state.scale is None else state.scale,
         )  # fmt: skip
-        # One launch for each type of gradients; where there are several, the first finishes.
+        # One launch per dtype of gradients; the first one finishes.
         for dtype in (plan.grad_dtypes or [plan.dtype]) if gradient else [plan.dtype]:
             if grid := n_chunks + n_others:
                 numbers = (
@@ -137,12 +137,12 @@ class Triton(Backend):
     def update(self, step) -> None:
         """See :meth:`Backend.update`; one pass over weights, gradients and moments.
 
-        The products with several vectors are a launch of their own.
+        With several vectors, the products are a separate launch.
         """
         (groups,) = step.group_table.views
         others, *moments = step.tables.views
         one, zero = neutral(step.device)
-        if step.plan is None:  # nothing is regularized: what the kernel does not look at
+        if step.plan is None:  # nothing is regularized: arguments that the kernel ignores
             tables, numbers, k, r, scale = (others,) * 3, (1, 0, 0, 1), 1.0, 1, None
             buffers = (step.steps, groups.view(torch.float64), *(step.steps,) * 4)
         else:

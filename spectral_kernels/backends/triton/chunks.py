@@ -1,6 +1,6 @@
-"""Sums over the tiles of a matrix that has one vector, a chunk of its columns at a time.
+"""Sums over the tiles of a matrix with one vector, a chunk of its columns at a time.
 
-Tiles may be thousands, so many programs share a matrix. Every sum has a fixed order.
+There may be thousands of tiles, so many programs share a matrix. Every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def sum_chunk(m, tiles, t_partial, begin, TILES: tl.constexpr):
     """Return the columns of the chunk that begins at ``begin``, and t summed over the tiles."""
     first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
     n = tl.load(m + OUTER) * tl.load(m + INNER)
-    # A matrix without rows or columns has no tile, and tiles may be an empty table.
+    # A matrix without rows or columns has no tile; the table of tiles may be empty.
     t_offset = tl.load(tiles + first * TILE_FIELDS + T_OFFSET, mask=n_tiles > 0, other=0)
     c = whole_loads(begin, tl.float32) + tl.arange(0, CHUNK_COLUMNS)
     if n % 4 == 0:
@@ -75,7 +75,7 @@ def collect_chunks(
     matrices, tiles, chunks, t_partial, gram_partial, t, gram,
     WITH_T: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Programs sum t of a chunk each, the first one of a matrix the squares of s as well."""
+    """Each program sums t of a chunk; the first one of a matrix also sums the squares of s."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * CHUNK_FIELDS
     index, begin = tl.load(chunk + CHUNK_MATRIX), tl.load(chunk + CHUNK_BEGIN)
     m = matrices + index * MATRIX_FIELDS

@@ -1,9 +1,9 @@
 """s = W v, t = W^T s per tile and the squares of s, with one read of W from memory.
 
-A program takes a tile: some rows of one matrix. Where a row fits into the registers of a program,
-a block of rows is loaded once, multiplied by v, and added to t while it is still there; the next
-one is on its way meanwhile. Of longer rows the second read finds the block in a cache. The last
-programs take the vectors.
+A program takes a tile: some rows of one matrix. If a row fits into the registers of a program, a
+block of rows is loaded once, multiplied by v, and added to t from registers, while the next block
+is being loaded. Longer rows are read twice, the second time from a cache. The last programs take
+elementwise parameters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def add_long_rows(
     w, row_stride, inner, outer_stride, n, r, row_end, scaled, t, is_first,
     LAYOUT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Add scaled^T W of the rows ``r``, read once more, to t, or write it where they are first."""
+    """Read rows ``r`` again and add scaled^T W to t, or write it for the first rows."""
     for first in range(0, n, BN):
         c = first + tl.arange(0, BN)
         columns = columns_of(c, inner, outer_stride, LAYOUT)
@@ -60,7 +60,7 @@ def add_long_rows(
         block = w + (r[:, None] * row_stride + columns[None, :])
         rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
         part = tl.sum(rows * scaled[:, None], 0)
-        if not is_first:  # each thread finds what it wrote itself
+        if not is_first:  # each thread reads what it wrote itself
             part += tl.load(t + c, mask=c < n, other=0.0)
         tl.store(t + c, part, mask=c < n)
 
@@ -83,8 +83,8 @@ def _pipelined_rows(
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns; return the sum of squares of s.
 
-    The following blocks are on their way to shared memory. t is summed up per row of a block, so
-    that threads exchange numbers once, at the end.
+    The following blocks are copied to shared memory meanwhile. t is summed up per row of a block,
+    so that threads exchange numbers once, at the end.
     """
     w, row_stride, inner, outer_stride, n = elements_of(
         m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
@@ -115,9 +115,9 @@ def _pipelined_rows(
 
 @triton.jit
 def _store_rows(s, product, mask, R: tl.constexpr):
-    """Store a number per row: a lane of each warp those of its rows, without an exchange of them.
+    """Store a number per row: one lane of each warp stores those of the warp's rows.
 
-    Pointers of the other lanes, which store nothing, make the compiler leave them where they are.
+    Null pointers for the other lanes keep the compiler from redistributing the numbers.
     """
     lane = tl.arange(0, 32)[None, :]
     place = s + (tl.arange(0, R)[:, None] + lane)
@@ -132,7 +132,7 @@ def _rows_ahead(
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns; return the sum of squares of s.
 
-    The next ones are loaded to registers meanwhile. A block is [R, BN / PIECE, PIECE], which makes
+    The next block is loaded to registers meanwhile. A block is [R, BN / PIECE, PIECE], which makes
     the compiler give its rows to warps before it gives them columns: sums of rows that are not too
     long need no barrier. t is summed up per row of a block, so that warps exchange it once, at the
     end, which takes long: this is for tiles of many rows.
@@ -203,7 +203,7 @@ def _long_rows(
 
 @triton.jit
 def elementwise_norm(vector, norm, penalty, k, integer, DTYPE: tl.constexpr, BN: tl.constexpr):
-    """Write norm and penalty of the vector that a row of the table describes."""
+    """Write norm and raw penalty of the elementwise parameter in a row of the table."""
     x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
     squares = tl.zeros([BN], tl.float64)
@@ -233,12 +233,12 @@ def gram_matvec(
     R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Program i < n_tiles takes tile i, the following n_vectors programs a vector each.
+    """Program i < n_tiles takes tile i, each of the others an elementwise parameter.
 
     Aligned rows of up to 128 columns, or twice as many and so on WIDTHS - 1 times, are taken BLOCK
     elements at a time; longer ones R_LONG rows at a time, BN_LONG columns at a time, and rows that
-    are not aligned likewise, by PLAIN or PIECES. Of more than SHORTEST and up to LONGEST columns
-    gram_matvec_long takes them.
+    are not aligned likewise, by PLAIN or PIECES. gram_matvec_long takes
+    those of more than SHORTEST and up to LONGEST columns.
     """
     program = tl.program_id(0)
     if program >= n_tiles:
@@ -253,7 +253,7 @@ def gram_matvec(
         index = tl.load(tile + TILE_MATRIX)
         if takes_part(scalars, n_matrices, index, 1, TOLERANCE):
             m = matrices + index * MATRIX_FIELDS
-            # On their way together: what follows from them is where the first rows are.
+            # Loaded together, since the address of the first rows depends on them.
             sigma, outer = tl.load(scalars + index), tl.load(m + OUTER)
             v_offset, s_offset = tl.load(m + V_OFFSET), tl.load(m + S_OFFSET)
             scale = inverse_power_of_two(sigma)

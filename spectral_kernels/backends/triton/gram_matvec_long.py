@@ -1,6 +1,6 @@
-"""What gram_matvec does, of rows too long for its programs: more threads take one at a time.
+"""gram_matvec for rows too long for its programs: more threads take one row at a time.
 
-A launch of its own, since the number of threads is one for all programs of a launch.
+A separate launch, since all programs of a launch have the same number of threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _rows(
 ):  # fmt: skip
     """Take rows of n <= BN columns one after the other; return the sum of squares of s.
 
-    AHEAD, where registers suffice: v stays in them, and the next row is loaded meanwhile.
+    AHEAD, if registers suffice: v stays in them, and the next row is loaded meanwhile.
     """
     w, row_stride, _, _, n = elements_of(m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, ALIGNED)
     v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial, ALIGNED)

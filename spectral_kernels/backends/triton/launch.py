@@ -1,8 +1,8 @@
 """Launches of the Triton kernels: compiled once per variant and device, then started directly.
 
-Triton's own launch looks at the type of every argument, some 20 microseconds each time. Here the
+Triton's own launch inspects the type of every argument, which takes some 20 microseconds. Here the
 types belong to the kernel (POINTERS), so a variant is compiled from them alone, and a launch passes
-addresses and numbers as they are.
+addresses and numbers unchanged.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ KERNELS = {
         transposed, collect, collect_chunks,
     )
 }  # fmt: skip
-# What the pointers among their arguments point to; every other argument is a 32-bit integer, but
-# for the exponent k. Those that a kernel looks at for alignment start at a multiple of 16 bytes.
+# Types of the pointers among their arguments; every other argument is a 32-bit integer, except the
+# exponent k. Pointers that are specialized for alignment start at a multiple of 16 bytes.
 _BY_TYPE = {
     torch.int64: "matrices tiles elementwise chunks others matrix_moments "
     "elementwise_moments other_moments",
@@ -40,7 +40,7 @@ _BY_TYPE = {
     torch.float32: "t_partial v v_next s scalars scale steps grad_scale found_inf t",
 }
 POINTERS = {name: dtype for dtype, names in _BY_TYPE.items() for name in names.split()}
-_NUMBER, _EXPONENT = 7, 2.0  # any: kernels are compiled for no particular ones
+_NUMBER, _EXPONENT = 7, 2.0  # arbitrary: kernels are not specialized for values
 _SMALL = 16  # integers up to which a power is a product
 
 
@@ -75,7 +75,7 @@ class Variant:
             "enable_fp_fusion": True,  # a * b + c rounded once; no default from Triton 3.10 on
         }
         registers = getattr(own, f"{kernel}_registers", None)
-        if registers is not None and torch.version.hip is None:  # which has no such option
+        if registers is not None and torch.version.hip is None:  # ROCm has no such option
             self.options["maxnreg"] = registers
         self._compiled: dict[int, object] = {}  # by index of the device
 
@@ -141,6 +141,6 @@ def capability_of(device: torch.device) -> int:
 
 @cache
 def neutral(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return one and zero, [1] float32: for factors and a found_inf that are not given."""
+    """Return one and zero, [1] float32, for a factor and a found_inf that are None."""
     with torch.inference_mode(False):
         return torch.ones(1, device=device), torch.zeros(1, device=device)

@@ -1,4 +1,4 @@
-"""The partial results of tiles apart from s = W v: made of an s that is given, and summed up."""
+"""Partial results of tiles without s = W v: computed from a given s, and summed over tiles."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def transposed(
     R2: tl.constexpr, BN2: tl.constexpr, R_ODD: tl.constexpr, BN_ODD: tl.constexpr,
     BN_GRAM: tl.constexpr,
 ):  # fmt: skip
-    """Programs take tiles, each by groups of vectors; the first of a tile also S S^T.
+    """A program takes a tile and a group of vectors; the first of a tile also takes S S^T.
 
     R rows at a time of BN columns: 0 and 1 for aligned rows of at most BN columns, 2 for longer
     ones, ODD for rows that are not aligned.
@@ -109,7 +109,7 @@ def transposed(
 def _collect_columns(
     matrices, tiles, tile_index, t_partial, t, VECTORS: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Sum the share of a tile in the columns of its matrix over all of its tiles."""
+    """Sum t over the tiles of a matrix, for the columns that this tile is responsible for."""
     m = matrices + tl.load(tiles + tile_index * TILE_FIELDS + TILE_MATRIX) * MATRIX_FIELDS
     first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
     v_offset, t_offset = tl.load(m + V_OFFSET), tl.load(tiles + first * TILE_FIELDS + T_OFFSET)
@@ -132,7 +132,7 @@ def _collect_columns(
 def _collect_products(
     m, index, gram_partial, t, gram, VECTORS: tl.constexpr, WITH_T: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Sum the products of a matrix over its tiles, and write zeros for t where it has none."""
+    """Sum the products of a matrix over its tiles; write zeros to t if it has no tile."""
     size: tl.constexpr = VECTORS * VECTORS
     first, n_tiles = tl.load(m + FIRST_TILE), tl.load(m + N_TILES)
     j = tl.arange(0, size)
@@ -159,7 +159,7 @@ def collect(
 ):  # fmt: skip
     """Program i < n_tiles sums a part of the columns of t, the following ones the products.
 
-    For several vectors; of one, see chunks.py.
+    For several vectors; for one, see chunks.py.
     """
     program = tl.program_id(0).to(tl.int64)
     if program < n_tiles:

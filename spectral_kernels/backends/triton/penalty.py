@@ -1,4 +1,4 @@
-"""The penalty of a vector, and what a matrix's s, a shift or a gain is multiplied by.
+"""Raw penalties of elementwise parameters, and the factors of gradients.
 
 The exponent comes as ``k`` and ``integer``: k where it is a small integer, or -1 (see
 tables.power).
@@ -63,7 +63,7 @@ def elementwise_gradient(value, gain, factor, strength, k, integer):
 
 @triton.jit
 def store_norm(norm, penalty, squares, excesses, gain, k, integer):
-    """Write norm and penalty of a vector from sums of x^2 and, for gains, of (|x|^k - 1)^2."""
+    """Write norm and raw penalty from sums of x^2 and, for gains, of (|x|^k - 1)^2."""
     total = tl.sum(squares, 0)
     tl.store(norm, tl.sqrt(total).to(tl.float32))
     shift = power(total, k, integer)

@@ -23,7 +23,7 @@ from .launch import Variant, capability_of, variant
 
 
 class Description(NamedTuple):
-    """What ``launch.variant`` takes, in a form that another process can be sent."""
+    """Arguments of ``launch.variant``, in a form that can be sent to another process."""
 
     kernel: str
     dtype: torch.dtype | None
@@ -48,7 +48,7 @@ def describe(kernel: str, dtype: torch.dtype | None, r: int = 1, **constants) ->
 def core(dtype: torch.dtype, r: int = 1) -> list[Description]:
     """Return what SpectralRegularizer and SpectralAdamW start for weights of ``dtype``.
 
-    Rows of more than 8,192 columns have one kernel more.
+    Rows of more than 8,192 columns have one more kernel.
     """
     usual = {"with_t": True, "tolerance": 0.0}
     gradient = {"grad_type": dtype, "finish": False, "with_t": False, "gradient": True,

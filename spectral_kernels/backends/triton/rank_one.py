@@ -1,10 +1,10 @@
-"""The penalty's gradient, and the stage that makes sigma and the next v of the sums over tiles.
+"""The penalty's gradient, and the stage that computes sigma and the next v from sums over tiles.
 
 Both in one launch: programs take a tile each and add 2 k (sigma^k - tau^k) sigma^(k-1) u v^T to the
 gradient, half of them before and half of them after those that take a chunk of columns of a matrix
-each and sum t over its tiles; the last ones take the vectors. The programs of tiles do not wait for
-those of chunks: they add the few squares up themselves. Nor do those of chunks for each other: they
-count, and the one that comes last divides v by its norm. Sums have a fixed order whichever it is.
+each and sum t over its tiles; the last ones take elementwise parameters. Programs of tiles do not
+wait for those of chunks: they add up the few squares themselves. Programs of chunks do not wait for
+each other: they count, and the last one divides v by its norm. The order of sums is always the same.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _finish_chunk(
         n, v_offset = tl.load(m + OUTER) * tl.load(m + INNER), tl.load(m + V_OFFSET)
         c, total = sum_chunk(m, tiles, t_partial, begin, TILES)
         v, v_next = v + v_offset, v_next + v_offset
-        if TOLERANCE > 0:  # it is what the products were taken with
+        if TOLERANCE > 0:  # the products were taken with it
             tl.store(v + c, tl.load(v_next + c, mask=c < n, other=0.0), mask=c < n)
             tl.debug_barrier()  # another thread may write what one reads
         tl.store(v_next + c, total, mask=c < n)
@@ -107,7 +107,7 @@ def _factor(
 ):  # fmt: skip
     """Return what u v^T of a matrix is multiplied by, over sigma."""
     if FINISH:
-        # As it is stored, so that the gradient is the same bits in two launches.
+        # Rounded as stored, so that the gradient has the same bits as with two launches.
         sigma = tl.sqrt(sum_of_squares(m, gram_partial)).to(tl.float32)
     else:
         sigma = tl.load(scalars + index)
@@ -161,7 +161,7 @@ def _elementwise_gradient(
     vector, norm, strength, k, integer, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     ACCUMULATE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Do the same for the vector that a row of the table describes."""
+    """Do the same for the elementwise parameter in a row of the table."""
     x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     grad = tl.load(vector + GRAD).to(tl.pointer_type(GRAD_TYPE))
     size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
@@ -196,10 +196,10 @@ def rank_one(
     R_NARROW: tl.constexpr, BN_NARROW: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """FINISH, of one vector: n_chunks programs; GRADIENT: n_tiles around them, then n_vectors.
+    """FINISH, for one vector: n_chunks programs; GRADIENT: n_tiles around them, then n_elementwise.
 
     Gradients of other types than GRAD_TYPE (grad_dtype in the tables) are left to other launches.
-    Scalars are n_sigmas estimates, as many residuals, and the rest as in plan.SCALARS.
+    Scalars are n_sigmas estimates, as many residuals, and the rest as in schema.SCALARS.
     """
     program = tl.program_id(0)
     norms = norms_of(scalars, n_sigmas)
@@ -208,7 +208,7 @@ def rank_one(
     targets = targets_of(scalars, n_sigmas, n_matrices, n_elementwise)
     tile_index = program
     if FINISH:
-        # Chunks wait for memory: the programs of tiles that run beside them make use of it.
+        # Chunks are bound by memory latency, the programs of tiles beside them by bandwidth.
         first_chunk = n_tiles // 2 if GRADIENT else 0
         chunk = program - first_chunk
         if (chunk >= 0) & (chunk < n_chunks):

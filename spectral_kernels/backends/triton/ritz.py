@@ -1,4 +1,4 @@
-"""What several vectors of a matrix need between their products: Rayleigh-Ritz and a new basis.
+"""Rayleigh-Ritz and a new basis, for several vectors per matrix.
 
 A program takes a matrix. Its small matrices [VECTORS, VECTORS] are float64; arrays of vectors lie
 in memory as [VECTORS, n], one vector after the other, and are walked through BN columns at a time.
@@ -30,7 +30,9 @@ from .tables import (
 )
 
 MAX_SWEEPS: tl.constexpr = tl.constexpr(20)
-NEGLIGIBLE: tl.constexpr = tl.constexpr(1e-32)  # square of an element, beside those on the diagonal
+NEGLIGIBLE: tl.constexpr = tl.constexpr(
+    1e-32
+)  # square of an off-diagonal element, relative to the diagonal
 ZERO: tl.constexpr = tl.constexpr(1e-12)  # of the largest eigenvalue: a smaller one is rounding
 MAX_AMPLIFIED: tl.constexpr = tl.constexpr(1e5)  # of the rounding errors of a sum of vectors
 SMALLEST_PIVOT: tl.constexpr = tl.constexpr(1e-10)  # of a unit vector's square
@@ -106,9 +108,9 @@ def _eigen(h, VECTORS: tl.constexpr):
 def _basis(gram, mixed, VECTORS: tl.constexpr, WITH_SPARE: tl.constexpr):
     """Return coefficients over candidates of an orthonormal basis of them, by Gram-Schmidt.
 
-    The candidates, units or zero, are known by their products ``gram`` alone. WITH_SPARE: where one
-    of them depends on those before it, one of as many orthonormal spare vectors takes its place, if
-    it can; ``mixed`` are the products of candidate and spare j, all others zero. Where nothing is
+    The candidates, unit vectors or zero, are given by their products ``gram`` alone. WITH_SPARE: if
+    one of them depends on those before it, one of as many orthonormal spare vectors takes its
+    place, if possible; ``mixed`` are the products of candidate and spare j, all others zero. Where nothing is
     left, a row is zero. Second come the coefficients over spares.
 
     A basis is off by up to 1e-16 / SMALLEST_PIVOT; one of what it makes is off by rounding alone.
@@ -150,7 +152,7 @@ def _basis(gram, mixed, VECTORS: tl.constexpr, WITH_SPARE: tl.constexpr):
 
 @triton.jit
 def _combine(c, x, n, VECTORS: tl.constexpr, BN: tl.constexpr):
-    """Let vectors ``x`` become c x, in place."""
+    """Replace vectors ``x`` by c x."""
     i = tl.arange(0, VECTORS)
     for first in range(0, n, BN):
         column = first + tl.arange(0, BN)
@@ -166,7 +168,7 @@ def _combine(c, x, n, VECTORS: tl.constexpr, BN: tl.constexpr):
 def _reduce_tiles(
     t, n_tiles, v, v_next, n, VECTORS: tl.constexpr, TOLERANCE: tl.constexpr, BN: tl.constexpr
 ):
-    """Let v_next become the sum over tiles of t, after v has become v_next if that was used."""
+    """Write the sum over tiles of t to v_next; with a tolerance, copy v_next to v first."""
     size = VECTORS * n
     if VECTORS % 4 == 0:
         size = whole_loads(size, tl.float32)
@@ -178,12 +180,12 @@ def _reduce_tiles(
         for i in range(0, n_tiles):
             total += tl.load(t + i * size + c, mask=c < size, other=0.0)
         tl.store(v_next + c, total, mask=c < size)
-    tl.debug_barrier()  # what is read next, another thread may have written
+    tl.debug_barrier()  # another thread may have written what is read next
 
 
 @triton.jit
 def _new_vectors(ct, cv, q, v, v_next, n, good, VECTORS: tl.constexpr, BN: tl.constexpr):
-    """Let v_next become ct v_next + cv v, where ``good``, else q v, and v become q v."""
+    """Replace v_next by ct v_next + cv v if ``good``, else by q v; and v by q v."""
     i = tl.arange(0, VECTORS)
     n_sound = tl.where(good, n, 0)
     for first in range(0, n, BN):
@@ -212,7 +214,7 @@ def _iterate(
     eye = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(tl.float64)
     n = tl.load(m + OUTER) * tl.load(m + INNER)
     v_offset = tl.load(m + V_OFFSET)
-    # A matrix without rows or columns has no tile, and tiles may be an empty table.
+    # A matrix without rows or columns has no tile; the table of tiles may be empty.
     t_offset = tl.load(tiles + first * TILE_FIELDS + T_OFFSET, mask=n_tiles > 0, other=0)
     if VECTORS % 4 == 0:  # they are multiples of four elements: loads may be wide
         v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)

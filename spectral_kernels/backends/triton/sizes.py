@@ -104,7 +104,7 @@ _SEVERAL = {
     8: ({**_PRODUCTS, "BN_GRAM": 64}, 64, 64),
     16: ({**_PRODUCTS, "BN_GRAM": 16}, 16, 16),
 }
-# Where Triton interprets, what counts is the number of operations on blocks.
+# The interpreter's time is the number of operations on blocks.
 _INTERPRETED = {
     "R0": 64, "BN0": 64, "R1": 64, "BN1": 512, "R2": 32, "BN2": 2048,
     "R_LONG": 32, "BN_LONG": 4096, "R_ODD": 64, "BN_ODD": 2048, "BN_GRAM": 256,

@@ -1,8 +1,8 @@
 """S = V W^T and T = S W per tile for several vectors V, and the products S S^T.
 
-As in gram_matvec.py, with one read of W from memory: where a row with the vectors and their t fits
-into the registers of a program, a block of rows is loaded once; of longer rows the second read
-finds the block in the second-level cache. A program takes GROUP of the VECTORS; the programs of a
+As in gram_matvec.py, with one read of W from memory: if a row with the vectors and their t fits
+into the registers of a program, a block of rows is loaded once; longer rows are read twice, the
+second time from the second-level cache. A program takes GROUP of the VECTORS; the programs of a
 tile's other vectors run beside it, so that they find its rows in that cache too.
 """
 
@@ -128,7 +128,7 @@ def _long_rows(
                 rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
                 for j in tl.static_range(GROUP):
                     part = tl.sum(rows * scaled[j][:, None], 0)
-                    if row != row_begin:  # each thread finds what it wrote itself
+                    if row != row_begin:  # each thread reads what it wrote itself
                         part += tl.load(t + j * n + c, mask=c < n, other=0.0)
                     tl.store(t + j * n + c, part, mask=c < n)
 
@@ -159,7 +159,7 @@ def subspace_products(
     R2: tl.constexpr, BN2: tl.constexpr, R_LONG: tl.constexpr, BN_LONG: tl.constexpr,
     R_ODD: tl.constexpr, BN_ODD: tl.constexpr, BN_GRAM: tl.constexpr, BN_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Programs take tiles, each by groups of vectors, the last ones the vectors of the plan.
+    """A program takes a tile and a group of vectors; the last ones take elementwise parameters.
 
     Sizes of blocks as in gram_matvec.
     """
@@ -205,7 +205,7 @@ def subspace_products(
                 _long_rows(m, tile, first, v, s, t_partial, scale, DTYPE, WITH_T, GROUP, ALIGNED,
                            R_LONG, BN_LONG)  # fmt: skip
             if GROUP == VECTORS:
-                tl.debug_barrier()  # what is read next, another thread may have written
+                tl.debug_barrier()  # another thread may have written what is read next
                 store_gram(m, tile, s, gram_partial, tile_index, VECTORS, BN_GRAM)
 
 
@@ -217,7 +217,7 @@ def subspace_grams(
     matrices, tiles, gram_partial, s, scalars, n_matrices,
     VECTORS: tl.constexpr, TOLERANCE: tl.constexpr, BN_GRAM: tl.constexpr,
 ):  # fmt: skip
-    """Write S S^T of each tile, where several programs have made its S."""
+    """Write S S^T of each tile, whose S several programs have written."""
     tile_index = tl.program_id(0).to(tl.int64)
     tile = tiles + tile_index * TILE_FIELDS
     index = tl.load(tile + TILE_MATRIX)

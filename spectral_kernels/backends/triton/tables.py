@@ -64,7 +64,7 @@ IN_PIECES: tl.constexpr = tl.constexpr(0)
 PLAIN: tl.constexpr = tl.constexpr(1)
 ALIGNED: tl.constexpr = tl.constexpr(2)
 
-ALIGNMENT: tl.constexpr = tl.constexpr(16)  # bytes that one load takes at most
+ALIGNMENT: tl.constexpr = tl.constexpr(16)  # maximum bytes of one load
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 
@@ -97,7 +97,7 @@ def inverse_power_of_two(sigma):
 def factors_of(scale):
     """Return two float32 numbers whose product is ``scale``, a power of two from 2^-128 to 2^149.
 
-    The product itself may be none of a float32's numbers.
+    The product itself may not be a float32 number.
     """
     exponent = (scale.to(tl.int64, bitcast=True) >> 52) - 1023
     first = exponent // 2
@@ -145,7 +145,7 @@ def targets_of(scalars, n_sigmas, n_matrices, n_elementwise):
 
 @triton.jit
 def takes_part(scalars, n_matrices, index, VECTORS: tl.constexpr, TOLERANCE: tl.constexpr):
-    """Tell whether a call is about a matrix: all are without a tolerance; see csrc/table.h."""
+    """Return whether a call is about a matrix: always without a tolerance, else if it is stale."""
     stale = TOLERANCE == 0
     if TOLERANCE > 0:
         sigma = tl.load(scalars + index).to(tl.float64)
@@ -160,7 +160,7 @@ def takes_part(scalars, n_matrices, index, VECTORS: tl.constexpr, TOLERANCE: tl.
 def columns_of(c, inner, outer_stride, LAYOUT: tl.constexpr):
     """Return where columns ``c`` lie in a row, which may consist of pieces of ``inner`` elements.
 
-    What lies one after the other is not computed: the compiler sees that loads may be coalesced.
+    Contiguous columns are returned unchanged: the compiler sees that loads can be coalesced.
     """
     columns = c
     if LAYOUT == IN_PIECES:
@@ -199,7 +199,7 @@ def parts_of(m, tile, v, s, t_partial, LAYOUT: tl.constexpr):
 
 @triton.jit
 def is_aligned(m, ADDRESS: tl.constexpr, ROW_STRIDE_FIELD: tl.constexpr, DTYPE: tl.constexpr):
-    """Tell whether every row starts and ends at a multiple of ALIGNMENT bytes."""
+    """Return whether every row starts and ends at a multiple of ALIGNMENT bytes."""
     per_load: tl.constexpr = ALIGNMENT // (DTYPE.primitive_bitwidth // 8)
     outer = tl.load(m + OUTER)
     whole = (tl.load(m + ROW_STRIDE_FIELD) % per_load == 0) & (
@@ -212,7 +212,7 @@ def is_aligned(m, ADDRESS: tl.constexpr, ROW_STRIDE_FIELD: tl.constexpr, DTYPE: 
 def whole_loads(n, DTYPE: tl.constexpr):
     """Return ``n``, a multiple of the elements of one load, in a form that shows it is one.
 
-    A hint of tl.multiple_of is lost on what comes in as an argument of an inlined function.
+    A hint of tl.multiple_of is lost on arguments of inlined functions.
     """
     per_load: tl.constexpr = ALIGNMENT // (DTYPE.primitive_bitwidth // 8)
     return n // per_load * per_load

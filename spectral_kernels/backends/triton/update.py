@@ -1,10 +1,10 @@
-"""An optimizer's step that contains the penalty, and the products of what it makes, in one pass.
+"""An optimizer's step with the penalty, and the products of the new weights, in one pass.
 
 A program takes a tile as in gram_matvec.py: what is loaded there goes here through the optimizer's
 rule, with the penalty's gradient at the s and v of the step before, and is stored before it is
-multiplied by v_next. The last programs take vectors and parts of parameters without a penalty.
-With several vectors per matrix the products have a launch of their own, subspace_products.py: the
-weights are read once more, a seventh more memory traffic for AdamW.
+multiplied by v_next. The last programs take elementwise parameters, and parts of parameters without
+a penalty. With several vectors per matrix, the products are a separate launch,
+subspace_products.py: the weights are read once more, a seventh more memory traffic for AdamW.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _rows(
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time (all of them if not LONG); return sum of s^2.
 
-    PRODUCTS are taken of one vector; several have a launch of their own.
+    PRODUCTS are for one vector; for several there is a separate launch.
     """
     w, row_stride, inner, outer_stride, n = elements_of(
         m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
@@ -182,7 +182,7 @@ def _rows(
             squares += wide * wide
             scaled = product * half * other_half
             if LONG:
-                tl.debug_barrier()  # what is read next, another thread may have written
+                tl.debug_barrier()  # another thread may have written what is read next
                 add_long_rows(w, row_stride, inner, outer_stride, n, r, row_end, scaled, t,
                               row == row_begin, LAYOUT, BN)  # fmt: skip
             else:
@@ -199,7 +199,7 @@ def _elements(
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr, WITH_MOMENT: tl.constexpr,
     DECOUPLED: tl.constexpr, WITH_PENALTY: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Step a vector and write its norm and penalty, or some elements without one."""
+    """Step an elementwise parameter and write its norm and penalty, or elements without one."""
     weight = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     grad = tl.load(vector + GRAD).to(tl.pointer_type(DTYPE))
     first = tl.load(moment + FIRST).to(tl.pointer_type(MOMENT_TYPE))
@@ -241,7 +241,7 @@ def _copy(source, target, offset, n, BN: tl.constexpr):
 
 @triton.jit
 def _others_are_aligned(m, moment):
-    """Tell whether gradient and moments of a matrix start at a multiple of ALIGNMENT bytes."""
+    """Return whether gradient and moments of a matrix start at a multiple of ALIGNMENT bytes."""
     together = tl.load(m + GRAD) | tl.load(moment + FIRST) | tl.load(moment + SECOND)
     return together % ALIGNMENT == 0
 
@@ -264,11 +264,11 @@ def update(
     R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Program i < n_tiles takes tile i, then n_vectors a vector each, the rest a row of others.
+    """Program i < n_tiles takes tile i; then n_elementwise parameters; the rest a row of others.
 
     Blocks are those of gram_matvec. Where found_inf is above zero, all stays as it is: weights,
     moments, and by products with v, which goes to v_next, the vectors after the host's swap too.
-    Scalars are n_sigmas estimates, as many residuals, and the rest as in plan.SCALARS.
+    Scalars are n_sigmas estimates, as many residuals, and the rest as in schema.SCALARS.
     """
     program = tl.program_id(0)
     stopped = tl.load(found_inf) > 0
