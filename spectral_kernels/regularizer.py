@@ -39,9 +39,9 @@ class SpectralRegularizer(Readings):
     once.
 
     Args:
-        model: a module, or an iterable of (name, parameter). An iterable does not tell embeddings,
-            norms, gates and transposed convolutions: a parameter with two or more dimensions is a
-            matrix, a 1-D one named as a bias is a bias, and the rest is skipped.
+        model: a module, or an iterable of (name, parameter). An iterable does not identify
+            embeddings, norms, gates and transposed convolutions: a parameter with two or more
+            dimensions is a matrix, a 1-D one named as a bias is a bias, the rest is skipped.
         strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
             (the first matching pattern counts).
         exponent: k, at least 1.

@@ -23,7 +23,7 @@ _OPTIMIZERS = {"SpectralAdamW": SpectralAdamW, "SpectralSGD": SpectralSGD}
 
 def versions(job: Job) -> None:
     """Import Triton's backend, use the device, and measure memory bandwidth."""
-    name = "spectral_kernels._triton.backend"
+    name = "spectral_kernels.backends.triton.backend"
     try:
         importlib.import_module(name)
     except Exception as error:
@@ -41,7 +41,7 @@ def compile_core(job: Job) -> None:
     processes = max(1, len(os.sched_getaffinity(0)) - PROCESSORS_LEFT)
     start = time.perf_counter()
     try:
-        module = importlib.import_module("spectral_kernels._triton.precompile")
+        module = importlib.import_module("spectral_kernels.backends.triton.precompile")
         for what, seconds, error in module.compile_core(
             torch.device(job.device), [getattr(torch, name) for name in DTYPES], (1, 4), processes
         ):

@@ -1,4 +1,4 @@
-"""The command line: what runs here, a demo, checkpoints, pictures of logs."""
+"""The command line: environment, demo, inspection of checkpoints, plots of logs."""
 
 from __future__ import annotations
 

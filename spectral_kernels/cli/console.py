@@ -1,4 +1,4 @@
-"""What the commands share: types of arguments, exit codes and messages."""
+"""Shared by the commands: argument types, exit codes and messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def say(text: str, code: int = FAILED) -> int:
 
 
 def integer(at_least: int) -> Callable[[str], int]:
-    """Return the type of an argument that is an integer >= ``at_least``."""
+    """Return the argparse type of integers >= ``at_least``."""
 
     def parsed(text: str) -> int:
         try:

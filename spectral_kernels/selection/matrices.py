@@ -33,7 +33,7 @@ class Matrix:
     ``index`` selects one matrix of a stack along dim 0; ``part = (start, length)`` a range of the
     output dimension ``row_dim`` (counted after ``index``). ``whole`` is the shape of the parameter.
     A rank's shard is a matrix of the local tensor: ``side`` is then the required side of its layout
-    (see ``layout.Layout``), and ``absent`` the shape of a shard without any element on this rank.
+    (see ``tables.layout.Layout``), and ``absent`` the shape of a shard that is empty on this rank.
     """
 
     name: str

@@ -37,7 +37,7 @@ class ShardAxes(NamedTuple):
     """Shard axes: the mesh axes over which stored rows and stored columns are sharded.
 
     ``mesh`` has all axes of the mesh, including those of replicas. The axes of elementwise
-    parameters are ``rows``. See ``layout.Layout`` for what is stored as a row.
+    parameters are ``rows``. See ``tables.layout.Layout`` for stored rows.
     """
 
     rows: tuple[Axis, ...] = ()

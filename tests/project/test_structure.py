@@ -85,6 +85,29 @@ def test_files_of_a_part_do_not_import_each_other_in_a_circle():
     graphlib.TopologicalSorter(graph).prepare()  # CycleError names the files of a circle
 
 
+def test_modules_that_are_named_exist():
+    """In code, strings and documents: every part is a folder, a module, or a name in a module."""
+    root, count = PACKAGE.parent, 0
+    paths = [path for folder in ("bench", "tests", "spectral_kernels", "docs")
+             for path in (root / folder).rglob("*") if path.suffix in (".py", ".md")]  # fmt: skip
+    others = ("pt", "egg", "_native", "penalty", "__")  # files, the compiled module, an operator
+    for path in [*paths, *root.glob("*.md")]:
+        names = re.findall(r"\bspectral_kernels((?:\.[a-z_]\w*)+)", path.read_text())
+        for name in names:
+            place = PACKAGE
+            for part in name.split(".")[1:]:
+                if part.startswith(others) and place == PACKAGE:
+                    break
+                below = place / part
+                if below.is_dir() or below.with_suffix(".py").exists():
+                    place, count = below, count + 1
+                    continue
+                module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+                assert part in module.read_text(), f"{path}: spectral_kernels{name}"
+                break
+    assert count > 200
+
+
 def test_a_folder_is_seen_at_a_glance():
     """Few entries, and no module with the name of a function of its package."""
     tracked = [p for p in PACKAGE.iterdir() if not p.name.startswith(("_native", "__pycache__"))]

@@ -4,7 +4,7 @@ Both in one launch: programs take a tile each and add 2 k (sigma^k - tau^k) sigm
 gradient, half of them before and half of them after those that take a chunk of columns of a matrix
 each and sum t over its tiles; the last ones take elementwise parameters. Programs of tiles do not
 wait for those of chunks: they add up the few squares themselves. Programs of chunks do not wait for
-each other: they count, and the last one divides v by its norm. The order of sums is always the same.
+each other: they count, and the last one divides v by its norm. Sums have a fixed order.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def _basis(gram, mixed, VECTORS: tl.constexpr, WITH_SPARE: tl.constexpr):
 
     The candidates, unit vectors or zero, are given by their products ``gram`` alone. WITH_SPARE: if
     one of them depends on those before it, one of as many orthonormal spare vectors takes its
-    place, if possible; ``mixed`` are the products of candidate and spare j, all others zero. Where nothing is
-    left, a row is zero. Second come the coefficients over spares.
+    place, if possible; ``mixed`` are the products of candidate and spare j, all others zero. If
+    nothing is left, a row is zero. Also return the coefficients over spares.
 
     A basis is off by up to 1e-16 / SMALLEST_PIVOT; one of what it makes is off by rounding alone.
     """

@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def bars(console: Console, arms: Sequence[str], tasks: int, epochs: int) -> Iterator[Display]:
-    """Show a progress bar per arm; gives the ``display`` for :func:`experiment.run`."""
+    """Show a progress bar per arm; yield the ``display`` for :func:`experiment.run`."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -84,8 +84,8 @@ def bars(console: Console, arms: Sequence[str], tasks: int, epochs: int) -> Iter
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(compact=True),
     )
-    # Not expanded: the "^C" that a terminal echoes must fit on the last line behind the bar, or
-    # everything moves by a line.
+    # Not expanded: the "^C" that a terminal echoes must fit after the bar on the last line, or the
+    # display moves by a line.
     with Progress(*columns, console=console) as progress:
         total = tasks * epochs
         ids = {arm: progress.add_task(arm, total=total, state="waiting") for arm in arms}
@@ -108,7 +108,7 @@ def lines(tasks: int) -> Display:
 
 
 def table(results: Results) -> Table:
-    """Return the summary, one row per arm; arms that were cut short say how far they came."""
+    """Return the summary, one row per arm, after an interruption with the finished tasks."""
     from rich import box
     from rich.table import Table
 

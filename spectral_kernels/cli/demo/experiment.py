@@ -1,6 +1,6 @@
 """Continual learning on small images: one network, task after task of random labels.
 
-Every task gives the same images fresh random labels, so all that can be done is to memorize them.
+Every task gives the same images fresh random labels, which can only be memorized.
 A network that keeps its ability to learn memorizes the last task as well as the first."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ STRENGTH = 1e-3
 
 
 class TaskResult(NamedTuple):
-    """What one arm has reached at the end of one task."""
+    """Result of one arm at the end of one task."""
 
     accuracy: float
     sigmas: tuple[float, ...]
@@ -55,7 +55,7 @@ class TaskResult(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What a worker says after every epoch; ``result`` comes with the last one of a task."""
+    """Message of a worker after every epoch; ``result`` comes with the last one of a task."""
 
     arm: str
     task: int
@@ -202,7 +202,7 @@ def run(
     display: Display = lambda _: None,
     arms: Sequence[str] = ARMS,
 ) -> Results:
-    """Run the arms side by side, in as many processes as there are cores.
+    """Run the arms in parallel, in as many processes as there are cores.
 
     Ctrl-C ends the run and keeps the tasks that are finished. Call it from the main thread.
 
@@ -215,7 +215,7 @@ def run(
         WorkerError: an arm failed; the others are ended.
     """
     results = Results(tasks, epochs, seed, {arm: [] for arm in arms})
-    # The arms that take longest come last in ARMS; started first, they hold nobody up.
+    # The slowest arms come last in ARMS and are started first.
     waiting = list(arms)
     workers: dict[Pipe, BaseProcess] = {}
     busy: dict[Pipe, str] = {}
@@ -247,7 +247,7 @@ def _cores() -> int:
 
 @contextlib.contextmanager
 def _interrupt_flag() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into a flag: an exception could fall into a half-read message or a bar."""
+    """Turn Ctrl-C into a flag: an exception could interrupt the reading of a message or a bar."""
     flag = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: flag.set())
     try:
@@ -260,22 +260,22 @@ def _start(tasks: int, epochs: int, seed: int) -> tuple[Pipe, BaseProcess]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(tasks, epochs, seed, theirs), daemon=True)
-    # A signal that is ignored stays so in a new process: Ctrl-C never reaches a worker, not even
-    # while it imports.
+    # A new process inherits ignored signals: Ctrl-C never reaches a worker, not even while it
+    # imports.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
     finally:
         signal.signal(signal.SIGINT, handler)
-    # The worker now has the only copy of its end, so that its death is the end of the pipe.
+    # The worker now has the only copy of its end, so that its death closes the pipe.
     theirs.close()
     return ours, process
 
 
 def _work(tasks: int, epochs: int, seed: int, pipe: Pipe) -> None:
-    """Run the arms whose names come through the pipe; say every epoch, or one traceback."""
+    """Run the arms whose names come through the pipe; send every epoch, or one traceback."""
     torch.set_num_threads(1)
-    # The parent ends workers that have nothing more to do; if it is gone, so is the pipe.
+    # The parent ends idle workers; if the parent dies, the pipe closes.
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             arm = pipe.recv()

@@ -1,4 +1,4 @@
-"""The picture of the demo."""
+"""The plot of the demo."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .experiment import Results
 
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; shapes tell them apart too.
+# Okabe and Ito's colours, distinct for colour-blind readers too; markers differ as well.
 _STYLES = {
     "none": {"color": "#D55E00", "marker": "o"},
     "L2": {"color": "#0072B2", "marker": "s"},
     "spectral": {"color": "#009E73", "marker": "^"},
-    # Its curve is that of "spectral" to rounding: on top of it, and does not hide it.
+    # Its curve is that of "spectral" up to rounding: dashed, to leave that one visible.
     "SpectralAdamW": {"color": "#000000", "marker": "None", "linestyle": (0, (3, 3))},
 }
 
@@ -44,7 +44,7 @@ def draw(results: Results, path: str | PathLike[str]) -> None:
         left.plot(tasks, [r.accuracy for r in done], **style)
         means = [sum(r.sigmas) / len(r.sigmas) for r in done]
         right.plot(tasks, means, **style)
-        if "linestyle" in style:  # its range would lie on that of the curve below it
+        if "linestyle" in style:  # its range would cover that of "spectral"
             continue
         low, high = [min(r.sigmas) for r in done], [max(r.sigmas) for r in done]
         color = _STYLES[arm]["color"]

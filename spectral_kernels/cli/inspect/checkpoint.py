@@ -21,12 +21,12 @@ _DTYPES = {
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64,
 }  # fmt: skip
-# What has been read of a mapped file counts as used memory until the mapping ends.
+# Pages read from a mapped file count as used memory until it is unmapped.
 _MAPPED_BYTES = 1 << 30
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read: which file, and what is wrong with it."""
+    """A checkpoint that cannot be read; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Entry:
     """As torch names it, ``"bfloat16"``; as the file does where torch has no such type."""
     file: Path
     key: str
-    """The name inside of the file."""
+    """The name inside the file."""
     unusable: str | None = None
     """Why it cannot be taken as a matrix, whatever its dtype."""
     in_optimizer: bool = False
@@ -50,7 +50,7 @@ class Checkpoint:
     """Lists the tensors of a checkpoint and reads them one by one.
 
     One file is open at a time. safetensors files and zip archives of ``torch.save`` are mapped, so
-    that memory holds what is being read; a file in torch's older format is read as a whole.
+    that only what is being read takes memory; a file in torch's older format is read as a whole.
 
     Args:
         path: a ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file, the ``.index.json``
@@ -58,8 +58,8 @@ class Checkpoint:
             else its pickled files.
 
     Raises:
-        CheckpointError: nothing there, a broken file, a pickle that holds more than tensors, a
-            package that is missing.
+        CheckpointError: no such file, a broken file, a pickle that holds more than tensors, a
+            missing package.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -77,10 +77,10 @@ class Checkpoint:
         self.entries: list[Entry] = found
 
     def read(self, entry: Entry) -> torch.Tensor:
-        """Return the tensor, on the CPU; hold no other one to stay within the largest."""
+        """Return the tensor, on the CPU; release it before the next one to limit memory."""
         try:
             tensor = self._open(entry.file).read(entry.key)
-            # Kernels expect elements at multiples of their size, which files do not promise.
+            # Kernels expect elements at multiples of their size, which files do not guarantee.
             return tensor if tensor.data_ptr() % tensor.itemsize == 0 else tensor.clone()
         except CheckpointError:
             raise
@@ -116,7 +116,7 @@ class _Safetensors:
 
     @property
     def is_worn(self) -> bool:
-        """Whether it has been read so much that it should be opened anew."""
+        """Whether so much has been read that the file should be reopened."""
         return self._read_bytes > _MAPPED_BYTES
 
     def entries(self) -> list[Entry]:
@@ -147,7 +147,7 @@ class _Pickled:
 
     def entries(self) -> list[Entry]:
         found = []
-        first: dict[tuple, str] = {}  # where it lies -> the name of a tensor, tied weights have two
+        first: dict[tuple, str] = {}  # place in memory -> first name; tied weights have two names
         for key, (tensor, in_optimizer) in self._tensors.items():
             name, shape = printable(key), () if tensor.is_nested else tuple(tensor.shape)
             why = _unusable(tensor)
@@ -164,7 +164,7 @@ class _Pickled:
 
     def _collect(self, root) -> None:
         """Find the tensors in nested containers, under their dotted names, in order."""
-        seen: set[int] = set()  # a pickle may refer to a container again, from inside of it too
+        seen: set[int] = set()  # a pickle may refer to a container again, even from inside it
         waiting = [("", root, False)]
         while waiting:
             name, value, in_optimizer = waiting.pop()
@@ -192,21 +192,21 @@ class _Pickled:
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Return a key that sorts names with numbers in them as a reader would: 2 before 10."""
+    """Return a sort key for names that orders numbers by value: 2 before 10."""
     pieces = re.split(r"(\d+)", name)
     return [(1, int(p), "") if p.isdecimal() and p.isascii() and len(p) < 20 else (0, 0, p)
             for p in pieces]  # fmt: skip
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with what could steer a terminal written out."""
+    """Return ``text`` with unprintable characters, such as terminal codes, escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _files_of(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    """Return the files of a checkpoint, and name -> file where an index tells."""
+    """Return the files of a checkpoint, and the map name -> file of its index, if any."""
     try:
         if path.is_dir():
             return _files_in(path)
@@ -230,7 +230,7 @@ def _files_in(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
             return _files_in_index(indices[0])
         if suffix == ".safetensors" and (found := [f for f in files if f.suffix == suffix]):
             return found, None
-    # Beside transformers' weights lie pickles that are none, such as training_args.bin.
+    # Beside transformers' weights are other pickles, such as training_args.bin.
     found = [f for f in files if f.match("pytorch_model*.bin")]
     found = found or [f for f in files if f.suffix in PICKLED]
     if not found:
@@ -258,14 +258,14 @@ def _files_in_index(path: Path) -> tuple[list[Path], Mapping[str, str]]:
 
 
 def _is_name(value) -> bool:
-    """Tell whether an index names a file of the same folder, in a format that is read."""
+    """Return whether ``value`` is the name of a file in the same folder, in a known format."""
     return isinstance(value, str) and not re.search(r"[/\\\0]", value) and (
         Path(value).suffix in (".safetensors", *PICKLED)
     )  # fmt: skip
 
 
 def _as_in_index(path: Path, weight_map: Mapping[str, str], found: Sequence[Entry]) -> list[Entry]:
-    """Return those entries that the index names, in the files where it has them."""
+    """Return the entries that the index lists, from the files that it names for them."""
     held = {(entry.file.name, entry.key): entry for entry in found}
     wanted = {(file, key) for key, file in weight_map.items()}
     missing = [f"'{printable(key)}' is not in {file}" for file, key in sorted(wanted - set(held))]
@@ -276,7 +276,7 @@ def _as_in_index(path: Path, weight_map: Mapping[str, str], found: Sequence[Entr
 
 
 def _load(file: Path):
-    """Return what a pickled file holds, its tensors mapped where the format allows."""
+    """Return the contents of a pickled file, with tensors mapped if the format allows."""
     try:
         with file.open("rb") as opened:
             is_zip = opened.read(2) == b"PK"
@@ -292,7 +292,7 @@ def _load(file: Path):
 
 
 def _check_archive(file: Path) -> None:
-    """Raise CheckpointError for an archive that is cut short, or that unpacks to more than it."""
+    """Raise CheckpointError for an archive that is truncated or compressed."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -317,19 +317,19 @@ def _unusable(tensor: torch.Tensor) -> str | None:
 
 
 def _broken(file: Path, error: Exception, where: str = "") -> CheckpointError:
-    """Say in one line why a file cannot be read."""
+    """Return an error that says in one line why a file cannot be read."""
     text = str(error)
     if unsupported := re.search(r"GLOBAL ([\w.<>]+)", text):
         why = (
             f"it holds more than tensors ({unsupported[1]}); it was not unpickled, since that "
-            "could run code of its author. Where you trust it, save its state_dict() by itself"
+            "could run code of its author. If you trust it, save its state_dict() separately"
         )
     elif isinstance(error, MemoryError | RecursionError):
-        why = f"it asks for more than this machine has ({type(error).__name__})"
+        why = f"it needs more memory than this machine has ({type(error).__name__})"
     elif isinstance(error, LookupError | UnicodeError | TypeError | AttributeError | EOFError):
-        why = f"broken or truncated: its pickle makes no sense ({type(error).__name__})"
+        why = f"broken or truncated: its pickle is invalid ({type(error).__name__})"
     else:
-        # torch explains at length how to load unsafely before it says what went wrong.
+        # torch explains at length how to load unsafely before it names the error.
         said = re.sub(r"(?s)^.*WeightsUnpickler error:", "", text).split("\n")
         first = next((line.strip() for line in said if line.strip()), type(error).__name__)
         why = f"broken or truncated: {first}"

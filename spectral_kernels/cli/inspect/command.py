@@ -57,7 +57,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for and return the exit code."""
+    """Run the command and return the exit code."""
     try:
         return _run(arguments)
     except CheckpointError as error:
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         say("interrupted", FAILED)
         raise
     except BrokenPipeError:
-        # The reader of the table has seen enough; what is left in the buffer goes nowhere.
+        # The reader of the pipe is gone; discard the rest of the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -119,7 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _above(measured: Sequence[Measured], limit: float | None) -> int:
-    """Say which matrices are above the limit; those with an element that is not finite are."""
+    """Report matrices above the limit or not finite, and return the exit code."""
     if limit is None:
         return 0
     above = [(one.path, row) for one in measured for row in one.rows if not row.sigma <= limit]
@@ -133,7 +133,7 @@ def _above(measured: Sequence[Measured], limit: float | None) -> int:
 
 def _need(*packages: str | None) -> None:
     for package in packages:
-        # A package that a test has blocked is None in sys.modules, and has no spec.
+        # A blocked package is None in sys.modules.
         blocked = package in sys.modules and sys.modules[package] is None
         if package and (blocked or importlib.util.find_spec(package) is None):
             raise CheckpointError(
@@ -143,7 +143,7 @@ def _need(*packages: str | None) -> None:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Show a bar on the terminal behind stderr, if there is one; gives ``step``."""
+    """Show a progress bar if stderr is a terminal; yield ``step``."""
     if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         yield lambda name, elements: None
         return

@@ -1,4 +1,4 @@
-"""Measurements of the matrices of a checkpoint, row by row."""
+"""Measurements of the matrices of a checkpoint, one row per matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, Entry, natural
 
 RTOL = 1e-4
 _READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-_PIECE = 1 << 18  # elements that are made float64 at a time
+_PIECE = 1 << 18  # elements converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,19 @@ class MatrixRow:
 
 @dataclass
 class Measured:
-    """What a checkpoint holds, in the order of its layers."""
+    """The measured matrices of a checkpoint, in the order of its layers."""
 
     path: Path
     rows: list[MatrixRow] = field(default_factory=list)
     skipped: list[tuple[Entry, str]] = field(default_factory=list)
-    """Tensors with two or more dimensions that are no matrix here, and why."""
+    """Tensors with two or more dimensions that were not measured, and why."""
     of_optimizer: int = 0
     """How many tensors of an optimizer's state were left out."""
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """What is taken, and how it is viewed: as for :class:`SpectralRegularizer`."""
+    """Which tensors are measured and how they are viewed, as for :class:`SpectralRegularizer`."""
 
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
@@ -113,9 +113,9 @@ def measure(
     """Measure every matrix of a checkpoint, one tensor in memory at a time.
 
     Args:
-        checkpoint: whose tensors with two or more dimensions are matrices (dim 0, rest).
-        patterns: which of them, and how they are divided.
-        step: is called with a tensor's name before it is read and its number of elements after.
+        checkpoint: its tensors with two or more dimensions are matrices (dim 0, rest).
+        patterns: which of them are measured, and how they are divided.
+        step: called with a tensor's name and 0 before it is read, its number of elements after.
         backend: as for SpectralRegularizer.
 
     Raises:
@@ -141,7 +141,7 @@ def measure(
 
 
 def elements(checkpoint: Checkpoint, patterns: Patterns) -> int:
-    """Return how many numbers ``measure`` will read."""
+    """Return the number of elements that ``measure`` will read."""
     entries, plan = _planned(checkpoint, patterns, Measured(checkpoint.path))
     return sum(math.prod(entry.shape) for entry in entries if entry.name in plan)
 
@@ -180,7 +180,7 @@ def _planned(
 def _rows(
     checkpoint: Checkpoint, entry: Entry, matrices: Sequence[Matrix], backend: str
 ) -> list[MatrixRow]:
-    """Read one tensor and measure the matrices that it is."""
+    """Read one tensor and measure its matrices."""
     tensor = checkpoint.read(entry)
     rows = []
     for matrix in matrices:
@@ -191,7 +191,7 @@ def _rows(
         else:
             try:
                 layout_of(matrix, tensor)
-            except ValueError:  # neither rows nor columns in one piece
+            except ValueError:  # neither rows nor columns are contiguous
                 tensor = tensor.contiguous()
             (sigma,) = singular_values(matrix, tensor, RTOL, backend)
         named = kind(entry.name) + ("" if matrix.index is None else "[*]")
@@ -219,7 +219,7 @@ def kind(name: str) -> str:
     """Return a tensor's name with the numbers of layers replaced by ``*``.
 
     ``h.11.mlp.c_fc.weight`` is ``h.*.mlp.c_fc.weight`` and ``layer1.0.conv2.weight`` is
-    ``layer*.*.conv2.weight``: what is told apart by a number in its own name stays so.
+    ``layer*.*.conv2.weight``: numbers inside the last two components are kept.
     """
     parts = name.split(".")
     own = len(parts) - 2
@@ -241,13 +241,13 @@ SORTS = (*_KEYS, "name", "change")
 def ordered(
     rows: Sequence[tuple[MatrixRow, MatrixRow | None]], sort: str | None, top: int | None
 ) -> list[tuple[MatrixRow, MatrixRow | None]]:
-    """Sort rows, largest first and what is not finite before that, and keep the ``top`` ones.
+    """Sort rows, largest first (nan before all others), and keep the ``top`` ones.
 
     Args:
-        rows: each with that of another checkpoint, or None; by the first one they are sorted.
-        sort: one of ``SORTS``, "change" being that of sigma, either way; None: as they come, but by
-            sigma if only the top ones are kept.
-        top: how many are kept; None: all.
+        rows: each with that of another checkpoint, or None; sorted by the first one.
+        sort: one of ``SORTS``, where "change" is the absolute change of sigma; None: keep the
+            order, but sort by sigma if ``top`` is given.
+        top: number of rows to keep; None: all.
     """
     sort = sort or ("sigma" if top is not None else None)
     found = list(rows)
@@ -265,7 +265,7 @@ def ordered(
 
 
 def change(before: float, after: float) -> float:
-    """Return by how many percent ``after`` is above ``before``; inf or 0 where that is zero."""
+    """Return the change from ``before`` to ``after`` in percent; inf or 0 if ``before`` is zero."""
     if before == 0:
         return 0.0 if after == 0 else after * math.inf
     return 100 * (after / before - 1)

@@ -1,4 +1,4 @@
-"""The picture of inspect: sigma_1 over the layers of a checkpoint."""
+"""The plot of inspect: sigma_1 over the layers of a checkpoint."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def draw_layers(
     """Write the PNG: sigma_1 of every matrix over depth, a colour and a marker per kind of layer.
 
     Args:
-        pairs: matrices in the order of layers, with those of a second checkpoint or None, which
-            are drawn hollow.
+        pairs: matrices in the order of layers, each with that of a second checkpoint (drawn
+            hollow) or None.
         checkpoints: names of the one or two checkpoints.
         path: of the PNG.
     """
@@ -62,7 +62,7 @@ def draw_layers(
         color, marker = COLORS[number % len(COLORS)], _MARKERS[number % len(_MARKERS)]
         style = {"color": color, "marker": marker}
         if len({layers[i] for i in places[kind]}) < len(places[kind]):
-            style["linestyle"] = "none"  # several in a layer, such as experts, are no curve
+            style["linestyle"] = "none"  # several per layer, such as experts, form no curve
         curve(0, places[kind], label=labels[kind], **style)
         hollow = {"markerfacecolor": "white", "linestyle": (0, (2, 2))}
         curve(1, places[kind], **{**hollow, **style})
@@ -83,7 +83,7 @@ def draw_layers(
             axes.plot([], [], "o", color="0.3", markerfacecolor=face, label=shortened(name))
 
     axes.set_yscale("log")
-    margin = 0.5 + 0.01 * len(pairs)  # markers at both ends are seen in full
+    margin = 0.5 + 0.01 * len(pairs)  # so that markers at both ends are not clipped
     axes.set(ylabel=r"$\sigma_1$ (log scale)", xlim=(-margin, max(len(pairs), 1) - 1 + margin))
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))

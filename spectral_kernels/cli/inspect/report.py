@@ -1,4 +1,4 @@
-"""What ``spectral-kernels inspect`` has found, as a table, JSON, CSV and curves."""
+"""The results of ``spectral-kernels inspect``, as a table, JSON, CSV and curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .checkpoint import Entry
 from .measure import RTOL, MatrixRow, Measured, change, ordered
 
-_FEW = 3  # names that are shown of many
+_FEW = 3  # names shown of a long list
 _LEAST_WIDTH = 16  # of names in a table
 _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "name": lambda row: row.name,
@@ -36,9 +36,9 @@ class Result:
 
     measured: Sequence[Measured]
     pairs: Sequence[tuple[MatrixRow, MatrixRow | None]]
-    """Sorted and cut: each row, with the other checkpoint's where there are two."""
+    """Sorted and cut: each row, with the other checkpoint's if there are two."""
     total: int
-    """How many pairs there are without the cut."""
+    """Number of pairs before the cut."""
     only: Sequence[Sequence[MatrixRow]]
     """Rows that only the first, and only the second checkpoint has."""
 
@@ -90,7 +90,7 @@ def as_json(result: Result) -> str:
 
 
 def as_csv(result: Result) -> str:
-    """Return a line per matrix; of two checkpoints, also for those that only one has."""
+    """Return CSV with a line per matrix, including those that only one checkpoint has."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = list(_COLUMNS)
@@ -129,7 +129,7 @@ def _without_nan(value):
 
 
 def curves(result: Result) -> tuple[list[tuple[MatrixRow, MatrixRow | None]], list[str]]:
-    """Return what the plot shows, all rows in the order of layers, and names of checkpoints."""
+    """Return the data of the plot: all rows in the order of layers, and names of checkpoints."""
     others = {row.name: row for one in result.measured[1:] for row in one.rows}
     rows = [(row, others.get(row.name)) for row in result.measured[0].rows]
     return rows, [str(one.path) for one in result.measured]
@@ -198,7 +198,7 @@ def _table(result: Result, has_ranks: bool = True, name_width: int = 10_000):
 
 
 def _folded(name: str, width: int) -> str:
-    """Break a name that is too long, behind a dot where there is one."""
+    """Break a name that is too long into lines, after dots."""
     lines = [""]
     for piece in re.findall(r"[^.]*\.|[^.]+$", name):
         if lines[-1].strip() and len(lines[-1] + piece) > width:

@@ -1,4 +1,4 @@
-"""The command ``spectral-kernels plot``: the picture of a log that log_to() has written."""
+"""The command ``spectral-kernels plot``: the plot of a log that log_to() has written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for and return the exit code."""
+    """Run the command and return the exit code."""
     out = arguments.out or arguments.log.with_suffix(".png")
     try:
         from . import picture

@@ -1,4 +1,4 @@
-"""The picture of a log: sigma over steps, as curves and as a map of the layers, and residuals."""
+"""The plot of a log: sigma over steps, as curves and as a map of the layers, and residuals."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from matplotlib.ticker import (
 from ...diagnostics.log import History
 from ..style import COLORS, apart, layers_of, shortened
 
-_MOST_CURVES = 12  # above, median and range stand for the curves
-_LARGEST, _SMALLEST = 4, 2  # of which these are named
-_MOST_NAMES = 40  # beside the map; above, where layers begin
+_MOST_CURVES = 12  # of more matrices, median and range are drawn
+_LARGEST, _SMALLEST = 4, 2  # of which these still have a curve
+_MOST_NAMES = 40  # beside the map; of more matrices, only the first of each layer is labelled
 _MOST_CELLS = 800  # of the map, from left to right
-_MOST_POINTS = 200  # of a curve of residuals, which go up and down
+_MOST_POINTS = 200  # of a curve of residuals, which fluctuate
 _BROKEN = "#D55E00"
 
 
@@ -50,7 +50,7 @@ def draw(history: History, title: str, path: str | PathLike[str]) -> None:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(history.residual == 0, 0, history.residual / history.sigma)
     shown = [_shown(values, least) for values, least in ((history.sigma, _SMALLEST), (ratio, 0))]
-    # A matrix has the same line in both panels, and if all have one, in every picture of the run.
+    # A matrix has the same line in both panels, and if all have one, in every plot of the run.
     listed = range(n) if n <= _MOST_CURVES else dict.fromkeys((*shown[0], *shown[1]))
     line_of = {i: k for k, i in enumerate(listed)}
     lines = [(i, line_of[i]) for i in shown[0]], [(i, line_of[i]) for i in shown[1]]
@@ -82,7 +82,7 @@ def _is_broken(history: History) -> bool:
 
 def _shown(values: np.ndarray, smallest: int) -> list[int]:
     """Return the matrices that get a curve and a name, the largest at the last step first."""
-    last = np.where(np.isfinite(values[-1]), values[-1], np.inf)  # what is broken comes first
+    last = np.where(np.isfinite(values[-1]), values[-1], np.inf)  # NaN and inf come first
     order = np.argsort(-last, kind="stable").tolist()
     if len(order) <= _MOST_CURVES:
         return order
@@ -95,11 +95,11 @@ def _curves(
     """Draw ``values`` [T, n_matrices] over the steps, with the names beside the axes.
 
     Args:
-        axes: where.
+        axes: the panel.
         history: has names and steps.
         values: sigma or residual / sigma.
-        lines: matrices and which line they have, as they are listed.
-        every: so many rows are one point, their median.
+        lines: (matrix, number of its line style), in the order of the legend.
+        every: number of rows per point, which is their median.
     """
     steps, n = history.steps, len(history.names)
     good = np.where(np.isfinite(values) & (values > 0), values, np.nan)
@@ -176,7 +176,7 @@ def _map(figure: Figure, axes, history: History, end: float) -> None:
     """Draw sigma_1 as a colour: matrices from top to bottom, steps from left to right."""
     steps, names = history.steps, history.names
     starts = np.arange(0, len(steps), math.ceil(len(steps) / _MOST_CELLS))
-    cells = np.maximum.reduceat(history.sigma, starts, axis=0).T  # spikes stay, NaN too
+    cells = np.maximum.reduceat(history.sigma, starts, axis=0).T  # keeps spikes and NaN
     edges = np.append(steps[starts], end).astype(float)
     good = cells[np.isfinite(cells) & (cells > 0)]
     low, high = (good.min() / 1.02, good.max() * 1.02) if good.size else (0.5, 2.0)
