@@ -10,6 +10,7 @@ import pytest
 
 import spectral_kernels
 from spectral_kernels.backends import choice
+from tests import ROOT
 from tests.support import processes
 
 PACKAGE = Path(spectral_kernels.__file__).parent
@@ -87,11 +88,11 @@ def test_files_of_a_part_do_not_import_each_other_in_a_circle():
 
 def test_modules_that_are_named_exist():
     """In code, strings and documents: every part is a folder, a module, or a name in a module."""
-    root, count = PACKAGE.parent, 0
-    paths = [path for folder in ("bench", "tests", "spectral_kernels", "docs")
-             for path in (root / folder).rglob("*") if path.suffix in (".py", ".md")]  # fmt: skip
+    count, folders = 0, (PACKAGE, ROOT / "bench", ROOT / "tests", ROOT / "docs")
+    paths = [path for folder in folders for path in folder.rglob("*")
+             if path.suffix in (".py", ".md")]  # fmt: skip
     others = ("pt", "egg", "_native", "penalty", "__")  # files, the compiled module, an operator
-    for path in [*paths, *root.glob("*.md")]:
+    for path in [*paths, *ROOT.glob("*.md")]:
         names = re.findall(r"\bspectral_kernels((?:\.[a-z_]\w*)+)", path.read_text())
         for name in names:
             place = PACKAGE
@@ -120,8 +121,7 @@ def test_a_folder_is_seen_at_a_glance():
 
 
 def test_files_can_be_read_in_one_sitting():
-    root = PACKAGE.parent
-    paths = [p for folder in ("spectral_kernels", "csrc") for p in (root / folder).rglob("*")
+    paths = [p for folder in (PACKAGE, ROOT / "csrc") for p in folder.rglob("*")
              if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]  # fmt: skip
     assert len(paths) > 100
     for path in paths:
