@@ -24,10 +24,12 @@ SPECTRAL_FORMULA double power(double x, double k) {
 // Returns e of sigma = m * 2^e with 1 <= m < 2; 0 where sigma is zero, not finite, or so extreme
 // that 2^-e is no normal number. s is multiplied by 2^-e before it goes into t, so that t neither
 // overflows nor vanishes; a power of two changes no digit of the result.
-SPECTRAL_FORMULA int binary_exponent(double sigma) {
+template <class S>
+SPECTRAL_FORMULA int binary_exponent(S sigma) {
   if (!(sigma > 0) || !is_finite(sigma)) return 0;
-  const int exponent = (int)(bits_of(sigma) >> 52) - 1023;
-  return exponent <= -1022 || exponent >= 1022 ? 0 : exponent;
+  const int exponent = (int)(bits_of((double)sigma) >> 52) - 1023;
+  if (sizeof(S) == 8 && (exponent <= -1022 || exponent >= 1022)) return 0;
+  return exponent;
 }
 
 SPECTRAL_FORMULA double power_of_two(int e) {

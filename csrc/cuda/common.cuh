@@ -178,6 +178,7 @@ __device__ __forceinline__ double sum_over_block(double x) {
 
 // --------------------------------------------------------------------------- scalar formulas
 
+__device__ __forceinline__ bool is_finite(float x) { return isfinite(x); }
 __device__ __forceinline__ bool is_finite(double x) { return isfinite(x); }
 __device__ __forceinline__ double pow_of(double x, double k) { return pow(x, k); }
 __device__ __forceinline__ double sqrt_of(double x) { return sqrt(x); }
