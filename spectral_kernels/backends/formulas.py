@@ -28,14 +28,6 @@ ZERO = 1e-6  # times sigma_1: a smaller Ritz value is rounding
 # ----------------------------------------------------------------------------- power iteration
 
 
-class Products(NamedTuple):
-    """What one read of a matrix gives."""
-
-    s: Tensor  # V W^T [r, M]
-    gram: Tensor  # S S^T [r, r], float64
-    t: Tensor  # scale * S W [r, N]
-
-
 class Iteration(NamedTuple):
     """Singular values and vectors after an iteration; sigmas and residuals are float64."""
 
@@ -52,20 +44,23 @@ def power_iteration(weight: Tensor, v: Tensor, scale: Tensor | float = 1.0) -> I
     ``scale`` multiplies s before it goes into t, so that nothing overflows: see
     :func:`inverse_power_of_two`.
     """
-    s, gram, t = products(weight, v, scale)
-    return finished(s, v, gram, t, scale)
+    s = product(weight, v)
+    return finished(s, v, gram_of(s), transposed_product(weight, s, scale), scale)
 
 
-def products(weight: Tensor, v: Tensor, scale: Tensor | float) -> Products:
-    """Multiply ``weight`` [M, N] by ``v`` [r, N], and the result by its transpose."""
-    s = v @ weight.mT
-    return Products(s, *partial_products(weight, s, scale))
+def product(weight: Tensor, v: Tensor) -> Tensor:
+    """Return S = V W^T [r, M] of ``weight`` [M, N] and ``v`` [r, N]."""
+    return v @ weight.mT
 
 
-def partial_products(weight: Tensor, s: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return S S^T [r, r], float64, and scale * S W [r, N] for ``s`` [r, M]."""
-    wide = s.double()
-    return wide @ wide.mT, (s * scale) @ weight
+def gram_of(s: Tensor) -> Tensor:
+    """Return S S^T [r, r], float64, of ``s`` [r, M]."""
+    return s.double() @ s.double().mT
+
+
+def transposed_product(weight: Tensor, s: Tensor, scale: Tensor | float) -> Tensor:
+    """Return T = scale * S W [r, N] of ``weight`` [M, N] and ``s`` [r, M]."""
+    return (s * scale) @ weight
 
 
 def finished(s: Tensor, v: Tensor, gram: Tensor, t: Tensor, scale: Tensor | float) -> Iteration:

@@ -48,13 +48,20 @@ def _parts(plan, i: int) -> tuple[Tensor, Tensor]:
     return t, plan.gram_partial.view(-1, r, r)[first : first + n_tiles]
 
 
-def _put_parts(plan, state, i: int, gram: Tensor, t: Tensor, acts: Tensor) -> None:
-    """Write the products of matrix ``i`` as those of its first tile, and zeros for the others."""
-    parts = _parts(plan, i)
-    for part, value in zip(parts, (t, gram), strict=True):
-        if len(part) and not (part is parts[0] and state.v_next is None):
-            _put(part[0], value, acts)
-            _put(part[1:], torch.zeros_like(part[1:]), acts)
+def _put_parts(plan, state, i: int, weight: Tensor, s: Tensor, scale: Tensor, acts: Tensor) -> None:
+    """Write the products of ``s`` [r, M] of matrix ``i`` to its first tile, zeros to the others."""
+    t, gram = _parts(plan, i)
+    if not len(gram):
+        return
+    _put_first(gram, formulas.gram_of(s), acts)
+    if state.v_next is not None:
+        _put_first(t, formulas.transposed_product(weight, s, scale), acts)
+
+
+def _put_first(parts: Tensor, value: Tensor, acts: Tensor) -> None:
+    """Write ``value`` to the first of ``parts``, and zeros to the others, if ``acts`` is true."""
+    _put(parts[0], value, acts)
+    _put(parts[1:], torch.zeros_like(parts[1:]), acts)
 
 
 def gram_matvec(plan, state) -> None:
@@ -62,9 +69,10 @@ def gram_matvec(plan, state) -> None:
     scales, stale = formulas.inverse_power_of_two(state.sigma), _stale(state)
     vectors = state.v_next if state.tolerance > 0 else state.v
     for i in range(len(plan.matrices)):
-        s, gram, t = formulas.products(matrix(plan, i), state.columns(i, vectors), scales[i])
+        weight = matrix(plan, i)
+        s = formulas.product(weight, state.columns(i, vectors))
         _put(state.rows(i), s, stale[i])
-        _put_parts(plan, state, i, gram, t, stale[i])
+        _put_parts(plan, state, i, weight, s, scales[i], stale[i])
     for i, ref in enumerate(plan.elementwise_ref):
         x = plan.tensors[ref].detach().to(plan.state_dtype)
         state.norm[i] = torch.linalg.vector_norm(x.double())
@@ -75,8 +83,7 @@ def transposed(plan, state) -> None:
     """See :meth:`base.Backend.transposed`."""
     scales, stale = formulas.inverse_power_of_two(state.sigma), _stale(state)
     for i in range(len(plan.matrices)):
-        gram, t = formulas.partial_products(matrix(plan, i), state.rows(i), scales[i])
-        _put_parts(plan, state, i, gram, t, stale[i])
+        _put_parts(plan, state, i, matrix(plan, i), state.rows(i), scales[i], stale[i])
 
 
 def collect(plan, state, t: Tensor | None, gram: Tensor) -> None:

@@ -5,6 +5,8 @@ import torch
 
 from spectral_kernels.backends import formulas
 
+from ..support.buckets import bucket_of
+
 F64 = torch.float64
 
 
@@ -87,6 +89,13 @@ def test_an_iteration_with_several_vectors_finds_the_largest_values(r):
         v = found.v_next
     torch.testing.assert_close(found.sigmas[:1], exact[:1])
     torch.testing.assert_close(v @ v.mT, torch.eye(r, dtype=F64))
+
+
+def test_an_evaluation_does_not_multiply_by_the_transpose(monkeypatch):
+    bucket = bucket_of([torch.randn(9, 5), torch.randn(4, 7)])
+    expected = bucket.evaluated().sigma
+    monkeypatch.setattr(formulas, "transposed_product", None)
+    assert torch.equal(bucket.evaluated().sigma, expected)
 
 
 def test_gradient_at_zero_is_zero():
