@@ -34,9 +34,11 @@ def pytest_collection_modifyitems(config, items):
             or (callspec is not None and callspec.params.get("backend") in others)
         )  # fmt: skip
 
-    left_out = [item for item in items if is_left_out(item)]
+    kept, left_out = [], []
+    for item in items:
+        (left_out if is_left_out(item) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not is_left_out(item)]
+    items[:] = kept
 
 
 ON_GPU = [pytest.param(f"{name}@cuda", marks=pytest.mark.gpu)

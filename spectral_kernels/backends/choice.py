@@ -13,15 +13,9 @@ from .native import Cpu, Cuda, native_module
 from .selfcheck import disagreement
 
 NAMES = ("triton", "cuda", "cpu", "reference")
-
-
 # By device type, the fastest first (bench/results/2026-11-27-h200); the reference comes last.
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-
-
 _said: set[str] = set()
-
-
 _checked: dict[tuple, str | None] = {}  # by name, device, dtype, r and optionally optimizer
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
+from ..selection.matrices import refs_of
 from ..selection.rules import select
 from ..tables.plan import Plan
 from ..tables.state import State
@@ -14,8 +17,6 @@ from .base import Backend, Reference
 # (M, N): short and long rows that allow vector loads, rows that do not, several tiles, and several
 # tiles together with several chunks.
 SHAPES = ((70, 192), (5, 2048), (130, 31), (3, 9000))
-
-
 EXPONENT, STRENGTH, TARGET = 2.0, 0.5, 0.7
 
 
@@ -30,18 +31,25 @@ def disagreement(
     :func:`step_disagreement`. Synchronizes the device.
     """
     model = small_model(device, dtype)
+    return _difference(lambda own: _steps(model, own, r), backend)
+
+
+def _difference(steps: Callable, backend, dtype: torch.dtype | None = None, when: str = ""):
+    """Return how the tensors that ``steps(backend)`` returns by name differ from the reference's.
+
+    Sums are in another order, then each side rounds once: to the tensor's dtype, or to ``dtype``.
+    """
     try:
-        found = _steps(model, backend, r)
+        found = steps(backend)
     except Exception as error:  # any error of a compiler or driver
         return f"{type(error).__name__}: {error}"
-    truth = _steps(model, Reference(), r)
+    truth = steps(Reference())
     for name, own in found.items():
         expected = truth[name].double()
-        # Sums in another order, then one rounding to the gradient's dtype on each side.
-        unit = max(2 * torch.finfo(own.dtype).eps, 1e-4)
+        unit = max(2 * torch.finfo(dtype or own.dtype).eps, 1e-4)
         error, size = (own.double() - expected).abs().max(), expected.abs().max()
         if not error <= unit * size:  # NaN is a disagreement
-            return f"{name} is wrong by {float(error / size):.1e} of its size"
+            return f"{name} is wrong by {float(error / size):.1e} of its size{when}"
     return None
 
 
@@ -64,7 +72,7 @@ def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
 def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     """Return the results of two iterations, by name."""
     selection = select(model, trainable_only=False)
-    refs = list(dict.fromkeys(x.ref for x in (*selection.matrices, *selection.elementwise)))
+    refs = refs_of(selection.matrices, selection.elementwise)
     tensors = [ref.get() for ref in refs]
     plan = Plan(selection.matrices, selection.elementwise, tensors, r)
     state = State.allocate(plan, EXPONENT)
@@ -106,8 +114,6 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
 
 
 STEPS = 2
-
-
 # Large enough that a step exceeds the rounding of a 16-bit weight, and that the sign of a gradient
 # near zero does not decide AdamW's direction.
 LR, EPS = 0.1, 0.1
@@ -127,19 +133,10 @@ def step_disagreement(
         dtype: dtype of the parameters.
         r: singular vectors per matrix.
     """
-    try:
-        found = _optimizer_steps(optimizer, backend, device, dtype, r)
-    except Exception as error:  # any error of a compiler or driver
-        return f"{type(error).__name__}: {error}"
-    truth = _optimizer_steps(optimizer, "reference", device, dtype, r)
-    for name, own in found.items():
-        expected = truth[name].double()
-        # A step may be rounded to the parameter's dtype either way.
-        unit = max(2 * torch.finfo(dtype).eps, 1e-4)
-        error, size = (own.double() - expected).abs().max(), expected.abs().max()
-        if not error <= unit * size:  # NaN is a disagreement
-            return f"{name} is wrong by {float(error / size):.1e} of its size after two steps"
-    return None
+    return _difference(
+        lambda own: _optimizer_steps(optimizer, own, device, dtype, r), backend, dtype,
+        " after two steps",
+    )  # fmt: skip
 
 
 def _optimizer_steps(optimizer: type, backend, device, dtype, r) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..selection.matrices import Elementwise, Matrix
+from ..selection.matrices import Elementwise, Matrix, refs_of
 from ..sharding import shards
 from ..sharding.backend import ShardedBackend, check_ranks
 from ..tables import device as device_tables
@@ -50,8 +50,7 @@ class Bucket:
             return cls(
                 Plan(matrices, elementwise, parameters, r), backend, exponent, extra_iterations
             )
-        refs = list(dict.fromkeys(x.ref for x in (*matrices, *elementwise)))
-        by_ref = dict(zip(refs, parameters, strict=True))
+        by_ref = dict(zip(refs_of(matrices, elementwise), parameters, strict=True))
         own = [shards.matrix_shard(matrix, by_ref[matrix.ref]) for matrix in matrices]
         if own:
             axes = own[0].shard_axes
@@ -92,11 +91,6 @@ class Bucket:
             return self.plan.bind_weights(parameters)
         self._parameters = list(parameters)
         return self.plan.bind_weights([shards.local_of(p) for p in parameters])
-
-    @property
-    def local(self) -> State:
-        """The state for the plan, with this rank's columns of the vectors."""
-        return self.backend.local(self.plan, self.state) if self.is_sharded else self.state
 
     def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks that hold other rows."""

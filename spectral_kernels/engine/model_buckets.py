@@ -14,7 +14,7 @@ import torch
 from ..backends import choice, reference
 from ..backends.base import Backend
 from ..backends.formulas import orthonormal, orthonormal_if_finite
-from ..selection.matrices import Matrix, Selection
+from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
@@ -69,9 +69,7 @@ class ModelBuckets:
         self.start_vectors: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
         # The first matrix of each parameter, or its elementwise entry.
         self._first = {x.ref: x for x in (*selection.elementwise[::-1], *selection.matrices[::-1])}
-        self.refs = list(
-            dict.fromkeys(x.ref for x in (*selection.matrices, *selection.elementwise))
-        )
+        self.refs = refs_of(selection.matrices, selection.elementwise)
         self._computed = next((o for o in self.refs if o.computed), None)
         self._slots = [
             ({o.attribute: o.tensor}, o.attribute)

@@ -33,8 +33,6 @@ from ..tables.schema import (
 PART = 32768  # elements per unit of work of a parameter without a penalty
 _ON_DEVICE = "others", "matrix_moments", "elementwise_moments", "other_moments", "groups"
 _TABLES = [UPDATE_SLOT[name] for name in _ON_DEVICE]
-
-
 ADAMW = Rule(RULES["adamw"], ("exp_avg", "exp_avg_sq"), formulas.adamw)
 SGD = Rule(RULES["sgd"], ("momentum_buffer",), formulas.sgd)
 
@@ -126,10 +124,12 @@ class Update:
         """Return the step for the backend."""
         plan, state = (None, None) if self.bucket is None else (self.bucket.plan, self.bucket.state)
         return Step(
-            self.rule, plan, state, self.weights, self.grads, self.moments, self.acts, self.steps,
-            self.groups, self.group_of, self.decoupled, self.grad_scale, self.found_inf,
-            self.moment_dtype, self.others, self.tables, self.group_table, self.address,
-            self._plain_header,
+            rule=self.rule, plan=plan, state=state, weights=self.weights, grads=self.grads,
+            moments=self.moments, acts=self.acts, steps=self.steps, groups=self.groups,
+            group_of=self.group_of, decoupled=self.decoupled, grad_scale=self.grad_scale,
+            found_inf=self.found_inf, moment_dtype=self.moment_dtype, others=self.others,
+            tables=self.tables, group_table=self.group_table, address=self.address,
+            plain_header=self._plain_header,
         )  # fmt: skip
 
     def bind(self, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:

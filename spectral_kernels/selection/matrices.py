@@ -12,17 +12,11 @@ from .arguments import match_any
 from .parameters import ParameterRef
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
 _GATES = {
     nn.LSTM: ("i", "f", "g", "o"), nn.LSTMCell: ("i", "f", "g", "o"),
     nn.GRU: ("r", "z", "n"), nn.GRUCell: ("r", "z", "n"),
 }  # fmt: skip
-
-
 _RECURRENT = (nn.RNN, nn.RNNCell, *_GATES)
 
 
@@ -71,6 +65,11 @@ class Elementwise:
     name: str
     ref: ParameterRef
     kind: str
+
+
+def refs_of(matrices: Sequence[Matrix], elementwise: Sequence[Elementwise]) -> list[ParameterRef]:
+    """Return the distinct parameters, in the order in which matrices, then the rest name them."""
+    return list(dict.fromkeys(x.ref for x in (*matrices, *elementwise)))
 
 
 @dataclass

@@ -12,21 +12,13 @@ from .matrices import CONVOLUTIONS, TRANSPOSED, Elementwise, NothingSelected, Se
 from .parameters import ParameterRef, made_before_use, parameter_refs
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
 _NORMS = tuple(
     getattr(nn, name)
     for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d",
                  "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm", "RMSNorm")
 )  # fmt: skip
-
-
 _GAINS = ("weight", "gamma", "scale", "gain", "g")
-
-
 _SHIFTS = ("bias", "beta", "shift", "b")
-
-
 # Norms that multiply by (1 + weight): pulling |weight| to one would double their gain.
 _OFFSET_GAINS = (
     "GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "MiniMaxM3VLRMSNorm",

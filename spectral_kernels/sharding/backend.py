@@ -122,8 +122,8 @@ class ShardedBackend(Backend):
         plan, state = step.plan, step.state
         if step.found_inf is not None:  # a skipped step takes the products with v
             state.v_next.copy_(torch.where(step.found_inf > 0, state.v, state.v_next))
-        self.inner.update(replace(step, state=self.local(plan, state)))
         local = self.local(plan, state)
+        self.inner.update(replace(step, state=local))
         if self.shard_axes.columns:
             self._columns.sum_in_place(self.shard_axes.columns, state)
             self.inner.transposed(plan, local)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..selection.matrices import Elementwise, Matrix
+from ..selection.matrices import Elementwise, Matrix, refs_of
 from .addresses import memory_of
 from .device import DeviceTables
 from .layout import Layout, layout_of
@@ -30,20 +30,12 @@ from .schema import (
 # On a CPU, and with several vectors: maximum rows of a tile, exceeded where a matrix would have
 # more than MAX_TILES tiles. A tile writes r * N numbers of t.
 TILE_ROWS, TILE_ROWS_ON_GPU, MAX_TILES = 128, 64, 64
-
-
 # On a GPU with one vector: one tile per concurrent program, of LEAST_ELEMENTS to MOST_ELEMENTS
 # elements, but at most about TILES in all, as starting and ending a tile costs microseconds; 8 to
 # MOST_ROWS rows. In large plans at least _LEAST_ROWS rows, so that t stays in the cache.
 PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 528, 2048, 64 * 1024, 1056
-
-
 MOST_ROWS = 256
-
-
 _LEAST_ROWS = ((2**27, 32), (2**25, 16), (0, 8))  # (elements of the plan, rows)
-
-
 _NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 
 
@@ -216,7 +208,7 @@ class Plan(Tables):
         tensors: Sequence[torch.Tensor],
         r: int = 1,
     ):
-        self.refs = list(dict.fromkeys(x.ref for x in (*matrices, *elementwise)))
+        self.refs = refs_of(matrices, elementwise)
         by_ref = {ref: i for i, ref in enumerate(self.refs)}
         self.matrix_ref = np.array([by_ref[x.ref] for x in matrices], dtype=np.int64)
         self.elementwise_ref = np.array([by_ref[x.ref] for x in elementwise], dtype=np.int64)

@@ -5,6 +5,7 @@ import torch
 from spectral_kernels.backends import choice
 from spectral_kernels.backends.formulas import orthonormal
 from spectral_kernels.engine.bucket import Bucket
+from spectral_kernels.selection.matrices import refs_of
 from spectral_kernels.selection.rules import select
 from spectral_kernels.tables import plan as plan_module
 from spectral_kernels.tables.plan import Plan
@@ -17,7 +18,7 @@ def bucket_of(
     """A bucket with random unit vectors and poisoned scratch; tensors become leaf parameters."""
     named = tensors if isinstance(tensors, torch.nn.Module) else list(named_weights(tensors))
     found = select(named, trainable_only=False, **kw)
-    refs = list(dict.fromkeys(x.ref for x in (*found.matrices, *found.elementwise)))
+    refs = refs_of(found.matrices, found.elementwise)
     weights = [ref.get() for ref in refs]
     chosen = choice.choose(backend, weights[0].device, weights[0].dtype, r)
     plan = Plan(found.matrices, found.elementwise, weights, r)

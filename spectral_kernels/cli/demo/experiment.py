@@ -29,20 +29,10 @@ from ...optim import SpectralAdamW
 from ...regularizer import SpectralRegularizer
 
 ARMS = ("none", "L2", "spectral", "SpectralAdamW")
-
-
 CLASSES = 10
-
-
 N_IMAGES = 1280
-
-
 BATCH = 64
-
-
 WIDTHS = (64, 128, 128, 128, CLASSES)
-
-
 STRENGTH = 1e-3
 
 

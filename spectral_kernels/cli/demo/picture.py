@@ -21,8 +21,6 @@ _STYLES = {
     # Its curve is that of "spectral" up to rounding: dashed, to leave that one visible.
     "SpectralAdamW": {"color": "#000000", "marker": "None", "linestyle": (0, (3, 3))},
 }
-
-
 _CHANCE = 0.1
 
 

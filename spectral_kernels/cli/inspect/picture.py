@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 _MARKERS = "os^Dv<>PX"
-
-
 _MOST_KINDS = 36
-
-
 _MOST_LABELS = 24
 
 
