@@ -8,6 +8,8 @@ import signal
 import struct
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 from tests import TIMEOUT
 
@@ -66,6 +68,22 @@ def check_ending(shown):
     assert hidden in shown
     assert shown.rindex(visible) > shown.rindex(hidden)
     assert shown.endswith(b"spectral-kernels: interrupted\r\n")
+
+
+def is_gone(pid):
+    """Return whether a process has ended (it may be left as a zombie)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition):
+    """Wait until ``condition()`` is true."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < TIMEOUT
+        time.sleep(0.02)
 
 
 def png_size(path):
