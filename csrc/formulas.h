@@ -36,9 +36,9 @@ SPECTRAL_FORMULA double power_of_two(int e) {
   return double_of((uint64_t)(int64_t)(1023 + e) << 52);
 }
 
-// Returns whether a call is about a matrix: with a tolerance only if its estimate is stale.
-SPECTRAL_FORMULA bool is_included(double tolerance, double residual, double sigma) {
-  return tolerance == 0 || residual > tolerance * sigma;
+// Returns whether an estimate is stale: calls with a tolerance are about stale matrices alone.
+SPECTRAL_FORMULA bool is_stale(double tolerance, double residual, double sigma) {
+  return residual > tolerance * sigma;
 }
 
 // R of a matrix: (sigma^k - tau^k)^2.

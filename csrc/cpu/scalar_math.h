@@ -18,8 +18,8 @@ SPECTRAL_INLINE double inverse_power_of_two(double sigma) {
 template <class S>
 SPECTRAL_INLINE bool takes_part(const Header& header, int64_t matrix) {
   return header.tolerance == 0 ||
-         is_included(header.tolerance, reinterpret_cast<const S*>(header.residuals)[matrix],
-                     reinterpret_cast<const S*>(header.sigmas)[matrix]);
+         is_stale(header.tolerance, reinterpret_cast<const S*>(header.residuals)[matrix],
+                  reinterpret_cast<const S*>(header.sigmas)[matrix]);
 }
 
 template <class S>

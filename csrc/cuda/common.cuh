@@ -198,8 +198,8 @@ namespace cuda {
 
 __device__ __forceinline__ bool takes_part(const Header& header, int64_t matrix) {
   return header.tolerance == 0 ||
-         is_included(header.tolerance, at<const float>(header.residuals)[matrix],
-                     at<const float>(header.sigmas)[matrix]);
+         is_stale(header.tolerance, at<const float>(header.residuals)[matrix],
+                  at<const float>(header.sigmas)[matrix]);
 }
 
 __device__ __forceinline__ void put_penalty(const Header& header, int64_t index, double sigma) {
