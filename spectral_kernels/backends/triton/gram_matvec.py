@@ -23,12 +23,9 @@ from .tables import (
     OUTER,
     OUTER_STRIDE,
     PLAIN,
-    ROW_BEGIN,
-    ROW_END,
     ROW_STRIDE,
     S_OFFSET,
     SIZE,
-    T_OFFSET,
     TILE_FIELDS,
     TILE_MATRIX,
     V_OFFSET,
@@ -38,41 +35,29 @@ from .tables import (
     factors_of,
     inverse_power_of_two,
     is_aligned,
+    load_block,
     norms_of,
+    parts_at,
     parts_of,
     penalties_of,
     power,
     takes_part,
-    whole_loads,
 )
 
 
 @triton.jit
 def add_long_rows(
-    w, row_stride, inner, outer_stride, n, r, row_end, scaled, t, is_first,
-    LAYOUT: tl.constexpr, BN: tl.constexpr,
+    elements, r, row_end, scaled, t, is_first, LAYOUT: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """Read rows ``r`` again and add scaled^T W to t, or write it for the first rows."""
+    n = elements[4]
     for first in range(0, n, BN):
         c = first + tl.arange(0, BN)
-        columns = columns_of(c, inner, outer_stride, LAYOUT)
-        mask = (r < row_end)[:, None] & (c < n)[None, :]
-        block = w + (r[:, None] * row_stride + columns[None, :])
-        rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+        rows = load_block(elements, r, row_end, c, LAYOUT)
         part = tl.sum(rows * scaled[:, None], 0)
         if not is_first:  # each thread reads what it wrote itself
             part += tl.load(t + c, mask=c < n, other=0.0)
         tl.store(t + c, part, mask=c < n)
-
-
-@triton.jit
-def _parts(tile, v, s, t_partial, v_offset, s_offset, LAYOUT: tl.constexpr):
-    """Return v and s of a matrix, t, first row and end of a tile of it; see parts_of."""
-    t_offset = tl.load(tile + T_OFFSET)
-    if LAYOUT == ALIGNED:
-        v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)
-    begin, end = tl.load(tile + ROW_BEGIN), tl.load(tile + ROW_END)
-    return v + v_offset, s + s_offset, t_partial + t_offset, begin, end
 
 
 @triton.jit
@@ -86,22 +71,17 @@ def _pipelined_rows(
     The following blocks are copied to shared memory meanwhile. t is summed up per row of a block,
     so that threads exchange numbers once, at the end.
     """
-    w, row_stride, inner, outer_stride, n = elements_of(
-        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
-    )
-    v, s, t, row_begin, row_end = _parts(tile, v, s, t_partial, v_offset, s_offset, LAYOUT)
+    elements = elements_of(m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT)
+    v, s, t, row_begin, row_end = parts_at(tile, v, s, t_partial, v_offset, s_offset, LAYOUT)
     half, other_half = factors_of(scale)
     c = tl.arange(0, BN)
-    inside = c < n
-    columns = columns_of(c, inner, outer_stride, LAYOUT)
+    inside = c < elements[4]
     x = tl.load(v + c, mask=inside, other=0.0)
     total = tl.zeros([R, BN], tl.float32)
     squares = tl.zeros([R], tl.float64)
     for row in tl.range(row_begin, row_end, R, num_stages=STAGES):
         r = row + tl.arange(0, R)
-        block = w + (r[:, None] * row_stride + columns[None, :])
-        mask = (r < row_end)[:, None] & inside[None, :]
-        rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+        rows = load_block(elements, r, row_end, c, LAYOUT)
         product = tl.sum(rows * x[None, :], 1)
         tl.store(s + r, product, mask=r < row_end)
         wide = product.to(tl.float64)
@@ -140,7 +120,7 @@ def _rows_ahead(
     w, row_stride, inner, outer_stride, n = elements_of(
         m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
     )
-    v, s, t, row_begin, row_end = _parts(tile, v, s, t_partial, v_offset, s_offset, LAYOUT)
+    v, s, t, row_begin, row_end = parts_at(tile, v, s, t_partial, v_offset, s_offset, LAYOUT)
     w, s, count = w + row_begin * row_stride, s + row_begin, (row_end - row_begin).to(tl.int32)
     c = (tl.arange(0, BN // PIECE) * PIECE)[None, :, None] + tl.arange(0, PIECE)[None, None, :]
     inside = c < n.to(tl.int32)
@@ -173,9 +153,8 @@ def _long_rows(
     BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time, twice; return the sum of squares of s."""
-    w, row_stride, inner, outer_stride, n = elements_of(
-        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
-    )
+    elements = elements_of(m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT)
+    n = elements[4]
     v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial, LAYOUT)
     half, other_half = factors_of(scale)
     squares = tl.zeros([R], tl.float64)
@@ -184,20 +163,15 @@ def _long_rows(
         products = tl.zeros([R, BN], tl.float32)
         for first in range(0, n, BN):
             c = first + tl.arange(0, BN)
-            columns = columns_of(c, inner, outer_stride, LAYOUT)
-            mask = (r < row_end)[:, None] & (c < n)[None, :]
-            block = w + (r[:, None] * row_stride + columns[None, :])
-            rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+            rows = load_block(elements, r, row_end, c, LAYOUT)
             products += rows * tl.load(v + c, mask=c < n, other=0.0)[None, :]
         product = tl.sum(products, 1)
         tl.store(s + r, product, mask=r < row_end)
         wide = product.to(tl.float64)
         squares += wide * wide
         if WITH_T:
-            add_long_rows(
-                w, row_stride, inner, outer_stride, n, r, row_end, product * half * other_half, t,
-                row == row_begin, LAYOUT, BN,
-            )  # fmt: skip
+            scaled = product * half * other_half
+            add_long_rows(elements, r, row_end, scaled, t, row == row_begin, LAYOUT, BN)
     return tl.sum(squares, 0)
 
 

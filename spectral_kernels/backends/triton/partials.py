@@ -21,9 +21,9 @@ from .tables import (
     TILE_MATRIX,
     V_OFFSET,
     WEIGHT,
-    columns_of,
     inverse_power_of_two,
     is_aligned,
+    load_block,
     takes_part,
     whole_loads,
 )
@@ -36,20 +36,17 @@ def _add_rows(
     BN: tl.constexpr,
 ):  # fmt: skip
     """Write t of the vectors of a group: BN columns at a time of all rows, R at a time."""
-    w, row_stride, inner, outer_stride, n, n_rows, _v, s, t, row_begin, row_end = operands(
+    elements, n, n_rows, _v, s, t, row_begin, row_end = operands(
         m, tile, first_vector, s, s, t_partial, DTYPE, LAYOUT
     )
     for first in range(0, n, BN):
         c = first + tl.arange(0, BN)
-        columns = columns_of(c, inner, outer_stride, LAYOUT)
         totals = ()
         for _ in tl.static_range(GROUP):
             totals += (tl.zeros([BN], tl.float32),)
         for row in range(row_begin, row_end, R):
             r = row + tl.arange(0, R)
-            mask = (r < row_end)[:, None] & (c < n)[None, :]
-            block = w + (r[:, None] * row_stride + columns[None, :])
-            rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+            rows = load_block(elements, r, row_end, c, LAYOUT)
             sums = ()
             for j in tl.static_range(GROUP):
                 own = tl.load(s + j * n_rows + r, mask=r < row_end, other=0.0)

@@ -38,7 +38,7 @@ from .tables import (
     TILE_MATRIX,
     V_OFFSET,
     WEIGHT,
-    columns_of,
+    block_of,
     elements_of,
     inverse_power_of_two,
     is_aligned,
@@ -126,15 +126,13 @@ def _tile_gradient(
     Blocks of R rows and BN columns follow each other along the rows; the next one is loaded before
     this one is stored, and the first one while the factor is not yet known.
     """
-    grad, row_stride, inner, outer_stride, n = elements_of(
-        m, GRAD, GRAD_ROW_STRIDE, GRAD_OUTER_STRIDE, DTYPE, LAYOUT
-    )
+    elements = elements_of(m, GRAD, GRAD_ROW_STRIDE, GRAD_OUTER_STRIDE, DTYPE, LAYOUT)
+    grad, n = elements[0], elements[4]
     v, s, _, row_begin, row_end = parts_of(m, tile, v, s, s, LAYOUT)
     r, j = tl.arange(0, R), tl.arange(0, BN)
     row, first = row_begin, row_begin * 0
-    columns = columns_of(first + j, inner, outer_stride, LAYOUT)
-    block = grad + ((row + r)[:, None] * row_stride + columns[None, :])
-    mask = (row + r < row_end)[:, None] & (first + j < n)[None, :]
+    offsets, mask = block_of(elements, row + r, row_end, first + j, LAYOUT)
+    block = grad + offsets
     if ACCUMULATE:
         old = tl.load(block, mask=mask, other=0.0)
     factor = _factor(m, index, gram_partial, scalars, strengths, targets, multiplier, k, integer,
@@ -147,9 +145,8 @@ def _tile_gradient(
         first += BN
         row = tl.where(first < n, row, row + R)
         first = tl.where(first < n, first, 0)
-        columns = columns_of(first + j, inner, outer_stride, LAYOUT)
-        block = grad + ((row + r)[:, None] * row_stride + columns[None, :])
-        mask = (row + r < row_end)[:, None] & (first + j < n)[None, :]
+        offsets, mask = block_of(elements, row + r, row_end, first + j, LAYOUT)
+        block = grad + offsets
         if ACCUMULATE:
             value += old.to(tl.float32)
             old = tl.load(block, mask=mask, other=0.0)

@@ -27,10 +27,10 @@ from .tables import (
     TILE_FIELDS,
     TILE_MATRIX,
     WEIGHT,
-    columns_of,
     elements_of,
     inverse_power_of_two,
     is_aligned,
+    load_block,
     norms_of,
     parts_of,
     penalties_of,
@@ -43,13 +43,12 @@ def operands(
     m, tile, first_vector, v, s, t_partial, DTYPE: tl.constexpr, LAYOUT: tl.constexpr
 ):  # fmt: skip
     """Return what elements_of and parts_of tell, from the first vector of a group on, and M."""
-    w, row_stride, inner, outer_stride, n = elements_of(
-        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
-    )
+    elements = elements_of(m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT)
+    n = elements[4]
     v, s, t, row_begin, row_end = parts_of(m, tile, v, s, t_partial, LAYOUT)
     n_rows = tl.load(m + ROWS)
     v, t, s = v + first_vector * n, t + first_vector * n, s + first_vector * n_rows
-    return w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end
+    return elements, n, n_rows, v, s, t, row_begin, row_end
 
 
 @triton.jit
@@ -59,21 +58,18 @@ def _short_rows(
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows of n <= BN columns."""
-    w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = operands(
+    elements, n, n_rows, v, s, t, row_begin, row_end = operands(
         m, tile, first_vector, v, s, t_partial, DTYPE, LAYOUT
     )
     c = tl.arange(0, BN)
     inside = c < n
-    columns = columns_of(c, inner, outer_stride, LAYOUT)
     x, totals = (), ()
     for j in tl.static_range(GROUP):
         x += (tl.load(v + j * n + c, mask=inside, other=0.0),)
         totals += (tl.zeros([BN], tl.float32),)
     for row in range(row_begin, row_end, R):
         r = row + tl.arange(0, R)
-        block = w + (r[:, None] * row_stride + columns[None, :])
-        mask = (r < row_end)[:, None] & inside[None, :]
-        rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+        rows = load_block(elements, r, row_end, c, LAYOUT)
         sums = ()
         for j in tl.static_range(GROUP):
             product = tl.sum(rows * x[j][None, :], 1)
@@ -96,7 +92,7 @@ def _long_rows(
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time, twice."""
-    w, row_stride, inner, outer_stride, n, n_rows, v, s, t, row_begin, row_end = operands(
+    elements, n, n_rows, v, s, t, row_begin, row_end = operands(
         m, tile, first_vector, v, s, t_partial, DTYPE, LAYOUT
     )
     for row in range(row_begin, row_end, R):
@@ -106,10 +102,7 @@ def _long_rows(
             products += (tl.zeros([R], tl.float32),)
         for first in range(0, n, BN):
             c = first + tl.arange(0, BN)
-            columns = columns_of(c, inner, outer_stride, LAYOUT)
-            mask = (r < row_end)[:, None] & (c < n)[None, :]
-            block = w + (r[:, None] * row_stride + columns[None, :])
-            rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+            rows = load_block(elements, r, row_end, c, LAYOUT)
             sums = ()
             for j in tl.static_range(GROUP):
                 x = tl.load(v + j * n + c, mask=c < n, other=0.0)
@@ -122,10 +115,7 @@ def _long_rows(
         if WITH_T:
             for first in range(0, n, BN):
                 c = first + tl.arange(0, BN)
-                columns = columns_of(c, inner, outer_stride, LAYOUT)
-                mask = (r < row_end)[:, None] & (c < n)[None, :]
-                block = w + (r[:, None] * row_stride + columns[None, :])
-                rows = tl.load(block, mask=mask, other=0.0).to(tl.float32)
+                rows = load_block(elements, r, row_end, c, LAYOUT)
                 for j in tl.static_range(GROUP):
                     part = tl.sum(rows * scaled[j][:, None], 0)
                     if row != row_begin:  # each thread reads what it wrote itself

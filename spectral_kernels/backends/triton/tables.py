@@ -188,13 +188,40 @@ def elements_of(
 
 
 @triton.jit
-def parts_of(m, tile, v, s, t_partial, LAYOUT: tl.constexpr):
-    """Return v and s of a matrix, t, first row and end of a tile of it."""
-    v_offset, t_offset = tl.load(m + V_OFFSET), tl.load(tile + T_OFFSET)
+def block_of(elements, r, row_end, c, LAYOUT: tl.constexpr):
+    """Return offsets from the first element for rows ``r`` and columns ``c``, and which exist.
+
+    ``elements`` is what elements_of returned; the tile ends before row ``row_end``.
+    """
+    _, row_stride, inner, outer_stride, n = elements
+    columns = columns_of(c, inner, outer_stride, LAYOUT)
+    mask = (r < row_end)[:, None] & (c < n)[None, :]
+    offsets = r[:, None] * row_stride + columns[None, :]
+    return offsets, mask
+
+
+@triton.jit
+def load_block(elements, r, row_end, c, LAYOUT: tl.constexpr):
+    """Return the elements in rows ``r`` and columns ``c``, float32, zero where there are none."""
+    offsets, mask = block_of(elements, r, row_end, c, LAYOUT)
+    return tl.load(elements[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def parts_at(tile, v, s, t_partial, v_offset, s_offset, LAYOUT: tl.constexpr):
+    """Return v and s of a matrix from its offsets, t, first row and end of a tile of it."""
+    t_offset = tl.load(tile + T_OFFSET)
     if LAYOUT == ALIGNED:  # those of rows that are a multiple of four numbers are that too
         v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)
     begin, end = tl.load(tile + ROW_BEGIN), tl.load(tile + ROW_END)
-    return v + v_offset, s + tl.load(m + S_OFFSET), t_partial + t_offset, begin, end
+    return v + v_offset, s + s_offset, t_partial + t_offset, begin, end
+
+
+@triton.jit
+def parts_of(m, tile, v, s, t_partial, LAYOUT: tl.constexpr):
+    """Return v and s of a matrix, t, first row and end of a tile of it."""
+    v_offset, s_offset = tl.load(m + V_OFFSET), tl.load(m + S_OFFSET)
+    return parts_at(tile, v, s, t_partial, v_offset, s_offset, LAYOUT)
 
 
 @triton.jit

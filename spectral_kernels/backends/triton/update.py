@@ -47,7 +47,7 @@ from .tables import (
     V_OFFSET,
     WEIGHT,
     WEIGHT_DECAY,
-    columns_of,
+    block_of,
     elements_of,
     factors_of,
     inverse_power_of_two,
@@ -138,9 +138,8 @@ def _rows(
 
     PRODUCTS are for one vector; for several there is a separate launch.
     """
-    w, row_stride, inner, outer_stride, n = elements_of(
-        m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT
-    )
+    elements = elements_of(m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT)
+    w, n = elements[0], elements[4]
     grad = tl.load(m + GRAD).to(tl.pointer_type(DTYPE))
     first = tl.load(moment + FIRST).to(tl.pointer_type(MOMENT_TYPE))
     second = tl.load(moment + SECOND).to(tl.pointer_type(MOMENT_TYPE))
@@ -167,10 +166,8 @@ def _rows(
         products = tl.zeros([R, BN], tl.float32)
         for begin in range(0, n if LONG else BN, BN):
             c = begin + tl.arange(0, BN)
-            columns = columns_of(c, inner, outer_stride, LAYOUT)
-            mask = (r < row_end)[:, None] & (c < n)[None, :]
+            offsets, mask = block_of(elements, r, row_end, c, LAYOUT)
             penalty = a[:, None] * tl.load(v + c, mask=c < n, other=0.0)[None, :]
-            offsets = r[:, None] * row_stride + columns[None, :]
             rows = _next(w, grad, first, second, offsets, mask, acts, has_grad, penalty,
                          inverse_scale, options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
             if PRODUCTS:
@@ -183,8 +180,7 @@ def _rows(
             scaled = product * half * other_half
             if LONG:
                 tl.debug_barrier()  # another thread may have written what is read next
-                add_long_rows(w, row_stride, inner, outer_stride, n, r, row_end, scaled, t,
-                              row == row_begin, LAYOUT, BN)  # fmt: skip
+                add_long_rows(elements, r, row_end, scaled, t, row == row_begin, LAYOUT, BN)
             else:
                 total += rows * scaled[:, None]
     if PRODUCTS and not LONG:
