@@ -1,4 +1,5 @@
 import contextlib
+import importlib.util
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from spectral_kernels.backends import choice
 
 from .support.gpu_like import GpuLike
+from .support.interpreter import patch_language_once
 
 LEVELS = ("baseline", "v3", "v4")
 
@@ -16,6 +18,12 @@ def pytest_addoption(parser):
         "--quick", action="store_true",
         help="only tests that take less than a second, with one instruction-set level, on a CPU",
     )  # fmt: skip
+
+
+def pytest_configure(config):
+    """Prepare Triton's interpreter where it will run."""
+    if choice.interpreted() and importlib.util.find_spec("triton"):
+        patch_language_once()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -124,6 +132,16 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threaded(backend):
+    """A backend whose results do not depend on the number of threads; yields the name."""
+    if backend == "reference":
+        pytest.skip("PyTorch's own products depend on the number of threads")
+    if backend == "triton" and choice.interpreted():
+        pytest.skip("the interpreter has one thread")
+    return backend
 
 
 @pytest.fixture

@@ -239,14 +239,12 @@ def test_normalize_needs_the_sums_alone(backend, r, tolerance):
 
 
 @pytest.mark.parametrize("r", [1, 4])
-def test_same_bits_at_any_number_of_threads(backend, threads, r):
-    if backend == "reference":
-        pytest.skip("PyTorch's own products depend on the number of threads")
+def test_same_bits_at_any_number_of_threads(threaded, threads, r):
     shapes = [(300, 200), (64, 513), (1000, 40), (20, 3)]
     found = []
     for n in (1, 2, 3):
         threads(n)
-        bucket = bucket_of(cases.random_weights(shapes, seed=2), backend, r=r)
+        bucket = bucket_of(cases.random_weights(shapes, seed=2), threaded, r=r)
         torch.manual_seed(1)
         filled(bucket)
         bucket.backend.transposed(bucket.plan, bucket.state)
