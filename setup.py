@@ -1,5 +1,6 @@
 """Builds the native module with CMake and Ninja; everything else is in pyproject.toml."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -22,12 +23,24 @@ def cxx_compiler():
     return None
 
 
+def build_folder(cxx):
+    """Return where objects stay: the next build compiles what has changed, with or without CUDA.
+
+    One for each Python and for what CMake asks about a single time.
+    """
+    variables = ("CXX", "CXXFLAGS", "CUDACXX", "CUDAARCHS")
+    asked = [shutil.which(cxx), shutil.which("nvcc"), *map(os.getenv, variables)]
+    key = hashlib.sha256(repr(asked).encode()).hexdigest()[:12]
+    return ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}"
+
+
 class CMakeBuild(build_ext):
     """Runs CMake for the one extension; without a C++ compiler the package goes without it."""
 
     def build_extension(self, ext):
         """Build `ext` into the place where setuptools expects it."""
-        if cxx_compiler() is None:
+        cxx = cxx_compiler()
+        if cxx is None:
             ext.optional = True
             self.warn(
                 "spectral_kernels: no C++ compiler was found, so the C++ backend is left out; "
@@ -35,7 +48,8 @@ class CMakeBuild(build_ext):
             )
             return
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "native"
+        build = build_folder(cxx)
+        ninja = shutil.which("ninja") or "ninja"  # that of the last build may be gone
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [
@@ -43,6 +57,7 @@ class CMakeBuild(build_ext):
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_MAKE_PROGRAM={ninja}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             ],
             check=True,

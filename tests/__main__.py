@@ -1,8 +1,8 @@
 """Every check that needs no GPU: ``python -m tests``, with the extras demo, test and bench.
 
-Style, the demo and each bench suite on its smallest case, then the test suite: from a wheel in an
-empty environment (see tests/project/wheel.py), and here what needs more than that. What concerns
-Triton runs once more in a process of its own, where an interpreter runs the kernels on the CPU.
+Style, then the test suite: from a wheel in an empty environment (see tests/project/wheel.py), and
+here what needs more than that. What concerns Triton runs once more in processes of its own, where
+an interpreter runs the kernels on the CPU.
 
 ``python -m tests --quick``: style, and every test that takes less than a second, with one
 instruction-set level. For use while working.
@@ -13,10 +13,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from . import ROOT
 from .project import wheel
@@ -40,21 +38,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="style and what takes no second")
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        commands = quick() if parser.parse_args().quick else everything(Path(folder))
-        for arguments in commands:
-            # Threads that wait by spinning would keep another process of the tests from its core.
-            extra = {"OMP_WAIT_POLICY": "PASSIVE"} if "-n" in arguments else {}
-            if arguments is INTERPRETED:
-                extra["TRITON_INTERPRET"] = "1"
-            so_far = f"[{time.monotonic() - start:.0f} s]"
-            variables = [f"{k}={v}" for k, v in extra.items()]
-            print(so_far, "$", *variables, "python -m", *arguments, flush=True)
-            command = [sys.executable, "-m", *arguments]
-            env = {**os.environ, **extra}
-            if code := subprocess.run(command, cwd=ROOT, env=env, check=False).returncode:
-                print("failed: python -m", *arguments, file=sys.stderr)
-                return code
+    commands = quick() if parser.parse_args().quick else everything()
+    for arguments in commands:
+        # Threads that wait by spinning would keep another process of the tests from its core.
+        extra = {"OMP_WAIT_POLICY": "PASSIVE"} if "-n" in arguments else {}
+        if arguments is INTERPRETED:
+            extra["TRITON_INTERPRET"] = "1"
+        so_far = f"[{time.monotonic() - start:.0f} s]"
+        variables = [f"{k}={v}" for k, v in extra.items()]
+        print(so_far, "$", *variables, "python -m", *arguments, flush=True)
+        command = [sys.executable, "-m", *arguments]
+        env = {**os.environ, **extra}
+        if code := subprocess.run(command, cwd=ROOT, env=env, check=False).returncode:
+            print("failed: python -m", *arguments, file=sys.stderr)
+            return code
     print(f"[{time.monotonic() - start:.0f} s] everything passed")
     return 0
 
@@ -65,18 +62,10 @@ def quick() -> Iterator[list[str]]:
     yield [*SPREAD, "-q", "--quick", "tests"]
 
 
-def everything(folder: Path) -> Iterator[list[str]]:
-    """Yield the arguments of ``python -m`` for all checks, which may write into ``folder``."""
+def everything() -> Iterator[list[str]]:
+    """Yield the arguments of ``python -m`` for all checks."""
     yield from STYLE
     yield ["spectral_kernels", "env"]
-    yield ["spectral_kernels", "demo", "--tasks", "2", "--epochs", "1",
-           "--out", str(folder / "demo.png")]  # fmt: skip
-    yield ["pytest", "bench", "--smoke", "-q", "--benchmark-columns=median,rounds"]
-    yield ["bench.accuracy", "--smoke", "--estimators", "1/4, auto", "--strengths", "1e-3",
-           "--out", str(folder / "accuracy")]  # fmt: skip
-    yield ["bench.sharded.scale_model", "--check"]
-    yield ["torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-           "-m", "bench.sharded.fsdp_example"]  # fmt: skip
     yield ["tests.project.wheel"]
     yield [*SPREAD, "-m", "not gpu", *(f"tests/{name}" for name in wheel.ELSEWHERE)]
     if importlib.util.find_spec("triton"):

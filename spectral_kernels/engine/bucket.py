@@ -85,7 +85,7 @@ class Bucket:
         if self.is_sharded:
             if not shards.same_placement(parameters, self._placements):
                 return False
-        elif shards.DTensor in set(map(type, parameters)):
+        elif shards.dtensor() in set(map(type, parameters)):
             return False
         else:
             return self.plan.bind_weights(parameters)

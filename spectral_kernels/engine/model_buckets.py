@@ -96,7 +96,7 @@ class ModelBuckets:
         kinds = set(map(type, tensors))
         if type(None) in kinds:
             tensors = [ref.get() for ref in self.refs]
-        if self._sharded or shards.DTensor in kinds:
+        if self._sharded or shards.dtensor() in kinds:
             tensors = [self._settled(i, tensor) for i, tensor in enumerate(tensors)]
         return tensors
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,13 +15,8 @@ from torch import nn
 from ..selection.matrices import Elementwise, Matrix
 from ..tables.layout import Layout, layout_of
 
-try:
-    from torch.distributed.fsdp import FSDPModule
+if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-except ImportError:  # torch was built without torch.distributed: no parameter is sharded
-    DTensor = FSDPModule = None
-
 
 LEAST_RANKS = 2  # a mesh dimension with fewer ranks needs no sums
 
@@ -54,9 +50,23 @@ class MatrixShard(NamedTuple):
     shard_axes: ShardAxes
 
 
+def _loaded(module: str, name: str) -> type | None:
+    """Return a class of torch.distributed; None where nobody has imported it, so has no instance.
+
+    Importing it takes longer than all of this package.
+    """
+    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, None)
+
+
+def dtensor() -> type | None:
+    """Return the class DTensor, or None while there can be no instance."""
+    return _loaded("tensor", "DTensor")
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Return whether ``tensor`` is a DTensor."""
-    return DTensor is not None and isinstance(tensor, DTensor)
+    kind = dtensor()
+    return kind is not None and isinstance(tensor, kind)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,7 +89,7 @@ def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """Return ``local`` as a tensor sharded like ``parameter``."""
     if not is_sharded(parameter):
         return local
-    return DTensor.from_local(
+    return dtensor().from_local(
         local, parameter.device_mesh, parameter.placements, run_check=False,
         shape=parameter.shape, stride=parameter.stride(),
     )  # fmt: skip
@@ -114,6 +124,8 @@ class _Placed:
     """Local index ranges and mesh axes of the sharded dimensions of a DTensor."""
 
     def __init__(self, name: str, parameter: DTensor):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
         mesh = parameter.device_mesh
         if mesh.get_coordinate() is None:
             raise RuntimeError(
@@ -221,9 +233,10 @@ def is_gathered(tensor: torch.Tensor, sharded: torch.Tensor) -> bool:
 
 def managed(root: nn.Module | None) -> set[nn.Module]:
     """Return the modules whose parameters FSDP2 gathers and frees."""
-    if root is None or FSDPModule is None:
+    kind = _loaded("fsdp", "FSDPModule")
+    if root is None or kind is None:
         return set()
-    tops = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    tops = [module for module in root.modules() if isinstance(module, kind)]
     return {module for top in tops for module in top.modules()}
 
 

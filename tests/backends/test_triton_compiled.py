@@ -35,20 +35,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Nothing shows the compiler here that vectors are aligned.
 NARROW = ("ritz", "subspace_grams", "collect")
 
-# Everything for one architecture; for the others what decides about their registers: the core of a
-# usual step in both widths, and the kernels with the most vectors.
+# Everything for one architecture; for the others what decides about their registers: the largest
+# kernels of a usual step in both widths, and those with the most vectors.
 MAIN = 90
-USUAL = [
+USUAL = [(MAIN, d) for dtype in DTYPES for d in usual(dtype)] + [
     (sm, d)
     for sm in CAPABILITIES
-    for dtype in DTYPES
-    if sm == MAIN or dtype != torch.float16
-    for d in (usual(dtype) if sm == MAIN else core(dtype))
+    if sm != MAIN
+    for dtype in (torch.float32, torch.bfloat16)
+    for d in core(dtype)
+    if d.kernel != "rank_one" or dict(d.constants)["accumulate"]
 ]
 OTHERS = [
-    (MAIN, d)
-    for dtype in DTYPES
-    for d in (*rare(dtype), *several_vectors(dtype, MAIN), *partials(dtype))
+    (MAIN, d) for dtype in DTYPES for d in (*rare(dtype), *several_vectors(dtype), *partials(dtype))
 ] + [(sm, d) for sm in CAPABILITIES if sm != MAIN for d in largest()]
 
 

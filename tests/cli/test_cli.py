@@ -75,6 +75,21 @@ def test_bad_arguments_are_named(capsys, arguments, said):
 
 
 @pytest.mark.takes_seconds
+@pytest.mark.parametrize("command", ["env", "inspect"])
+def test_a_reader_that_goes_away_is_no_traceback(command, request):
+    arguments = [request.getfixturevalue("saved")] if command == "inspect" else []
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        processes.command(command, *arguments),
+        stdout=write, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_missing_extra_is_one_line(extras, tmp_path, name):
     done = processes.run_without(name, "demo", "--out", tmp_path / "demo.png")

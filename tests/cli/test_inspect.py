@@ -4,9 +4,7 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import subprocess
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ import torch
 from spectral_kernels import cli
 from spectral_kernels.cli.inspect.checkpoint import Checkpoint
 from spectral_kernels.cli.inspect.measure import MatrixRow, Patterns, kind, measure
-from tests import TIMEOUT
 from tests.support import processes
 from tests.support.checkpoints import values
 
@@ -242,19 +239,6 @@ def test_output_that_is_no_terminal_has_a_line_per_matrix(tmp_path, capsys, monk
     torch.save({name: torch.eye(9)}, path)
     assert cli.main(["inspect", str(path)]) == 0
     assert re.search(rf"{re.escape(name)} +9x9 +1\.000 +9\.0 +3\.00", capsys.readouterr().out)
-
-
-@pytest.mark.takes_seconds
-def test_a_reader_that_goes_away_is_no_traceback(saved):
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(
-        processes.command("inspect", saved),
-        stdout=write, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT,
-    )  # fmt: skip
-    os.close(write)
-    assert done.stderr == ""
-    assert done.returncode == 1
 
 
 @pytest.mark.takes_seconds

@@ -1,12 +1,14 @@
 """The package as people get it: ``python -m tests.project.wheel``.
 
-Builds the sdist, a wheel from the sdist as it would be published (without CUDA C++), and installs
-that into an empty environment beside torch and pytest. There it runs the tests that came with the
-sdist, all but those which need more (ELSEWHERE). Last, every extra that is for users is installed
-and imported, each on top of the wheel alone.
+Builds the sdist, and the wheel as it would be published: without CUDA C++, from the objects that
+the installation here has left in build/. Compares them, and installs the wheel into an empty
+environment beside torch and pytest. There it runs the tests that came with the sdist, all but those
+which need more (ELSEWHERE). Last, every extra that is for users is installed and imported, each on
+top of the wheel alone.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,9 +24,9 @@ from tests import ROOT
 
 # Need sources, a module with CUDA C++ or CUDA's headers, or extras: they run where these are.
 ELSEWHERE = (
-    "backends/test_cuda_compiled.py", "backends/test_cuda_emulated.py", "bench", "cli",
-    "integrations", "project/test_docs.py", "project/test_install.py", "project/test_readme.py",
-    "selection/test_selection_views.py",
+    "project/test_commands.py", "backends/test_cuda_compiled.py", "backends/test_cuda_emulated.py",
+    "bench", "cli", "integrations", "project/test_docs.py", "project/test_install.py",
+    "project/test_readme.py", "selection/test_selection_views.py",
 )  # fmt: skip
 # What an extra is for, by its name.
 EXTRAS = {
@@ -70,6 +72,44 @@ def contents(wheel: Path) -> str:
     return "\n".join([*lines, f"  {rest / 1e3:7.1f} kB  {len(files[5:])} others"])
 
 
+def environment_with_torch(folder: Path) -> str:
+    """Make a virtual environment with this torch and what runs tests, and return its Python."""
+    python = environment(folder)
+    install(python, f"torch=={torch.__version__.partition('+')[0]}", "pytest", "pytest-xdist")
+    return python
+
+
+def built(folder: Path) -> tuple[Path, Path]:
+    """Build into ``folder``; return the sources of the sdist, less the package, and the wheel."""
+    for scratch in (*ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
+        shutil.rmtree(scratch)  # what setuptools finds there it puts into a wheel
+    for kind in ("--sdist", "--wheel"):
+        run(sys.executable, "-m", "build", kind, "--no-isolation", "--outdir", str(folder),
+            str(ROOT), cwd=folder, SPECTRAL_KERNELS_CUDA="0")  # fmt: skip
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    print(contents(wheel), flush=True)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert any(name.startswith("spectral_kernels/_native.") for name in names), names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"spectral_kernels"}
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "sources", filter="data")
+    (source,) = (folder / "sources").iterdir()
+    for name in ("setup.py", "pyproject.toml", *tracked("csrc"), *tracked("spectral_kernels")):
+        assert (source / name).read_bytes() == (ROOT / name).read_bytes(), name
+    modules = {name for name in names if name.endswith(".py")}
+    assert modules == {name for name in tracked("spectral_kernels") if name.endswith(".py")}
+    (source / "spectral_kernels").rename(folder / "not imported")
+    return source, wheel
+
+
+def tracked(folder: str) -> list[str]:
+    """Return the files of a folder that git knows, relative to the root."""
+    found = subprocess.run(
+        ["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return found.stdout.splitlines()
+
+
 def main() -> int:
     """Build, install and test; the exit code is that of the first command that fails."""
     with tempfile.TemporaryDirectory() as name:
@@ -84,21 +124,11 @@ def main() -> int:
 
 def check(folder: Path) -> None:
     """Do what the module says, in an empty folder."""
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT),
-        cwd=folder, SPECTRAL_KERNELS_CUDA="0")  # fmt: skip
-    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-    print(contents(wheel), flush=True)
-    names = zipfile.ZipFile(wheel).namelist()
-    assert any(name.startswith("spectral_kernels/_native.") for name in names), names
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"spectral_kernels"}
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "sources", filter="data")
-    (source,) = (folder / "sources").iterdir()
-    (source / "spectral_kernels").rename(folder / "not imported")
-
-    python = environment(folder / "venv")
-    same_torch = f"torch=={torch.__version__.partition('+')[0]}"
-    install(python, same_torch, str(wheel), "pytest", "pytest-xdist")
+    with ThreadPoolExecutor() as pool:  # torch takes a while to unpack
+        python = pool.submit(environment_with_torch, folder / "venv")
+        source, wheel = built(folder)
+    python = python.result()
+    install(python, str(wheel))
     run(python, "-m", "spectral_kernels", "env", cwd=source)
     left_out = [f"--ignore=tests/{name}" for name in ELSEWHERE]
     run(python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-m", "not gpu", *left_out,

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spectral_kernels import SpectralRegularizer
-from tests.support.ranks import Ranks
 
 STEPS, BATCH = 6, 8
 
@@ -48,12 +47,8 @@ def trained_by_a_rank(way):
 
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("way", ["penalty", "accumulate", "attach"])
-def test_two_ranks_agree_with_each_other_and_with_one_process(way):
-    ranks = Ranks(2)
-    try:
-        first, second = ranks.call(trained_by_a_rank, way)
-    finally:
-        ranks.close()
+def test_two_ranks_agree_with_each_other_and_with_one_process(ranks, way):
+    first, second = ranks(2).call(trained_by_a_rank, way)
     model, inputs, targets = model_and_data()
     alone = train(model, inputs, targets, way)
     for a, b, c in zip(first, second, alone, strict=True):

@@ -14,23 +14,6 @@ from tests.support.ranks import Ranks
 WORLDS = (2, 4)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """Return groups of processes by their number, started at first use."""
-    started = {}
-
-    def get(world):
-        if world in started and not started[world].usable:
-            started.pop(world).close()
-        if world not in started:
-            started[world] = Ranks(world)
-        return started[world]
-
-    yield get
-    for group in started.values():
-        group.close()
-
-
 def within(results, limit=1e-6):
     """Assert that no quantity deviates by more than ``limit`` on any rank, gradients by 10 times.
 
@@ -52,17 +35,13 @@ def test_every_placement(ranks, world, placement):
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("way", ["accumulate", "penalty"])
 @pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
-def test_sums_over_one_rank(backend, way):
+def test_sums_over_one_rank(ranks, backend, way):
     """With NCCL this is all that a single GPU can test."""
     if backend == "nccl" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    alone = Ranks(1, backend=backend)
-    try:
-        for n_vectors in (1, 4):
-            options = {"n_vectors": n_vectors}
-            within(alone.call(sharded_runs.compare_alone, "fsdp", way, options), 1e-5)
-    finally:
-        alone.close()
+    for n_vectors in (1, 4):
+        options = {"n_vectors": n_vectors}
+        within(ranks(1, backend).call(sharded_runs.compare_alone, "fsdp", way, options), 1e-5)
 
 
 VIEW_PLACEMENTS = [
@@ -80,13 +59,15 @@ def test_every_view_by_every_dimension(ranks, placements, n_vectors):
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("options", [
     {"n_vectors": 2}, {"n_vectors": 8}, {"n_power_iterations": 3}, {"n_power_iterations": "auto"},
     {"n_vectors": 4, "n_power_iterations": "auto"}, {"exponent": 1, "target": 0.5},
 ])  # fmt: skip
-@pytest.mark.parametrize("placement", ["fsdp", "tensor parallel", "fsdp and tensor parallel"])
-def test_every_option(ranks, placement, options, backend):
+@pytest.mark.parametrize(("placement", "backend"), [
+    ("fsdp", "cpu"), ("tensor parallel", "cpu"), ("fsdp and tensor parallel", "cpu"),
+    ("fsdp and tensor parallel", "reference"),
+])  # fmt: skip
+def test_every_option(ranks, placement, backend, options):
     options = {**options, "backend": backend}
     limit = 1e-6 if "n_vectors" not in options else 1e-5
     within(ranks(4).call(sharded_runs.compare, placement, "accumulate", options), limit)
@@ -96,21 +77,25 @@ def test_every_option(ranks, placement, options, backend):
 @pytest.mark.parametrize("way", ["attach", "accumulate", "penalty", "SpectralAdamW", "SpectralSGD"])
 @pytest.mark.parametrize("placement", ["fsdp", "tensor parallel", "fsdp and tensor parallel"])
 def test_training_has_the_same_losses(ranks, placement, way):
-    for alone, sharded in ranks(4).call(sharded_runs.losses, placement, way, 50):
+    for alone, sharded in ranks(4).call(sharded_runs.losses, placement, way, 20):
         torch.testing.assert_close(torch.tensor(sharded), torch.tensor(alone), rtol=1e-5, atol=0)
         assert alone[-1] < alone[0]
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("n_vectors", [1, 4])
-@pytest.mark.parametrize("kind", ["SpectralRegularizer", "SpectralAdamW", "SpectralSGD"])
+@pytest.mark.parametrize(("kind", "flat"), [
+    ("SpectralRegularizer", False), ("SpectralAdamW", False), ("SpectralAdamW", True),
+    ("SpectralSGD", False), ("SpectralSGD", True),
+])  # fmt: skip
 def test_checkpoints_go_from_two_ranks_to_four_to_one_and_to_none(
     ranks, tmp_path, kind, n_vectors, flat
 ):
-    arguments = str(tmp_path / "saved"), kind, "fsdp", n_vectors, flat, 3
+    """Flat is the optimizer's state; initial targets, which take long to measure, one by one."""
+    target = "initial" if n_vectors == 1 else 0.9
+    arguments = str(tmp_path / "saved"), kind, "fsdp", n_vectors, target, flat, 3
     before, after, weights = ranks(2).call(sharded_runs.saved, *arguments)[0]
-    alone = str(tmp_path / "saved"), kind, None, n_vectors, flat, 3
+    alone = str(tmp_path / "saved"), kind, None, n_vectors, target, flat, 3
     others = ranks(4).call(sharded_runs.loaded, *arguments)
     others += [sharded_runs.loaded(*alone), *ranks(1).call(sharded_runs.loaded, *arguments)]
     for at_start, at_end, trained in others:

@@ -181,19 +181,19 @@ def counted(placement, blocks, n_vectors, way):
     return {str(k): n for k, n in mode.get_comm_counts().items() if n}, seen.found, sizes
 
 
-def _trainer(kind, placement, n_vectors):
+def _trainer(kind, placement, n_vectors, target):
     """Return model, optimizer, and the regularizer that has the vectors."""
     model = built()
     if placement is not None:
         model = sharded(placement, torch.distributed.get_world_size(), model)
     if kind == "SpectralRegularizer":
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3, eps=EPS)
-        reg = SpectralRegularizer(model, STRENGTH, target="initial", n_vectors=n_vectors)
+        reg = SpectralRegularizer(model, STRENGTH, target=target, n_vectors=n_vectors)
         reg.attach(optimizer)
         return model, optimizer, reg
     own = getattr(spectral_kernels, kind)
     more = {"eps": EPS} if kind == "SpectralAdamW" else {"momentum": 0.9}
-    optimizer = own(model, 3e-3, strength=STRENGTH, target="initial", n_vectors=n_vectors, **more)
+    optimizer = own(model, 3e-3, strength=STRENGTH, target=target, n_vectors=n_vectors, **more)
     return model, optimizer, optimizer.regularizer
 
 
@@ -219,9 +219,9 @@ def _vectors(reg):
     return {name: v.clone() for name, v in reg.state_dict()["vectors"].items()}
 
 
-def saved(folder, kind, placement, n_vectors, flat, steps):
+def saved(folder, kind, placement, n_vectors, target, flat, steps):
     """Train, save, train on; return the vectors at both points, and the last weights."""
-    model, optimizer, reg = _trainer(kind, placement, n_vectors)
+    model, optimizer, reg = _trainer(kind, placement, n_vectors, target)
     _train(model, optimizer, steps)
     torch.distributed.checkpoint.save(
         _states(model, optimizer, reg, kind, flat), checkpoint_id=folder
@@ -234,7 +234,7 @@ def saved(folder, kind, placement, n_vectors, flat, steps):
 
 def evaluated_and_saved():
     """Return the names in the optimizer's state after a forward pass left weights gathered."""
-    model, optimizer, _ = _trainer("SpectralAdamW", "fsdp", 1)
+    model, optimizer, _ = _trainer("SpectralAdamW", "fsdp", 1, "initial")
     _train(model, optimizer, 1)
     with torch.no_grad():
         model(torch.randn(1, 2, 5))
@@ -242,9 +242,9 @@ def evaluated_and_saved():
     return [sorted(state) for state in optimizer.state_dict()["state"].values()]
 
 
-def loaded(folder, kind, placement, n_vectors, flat, steps):
+def loaded(folder, kind, placement, n_vectors, target, flat, steps):
     """Load what ``saved`` has saved, on any number of ranks; return the same as it does."""
-    model, optimizer, reg = _trainer(kind, placement, n_vectors)
+    model, optimizer, reg = _trainer(kind, placement, n_vectors, target)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     states = _states(model, optimizer, reg, kind, flat)
     torch.distributed.checkpoint.load(states, checkpoint_id=folder)

@@ -58,34 +58,44 @@ class Compiled(NamedTuple):
 
 
 def usual(dtype: torch.dtype) -> list[Description]:
-    """Return what usual steps of both optimizers and of the regularizer start, with one vector."""
+    """Return what usual steps of both optimizers and of the regularizer start, with one vector.
+
+    With float16 only the core: it differs from bfloat16 in conversions alone.
+    """
     adamw = {"rule": 0, "with_moment": True, "decoupled": False, "products": True}
-    changes = [{"decoupled": True}, {"rule": 1}, {"rule": 1, "with_moment": False}]
-    if dtype != torch.float32:
-        changes.append({"moment_type": torch.float32})
+    changes = {
+        torch.float32: [{"decoupled": True}, {"rule": 1}, {"rule": 1, "with_moment": False}],
+        torch.bfloat16: [{"decoupled": True}, {"rule": 1}, {"moment_type": torch.float32}],
+        torch.float16: [],
+    }
     return [
         *core(dtype),
-        *(describe("update", dtype, **{"moment_type": dtype, **adamw, **c}) for c in changes),
-    ]
+        *(describe("update", dtype, **{"moment_type": dtype, **adamw, **c})
+          for c in changes[dtype]),
+    ]  # fmt: skip
 
 
 def rare(dtype: torch.dtype) -> Iterator[Description]:
-    """Yield what else is started with one vector: evaluation, other gradients, a tolerance."""
+    """Yield what else is started with one vector: evaluation, other gradients, a tolerance.
+
+    None with float16, as in ``usual``.
+    """
+    if dtype == torch.float16:
+        return
     plain = {"grad_type": dtype, "finish": True, "with_t": True, "gradient": True,
              "accumulate": True, "tolerance": 0.0}  # fmt: skip
     finish = {**plain, "gradient": False, "accumulate": False}
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     yield describe("gram_matvec", dtype, with_t=False, tolerance=0.0)
-    yield describe("rank_one", dtype, **{**finish, "with_t": False})
     yield describe("gram_matvec_long", dtype, with_t=True, tolerance=0.0)
-    for other in TYPES:
-        if other != dtype:
-            yield describe("rank_one", dtype, **{**plain, "grad_type": other})
-    if dtype == torch.float32:
-        yield describe("gram_matvec", dtype, with_t=True, tolerance=TOLERANCE)
+    yield describe("rank_one", dtype, **{**plain, "grad_type": other})
+    if dtype == torch.float32:  # finishing reads no weight
+        yield describe("rank_one", dtype, **{**finish, "with_t": False})
         yield describe("rank_one", dtype, **{**finish, "tolerance": TOLERANCE})
+        yield describe("gram_matvec", dtype, with_t=True, tolerance=TOLERANCE)
 
 
-def several_vectors(dtype: torch.dtype, capability: int) -> Iterator[Description]:
+def several_vectors(dtype: torch.dtype) -> Iterator[Description]:
     """Yield the main ones with several vectors, and with a tolerance; few, for the time they take.
 
     Numbers of vectors above four differ little in the products, and dtypes not at all in the rest.
@@ -93,8 +103,8 @@ def several_vectors(dtype: torch.dtype, capability: int) -> Iterator[Description
     plain = {"with_t": True, "tolerance": 0.0}
     several = {
         torch.float32: [(4, {}), (16, {})],
-        torch.bfloat16: [(2, {}), (8, {"tolerance": TOLERANCE})],
-        torch.float16: [(4, {"with_t": False})] if capability == 90 else [],
+        torch.bfloat16: [(2, {"with_t": False}), (8, {"tolerance": TOLERANCE})],
+        torch.float16: [],
     }
     for r, changes in several[dtype]:
         yield describe("subspace_products", dtype, r, **{**plain, **changes})
@@ -106,8 +116,9 @@ def several_vectors(dtype: torch.dtype, capability: int) -> Iterator[Description
 
 
 def partials(dtype: torch.dtype) -> Iterator[Description]:
-    """Yield the kernels of partial results: for all numbers of vectors with float32, else four."""
-    for r in N_VECTORS if dtype == torch.float32 else (4,):
+    """Yield the kernels of partial results, for all numbers of vectors; with bfloat16 for four."""
+    numbers = {torch.float32: N_VECTORS, torch.bfloat16: (4,), torch.float16: ()}
+    for r in numbers[dtype]:
         tolerance = TOLERANCE if r == 8 else 0.0
         yield describe("transposed", dtype, r, with_t=True, tolerance=tolerance)
         if dtype == torch.float32 and r == 1:
@@ -148,7 +159,7 @@ if __name__ == "__main__":
           f"{'128-bit loads':>13}")  # fmt: skip
     for dtype in TYPES:
         for sm in CAPABILITIES:
-            for chosen in (*usual(dtype), *rare(dtype), *several_vectors(dtype, sm),
+            for chosen in (*usual(dtype), *rare(dtype), *several_vectors(dtype),
                            *partials(dtype)):  # fmt: skip
                 c = compiled(chosen, sm)
                 print(f"{chosen!s:90} {sm:4} {c.registers:9} {c.stack:5} {c.shared:6} "

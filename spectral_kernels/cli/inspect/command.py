@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,9 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         say("interrupted", FAILED)
         raise
     except BrokenPipeError:
-        # The reader of the pipe is gone; discard the rest of the buffer.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        raise
     except OSError as error:
         return say(f"{error.filename or 'output'}: {error.strerror or error}", FAILED)
 
