@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
@@ -111,6 +112,7 @@ def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
         device="cpu", seed=key.seed,
         policy_kwargs={"activation_fn": nn.ReLU, "net_arch": [64, 64]},
     )  # fmt: skip
+    learner.set_logger(Logger(folder=None, output_formats=[]))  # or it leaves an empty folder
     method = METHODS[key.method](learner.policy, key.strength, LR)
     learner.policy.optimizer = method.optimizer
     method.optimizer.register_step_pre_hook(lambda *_: method.before_step())

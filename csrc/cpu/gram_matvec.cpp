@@ -1,10 +1,10 @@
 // s = W v and t = W^T s of every tile, and the stage that computes sigma and the next v from them.
 
-#include "elementwise_norm.h"
 #include "isa.h"
 #include "ritz.h"
+#include "scalar_math.h"
 #include "tile_products.h"
-#include "tile_sums.h"
+#include "tiles.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {

@@ -2,7 +2,7 @@
 
 #include "isa.h"
 #include "tile_products.h"
-#include "tile_sums.h"
+#include "tiles.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {

@@ -7,7 +7,7 @@
 #include "../rounding.h"
 #include "scalar_math.h"
 #include "simd.h"
-#include "tile_sums.h"
+#include "tiles.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "scalar_math.h"
-#include "tile_rows.h"
+#include "tiles.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {

@@ -7,7 +7,7 @@
 
 #include "scalar_math.h"
 #include "subspace_products.h"
-#include "tile_rows.h"
+#include "tiles.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {

@@ -4,7 +4,6 @@
 // previous pass; while it is in the cache it is multiplied by v_next to s and into t, for the next
 // step. AdamW and SGD are rules of the same pass.
 
-#include "elementwise_norm.h"
 #include "isa.h"
 #include "scalar_math.h"
 #include "tile_products.h"

@@ -3,8 +3,8 @@
 Builds the sdist, and the wheel as it would be published: without CUDA C++, from the objects that
 the installation here has left in build/. Compares them, and installs the wheel into an empty
 environment beside torch and pytest. There it runs the tests that came with the sdist, all but those
-which need more (ELSEWHERE). Last, every extra that is for users is installed and imported, each on
-top of the wheel alone.
+which need more (ELSEWHERE). Meanwhile every extra that is for users is installed and imported, each
+on top of the wheel alone.
 """
 
 import os
@@ -130,17 +130,18 @@ def check(folder: Path) -> None:
     python = python.result()
     install(python, str(wheel))
     run(python, "-m", "spectral_kernels", "env", cwd=source)
-    left_out = [f"--ignore=tests/{name}" for name in ELSEWHERE]
-    run(python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-m", "not gpu", *left_out,
-        cwd=source, OMP_WAIT_POLICY="PASSIVE")  # fmt: skip
 
     def check_extra(extra: str) -> None:
         own = environment(folder / extra, on=folder / "venv")
         install(own, f"{wheel}[{extra}]")
         run(own, "-c", EXTRAS[extra], cwd=folder)
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(check_extra, EXTRAS))
+    left_out = [f"--ignore=tests/{name}" for name in ELSEWHERE]
+    with ThreadPoolExecutor() as pool:  # downloads, while tests run
+        extras = pool.map(check_extra, EXTRAS)
+        run(python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-m", "not gpu", *left_out,
+            cwd=source, OMP_WAIT_POLICY="PASSIVE")  # fmt: skip
+        list(extras)
 
 
 if __name__ == "__main__":
