@@ -26,7 +26,7 @@ def cxx_compiler():
 def build_folder(cxx):
     """Return where objects stay: the next build compiles what has changed, with or without CUDA.
 
-    One for each Python and for what CMake asks about a single time.
+    A folder for each Python, each compiler, and the variables that CMake reads the first time only.
     """
     variables = ("CXX", "CXXFLAGS", "CUDACXX", "CUDAARCHS")
     asked = [shutil.which(cxx), shutil.which("nvcc"), *map(os.getenv, variables)]

@@ -51,9 +51,9 @@ class MatrixShard(NamedTuple):
 
 
 def _loaded(module: str, name: str) -> type | None:
-    """Return a class of torch.distributed; None where nobody has imported it, so has no instance.
+    """Return a class of torch.distributed, or None if its module is not imported.
 
-    Importing it takes longer than all of this package.
+    Then it has no instances, and importing it would take ten times as long as this package.
     """
     return getattr(sys.modules.get(f"torch.distributed.{module}"), name, None)
 
