@@ -22,7 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Prepare Triton's interpreter where it will run."""
-    if choice.interpreted() and importlib.util.find_spec("triton"):
+    if importlib.util.find_spec("triton") and choice.interpreted():
         patch_language_once()
 
 

@@ -18,6 +18,7 @@ from ..tables.layout import Layout, layout_of
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 LEAST_RANKS = 2  # a mesh dimension with fewer ranks needs no sums
 
 
@@ -50,23 +51,23 @@ class MatrixShard(NamedTuple):
     shard_axes: ShardAxes
 
 
-def _loaded(module: str, name: str) -> type | None:
-    """Return a class of torch.distributed, or None if its module is not imported.
+def _loaded(module: str, name: str) -> type | tuple[()]:
+    """Return a class of torch.distributed, or () if its module is not imported.
 
     Then it has no instances, and importing it would take ten times as long as this package.
     """
-    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, None)
+    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, ())
 
 
-def dtensor() -> type | None:
-    """Return the class DTensor, or None while there can be no instance."""
+def dtensor() -> type | tuple[()]:
+    """Return the class DTensor, or () while there can be no instance."""
     return _loaded("tensor", "DTensor")
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Return whether ``tensor`` is a DTensor."""
-    kind = dtensor()
-    return kind is not None and isinstance(tensor, kind)
+    # Steps ask this about every parameter: the usual ones first.
+    return type(tensor) not in _PLAIN and isinstance(tensor, dtensor())
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -233,9 +234,9 @@ def is_gathered(tensor: torch.Tensor, sharded: torch.Tensor) -> bool:
 
 def managed(root: nn.Module | None) -> set[nn.Module]:
     """Return the modules whose parameters FSDP2 gathers and frees."""
-    kind = _loaded("fsdp", "FSDPModule")
-    if root is None or kind is None:
+    if root is None:
         return set()
+    kind = _loaded("fsdp", "FSDPModule")
     tops = [module for module in root.modules() if isinstance(module, kind)]
     return {module for top in tops for module in top.modules()}
 

@@ -141,6 +141,15 @@ def test_no_constant_of_a_kernel_stands_before_a_tensor():
 
 
 @pytest.mark.takes_seconds
+def test_tests_are_collected_without_triton():
+    result = processes.run(
+        "import sys; sys.modules['triton'] = None; import pytest;"
+        f"sys.exit(pytest.main(['--collect-only', '-q', {str(ROOT / 'tests/selection')!r}]))"
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.takes_seconds
 def test_one_openmp_runtime_is_mapped():
     if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)

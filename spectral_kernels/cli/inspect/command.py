@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         say("interrupted", FAILED)
         raise
     except BrokenPipeError:
-        raise
+        raise  # the command line's, not one of a file
     except OSError as error:
         return say(f"{error.filename or 'output'}: {error.strerror or error}", FAILED)
 
