@@ -163,8 +163,16 @@ PYBIND11_MODULE(_native, m) {
                                                        FIELD(Header, arrivals)});
   m.attr("tables") = tables;
 
-  m.def("describe", &spectral::describe, py::arg("type"), py::arg("tensors"),
-        "Addresses and layouts of tensors of a type, as bytes; None: ask each of them.");
+  py::class_<spectral::TensorReader>(m, "TensorReader",
+                                     "Addresses and layouts of tensors; see csrc/tensors.h.")
+      .def(py::init<py::handle, int64_t, int64_t>(), py::arg("type"), py::arg("storage_size"),
+           py::arg("storage_offset"))
+      .def("look", &spectral::TensorReader::look, py::arg("written"), py::arg("read"));
+  m.def("entries", &spectral::entries, py::arg("dicts"), py::arg("keys"),
+        "The values of keys in every dict, dict by dict; None for a missing one.");
+  m.def("place", &spectral::place, py::arg("addresses"), py::arg("table"), py::arg("n_rows"),
+        py::arg("row_bytes"), py::arg("refs"), py::arg("offsets"),
+        "Write addresses into a field of a table; see csrc/tensors.h.");
 
   py::module_ cpu = m.def_submodule("cpu", "kernels on CPU memory");
   cpu.attr("openmp") = spectral::cpu::has_openmp();

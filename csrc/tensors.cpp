@@ -1,7 +1,9 @@
 #include "tensors.h"
 
-#include <stdint.h>
-
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace py = pybind11;
@@ -21,6 +23,47 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
+struct Span {
+  int64_t begin, end;  // addresses; equal for a tensor without elements
+};
+
+py::bytes as_bytes(const std::vector<int64_t>& numbers) {
+  return py::bytes(reinterpret_cast<const char*>(numbers.data()), 8 * numbers.size());
+}
+
+// Returns how many elements lie between the first and the last one, both included.
+int64_t extent(const DLTensor& x) {
+  int64_t n = 1;
+  for (int32_t d = 0; d < x.n_dims; ++d) {
+    if (x.shape[d] == 0) return 0;
+    n += (x.shape[d] - 1) * x.strides[d];
+  }
+  return n;
+}
+
+py::tuple problem(const char* what, size_t i, size_t j) { return py::make_tuple(what, i, j); }
+
+// Returns the first overlap, in the order of addresses, that concerns one of the first `n_written`.
+py::object overlap(const std::vector<Span>& spans, size_t n_written) {
+  std::vector<uint32_t> order(spans.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(),
+            [&](uint32_t a, uint32_t b) { return spans[a].begin < spans[b].begin; });
+  const Span none{0, 0};
+  const Span *any = &none, *written = &none;  // those that reach farthest so far
+  for (const uint32_t i : order) {
+    const Span& now = spans[i];
+    if (now.begin == now.end) continue;
+    const Span* const before = i < n_written ? any : written;
+    if (now.begin < before->end) return problem("overlap", size_t(before - spans.data()), i);
+    if (now.end > any->end) any = &now;
+    if (i < n_written && now.end > written->end) written = &now;
+  }
+  return py::none();
+}
+
+}  // namespace
+
 struct DLPackExchangeApi {
   uint32_t major, minor;
   DLPackExchangeApi* previous;
@@ -31,44 +74,105 @@ struct DLPackExchangeApi {
   void* current_work_stream;
 };
 
-// Returns null where the type has no such table.
-const DLPackExchangeApi* exchange_api(py::handle type) {
+TensorReader::TensorReader(py::handle type, int64_t storage_size, int64_t storage_offset)
+    : type_(py::reinterpret_borrow<py::object>(type)),
+      impl_(type.attr("_cdata")),
+      is_neg_(type.attr("is_neg")),
+      api_(nullptr),
+      storage_size_(reinterpret_cast<decltype(storage_size_)>(storage_size)),
+      storage_offset_(reinterpret_cast<decltype(storage_offset_)>(storage_offset)) {
   const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
-  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
-  const auto* api = static_cast<const DLPackExchangeApi*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  while (api != nullptr && api->major > 1) api = api->previous;
-  if (api == nullptr || api->major != 1 || api->dltensor_from_py_object == nullptr) return nullptr;
-  return api;
+  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    api_ = static_cast<const DLPackExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (api_ != nullptr && api_->major > 1) api_ = api_->previous;
+  }
+  if (api_ == nullptr || api_->major != 1 || api_->dltensor_from_py_object == nullptr)
+    throw std::invalid_argument("type: it has no DLPack exchange table of version 1");
+  if (Py_TYPE(impl_.ptr())->tp_descr_get == nullptr || !PyCallable_Check(is_neg_.ptr()))
+    throw std::invalid_argument("type: _cdata and is_neg are not the descriptors of torch.Tensor");
 }
 
-py::bytes as_bytes(const std::vector<int64_t>& numbers) {
-  return py::bytes(reinterpret_cast<const char*>(numbers.data()), 8 * numbers.size());
-}
-
-}  // namespace
-
-py::object describe(py::handle type, const py::list& tensors) {
-  const DLPackExchangeApi* const api = exchange_api(type);
-  if (api == nullptr) return py::none();
-  std::vector<int64_t> addresses, layouts;
-  addresses.reserve(tensors.size());
-  layouts.reserve(8 * tensors.size());
-  for (const py::handle tensor : tensors) {
+py::object TensorReader::look(const py::list& written, const py::list& read) const {
+  const size_t n_written = written.size(), n = n_written + read.size();
+  std::vector<int64_t> addresses[2], layouts[2];
+  std::vector<Span> spans;
+  spans.reserve(n);
+  py::object found = py::none();
+  for (size_t i = 0; i < n; ++i) {
+    const bool is_read = i >= n_written;
+    const py::handle tensor =
+        is_read ? PyList_GET_ITEM(read.ptr(), i - n_written) : PyList_GET_ITEM(written.ptr(), i);
+    std::vector<int64_t>& own = layouts[is_read];
+    if (tensor.is_none()) {
+      addresses[is_read].push_back(0);
+      own.push_back(-1);
+      spans.push_back({0, 0});
+      continue;
+    }
     DLTensor x{};
-    if (!PyObject_TypeCheck(tensor.ptr(), (PyTypeObject*)type.ptr())) return py::none();
-    if (api->dltensor_from_py_object(tensor.ptr(), &x) != 0) {
+    if (!PyObject_TypeCheck(tensor.ptr(), (PyTypeObject*)type_.ptr())) return py::none();
+    if (api_->dltensor_from_py_object(tensor.ptr(), &x) != 0) {
       PyErr_Clear();
       return py::none();
     }
     if (x.n_dims > 0 && x.strides == nullptr) return py::none();
-    addresses.push_back(reinterpret_cast<int64_t>(x.data) + (int64_t)x.byte_offset);
-    layouts.push_back((int64_t)x.device_type << 32 | x.device_id);
-    layouts.push_back((int64_t)x.type_code << 40 | (int64_t)x.type_bits << 32 | x.n_dims);
-    layouts.insert(layouts.end(), x.shape, x.shape + x.n_dims);
-    layouts.insert(layouts.end(), x.strides, x.strides + x.n_dims);
+    const int64_t address = reinterpret_cast<int64_t>(x.data) + (int64_t)x.byte_offset;
+    addresses[is_read].push_back(address);
+    own.push_back((int64_t)x.device_type << 32 | x.device_id);
+    own.push_back((int64_t)x.type_code << 40 | (int64_t)x.type_bits << 32 | x.n_dims);
+    own.insert(own.end(), x.shape, x.shape + x.n_dims);
+    own.insert(own.end(), x.strides, x.strides + x.n_dims);
+
+    // A handle of torch's C functions points at an at::Tensor, which is one pointer.
+    const py::object number = py::reinterpret_steal<py::object>(
+        Py_TYPE(impl_.ptr())->tp_descr_get(impl_.ptr(), tensor.ptr(), type_.ptr()));
+    if (!number) throw py::error_already_set();
+    void* impl = PyLong_AsVoidPtr(number.ptr());
+    int64_t storage_bytes = 0, offset = 0;
+    if (storage_size_(&impl, &storage_bytes) != 0 || storage_offset_(&impl, &offset) != 0)
+      return py::none();
+    const int64_t size = x.type_bits / 8, bytes = extent(x) * size;
+    spans.push_back({address, address + bytes});
+    const bool is_behind = address != offset * size && offset * size + bytes <= storage_bytes;
+    if (bytes != 0 && !is_behind && found.is_none()) found = problem("freed", i, i);
+    const py::object negative =
+        py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor.ptr()));
+    if (!negative) throw py::error_already_set();
+    if (negative.ptr() == Py_True && found.is_none()) found = problem("negative", i, i);
   }
-  return py::make_tuple(as_bytes(addresses), as_bytes(layouts));
+  if (n_written != 0 && found.is_none()) found = overlap(spans, n_written);
+  return py::make_tuple(as_bytes(addresses[0]), as_bytes(layouts[0]), as_bytes(addresses[1]),
+                        as_bytes(layouts[1]), found);
+}
+
+py::list entries(const py::list& dicts, const py::tuple& keys) {
+  py::list found(dicts.size() * keys.size());
+  size_t place = 0;
+  for (const py::handle dict : dicts)
+    for (const py::handle key : keys) {
+      if (!PyDict_Check(dict.ptr())) throw py::type_error("dicts: accepted is a list of dicts");
+      PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+      if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      found[place++] = value == nullptr ? py::handle(Py_None) : py::handle(value);
+    }
+  return found;
+}
+
+void place(const py::bytes& addresses, int64_t table, int64_t n_rows, int64_t row_bytes,
+           int64_t refs, int64_t offsets) {
+  const int64_t* const found = reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(addresses.ptr()));
+  const int64_t n = PyBytes_GET_SIZE(addresses.ptr()) / 8;
+  const int64_t* const ref = reinterpret_cast<const int64_t*>(refs);
+  const int64_t* const offset = reinterpret_cast<const int64_t*>(offsets);
+  for (int64_t i = 0; i < n_rows; ++i)
+    if (ref[i] < 0 || ref[i] >= n)
+      throw std::out_of_range("refs: row " + std::to_string(i) + " is about tensor " +
+                              std::to_string(ref[i]) + " of " + std::to_string(n));
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const int64_t address = found[ref[i]];
+    *reinterpret_cast<int64_t*>(table + i * row_bytes) = address == 0 ? 0 : address + offset[i];
+  }
 }
 
 }  // namespace spectral

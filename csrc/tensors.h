@@ -1,14 +1,45 @@
-// Addresses and layouts of Python's tensors, by DLPack's table of C functions: without torch
-// headers, and many times faster than a Python call per tensor.
+// Addresses and layouts of Python's tensors, by C functions that torch publishes in Python: without
+// torch's headers, and many times faster than a Python call per tensor.
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <stdint.h>
 
 namespace spectral {
 
-// Returns (addresses, layouts): bytes with one int64 per tensor, and bytes that are equal for equal
-// devices, dtypes, shapes and strides. Returns None where the tensors' type does not offer the
-// table, or one of them cannot be described.
-pybind11::object describe(pybind11::handle type, const pybind11::list& tensors);
+struct DLPackExchangeApi;
+
+// Reads tensors. What it finds is compared with what the tables were made from before any kernel
+// runs.
+class TensorReader {
+ public:
+  // `type` is torch.Tensor; `storage_size` and `storage_offset` are the addresses of
+  // aoti_torch_get_storage_size and aoti_torch_get_storage_offset. Throws std::invalid_argument
+  // where the type does not offer what is needed.
+  TensorReader(pybind11::handle type, int64_t storage_size, int64_t storage_offset);
+
+  // Returns (addresses, layouts) of `written`, the same of `read`, and a problem. Addresses are one
+  // int64 per tensor, as bytes, 0 for None; layouts are bytes that are equal for equal devices,
+  // dtypes, shapes and strides, and for None in the same places. The problem is None or (what, i,
+  // j): of the tensors, counted through both lists, i is "freed" (its storage is smaller than it)
+  // or "negative" (its negative bit is set), or i and j have an "overlap" in memory and one of them
+  // is written. Returns None where a tensor cannot be read this way.
+  pybind11::object look(const pybind11::list& written, const pybind11::list& read) const;
+
+ private:
+  pybind11::object type_, impl_, is_neg_;
+  const DLPackExchangeApi* api_;
+  int32_t (*storage_size_)(void* tensor, int64_t* bytes);
+  int32_t (*storage_offset_)(void* tensor, int64_t* elements);
+};
+
+// Returns the values of `keys` in every dict of `dicts`, dict by dict; None for a missing one.
+pybind11::list entries(const pybind11::list& dicts, const pybind11::tuple& keys);
+
+// Writes addresses into a field of a table: row i gets addresses[refs[i]] + offsets[i], or 0 where
+// that address is 0. `table`, `refs` and `offsets` are the addresses of their first elements; rows
+// are `row_bytes` apart.
+void place(const pybind11::bytes& addresses, int64_t table, int64_t n_rows, int64_t row_bytes,
+           int64_t refs, int64_t offsets);
 
 }  // namespace spectral

@@ -14,8 +14,8 @@ from .diagnostics.readings import LayerReading, Readings
 from .engine import autograd
 from .engine.attach import Attachment, attach
 from .engine.bucket import MAX_EXTRA_ITERATIONS
-from .engine.coefficients import Coefficients, Strength, Target
-from .engine.model_buckets import LoadResult, ModelBuckets, Settings, vectors_of
+from .engine.coefficients import Coefficients, Strength, Target, checked_initial
+from .engine.model_buckets import Loaded, LoadResult, ModelBuckets, Settings, vectors_of
 from .engine.untraced import outside, untraced
 from .selection.arguments import check_choice, check_count, check_number
 from .selection.matrices import listing
@@ -136,7 +136,8 @@ class SpectralRegularizer(Readings):
                 return outside(SpectralRegularizer.penalty, self)
             strength = self._coefficients.strength_tensor
             return compiled.traced_penalty(self._buckets, self._iterations, strength)
-        return autograd.penalty(self._buckets.bound(), self._iterations)
+        with self._buckets.lock:
+            return autograd.penalty(self._buckets.bound(), self._iterations, self._buckets.lock)
 
     def accumulate_grad_(self, grad_scale: float | torch.Tensor | None = None) -> None:
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
@@ -196,8 +197,9 @@ class SpectralRegularizer(Readings):
     @strength.setter
     @untraced
     def strength(self, strength: Strength) -> None:
-        self._coefficients.strength = strength
-        self._buckets.fill_strength()
+        with self._buckets.lock:
+            self._coefficients.strength = strength
+            self._buckets.fill_strength()
 
     @property
     def target(self) -> Target:
@@ -217,8 +219,9 @@ class SpectralRegularizer(Readings):
         """
         if not torch.distributed.is_initialized():
             raise RuntimeError("check_ranks: torch.distributed has no process group yet")
-        for bucket in self._buckets.bound():
-            bucket.check_ranks()
+        with self._buckets.lock:
+            for bucket in self._buckets.bound():
+                bucket.check_ranks()
 
     def __repr__(self) -> str:
         head = (
@@ -232,10 +235,18 @@ class SpectralRegularizer(Readings):
 
     @untraced
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of all vectors, [n_vectors, N], and measured targets, by matrix name."""
-        if not self._buckets.is_warm and not self._buckets.start_vectors:
-            self._buckets.bound()
-        return {"vectors": self._buckets.vectors(), "initial": dict(self._coefficients.initial)}
+        """Return copies of all vectors, [n_vectors, N], and measured targets, by matrix name.
+
+        Where weights are stored column by column (transposed, or a single column), "left" has the
+        left vectors, [n_vectors, M], by which these are iterated.
+        """
+        buckets = self._buckets
+        with buckets.lock:
+            if not buckets.is_warm and not buckets.start_vectors:
+                buckets.bound()
+            found = {"vectors": buckets.vectors(), "initial": dict(self._coefficients.initial)}
+            left = buckets.left_vectors()
+        return {**found, "left": left} if left else found
 
     @untraced
     def load_state_dict(self, state: Mapping[str, Any]) -> LoadResult:
@@ -249,14 +260,19 @@ class SpectralRegularizer(Readings):
 
         Raises:
             TypeError: ``state`` is not such a dict.
-            ValueError: a vector of the wrong shape, or one that is zero or not finite.
+            ValueError: a vector of the wrong shape, or one that is zero or not finite, or a target
+                that is not a number of at least 0; nothing is changed then.
         """
-        found, result = vectors_of(state, self._selection.matrices)
-        self._coefficients.initial.update(
-            {n: float(x) for n, x in state.get("initial", {}).items()}
-        )
-        self._buckets.restart(found, warm=not result.missing_keys)
-        return result
+        found = vectors_of(state, self._selection.matrices)
+        initial = checked_initial(state.get("initial", {}))
+        with self._buckets.lock:
+            self._load(found, initial)
+        return found.result
+
+    def _load(self, found: Loaded, initial: Mapping[str, float]) -> None:
+        """Continue from checked vectors and measured targets."""
+        self._coefficients.initial.update(initial)
+        self._buckets.restart(found, warm=not found.result.missing_keys)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out attachments; copies and pickles carry the vectors."""

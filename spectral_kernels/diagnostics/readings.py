@@ -55,18 +55,20 @@ class Readings:
         Largest first, in the order of ``names``. No estimate is above the singular value that it
         estimates. Those that a matrix does not have, or below 1e-6 of the largest, are 0.
         """
-        return gather(self._buckets.bound(), self.names, "sigmas")
+        with self._buckets.lock:
+            return gather(self._buckets.bound(), self.names, "sigmas")
 
     @property
     @untraced
     def residuals(self) -> torch.Tensor:
         """Residuals of ``singular_values``, [n_matrices, n_vectors], a copy."""
-        return gather(self._buckets.bound(), self.names, "residuals")
+        with self._buckets.lock:
+            return gather(self._buckets.bound(), self.names, "residuals")
 
     @untraced
     def report(self) -> list[LayerReading]:
         """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
-        values = torch.stack((self.sigma, self.residual)).tolist()
+        values = self._sigma_and_residual().tolist()
         return [
             LayerReading(matrix.name, matrix.shape_now(), sigma, residual)
             for matrix, sigma, residual in zip(
@@ -86,7 +88,8 @@ class Readings:
         Args:
             per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix.
         """
-        return metrics(self._buckets.bound(), self.names, per_layer)
+        with self._buckets.lock:
+            return metrics(self._buckets.bound(), self.names, per_layer)
 
     @untraced
     def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
@@ -95,7 +98,11 @@ class Readings:
         The file is ``.csv`` or ``.jsonl``; an existing log of the same matrices is continued. See
         ``diagnostics.log.Log``.
         """
-        return Log(path, self.names, lambda: torch.stack((self.sigma, self.residual)), every)
+        return Log(path, self.names, self._sigma_and_residual, every)
+
+    def _sigma_and_residual(self) -> torch.Tensor:
+        with self._buckets.lock:  # both of the same step
+            return torch.stack((self.sigma, self.residual))
 
 
 def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch.Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from ..backends.reference import differentiable_penalty
 from ..sharding import shards
 from .bucket import Bucket
+
+Lock = AbstractContextManager  # threading.RLock
 
 
 class SpectralPenalty(torch.autograd.Function):
@@ -17,17 +21,18 @@ class SpectralPenalty(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, buckets: list[Bucket], iterations: int, *weights: torch.Tensor):
+    def forward(ctx, buckets: list[Bucket], iterations: int, lock: Lock, *weights: torch.Tensor):
         """Run the power iterations of every bucket and return the penalty, 0-d.
 
         Args:
             ctx: context of the backward pass.
             buckets: the buckets of the weights.
             iterations: number of power iterations.
+            lock: held while the backward pass uses the buckets.
             weights: all parameters, bucket by bucket.
         """
         total = None
-        ctx.parts = []
+        ctx.lock, ctx.parts = lock, []
         for bucket in buckets:
             bucket.iterate(iterations)
             state = bucket.state.snapshot()
@@ -42,26 +47,46 @@ class SpectralPenalty(torch.autograd.Function):
     def backward(ctx, upstream: torch.Tensor):
         """Return upstream * strength * dR/dW for every weight that requires a gradient."""
         weights = list(ctx.saved_tensors)
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            return None, None, *_differentiable(ctx.parts, weights, needed, upstream)
-        grads: list[torch.Tensor | None] = []
-        for bucket, state in ctx.parts:
-            own = slice(len(grads), len(grads) + len(bucket.plan.refs))
-            local = [shards.local_of(weight) for weight in weights[own]]
-            fresh = [
-                torch.empty_like(weight) if wanted else None
-                for weight, wanted in zip(local, needed[own], strict=True)
-            ]
-            state.set_scale(upstream)
-            bucket.plan.bind_weights(local)
-            bucket.plan.bind_grads(fresh)
-            bucket.add_gradient(state, fresh, accumulate=False)
-            grads += [
-                None if grad is None else shards.like(weight, grad)
-                for weight, grad in zip(weights[own], fresh, strict=True)
-            ]
-        return None, None, *grads
+            return None, None, None, *_differentiable(ctx.parts, weights, needed, upstream)
+        with ctx.lock:
+            return None, None, None, *_gradients(ctx.parts, weights, needed, upstream)
+
+
+def _gradients(parts, weights, needed, upstream) -> list[torch.Tensor | None]:
+    """Return upstream * strength * dR/dW for every weight that is ``needed``."""
+    grads: list[torch.Tensor | None] = []
+    for bucket, state in parts:
+        own = slice(len(grads), len(grads) + len(bucket.plan.refs))
+        local = [shards.local_of(weight) for weight in weights[own]]
+        if not bucket.plan.bind_weights(local):
+            raise RuntimeError(
+                f"{_changed(bucket, local)} has another shape, dtype, device or layout than when "
+                "penalty() was called; call backward() before such a change"
+            )
+        fresh = [
+            torch.empty_like(weight) if wanted else None
+            for weight, wanted in zip(local, needed[own], strict=True)
+        ]
+        bucket.plan.bind_grads(fresh)
+        state.set_scale(upstream)
+        bucket.add_gradient(state, fresh, accumulate=False)
+        grads += [
+            None if grad is None else shards.like(weight, grad)
+            for weight, grad in zip(weights[own], fresh, strict=True)
+        ]
+    return grads
+
+
+def _changed(bucket: Bucket, tensors: list[torch.Tensor]) -> str:
+    """Return the name of the first parameter that does not fit the tables of ``bucket``."""
+    plan = bucket.plan
+    for i, (now, before) in enumerate(zip(tensors, plan.tensors, strict=True)):
+        same = (now.shape, now.stride()) == (before.shape, before.stride())
+        if not same or (now.dtype, now.device) != (plan.dtype, plan.device):
+            return plan.name(i)
+    return plan.name(0)
 
 
 def _differentiable(parts, weights, needed, upstream):
@@ -81,10 +106,10 @@ def _differentiable(parts, weights, needed, upstream):
     return [next(found) if wanted else None for wanted in needed]
 
 
-def penalty(buckets: list[Bucket], iterations: int) -> torch.Tensor:
+def penalty(buckets: list[Bucket], iterations: int, lock: Lock) -> torch.Tensor:
     """Return the penalty of all buckets, 0-d: differentiable, or evaluated in no-grad mode."""
     if torch.is_grad_enabled():
         weights = [tensor for bucket in buckets for tensor in bucket.parameters]
-        return SpectralPenalty.apply(buckets, iterations, *weights)
+        return SpectralPenalty.apply(buckets, iterations, lock, *weights)
     values = [bucket.value(bucket.evaluated()) for bucket in buckets]
     return sum((v.to(values[0].device) for v in values[1:]), values[0])

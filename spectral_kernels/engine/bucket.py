@@ -140,7 +140,17 @@ class Bucket:
             self.add_gradient(self.state, grads, accumulate=True)
         else:
             self.backend.finish(self.plan, self.state, grads, accumulate=True)
+        self._count_edits(grads)
         self.settle(n)
+
+    def _count_edits(self, grads) -> None:
+        """Tell autograd that gradients have changed, should a graph have saved one of them."""
+        if self.is_sharded:
+            grads = [parameter.grad for parameter in self.parameters]
+        present = [grad for grad in grads if grad is not None]
+        if torch.is_inference_mode_enabled():  # its own tensors have no version
+            present = [grad for grad in present if not grad.is_inference()]
+        torch.autograd.graph.increment_version(present)
 
     def settle(self, n: int) -> None:
         """Copy the next v to where it was before ``n`` iterations, if CUDA graphs read it there.
@@ -153,6 +163,8 @@ class Bucket:
             self.state.swap()
 
     def _products(self) -> None:
+        if self.state.tolerance:  # extra iterations were interrupted
+            self.state.set_tolerance(0)
         self.state.swap()
         self.backend.gram_matvec(self.plan, self.state)
         self.measured = True
@@ -166,14 +178,16 @@ class Bucket:
         if not self.extra_iterations:
             return
         state = self.state
-        state.set_tolerance(TOLERANCE)
-        for _ in range(self.extra_iterations):
-            on_host = self.plan.device.type == "cpu"
-            if on_host and not bool((state.residual > TOLERANCE * state.sigma).any()):
-                break
-            self.backend.gram_matvec(self.plan, state)
-            self.backend.normalize(self.plan, state)
-        state.set_tolerance(0)
+        try:
+            state.set_tolerance(TOLERANCE)
+            for _ in range(self.extra_iterations):
+                on_host = self.plan.device.type == "cpu"
+                if on_host and not bool((state.residual > TOLERANCE * state.sigma).any()):
+                    break
+                self.backend.gram_matvec(self.plan, state)
+                self.backend.normalize(self.plan, state)
+        finally:
+            state.set_tolerance(0)
 
     def look_ahead(self, changed: bool) -> None:
         """Bring s, sigma and v_next up to date with the weights.
@@ -199,6 +213,7 @@ class Bucket:
             state.v.copy_(state.v_next)
             state.v_next.copy_(own)
             state.swap()
+        self.is_ahead = True
 
     def _is_in_graphs(self) -> bool:
         """Return whether a CUDA graph, captured or being captured, iterates these vectors."""
@@ -213,10 +228,13 @@ class Bucket:
 
     def check_ranks(self) -> None:
         """See ``SpectralRegularizer.check_ranks``."""
-        names = [matrix.name for matrix in self.plan.matrices]
-        vectors = [self.state.columns(i, self.state.v_next) for i in range(len(names))]
-        if names:
-            check_ranks(names, vectors, self.backend.shard_axes.mesh if self.is_sharded else ())
+        plan, state = self.plan, self.state
+        names = [entry.name for entry in (*plan.matrices, *plan.elementwise)]
+        vectors = [state.columns(i, state.v_next) for i in range(len(plan.matrices))]
+        none = state.strength.new_zeros(len(plan.elementwise))
+        coefficients = torch.stack((state.strength, torch.cat((state.target, none))), 1)
+        axes = self.backend.shard_axes.mesh if self.is_sharded else ()
+        check_ranks(names, vectors, coefficients, axes)
 
     def evaluated(self, state: State | None = None) -> State:
         """Return a state with sigma and penalty at ``v_next``, of ``state`` if that is given."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..backends.base import Backend
-from ..selection.arguments import by_name
+from ..selection.arguments import by_name, check_number
 from ..selection.matrices import Selection
 from ..tables import device as device_tables
 from .bucket import Bucket
@@ -15,6 +15,25 @@ from .lanczos import singular_values
 
 Strength = float | torch.Tensor | Mapping[str, float]
 Target = float | str | Mapping[str, float | str]
+
+
+def checked_initial(initial: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+    """Return measured targets of a loaded state_dict as numbers, by name of the matrix.
+
+    Raises:
+        TypeError: one that is not a number.
+        ValueError: one that is not finite or below 0.
+    """
+    found = {}
+    for name, value in initial.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+            raise TypeError(
+                f"state: the initial target of {name!r} is a {type(value).__name__}; accepted is a "
+                "number"
+            )
+        found[name] = check_number(f"state: the initial target of {name!r}", float(value))
+    return found
 
 
 class Coefficients:

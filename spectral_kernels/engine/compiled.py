@@ -11,6 +11,8 @@ This module is imported at the first trace, because its imports from torch take 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -174,10 +176,18 @@ def _backward(ctx, upstream):
     return [next(found) if x else None for x in wanted], *[None] * 6
 
 
-def _define(schema: str, kernel, fake) -> None:
+def _define(schema: str, kernel, fake, number: int = -2) -> None:
+    """Define the operator ``kernel``; ``number`` is the place of its argument of that name."""
+
+    @functools.wraps(kernel)
+    def one_at_a_time(*args):
+        buckets = ModelBuckets.by_number.get(args[number])
+        with contextlib.nullcontext() if buckets is None else buckets.lock:
+            return kernel(*args)
+
     name = kernel.__name__
     _LIBRARY.define(name + schema, tags=_TAGS)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, one_at_a_time, "CompositeExplicitAutograd")
     torch.library.register_fake(f"spectral_kernels::{name}", fake, lib=_LIBRARY)
 
 
@@ -187,6 +197,7 @@ _define(
     f"Tensor? strength, {_WHERE}, int iterations) -> (Tensor, Tensor, Tensor, Tensor)",
     power_iteration,
     _power_iteration_fake,
+    number=-3,
 )
 _define(
     f"(Tensor[] weights, Tensor v_next, Tensor scalars, Tensor? strength, {_WHERE}) -> Tensor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
+from ..tables.layout import Layout
 from .bucket import Bucket
 from .coefficients import Coefficients
 
@@ -58,6 +60,8 @@ class ModelBuckets:
 
     def __init__(self, selection: Selection, settings: Settings, coefficients: Coefficients):
         self.selection, self.settings, self.coefficients = selection, settings, coefficients
+        # One step, reading or change at a time: threads wait for each other.
+        self.lock = threading.RLock()
         self.number = next(self._numbers)
         self.by_number[self.number] = self
         self._traced = False  # whether it is in a compiled graph
@@ -67,6 +71,8 @@ class ModelBuckets:
         self._warm = True  # start_vectors need no warm-up
         self._managed: set | None = None  # modules that FSDP2 manages
         self.start_vectors: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
+        # Where matrices are stored column by column: v as it is, a left vector.
+        self.start_left: dict[str, torch.Tensor] = {}
         # The first matrix of each parameter, or its elementwise entry.
         self._first = {x.ref: x for x in (*selection.elementwise[::-1], *selection.matrices[::-1])}
         self.refs = refs_of(selection.matrices, selection.elementwise)
@@ -140,6 +146,10 @@ class ModelBuckets:
         Raises:
             ValueError, RuntimeError: see ``SpectralRegularizer.accumulate_grad_``.
         """
+        with self.lock:
+            self._accumulate_gradients(n_iterations, scale)
+
+    def _accumulate_gradients(self, n_iterations: int, scale) -> None:
         self.check_in_place()
         buckets = self.bound()
         grads = [bucket.grads() for bucket in buckets]
@@ -160,8 +170,9 @@ class ModelBuckets:
             for bucket, indices in zip(self.buckets, self._indices, strict=True):
                 is_all = len(self.buckets) == 1  # in the order of the refs
                 if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
-                    self._warm = self.is_warm
-                    self.start_vectors, self.buckets = self.vectors(), None
+                    warm, vectors, left = self.is_warm, self.vectors(), self.left_vectors()
+                    self._warm, self.start_vectors, self.start_left = warm, vectors, left
+                    self.buckets = None
                     break
         if self.buckets is None:
             # The state outlives an inference mode that is active here.
@@ -177,7 +188,8 @@ class ModelBuckets:
     def ready_to_trace(self) -> bool:
         """Build the buckets for a graph being traced; return whether it can contain the penalty."""
         ModelBuckets._some_traced = self._traced = True
-        return not any(bucket.is_sharded for bucket in self._bound())
+        with self.lock:
+            return not any(bucket.is_sharded for bucket in self._bound())
 
     def ready_for_graphs(self) -> None:
         """Build the buckets at once if a penalty has been compiled in this process.
@@ -224,7 +236,8 @@ class ModelBuckets:
             self.coefficients.fill(bucket)
             buckets.append(bucket)
             orders.append(order)
-        self.buckets, self._indices, self.start_vectors, self._warm = buckets, orders, {}, True
+        self._indices, self.buckets = orders, buckets
+        self.start_vectors, self.start_left, self._warm = {}, {}, True
 
     def _axes_of(self, i: int, parameter: torch.Tensor) -> ShardAxes:
         """Return the shard axes of parameter ``i``."""
@@ -241,16 +254,7 @@ class ModelBuckets:
         for i, (matrix, layout) in enumerate(
             zip(bucket.plan.matrices, state.plan.layouts, strict=True)
         ):
-            v = self.start_vectors.get(matrix.name)
-            if v is not None and layout.side == "left" and bucket.is_sharded:
-                v = None  # its left vectors would need a sum over ranks
-            n = layout.rows if layout.side == "left" else layout.cols
-            if v is not None and v.shape[-1] == n:
-                v = layout.from_logical(v[: self.settings.n_vectors].to(state.v))
-                if layout.side == "left":
-                    v = orthonormal_if_finite(v @ reference.matrix(bucket.plan, i))
-            else:
-                v = None
+            v = self._known(i, matrix.name, layout, bucket)
             if v is None or len(v) < self.settings.n_vectors:
                 all_known = False
                 random = self._random(matrix.name, layout.cols)
@@ -260,7 +264,26 @@ class ModelBuckets:
                     random[: len(v)] = v
                 v = orthonormal(random)
             state.columns(i, state.v_next).copy_(v)
+            state.columns(i, state.v).copy_(v)  # what an interrupted step starts from
         return all_known
+
+    def _known(self, i: int, name: str, layout: Layout, bucket: Bucket) -> torch.Tensor | None:
+        """Return vectors [r, N] to start matrix ``i`` of ``bucket`` from, if some are known."""
+        state, r = bucket.state, self.settings.n_vectors
+        if layout.side == "left":
+            left = self.start_left.get(name)
+            if left is not None and left.shape[-1] == layout.cols:
+                return left[:r].to(state.v)
+        v = self.start_vectors.get(name)
+        n = layout.rows if layout.side == "left" else layout.cols
+        if v is None or v.shape[-1] != n:
+            return None
+        v = layout.from_logical(v[:r].to(state.v))
+        if layout.side == "right":
+            return v
+        if bucket.is_sharded:
+            return None  # left vectors would need a sum over ranks
+        return orthonormal_if_finite(v @ reference.matrix(bucket.plan, i))
 
     def _random(self, name: str, cols: int) -> torch.Tensor:
         # torch's CPU generator uses 32 bits of the seed.
@@ -279,6 +302,23 @@ class ModelBuckets:
         # Copies may go into an optimizer's state, which outlives an inference mode.
         with torch.inference_mode(False):
             return self._vectors()
+
+    def left_vectors(self) -> dict[str, torch.Tensor]:
+        """Return copies of the left singular vectors to continue from: name -> [r, M].
+
+        Only of matrices that are stored column by column, which are iterated by them.
+        """
+        with torch.inference_mode(False):
+            found = dict(self.start_left)
+            for bucket in self.buckets or ():
+                state = bucket.state
+                v = state.v if bucket.is_ahead else state.v_next
+                for i, (matrix, layout) in enumerate(
+                    zip(bucket.plan.matrices, state.plan.layouts, strict=True)
+                ):
+                    if layout.side == "left":
+                        found[matrix.name] = state.columns(i, v).clone()
+            return found
 
     def _vectors(self) -> dict[str, torch.Tensor]:
         found = dict(self.start_vectors)
@@ -303,16 +343,19 @@ class ModelBuckets:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses and buffers; copies and pickles carry the vectors."""
-        return {"arguments": (self.selection, self.settings, self.coefficients),
-                "vectors": self.vectors()}  # fmt: skip
+        with self.lock:
+            return {"arguments": (self.selection, self.settings, self.coefficients),
+                    "vectors": self.vectors(), "left": self.left_vectors()}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])
-        self.start_vectors = state["vectors"]
+        self.start_vectors, self.start_left = state["vectors"], state["left"]
 
-    def restart(self, vectors: Mapping[str, torch.Tensor], warm: bool) -> None:
-        """Start from ``vectors`` at the next use, with a warm-up unless ``warm``."""
-        self.start_vectors = {**self.vectors(), **vectors}
+    def restart(self, loaded: Loaded, warm: bool) -> None:
+        """Start from the vectors ``loaded`` at the next use, with a warm-up unless ``warm``."""
+        vectors = {**self.vectors(), **loaded.vectors}
+        left = {n: v for n, v in self.left_vectors().items() if n not in loaded.vectors}
+        self.start_vectors, self.start_left = vectors, {**left, **loaded.left}
         self.buckets, self._warm = None, warm
         if self._traced:
             self._bound()
@@ -325,10 +368,16 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-def vectors_of(
-    state: Mapping[str, Any], matrices: Sequence[Matrix]
-) -> tuple[dict[str, torch.Tensor], LoadResult]:
-    """Return orthonormal vectors [r, N] by matrix name, and the names that did not match.
+class Loaded(NamedTuple):
+    """Vectors of a loaded state_dict by name of the matrix, and the names that did not match."""
+
+    vectors: dict[str, torch.Tensor]
+    left: dict[str, torch.Tensor]
+    result: LoadResult
+
+
+def vectors_of(state: Mapping[str, Any], matrices: Sequence[Matrix]) -> Loaded:
+    """Return orthonormal vectors [r, N] and left vectors [r, M] by matrix name.
 
     Raises:
         TypeError: not a dict with "vectors".
@@ -337,19 +386,33 @@ def vectors_of(
     if not isinstance(state, Mapping) or not isinstance(state.get("vectors"), Mapping):
         raise TypeError('state: accepted is the dict that state_dict() returns, with "vectors"')
     by_name = {matrix.name: matrix for matrix in matrices}
-    given = state["vectors"]
-    found = {name: _checked(by_name[name], v) for name, v in given.items() if name in by_name}
-    missing = [name for name in by_name if name not in found]
-    return found, LoadResult(missing, [name for name in given if name not in by_name])
+    right, left = (state.get(key, {}) for key in ("vectors", "left"))
+    given = list(dict.fromkeys((*right, *left)))
+    # Right vectors fit a matrix that has got other rows, left ones then do not.
+    left = {n: v for n, v in left.items() if n not in right or _fits(by_name.get(n), v)}
+    found, found_left = (
+        {name: _checked(by_name[name], v, side) for name, v in own.items() if name in by_name}
+        for own, side in ((right, 1), (left, 0))
+    )
+    missing = [name for name in by_name if name not in found and name not in found_left]
+    unexpected = [name for name in given if name not in by_name]
+    return Loaded(found, found_left, LoadResult(missing, unexpected))
 
 
-def _checked(matrix: Matrix, v) -> torch.Tensor:
-    rows, cols = matrix.shape_now()
-    shape = tuple(getattr(v, "shape", ()))
-    if not isinstance(v, torch.Tensor) or len(shape) != 2 or shape[0] < 1 or shape[1] != cols:
+def _fits(matrix: Matrix | None, left) -> bool:
+    """Return whether left vectors [r, M] have as many elements as ``matrix`` has rows."""
+    return matrix is None or tuple(getattr(left, "shape", ()))[1:] == (matrix.shape_now()[0],)
+
+
+def _checked(matrix: Matrix, v, side: int) -> torch.Tensor:
+    """Return right (``side`` 1) or left vectors (0) of ``matrix``, orthonormal."""
+    sizes = matrix.shape_now()
+    shape, n = tuple(getattr(v, "shape", ())), sizes[side]
+    if not isinstance(v, torch.Tensor) or len(shape) != 2 or shape[0] < 1 or shape[1] != n:
+        kind = "vectors" if side else "left vectors"
         raise ValueError(
-            f"state: the vectors of {matrix.name!r} have shape {shape}; accepted is (1, {cols}), "
-            f"or one row per vector, for this matrix of {rows} x {cols}"
+            f"state: the {kind} of {matrix.name!r} have shape {shape}; accepted is (1, {n}), "
+            f"or one row per vector, for this matrix of {sizes[0]} x {sizes[1]}"
         )
     wide = v.detach().to(torch.promote_types(v.dtype, torch.float32))
     norms = torch.linalg.vector_norm(wide.double(), dim=1)

@@ -53,7 +53,7 @@ class SpectralAdamW(SpectralOptimizer):
         RuntimeError: the named backend cannot run on this machine.
     """
 
-    _rule = ADAMW
+    _rule, _counts_steps = ADAMW, True
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch import nn
 from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
 from ..engine.bucket import Bucket
-from ..engine.model_buckets import ModelBuckets
+from ..engine.coefficients import checked_initial
+from ..engine.model_buckets import ModelBuckets, vectors_of
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer, Strength
+from ..selection.arguments import check_number
 from ..sharding import shards
 from ..tables import device as device_tables
 from .update import Rule, Update
@@ -29,6 +31,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     """Base class of SpectralAdamW and SpectralSGD; see there."""
 
     _rule: Rule
+    _counts_steps: bool  # whether torch's counterpart keeps a step count
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
 
     def __init__(
@@ -80,12 +83,17 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with self._buckets.lock:
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         updates = self._bound()
         on_device = all(update.backend.scalars_on_device for update in updates)
         found_inf, grad_scale = (getattr(self, n, None) for n in ("found_inf", "grad_scale"))
         if found_inf is not None and not on_device:
             if float(found_inf) > 0:
-                return loss
+                return
             found_inf = None
         rows = [self._row(group) for group in self.param_groups]
         rows = [(lr if on_device and _is_on_gpu(lr) else float(lr), *row) for lr, *row in rows]
@@ -96,7 +104,6 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         self._changed = False
         for update in updates:
             update.run()
-        return loss
 
     _changed = False  # whether refresh() was called
 
@@ -111,22 +118,12 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     def _bound(self) -> list[Update]:
         """Return the updates, with tables that point at the current parameters and gradients."""
         buckets = self._buckets.bound()
-        groups = [group["params"] for group in self.param_groups]
-        flags = [p.requires_grad for params in groups for p in params]
-        shape = [id(b) for b in buckets], flags, list(map(len, groups))
-        if self._updates is None or shape != self._shape:
-            # Moments, steps and tables outlive an inference mode that is active here.
-            with torch.inference_mode(False):
-                self._build(buckets)
-            self._shape = shape
-        for update, params, is_sharded in zip(
-            self._updates, self._params, self._are_sharded, strict=True
-        ):
-            if not is_sharded:
-                update.bind(params, [p.grad for p in params])
-                continue
-            grads = [shards.local_grad(n, p) for n, p in zip(update.names, params, strict=True)]
-            update.bind([shards.local_of(p) for p in params], grads)
+        now = self._look(buckets)
+        if self._updates is None or not _same(now, self._seen):
+            self._build_all(buckets, now)
+        if not self._bind():
+            self._build_all(buckets, now)
+            self._bind()
         for update, params in zip(self._updates, self._params, strict=True):
             now = () if update.bucket is None else update.bucket.parameters
             if any(map(operator.is_not, params, now)):
@@ -137,7 +134,38 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
                 )
         return self._updates
 
-    def _build(self, buckets: list[Bucket]) -> None:
+    def _look(self, buckets: list[Bucket]) -> list:
+        """Return the objects that the updates are built from; they are compared in every step."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        frozen = [i for i, p in enumerate(params) if not p.requires_grad]
+        stepped = [i for i in frozen if params[i].grad is not None]
+        found = [*buckets, *params, *self.state, *self.state.values()]
+        return [sizes, frozen, stepped, self._keeps_moments(), found]
+
+    def _build_all(self, buckets: list[Bucket], now: list) -> None:
+        """Build the updates; ``now`` is what ``_look`` has returned."""
+        self._updates = None  # until all of them are built, should that be interrupted
+        # Moments, steps and tables outlive an inference mode that is active here.
+        with torch.inference_mode(False):
+            self._updates = self._build(buckets)
+        self._seen = self._look(buckets)
+
+    def _bind(self) -> bool:
+        """Bind the updates to the present parameters; return whether all of them still fit."""
+        for update, params, is_sharded in zip(
+            self._updates, self._params, self._are_sharded, strict=True
+        ):
+            if not is_sharded:
+                fits = update.bind(params, [p.grad for p in params])
+            else:
+                grads = [shards.local_grad(n, p) for n, p in zip(update.names, params, strict=True)]
+                fits = update.bind([shards.local_of(p) for p in params], grads)
+            if not fits:
+                return False
+        return True
+
+    def _build(self, buckets: list[Bucket]) -> list[Update]:
         """Group the parameters by device and dtype, those of a bucket first, in its order."""
         group_of = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
         parts: dict[tuple, list[torch.Tensor]] = {}
@@ -152,35 +180,38 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             if id(p) not in taken and (p.grad is not None or p.requires_grad):
                 device = shards.local_of(p).device
                 parts.setdefault((device, p.dtype, None), []).append(p)
-        self._updates, self._params = [], []
-        for (device, dtype, place), params in parts.items():
-            bucket = of.get((device, dtype, place))
+        # Every state is made before the first one is changed.
+        states = {key: [self._state_of(p) for p in params] for key, params in parts.items()}
+        updates = []
+        for key, params in parts.items():
+            device, dtype, _ = key
+            bucket = of.get(key)
             r = self.regularizer.n_vectors
             kernels = bucket.kernels if bucket else choice.choose(self._backend, device, dtype, r)
             if self._backend == "auto":
                 kernels = self._checked(kernels, device, dtype)
             if bucket is not None:
                 bucket.kernels = kernels
-            narrow = dtype.itemsize == 2
-            moment_dtype = torch.float32 if narrow and self._state_dtype else dtype
+            for p, state in zip(params, states[key], strict=True):
+                self.state[p].update(state)
             update = Update(
                 self._rule, bucket.backend if bucket else kernels, bucket,
-                [self._names.get(id(p), "?") for p in params],
-                [shards.local_of(p) for p in params],
-                [tuple(map(shards.local_of, self._moments(p, moment_dtype))) for p in params],
-                [group_of[id(p)] for p in params], moment_dtype, len(self.param_groups),
+                [self._name_of(p) for p in params], [shards.local_of(p) for p in params],
+                [self.state[p] for p in params], self._moment_names(),
+                [group_of.get(id(p), -1) for p in params], self._moment_dtype(dtype),
+                len(self.param_groups),
             )  # fmt: skip
-            found = [self.state[p].get("step", 0) for p in params]
-            on_host = [0.0 if _is_on_gpu(step) else float(step) for step in found]
-            device_tables.fill(update.steps, on_host)
+            found = [state["step"] for state in states[key]]
+            device_tables.fill(update.steps, [0.0 if _is_on_gpu(x) else float(x) for x in found])
             for i, (p, step) in enumerate(zip(params, found, strict=True)):
                 if _is_on_gpu(step):
                     update.steps[i].copy_(step)
                 self.state[p]["step"] = update.steps[i]
-            self._updates.append(update)
-            self._params.append(params)
+            updates.append(update)
+        self._params = list(parts.values())
         self._are_sharded = [any(map(shards.is_sharded, params)) for params in self._params]
         self._keep_vectors()
+        return updates
 
     def _checked(self, backend, device: torch.device, dtype: torch.dtype):
         """Return ``backend``, or the reference if its steps on a GPU are wrong."""
@@ -190,23 +221,56 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             lambda: selfcheck.step_disagreement(kind, backend.name, device, dtype, r), r,
         )  # fmt: skip
 
-    def _moments(self, p: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Return the moments in the state of ``p``, created or converted if needed."""
-        state, found = self.state[p], []
-        for name in self._rule.moments:
-            if not self._keeps_moments():
-                state[name] = None
-                continue
-            like = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-            kept = state.get(name)
-            if kept is not None:
-                if "step" not in state:  # torch.optim.SGD does not count steps
-                    state["step"] = torch.ones(())
-                fits = kept.dtype == dtype and kept.stride() == like.stride()
-                like = kept if fits and kept.device == p.device else like.copy_(kept)
-            state[name] = like
-            found.append(like)
-        return tuple(found)
+    def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
+        """Return moments and step count of ``p``: those in its state, converted if needed, or new.
+
+        Raises:
+            ValueError: some of them are missing, or a moment does not have the parameter's shape.
+        """
+        state, found = self.state.get(p, {}), {}
+        name, names = self._name_of(p), self._moment_names()
+        dtype = self._moment_dtype(p.dtype)
+        kept = {key: state[key] for key in names if state.get(key) is not None}
+        step = state.get("step")
+        is_partial = len(kept) not in (0, len(names))
+        if is_partial or (self._counts_steps and bool(kept) != (step is not None)):
+            missing = [key for key in (*names, "step") if state.get(key) is None]
+            raise ValueError(
+                f"the state of parameter {name!r} has no {', '.join(missing)}; accepted is one "
+                "with all of them, or with none to begin anew"
+            )
+        for key in names:
+            moment = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            if key in kept:
+                moment = self._fitting(name, key, kept[key], moment)
+            found[key] = moment
+        if not names:
+            found |= dict.fromkeys(self._rule.moments)
+        if step is None or (names and not kept):
+            step = float(bool(kept))  # torch.optim.SGD does not count steps
+        return {**found, "step": step}
+
+    def _fitting(self, name: str, key: str, kept, like: torch.Tensor) -> torch.Tensor:
+        """Return the moment ``kept`` if it is laid out like ``like``, or else a copy that is."""
+        if not isinstance(kept, torch.Tensor) or kept.shape != like.shape:
+            found = tuple(kept.shape) if isinstance(kept, torch.Tensor) else repr(kept)
+            raise ValueError(
+                f"{key} of parameter {name!r}: got {found}; accepted is a tensor of the "
+                f"parameter's shape {tuple(like.shape)} (after a change of shape, remove "
+                "optimizer.state[parameter] to begin anew)"
+            )
+        fits = kept.dtype == like.dtype and kept.stride() == like.stride()
+        same = type(kept) is type(like) and fits and kept.device == like.device
+        return kept if same else like.copy_(kept)
+
+    def _moment_names(self) -> tuple[str, ...]:
+        return self._rule.moments if self._keeps_moments() else ()
+
+    def _moment_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if dtype.itemsize == 2 and self._state_dtype else dtype
+
+    def _name_of(self, p: torch.Tensor) -> str:
+        return self._names.get(id(p), "?")
 
     def _keeps_moments(self) -> bool:
         return True
@@ -252,8 +316,9 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         The vectors of a parameter's matrices, [n_vectors, N] each, are in its state, so that
         torch.distributed.checkpoint finds them by the parameter's name.
         """
-        self._keep_vectors()
-        found = super().state_dict()
+        with self._buckets.lock:
+            self._keep_vectors()
+            found = super().state_dict()
         found["state"] = {
             i: {**state, "step": state["step"].clone()} if "step" in state else state
             for i, state in found["state"].items()
@@ -261,34 +326,44 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state_dict of this class or of its counterpart in torch.optim."""
+        """Load a state_dict of this class or of its counterpart in torch.optim.
+
+        Raises:
+            TypeError, ValueError: groups, moments, step counts or vectors that do not fit or are
+                not finite; nothing is changed then.
+        """
         for group in state_dict["param_groups"]:
             self._check_options(group)
-        super().load_state_dict(state_dict)
-        # torch has converted moments to the parameter's dtype; with state_dtype restore float32.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, own, strict=True):
-            for name in self._rule.moments:
-                kept = state_dict["state"].get(i, {}).get(name)
-                if kept is not None and self._state_dtype is not None:
-                    self.state[p][name] = kept.to(p.device, self._state_dtype, copy=True)
-        by_id = {id(p): state_dict["state"].get(i, {}) for i, p in zip(saved, own, strict=True)}
-        vectors, initial = {}, {}
+        states = [state_dict["state"].get(i, {}) for i in saved]
+        by_id = {id(p): state for p, state in zip(own, states, strict=False)}
+        vectors = {"vectors": {}, "left": {}, "initial": {}}
         for matrix, p, name in self._matrices():
-            state = by_id[id(p)]
-            if f"spectral_vectors{name}" in state:
-                vectors[matrix] = state[f"spectral_vectors{name}"]
-            if f"spectral_initial{name}" in state:
-                initial[matrix] = state[f"spectral_initial{name}"]
-        if not vectors and any(by_id.values()):
+            for kind, found in vectors.items():
+                key = f"spectral_{kind}{name}"
+                if key in by_id.get(id(p), {}):
+                    found[matrix] = by_id[id(p)][key]
+        loaded = vectors_of(vectors, self._buckets.selection.matrices)
+        initial = checked_initial(vectors["initial"])
+        for p, state in zip(own, states, strict=False):
+            check_state(self._name_of(p), p, state, self._rule.moments)
+        with self._buckets.lock:
+            super().load_state_dict(state_dict)  # it checks that the groups match
+            # torch has converted moments to the parameter's dtype; with state_dtype keep float32.
+            for p, state in zip(own, states, strict=True):
+                for name in self._rule.moments if self._state_dtype is not None else ():
+                    if state.get(name) is not None:
+                        kept = state[name].to(p.device, self._state_dtype, copy=True)
+                        self.state[p][name] = kept
+            self.regularizer._load(loaded, initial)
+            self._updates = None
+        if not loaded.vectors and not loaded.left and any(states):
             warnings.warn(
                 f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty; "
                 "they are warmed up",
                 stacklevel=2,
             )
-        self.regularizer.load_state_dict({"vectors": vectors, "initial": initial})
-        self._updates = None
 
     def _matrices(self) -> Iterable[tuple[str, torch.Tensor, str]]:
         """Yield name, parameter, and the name's suffix after the parameter's, of every matrix."""
@@ -300,13 +375,20 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
 
     def _keep_vectors(self) -> None:
         """Store vectors and measured targets in the state of the parameters that have one."""
-        known = self.regularizer.state_dict() if self.state else {"vectors": {}}
+        if not self.state:
+            return
+        known = self.regularizer.state_dict()
         for matrix, p, name in self._matrices():
-            if matrix in known["vectors"] and p in self.state:
-                self.state[p][f"spectral_vectors{name}"] = known["vectors"][matrix]
-                if matrix in known["initial"]:
-                    initial = torch.tensor(known["initial"][matrix], dtype=torch.float64)
-                    self.state[p][f"spectral_initial{name}"] = initial
+            if p not in self.state:
+                continue
+            state = self.state[p]
+            for kind in ("vectors", "left", "initial"):
+                state.pop(f"spectral_{kind}{name}", None)
+                value = known.get(kind, {}).get(matrix)
+                if value is not None:
+                    is_number = kind == "initial"
+                    value = torch.tensor(value, dtype=torch.float64) if is_number else value
+                    state[f"spectral_{kind}{name}"] = value
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses; copies and pickles carry moments and vectors."""
@@ -350,6 +432,49 @@ def _named_groups(params, model: nn.Module | None):
         pairs = [x if isinstance(x, tuple) else (names.get(id(x), "?"), x) for x in own]
         found.append({**group, "params": pairs})
     return model or [pair for group in found for pair in group["params"]], found
+
+
+def check_state(name: str, p: torch.Tensor, state: Mapping[str, Any], moments: Sequence[str]):
+    """Check moments and step count of a loaded state of parameter ``p``, called ``name``.
+
+    Raises:
+        TypeError: one that is not a tensor or, for the step count, a number.
+        ValueError: another shape than the parameter's, or values that no optimizer has written.
+    """
+    for key in moments:
+        kept = state.get(key)
+        if kept is None:
+            continue
+        what = f"state_dict: {key} of parameter {name!r}"
+        if not isinstance(kept, torch.Tensor):
+            raise TypeError(f"{what} is a {type(kept).__name__}; accepted is a tensor")
+        if kept.shape != p.shape:
+            raise ValueError(
+                f"{what} has shape {tuple(kept.shape)}; accepted is that of the parameter, "
+                f"{tuple(p.shape)}"
+            )
+        values = shards.local_of(kept)
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{what} has values that are not finite; accepted are finite ones")
+        if key == "exp_avg_sq" and bool((values < 0).any()):
+            raise ValueError(f"{what} has values below 0; accepted are means of squares")
+    step = state.get("step")
+    if step is not None:
+        is_number = isinstance(step, int | float) and not isinstance(step, bool)
+        if not is_number and not (isinstance(step, torch.Tensor) and step.numel() == 1):
+            raise TypeError(
+                f"state_dict: step of parameter {name!r} is a {type(step).__name__}; accepted is a "
+                "number"
+            )
+        check_number(f"state_dict: step of parameter {name!r}", float(step))
+
+
+def _same(now: list, before: list) -> bool:
+    """Return whether ``SpectralOptimizer._look`` has found the same objects as before."""
+    *facts, found = now
+    *facts_before, found_before = before
+    same_number = len(found) == len(found_before)
+    return facts == facts_before and same_number and all(map(operator.is_, found, found_before))
 
 
 def _is_on_gpu(value) -> bool:

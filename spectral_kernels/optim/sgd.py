@@ -45,7 +45,7 @@ class SpectralSGD(SpectralOptimizer):
         RuntimeError: the named backend cannot run on this machine.
     """
 
-    _rule = SGD
+    _rule, _counts_steps = SGD, False
 
     def __init__(
         self,

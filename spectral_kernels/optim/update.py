@@ -8,6 +8,7 @@ the iteration that a regularizer would run at the start of the next step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ import torch
 from ..backends import formulas
 from ..backends.base import Backend, Rule, Step
 from ..engine.bucket import Bucket
-from ..tables.addresses import memory_of
+from ..sharding import shards
+from ..tables.addresses import Column, Look, entries, look
 from ..tables.device import DeviceTables, fill, number_on
 from ..tables.schema import (
     DTYPES,
@@ -46,7 +48,9 @@ class Update:
         bucket: the bucket of the regularized parameters, or None.
         names: names of the parameters, for error messages.
         weights: the parameters; those of the bucket first, in the order of its refs.
-        moments: exp_avg and exp_avg_sq, or momentum_buffer, or nothing, of each parameter.
+        states: the optimizer's state of each parameter, with its moments and its step count, an
+            element of ``steps``.
+        moment_names: exp_avg and exp_avg_sq, or momentum_buffer, or nothing.
         group_of: the row of ``groups`` of each parameter.
         moment_dtype: dtype of the parameters, or float32.
         n_groups: number of parameter groups, the rows of ``groups``.
@@ -59,23 +63,28 @@ class Update:
         bucket: Bucket | None,
         names: Sequence[str],
         weights: Sequence[torch.Tensor],
-        moments: Sequence[tuple[torch.Tensor, ...]],
+        states: Sequence[dict[str, Any]],
+        moment_names: tuple[str, ...],
         group_of: Sequence[int],
         moment_dtype: torch.dtype,
         n_groups: int,
     ):
         self.rule, self.backend, self.bucket = rule, backend, bucket
         self.moment_dtype = moment_dtype
-        self.names, self.weights, self.moments = names, list(weights), list(moments)
+        self.names, self.weights, self.states = names, list(weights), list(states)
+        self._keys = *moment_names, "step"
+        self.moments: list[tuple[torch.Tensor, ...]] = []
         self.group_of = np.array(group_of, np.int64)
         self.device, self.dtype = weights[0].device, weights[0].dtype
         self.n_regularized = len(bucket.plan.refs) if bucket is not None else 0
         self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
+        self._step_addresses = self.steps.data_ptr() + 4 * np.arange(len(weights))
         self.grads: list[torch.Tensor | None] = []
         self.acts: list[bool] = []  # whether each parameter takes the step
         self._acting = torch.zeros_like(self.steps)
         self._versions: list[int] = []
-        self._seen = self._seen_weights = self._checked = None
+        self._seen: Look | None = None
+        self._layouts = self._seen_weights = None
         self.groups = np.zeros(n_groups, GROUP)
         self._options: list[tuple] = []  # the values in groups
         self._groups_version = 0
@@ -91,19 +100,29 @@ class Update:
             for ref in range(self.n_regularized, len(self.weights))
             for start in range(0, self.weights[ref].numel(), PART)
         ]
-        ref, self._other_start, size = np.array(others, np.int64).reshape(-1, 3).T.copy()
+        ref, start, size = np.array(others, np.int64).reshape(-1, 3).T.copy()
         self.others = np.zeros(len(others), ELEMENTWISE)
         self.others["grad_dtype"], self.others["size"] = DTYPES[self.dtype], size
-        self._other_ref = ref
+        offsets = start * self.dtype.itemsize
+        self._columns = [Column(self.others, "weight", ref, offsets)]
+        self._grad_column = Column(self.others, "grad", ref, offsets)
         none = np.zeros(0, np.int64)
         plan = None if self.bucket is None else self.bucket.plan
         # Index of the parameter, and first element, of every row, by table.
         rows = {
             "matrix_moments": (none, none) if plan is None else (plan.matrix_ref, plan.offsets),
-            "elementwise_moments": (none, none) if plan is None else (plan.elementwise_ref, 0),
-            "other_moments": (ref, self._other_start),
+            "elementwise_moments": (none, none)
+            if plan is None
+            else (plan.elementwise_ref, 0 * plan.elementwise_ref),
+            "other_moments": (ref, start),
         }
-        self._rows = [(np.zeros(len(own), MOMENT), own, start) for own, start in rows.values()]
+        self._rows = [(np.zeros(len(own), MOMENT), own) for own, _ in rows.values()]
+        n, step = len(self.weights), len(self._keys)
+        for (table, own), (_, first) in zip(self._rows, rows.values(), strict=True):
+            table["parameter"] = own
+            for i, field in zip(range(step - 1), ("first", "second"), strict=False):
+                offsets = first * self.moment_dtype.itemsize
+                self._columns.append(Column(table, field, n + step * own + i, offsets))
         self._header = np.zeros(len(HEADER), np.int64)  # of a step without a penalty
         self._header[SLOT["weight_dtype"]] = DTYPES[self.dtype]
         self._plain_header = address(self._header)
@@ -132,85 +151,92 @@ class Update:
             plain_header=self._plain_header,
         )  # fmt: skip
 
-    def bind(self, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
-        """Point the tables at the parameters and gradients of this step.
+    def bind(self, weights: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> bool:
+        """Point the tables at the parameters, gradients and moments of this step.
+
+        Returns:
+            False if a parameter or its state is no longer what this was built for: another update
+            must be built.
 
         Raises:
             ValueError: a parameter, gradient or moment that cannot be used in place.
         """
-        self.weights, self.grads = weights, grads
+        kept = entries(self.states, self._keys)
+        if self.bucket is not None and self.bucket.is_sharded:
+            kept = [None if x is None else shards.local_of(x) for x in kept]
+        try:
+            found = look([*weights, *kept], grads)
+        except RuntimeError:  # a gradient without plain memory, which has no address
+            self._check(weights, grads)
+            raise
+        found.check(self._name)
         if self.bucket is not None:
             self.bucket.plan.bind_grads(grads[: self.n_regularized])
-        try:
-            seen = self._looked_at()
-        except RuntimeError:  # a gradient without plain memory, which has no address
-            self._check()
-            raise
-        if seen == self._seen:
-            return
-        if (layouts := self._layouts(seen)) != self._checked:
-            self._check()
-            self._checked = layouts
+        self.weights, self.grads, seen = weights, grads, self._seen
+        if found == seen:
+            return True
+        step = len(self._keys)
+        if found.written.layouts != self._layouts and self._layouts is not None:
+            return False
+        addresses = found.written.address_array()[len(weights) :]
+        if not np.array_equal(addresses[step - 1 :: step], self._step_addresses):
+            return False
+        self.moments = [tuple(kept[i : i + step - 1]) for i in range(0, len(kept), step)]
+        if seen is None or found.read.layouts != seen.read.layouts:
+            self._check(weights, grads)
+        self._seen = None  # until all of it is written, should that be interrupted
+        self._set_acts(weights, grads)
+        if seen is None or found.written != seen.written:
+            for column in self._columns:
+                column.write(found.written)
+        self._grad_column.write(found.read)
+        self._version += 1
+        self._seen, self._layouts = found, found.written.layouts
+        return True
+
+    def _set_acts(self, weights, grads) -> None:
+        """Write which parameters take this step: those of a group, with a gradient or a penalty."""
         acts = [grad is not None for grad in grads]
         for i in range(self.n_regularized):
             acts[i] |= weights[i].requires_grad
-        if acts != self.acts:
-            self.acts = acts
-            fill(self._acting, acts)
-        self._place_others(seen)
-        group = np.where(self.acts, self.group_of, -1)
-        kept = [memory_of(m).address_array() for m in zip(*self.moments, strict=True)]
-        for table, ref, start in self._rows:
-            table["parameter"], table["group"] = ref, group[ref]
-            for field, address_of in zip(("first", "second"), kept, strict=False):
-                table[field] = address_of[ref] + start * self.moment_dtype.itemsize
-        self._version += 1
-        self._seen = seen
-
-    def _place_others(self, seen: tuple) -> None:
-        """Write the addresses in ``seen`` of parameters without a penalty and their gradients."""
-        here, others, _ = seen
-        if not others:
+        acts = [x and group >= 0 for x, group in zip(acts, self.group_of.tolist(), strict=True)]
+        if acts == self.acts:
             return
-        found = np.zeros((2, len(self.weights)), np.int64)
-        found[0, self.n_regularized :] = others[0].address_array()
-        found[1, [self.n_regularized + i for i in here]] = others[1].address_array()
-        offsets = self._other_start * self.dtype.itemsize
-        for field, addresses in zip(("weight", "grad"), found[:, self._other_ref], strict=True):
-            self.others[field] = np.where(addresses, addresses + offsets, 0)
+        group = np.where(acts, self.group_of, -1)
+        for table, ref in self._rows:
+            table["group"] = group[ref]
+        fill(self._acting, acts)
+        self.acts = acts
 
-    def _looked_at(self) -> tuple:
-        """Return a value that changes when an address does; the plan's version covers its own."""
-        weights, grads = self.weights[self.n_regularized :], self.grads[self.n_regularized :]
-        here = [i for i, grad in enumerate(grads) if grad is not None]
-        others = (memory_of(weights), memory_of([grads[i] for i in here])) if weights else ()
-        return here, others, self.bucket and self.bucket.plan.version
+    def _name(self, i: int) -> str:
+        """Return what the tensor is that ``bind`` has looked at as number ``i``."""
+        n, step = len(self.names), len(self._keys)
+        if i < n:
+            return f"parameter {self.names[i]!r}"
+        if i >= n + n * step:
+            return f"the gradient of parameter {self.names[i - n - n * step]!r}"
+        return f"{self._keys[(i - n) % step]} of parameter {self.names[(i - n) // step]!r}"
 
-    def _layouts(self, seen: tuple) -> tuple:
-        """Return a value that changes when the result of ``_check`` may change."""
-        here, others, _ = seen
-        plan = None if self.bucket is None else self.bucket.plan
-        own = None if plan is None else (plan.grads_seen[0], plan.grads_seen[1].layouts,
-                                         plan.weights_seen.layouts)  # fmt: skip
-        return here, [memory.layouts for memory in others], own
-
-    def _check(self) -> None:
-        for name, weight, grad, moments in zip(
-            self.names, self.weights, self.grads, self.moments, strict=True
-        ):
+    def _check(self, weights, grads) -> None:
+        moments = self.moments or [()] * len(weights)
+        for name, weight, grad, own in zip(self.names, weights, grads, moments, strict=True):
             if torch.empty_like(weight, device="meta").stride() != weight.stride():
                 raise ValueError(
                     f"parameter {name!r} has strides {tuple(weight.stride())}; accepted are "
                     "parameters without gaps between their elements"
                 )
             expected = [(grad, "gradient", weight.dtype)] if grad is not None else []
-            expected += [(m, "moment", self.moment_dtype) for m in moments]
+            expected += [(m, "moment", self.moment_dtype) for m in own]
             for tensor, what, dtype in expected:
-                if (tensor.layout, tensor.dtype) != (torch.strided, dtype):
-                    raise ValueError(
-                        f"the {what} of parameter {name!r} is {tensor.dtype}, {tensor.layout}; "
-                        f"accepted is {dtype}, {torch.strided}"
-                    )
+                for field, value in (
+                    ("layout", torch.strided), ("dtype", dtype), ("device", weight.device),
+                    ("shape", weight.shape),
+                ):  # fmt: skip
+                    if getattr(tensor, field) != value:
+                        raise ValueError(
+                            f"the {what} of parameter {name!r} has {field} "
+                            f"{getattr(tensor, field)}; accepted is {value}"
+                        )
                 if tensor.stride() != weight.stride() and tensor.numel():
                     raise ValueError(
                         f"the {what} of parameter {name!r} has strides {tuple(tensor.stride())}; "
@@ -263,15 +289,25 @@ class Update:
         placed = *self.tables.addresses, *self.group_table.addresses
         if placed != self._placed:
             self.header[_TABLES] = self._placed = placed
-        if self.found_inf is None:
-            self.steps += self._acting
-        else:
-            self.steps += self._acting * (self.found_inf <= 0)
-        self.backend.update(self.as_step())
+        step, counted, done = self.as_step(), self.steps._version, False
+        if self.bucket is not None:
+            self.bucket.is_ahead = False  # until the products are those of the new weights
+        try:
+            self._count(1)
+            done = self.backend.update(step) is None
+        finally:
+            if done:
+                torch.autograd.graph.increment_version(self.weights)  # kernels write to addresses
+            elif self.steps._version != counted:
+                self._count(-1)
         if self.bucket is not None:
             self.bucket.after_update()
-        torch.autograd.graph.increment_version(self.weights)  # kernels write to addresses
         self._versions = self._regularized_versions()
+
+    def _count(self, n: int) -> None:
+        """Add ``n`` to the step counts of the parameters that take this step."""
+        taken = self._acting if self.found_inf is None else self._acting * (self.found_inf <= 0)
+        self.steps.add_(taken, alpha=n)
 
     def _regularized_versions(self) -> list[int]:
         return [weight._version for weight in self.weights[: self.n_regularized]]

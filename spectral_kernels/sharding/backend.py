@@ -257,16 +257,26 @@ class _Columns:
             dist.all_reduce(state.s, group=axis.group)
 
 
-def check_ranks(names: Sequence[str], vectors: Sequence[torch.Tensor], axes: Sequence[Axis]):
-    """Raise RuntimeError if ranks differ in matrices or vectors.
+def check_ranks(
+    names: Sequence[str],
+    vectors: Sequence[torch.Tensor],
+    coefficients: Sequence[torch.Tensor],
+    axes: Sequence[Axis],
+) -> None:
+    """Raise RuntimeError if ranks differ in matrices, vectors or coefficients.
 
     Args:
-        names: names of the matrices.
+        names: names of the matrices, then of the elementwise parameters.
         vectors: vectors of each matrix, which must be bitwise equal on every rank.
+        coefficients: strength and target of each of ``names``, likewise.
         axes: the axes whose process groups must agree; (): all ranks.
     """
     groups = [axis.group for axis in axes] or [dist.group.WORLD]
-    device = vectors[0].device
+    device = coefficients[0].device
+    checks = (
+        ("strength or target", "they must be set alike on all ranks", coefficients),
+        ("vectors", "their weights or seed differ", vectors),
+    )
     known = zlib.crc32("\n".join(names).encode())
     for group in groups:
         ranks = dist.get_process_group_ranks(group)
@@ -276,15 +286,17 @@ def check_ranks(names: Sequence[str], vectors: Sequence[torch.Tensor], axes: Seq
                 raise RuntimeError(
                     f"ranks {ranks[dist.get_rank(group)]} and {rank} regularize different matrices"
                 )
-        sums = torch.stack([_bits(v) for v in vectors])
-        for rank, other in zip(ranks, _gather(sums, group), strict=True):
-            different = (other != sums).any(1).nonzero().flatten().tolist()
-            if different:
-                raise RuntimeError(
-                    f"the vectors of {names[different[0]]!r} and of {len(different) - 1} other "
-                    f"matrices differ between ranks {ranks[dist.get_rank(group)]} and {rank}: "
-                    "their weights, seed or strength differ"
-                )
+        for what, why, numbers in checks:
+            if not len(numbers):
+                continue
+            sums = torch.stack([_bits(x) for x in numbers])
+            for rank, other in zip(ranks, _gather(sums, group), strict=True):
+                different = (other != sums).any(1).nonzero().flatten().tolist()
+                if different:
+                    raise RuntimeError(
+                        f"the {what} of {names[different[0]]!r} and of {len(different) - 1} others "
+                        f"differ between ranks {ranks[dist.get_rank(group)]} and {rank}: {why}"
+                    )
 
 
 def _gather(tensor: torch.Tensor, group) -> list[torch.Tensor]:

@@ -1,38 +1,208 @@
-"""Addresses and layouts of tensors, read in every step: in one native call if possible."""
+"""What tensors are in memory, asked in every step: in one native call if possible."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import ctypes
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-try:
-    from .._native import describe as _describe
-except ImportError:  # backends/choice.py says why
-    _describe = None
+_WHY = {
+    "freed": "no memory of its own, or less than its shape needs (freed, resized, meta or fake)",
+    "negative": "its negative bit set (torch.resolve_neg copies it without)",
+}
 
 
 class Memory(NamedTuple):
     """Addresses and layouts of some tensors."""
 
-    addresses: bytes  # an int64 per tensor; 0 for one without memory of its own
-    layouts: object  # equal for equal devices, dtypes, shapes and strides
+    addresses: bytes  # an int64 per tensor; 0 for None and for one without elements
+    layouts: object  # equal for equal devices, dtypes, shapes and strides, and None alike
 
     def address_array(self) -> np.ndarray:
         """Return the addresses, int64."""
         return np.frombuffer(self.addresses, np.int64)
 
 
-def memory_of(tensors: Sequence[torch.Tensor]) -> Memory:
-    """Return addresses and layouts of ``tensors``.
+class Look(NamedTuple):
+    """What ``look`` has seen; equal to the one before as long as nothing has changed."""
+
+    written: Memory
+    read: Memory
+    problem: tuple[str, int, int] | None
+
+    def check(self, name: Callable[[int], str]) -> None:
+        """Raise ValueError if kernels must not touch one of the tensors.
+
+        Args:
+            name: returns what a tensor is, such as "parameter 'weight'"; those written are first.
+        """
+        if self.problem is None:
+            return
+        what, i, j = self.problem
+        if what == "overlap":
+            raise ValueError(
+                f"{name(i)} and {name(j)} share memory, and a step writes to one of them; "
+                "accepted are tensors with memory of their own (to tie two weights, register one "
+                "parameter in both modules)"
+            )
+        raise ValueError(f"{name(i)} has {_WHY[what]}; accepted are plain tensors")
+
+
+def look(
+    written: Sequence[torch.Tensor | None] = (), read: Sequence[torch.Tensor | None] = ()
+) -> Look:
+    """Look at tensors before kernels dereference their addresses; None has no address.
+
+    Args:
+        written: tensors that kernels write to. None may share memory with another of either list.
+        read: tensors that they only read.
 
     Raises:
         RuntimeError: a tensor without an address, such as a sparse one.
     """
-    found = None if _describe is None else _describe(torch.Tensor, list(tensors))
+    reader = _reader()
+    found = None if reader is None else reader.look(list(written), list(read))
     if found is None:
-        addresses = np.array([t.data_ptr() for t in tensors], np.int64).tobytes()
-        found = addresses, tuple((t.device, t.dtype, t.shape, t.stride()) for t in tensors)
-    return Memory(*found)
+        return _look(list(written), list(read))
+    return Look(Memory(*found[:2]), Memory(*found[2:4]), found[4])
+
+
+def entries(dicts: Sequence[Mapping[str, Any]], keys: tuple[str, ...]) -> list[Any]:
+    """Return the values of ``keys`` in every dict, dict by dict; None for a missing one."""
+    native = _native()
+    if native is not None:
+        return native.entries(dicts, keys)
+    return [one.get(key) for one in dicts for key in keys]
+
+
+class Column:
+    """A field of a table that holds the address of a tensor, or of a part of it, in each row.
+
+    Args:
+        table: the table, a structured array.
+        field: its field.
+        refs: [n_rows], the index of each row's tensor.
+        offsets: [n_rows], where its part starts, in bytes.
+    """
+
+    def __init__(self, table: np.ndarray, field: str, refs: np.ndarray, offsets: np.ndarray):
+        self._field, self._refs = table[field], np.ascontiguousarray(refs, np.int64)
+        self._offsets = np.ascontiguousarray(offsets, np.int64)
+        starts = [x.__array_interface__["data"][0]
+                  for x in (self._field, self._refs, self._offsets)]  # fmt: skip
+        self._where = starts[0], len(table), table.itemsize, *starts[1:]
+
+    def write(self, memory: Memory) -> None:
+        """Write the addresses of the tensors in ``memory``; 0 where a tensor has none."""
+        native = _native()
+        if native is not None:
+            native.place(memory.addresses, *self._where)
+            return
+        found = memory.address_array()[self._refs]
+        self._field[:] = np.where(found, found + self._offsets, 0)
+
+
+@functools.cache
+def _native():
+    """Return the compiled module, or None; backends/choice.py says why there is none."""
+    try:
+        from .. import _native
+    except ImportError:
+        return None
+    return _native
+
+
+@functools.cache
+def _reader():
+    """Return what reads tensors in one call, or None where this torch does not offer the parts.
+
+    Those are its C functions of AOTInductor for sizes of storages, and DLPack's exchange table. It
+    is used only if it sees what Python sees.
+    """
+    native = _native()
+    if native is None:
+        return None
+    folder = Path(torch.__file__).parent / "lib"
+    names = "libtorch_cpu.so", "libtorch_cpu.dylib"
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    try:
+        library = ctypes.CDLL(str(path))
+        functions = library.aoti_torch_get_storage_size, library.aoti_torch_get_storage_offset
+        numbers = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+        reader = native.TensorReader(torch.Tensor, *numbers)
+    except (OSError, AttributeError, ValueError):
+        return None
+    return reader if _agrees(reader) else None
+
+
+def _agrees(reader) -> bool:
+    """Return whether ``reader`` finds what Python finds."""
+    base = torch.zeros(6, 5)
+    freed = torch.zeros(8)[2:]
+    freed.untyped_storage().resize_(0)
+    for written, read in (
+        ([base[1:3], None, base[3:]], [base[:, 1:], torch.zeros(0, 3)]),
+        ([], [base, freed]),
+        ([torch._neg_view(base)], []),
+    ):
+        found, wanted = reader.look(written, read), _look(written, read)
+        if found is None or found[4] != wanted.problem:
+            return False
+        if (found[0], found[2]) != (wanted.written.addresses, wanted.read.addresses):
+            return False
+    return True
+
+
+def _look(written: list[torch.Tensor | None], read: list[torch.Tensor | None]) -> Look:
+    """See ``look``: in Python, tensor by tensor."""
+    problem, tensors = None, [*written, *read]
+    for i, t in enumerate(tensors):
+        if t is None or problem is not None:
+            continue
+        if t.is_neg():
+            problem = "negative", i, i
+        elif t.numel():
+            end = (t.storage_offset() + _extent(t)) * t.element_size()
+            storage = t.untyped_storage()
+            if end > storage.nbytes() or storage.data_ptr() == 0:
+                problem = "freed", i, i
+    if problem is None and written:
+        problem = _overlap(tensors, len(written))
+    return Look(_memory(written), _memory(read), problem)
+
+
+def _memory(tensors: list[torch.Tensor | None]) -> Memory:
+    addresses = np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64).tobytes()
+    return Memory(
+        addresses,
+        tuple(None if t is None else (t.device, t.dtype, t.shape, t.stride()) for t in tensors),
+    )
+
+
+def _extent(t: torch.Tensor) -> int:
+    """Return how many elements lie between the first and the last one, both included."""
+    if t.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+
+
+def _overlap(tensors: list[torch.Tensor | None], n_written: int) -> tuple[str, int, int] | None:
+    spans = []
+    for i, t in enumerate(tensors):
+        if t is not None and t.numel():
+            begin = t.data_ptr()
+            spans.append((begin, begin + _extent(t) * t.element_size(), i))
+    any_end = written_end = (0, 0)
+    for begin, end, i in sorted(spans):
+        before = any_end if i < n_written else written_end
+        if begin < before[0]:
+            return "overlap", before[1], i
+        any_end = max(any_end, (end, i))
+        if i < n_written:
+            written_end = max(written_end, (end, i))
+    return None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..selection.matrices import Elementwise, Matrix, refs_of
-from .addresses import memory_of
+from .addresses import Column, Memory, look
 from .device import DeviceTables
 from .layout import Layout, layout_of
 from .schema import (
@@ -36,7 +36,6 @@ TILE_ROWS, TILE_ROWS_ON_GPU, MAX_TILES = 128, 64, 64
 PROGRAMS, LEAST_ELEMENTS, MOST_ELEMENTS, TILES = 528, 2048, 64 * 1024, 1056
 MOST_ROWS = 256
 _LEAST_ROWS = ((2**27, 32), (2**25, 16), (0, 8))  # (elements of the plan, rows)
-_NO_MEMORY = "no memory of its own (meta, fake, DTensor or freed); accepted are plain tensors"
 
 
 def rows_of_tiles(shapes: Sequence[tuple[int, int]], device_type: str, r: int = 1) -> list[int]:
@@ -111,6 +110,8 @@ class Tables:
         nm, nv = len(self.matrices), len(self.elementwise)
         self.scalar_sizes = scalar_sizes(nm, nv, r)
         self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
+        self.v_size = r * sum(x.cols for x in self.layouts)  # elements of v in the state
+        self.s_size = r * sum(x.rows for x in self.layouts)  # of s
         self.version = 0  # counts changes of the tables
         self._device_tables: DeviceTables | None = None
         self._build(sizes)
@@ -220,9 +221,19 @@ class Plan(Tables):
         )
         self.offsets = np.array([x.offset for x in self.layouts], dtype=np.int64)
         self._strides = np.array([x.strides for x in self.layouts], dtype=np.int64).reshape(-1, 2)
-        self.weights_seen = self.grads_seen = None
-        self._grads_usual = False
+        self.weights_seen: Memory | None = None
+        self.grads_seen: Memory | None = None
         self.grad_dtypes: list[torch.dtype] = []  # distinct dtypes of the bound gradients
+        none = np.zeros(len(self.elementwise), np.int64)
+        offsets = self.offsets * self.dtype.itemsize
+        self._weight_columns = (
+            Column(self.table, "weight", self.matrix_ref, offsets),
+            Column(self.elementwise_table, "weight", self.elementwise_ref, none),
+        )
+        self._elementwise_grads = Column(self.elementwise_table, "grad", self.elementwise_ref, none)
+        # Of gradients laid out like their weights.
+        self._usual_grads = Column(self.table, "grad", self.matrix_ref, offsets)
+        self._matrix_grads = self._usual_grads
         self.bind_weights(tensors)
 
     def bind_weights(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -235,26 +246,29 @@ class Plan(Tables):
         Raises:
             ValueError: a parameter that cannot be used in place.
         """
-        now, before = memory_of(tensors), self.weights_seen
+        found = look(read=tensors)
+        now, before = found.read, self.weights_seen
+        if (before is None or now.layouts != before.layouts) and not self._fits(tensors):
+            return False
+        found.check(self.name)
         if now == before:
             self.tensors = tensors  # possibly other objects with the same memory
             return True
-        addresses = now.address_array()
-        if any(t.device != self.device or t.dtype != self.dtype for t in tensors):
-            return False
-        for ref, tensor, where in zip(self.refs, tensors, addresses, strict=True):
-            if where == 0 and tensor.numel():
-                raise ValueError(f"parameter {ref.name!r} has {_NO_MEMORY}")
-        if (before is None or now.layouts != before.layouts) and not self._fits(tensors):
-            return False
-        self.table["weight"] = addresses[self.matrix_ref] + self.offsets * self.dtype.itemsize
-        self.elementwise_table["weight"] = addresses[self.elementwise_ref]
-        self.tensors, self.weights_seen = list(tensors), now
+        self.weights_seen = None  # until all of it is written, should that be interrupted
+        for column in self._weight_columns:
+            column.write(now)
         self.version += 1
+        self.tensors, self.weights_seen = list(tensors), now
         return True
 
+    def name(self, i: int) -> str:
+        """Return what tensor ``i`` is, for error messages."""
+        return f"parameter {self.refs[i].name!r}"
+
     def _fits(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether shapes and layouts are those that this plan was made for."""
+        """Return whether the tensors are of the kind that this plan was made for."""
+        if any((t.device, t.dtype) != (self.device, self.dtype) for t in tensors):
+            return False
         for entry, ref, size in zip(
             self.elementwise, self.elementwise_ref, self.elementwise_table["size"], strict=True
         ):
@@ -277,45 +291,46 @@ class Plan(Tables):
 
         Raises:
             ValueError: a gradient that is sparse, on another device, of a dtype that does not fit
-                the weight's, or laid out differently from the weight.
+                the weight's, laid out differently from the weight, or without memory of its own.
         """
-        present, here = grads, range(len(grads))
-        if type(None) in set(map(type, grads)):
-            here = [i for i in here if grads[i] is not None]
-            present = [grads[i] for i in here]
         try:
-            now = memory_of(present)
+            found = look(written=grads)
         except RuntimeError:  # a gradient without plain memory, which has no address
             self._check_grads(grads)
             raise
-        if (here, now) == self.grads_seen:
+        now, before = found.written, self.grads_seen
+        is_new = before is None or now.layouts != before.layouts
+        usual = self._check_layouts(grads, now) if is_new else None
+        found.check(lambda i: f"the gradient of {self.name(i)}")
+        if now == before:
             return
-        whole = len(present) == len(grads)
-        like = self.weights_seen if whole else memory_of([self.tensors[i] for i in here])
-        addresses = np.zeros(len(grads), np.int64)
-        addresses[list(here)] = now.address_array()
-        # Gradients laid out like their weights need no further checks.
-        usual = now.layouts == like.layouts and bool(now.address_array().all())
+        self.grads_seen = None  # until all of it is written, should that be interrupted
+        if is_new:
+            self._describe_grads(grads, usual)
+        self._matrix_grads.write(now)
+        self._elementwise_grads.write(now)
+        self.version += 1
+        self.grads_seen = now
+
+    def _check_layouts(self, grads: Sequence[torch.Tensor | None], now: Memory) -> bool:
+        """Return whether ``grads`` are laid out like their weights; ValueError if unusable."""
+        like = self.weights_seen
+        if type(None) in set(map(type, grads)):
+            present = [w if g is not None else None
+                       for w, g in zip(self.tensors, grads, strict=True)]  # fmt: skip
+            like = look(read=present).read
+        usual = now.layouts == like.layouts
         if not usual:
             self._check_grads(grads)
-        owned = addresses[self.matrix_ref]
-        if usual and self._grads_usual:
-            offsets = self.offsets * self.dtype.itemsize
-        else:
-            offsets = self._describe_grads(grads)
-        self.table["grad"] = np.where(owned, owned + offsets, 0)
-        self.elementwise_table["grad"] = addresses[self.elementwise_ref]
-        self.grads_seen, self._grads_usual = (here, now), usual
-        self.grad_dtypes = [self.dtype] if usual else list(dict.fromkeys(g.dtype for g in present))
-        self.version += 1
+        return usual
 
-    def _describe_grads(self, grads: Sequence[torch.Tensor | None]) -> np.ndarray:
-        """Write dtype and strides of gradients, and return the offset of each matrix in bytes."""
+    def _describe_grads(self, grads: Sequence[torch.Tensor | None], usual: bool) -> None:
+        """Write dtypes and strides of the gradients, ``usual`` ones being laid out like weights."""
         found = [self.dtype if g is None else g.dtype for g in grads]
         dtypes = np.array([DTYPES[dtype] for dtype in found], dtype=np.int64)
         sizes = np.array([dtype.itemsize for dtype in found], dtype=np.int64)
         offsets, strides = self.offsets.copy(), self._strides.copy()
-        for i, ref in enumerate(self.matrix_ref):
+        for i, ref in enumerate(() if usual else self.matrix_ref):
             grad = grads[ref]
             if grad is not None and grad.stride() != self.tensors[ref].stride():
                 layout = self._grad_layout(i, grad)
@@ -323,7 +338,11 @@ class Plan(Tables):
         self.table["grad_dtype"] = dtypes[self.matrix_ref]
         self.table["grad_row_stride"], self.table["grad_outer_stride"] = strides.T
         self.elementwise_table["grad_dtype"] = dtypes[self.elementwise_ref]
-        return offsets * sizes[self.matrix_ref]
+        self._matrix_grads = self._usual_grads
+        if not usual:
+            offsets *= sizes[self.matrix_ref]
+            self._matrix_grads = Column(self.table, "grad", self.matrix_ref, offsets)
+        self.grad_dtypes = list(dict.fromkeys(g.dtype for g in grads if g is not None))
 
     def _grad_layout(self, i: int, grad: torch.Tensor) -> Layout | None:
         """Return the layout of ``grad`` if its rows and columns fit matrix ``i``, else None."""
@@ -355,8 +374,6 @@ class Plan(Tables):
             return f"dtype {grad.dtype}; accepted for a weight of {self.dtype}: {accepted}"
         if grad.shape != weight.shape:
             return f"shape {tuple(grad.shape)}; accepted is {tuple(weight.shape)}"
-        if grad.data_ptr() == 0 and grad.numel():
-            return _NO_MEMORY
         if grad.stride() != weight.stride():
             owned = np.flatnonzero(self.matrix_ref == ref)
             same = all(self._grad_layout(i, grad) is not None for i in owned)

@@ -35,6 +35,15 @@ class State:
         self.header = plan.header.copy()
         self.address = address(self.header)
         self.header.view(np.float64)[SLOT["exponent"]] = exponent
+        for name, buffer, n in (
+            ("v", v, plan.v_size), ("v_next", v_next, plan.v_size), ("s", s, plan.s_size),
+            ("scalars", scalars, sum(plan.scalar_sizes)),
+        ):  # fmt: skip
+            if buffer is not None and buffer.numel() != n:
+                raise RuntimeError(
+                    f"the buffer {name} of the state has {buffer.numel()} elements; accepted for "
+                    f"these parameters are {n}"
+                )
         first, size = scalars.data_ptr(), scalars.element_size()
         self.header[_ADDRESSES] = (
             v.data_ptr(), 0 if v_next is None else v_next.data_ptr(), s.data_ptr(),
@@ -50,8 +59,7 @@ class State:
         def unknown(n):
             return torch.full((n,), math.nan, dtype=plan.state_dtype, device=plan.device)
 
-        n, m = sum(x.cols for x in plan.layouts), sum(x.rows for x in plan.layouts)
-        vectors = unknown(plan.r * n), unknown(plan.r * n), unknown(plan.r * m)
+        vectors = unknown(plan.v_size), unknown(plan.v_size), unknown(plan.s_size)
         return cls(plan, *vectors, unknown(sum(plan.scalar_sizes)), exponent)
 
     def __getattr__(self, name: str) -> torch.Tensor:
