@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,9 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         )
         self._buckets.check_in_place()
         self._backend, self._state_dtype, self._decoupled = backend, state_dtype, bool(decoupled)
-        self._names = {id(p): name for group in groups for name, p in group["params"]}
+        self._names = {
+            id(p): (weakref.ref(p), name) for group in groups for name, p in group["params"]
+        }
         plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
         for group in plain:
             self._check_options({**defaults, **group})
@@ -62,6 +65,8 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
                     "leave it out with include or exclude"
                 )
         self._updates: list[Update] | None = None
+        self._seen: list = []  # what the updates were built from
+        self._regularized: list[torch.Tensor] = []  # the regularized parameters of the last step
         super().__init__(plain, defaults)
 
     # -------------------------------------------------------------------------------- a step
@@ -118,21 +123,27 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     def _bound(self) -> list[Update]:
         """Return the updates, with tables that point at the current parameters and gradients."""
         buckets = self._buckets.bound()
-        now = self._look(buckets)
-        if self._updates is None or not _same(now, self._seen):
-            self._build_all(buckets, now)
+        self._check_replaced(buckets)
+        if self._updates is None or not _same(self._look(buckets), self._seen):
+            self._build_all(buckets)
         if not self._bind():
-            self._build_all(buckets, now)
-            self._bind()
-        for update, params in zip(self._updates, self._params, strict=True):
-            now = () if update.bucket is None else update.bucket.parameters
-            if any(map(operator.is_not, params, now)):
-                name = next(n for n, p, x in zip(update.names, params, now, strict=False)
-                            if p is not x)  # fmt: skip
-                raise RuntimeError(
-                    f"parameter {name!r} was replaced in its module; build a new optimizer"
-                )
+            self._build_all(buckets)
+            if not self._bind():
+                raise RuntimeError("the optimizer's state changes while its step is prepared")
         return self._updates
+
+    def _check_replaced(self, buckets: list[Bucket]) -> None:
+        """Raise RuntimeError if a parameter is not the one that this optimizer was built with."""
+        now = [p for bucket in buckets for p in bucket.parameters]
+        if len(now) == len(self._regularized) and all(map(operator.is_, now, self._regularized)):
+            return
+        for bucket in buckets:
+            for one, p in zip(bucket.plan.refs, bucket.parameters, strict=True):
+                if self._name_of(p, "") == "":
+                    raise RuntimeError(
+                        f"parameter {one.name!r} was replaced in its module; build a new optimizer"
+                    )
+        self._regularized = now
 
     def _look(self, buckets: list[Bucket]) -> list:
         """Return the objects that the updates are built from; they are compared in every step."""
@@ -143,13 +154,13 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         found = [*buckets, *params, *self.state, *self.state.values()]
         return [sizes, frozen, stepped, self._keeps_moments(), found]
 
-    def _build_all(self, buckets: list[Bucket], now: list) -> None:
-        """Build the updates; ``now`` is what ``_look`` has returned."""
+    def _build_all(self, buckets: list[Bucket]) -> None:
+        """Build the updates."""
         self._updates = None  # until all of them are built, should that be interrupted
         # Moments, steps and tables outlive an inference mode that is active here.
         with torch.inference_mode(False):
-            self._updates = self._build(buckets)
-        self._seen = self._look(buckets)
+            updates = self._build(buckets)
+        self._updates, self._seen = updates, self._look(buckets)
 
     def _bind(self) -> bool:
         """Bind the updates to the present parameters; return whether all of them still fit."""
@@ -269,8 +280,9 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     def _moment_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if dtype.itemsize == 2 and self._state_dtype else dtype
 
-    def _name_of(self, p: torch.Tensor) -> str:
-        return self._names.get(id(p), "?")
+    def _name_of(self, p: torch.Tensor, unknown: str = "?") -> str:
+        found = self._names.get(id(p))
+        return found[1] if found is not None and found[0]() is p else unknown
 
     def _keeps_moments(self) -> bool:
         return True
@@ -350,12 +362,13 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             check_state(self._name_of(p), p, state, self._rule.moments)
         with self._buckets.lock:
             super().load_state_dict(state_dict)  # it checks that the groups match
-            # torch has converted moments to the parameter's dtype; with state_dtype keep float32.
             for p, state in zip(own, states, strict=True):
-                for name in self._rule.moments if self._state_dtype is not None else ():
-                    if state.get(name) is not None:
-                        kept = state[name].to(p.device, self._state_dtype, copy=True)
-                        self.state[p][name] = kept
+                for name, kept in state.items():
+                    if name in self._rule.moments and kept is not None and self._state_dtype:
+                        # torch has converted it to the parameter's dtype.
+                        self.state[p][name] = kept.to(p.device, self._state_dtype, copy=True)
+                    elif isinstance(kept, torch.Tensor) and self.state[p].get(name) is kept:
+                        self.state[p][name] = kept.clone()  # state_dict keeps its own
             self.regularizer._load(loaded, initial)
             self._updates = None
         if not loaded.vectors and not loaded.left and any(states):
@@ -393,7 +406,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses; copies and pickles carry moments and vectors."""
         kept = ("regularizer", "_backend", "_state_dtype", "_decoupled")
-        by_place = [[self._names.get(id(p), "?") for p in g["params"]] for g in self.param_groups]
+        by_place = [[self._name_of(p) for p in g["params"]] for g in self.param_groups]
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in kept},
@@ -403,9 +416,9 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if (by_place := self.__dict__.pop("_by_place", None)) is not None:
-            self._updates = None
+            self._updates, self._regularized = None, []
             self._names = {
-                id(p): name
+                id(p): (weakref.ref(p), name)
                 for names, group in zip(by_place, self.param_groups, strict=True)
                 for name, p in zip(names, group["params"], strict=True)
             }

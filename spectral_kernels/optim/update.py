@@ -166,7 +166,9 @@ class Update:
             kept = [None if x is None else shards.local_of(x) for x in kept]
         try:
             found = look([*weights, *kept], grads)
-        except RuntimeError:  # a gradient without plain memory, which has no address
+        except RuntimeError:  # something without plain memory, which has no address
+            if not all(isinstance(x, torch.Tensor) for x in kept):
+                return False
             self._check(weights, grads)
             raise
         found.check(self._name)

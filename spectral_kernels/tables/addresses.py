@@ -161,6 +161,9 @@ def _agrees(reader) -> bool:
 def _look(written: list[torch.Tensor | None], read: list[torch.Tensor | None]) -> Look:
     """See ``look``: in Python, tensor by tensor."""
     problem, tensors = None, [*written, *read]
+    for t in tensors:
+        if t is not None and not isinstance(t, torch.Tensor):
+            raise RuntimeError(f"a {type(t).__name__} has no address; accepted are tensors")
     for i, t in enumerate(tensors):
         if t is None or problem is not None:
             continue
