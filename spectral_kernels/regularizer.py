@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from .backends import choice
 from .backends.base import Backend
+from .backends.choice import BackendName
 from .diagnostics.readings import LayerReading, Readings
 from .engine import autograd
 from .engine.attach import Attachment, attach
@@ -17,8 +17,9 @@ from .engine.bucket import MAX_EXTRA_ITERATIONS
 from .engine.coefficients import Coefficients, Strength, Target
 from .engine.model_buckets import LoadResult, ModelBuckets, Settings, vectors_of
 from .engine.untraced import outside, untraced
-from .selection.arguments import check_choice, check_count, check_number
+from .selection.arguments import check_choice, check_count, check_number, known_keywords
 from .selection.matrices import listing
+from .selection.options import Patterns, Source, Splits
 from .selection.rules import select
 from .tables.schema import N_VECTORS
 
@@ -53,49 +54,53 @@ class SpectralRegularizer(Readings):
         n_vectors: singular vectors iterated per matrix: 1, 2, 4, 8 or 16. More vectors make sigma
             more accurate where the largest singular values are close together, as they become
             under the penalty; the penalty itself uses only the largest.
-        biases: regularize biases.
+        biases: regularize biases of layers. The shifts of norms, named "bias" too, stay with
+            ``norms``.
         norms: regularize the gains and shifts of normalization layers.
-        include: glob patterns; if given, only parameters whose name matches one are selected,
-            embedding tables included.
-        exclude: glob patterns of names to leave out.
+        include: a glob pattern or several; if given, only parameters whose name matches one are
+            selected, embedding tables included.
+        exclude: a glob pattern or several, of names to leave out.
         splits: pattern -> number of equal parts or their sizes along the output dimension, for
             fused projections such as ``{"*.qkv.weight": 3}``.
-        stacked: patterns of parameters (E, out, in) that are stacks of E matrices.
+        stacked: a pattern or several, of parameters (E, out, in) that are stacks of E matrices.
         warmup: power iterations at first use, so that the first sigma is meaningful.
         backend: "auto" (the fastest one that works), "cuda" (CUDA C++), "triton", "cpu" (C++),
             "reference" (PyTorch, any device), or a ``backends.base.Backend``.
         seed: seed of the random initial vectors; torch's own generators are not touched.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, an unknown keyword, parameters without names.
         ValueError: a value out of range, a pattern that matches nothing, nothing to regularize.
         RuntimeError: the named backend cannot run on this machine.
     """
 
+    @known_keywords
     def __init__(
         self,
-        model: nn.Module | Iterable[tuple[str, torch.Tensor]],
+        model: Source,
         strength: Strength = 1e-3,
         exponent: float = 2,
         target: Target = 1.0,
-        n_power_iterations: int | str = 1,
+        n_power_iterations: int | Literal["auto"] = 1,
         *,
         n_vectors: int = 1,
         biases: bool = True,
         norms: bool = True,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        splits: Mapping[str, int | Sequence[int]] | None = None,
-        stacked: Sequence[str] = (),
+        include: Patterns | None = None,
+        exclude: Patterns | None = (),
+        splits: Splits | None = None,
+        stacked: Patterns | None = (),
         warmup: int = 10,
-        backend: str | Backend = "auto",
+        backend: BackendName | Backend = "auto",
         seed: int = 0,
-    ):
+    ) -> None:
         choice.check_backend(backend)
         self.exponent = check_number("exponent", exponent, at_least=1)
         auto = n_power_iterations == "auto"
         if not auto:
-            check_count("n_power_iterations", n_power_iterations, 1, words=("auto",))
+            n_power_iterations = check_count(
+                "n_power_iterations", n_power_iterations, 1, words=("auto",)
+            )
         self.n_power_iterations = n_power_iterations
         self.n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
         self._selection = select(
@@ -104,7 +109,7 @@ class SpectralRegularizer(Readings):
         )  # fmt: skip
         settings = Settings(
             backend, self.exponent, check_count("warmup", warmup, 0), check_count("seed", seed, 0),
-            n_vectors, MAX_EXTRA_ITERATIONS if auto else 0,
+            self.n_vectors, MAX_EXTRA_ITERATIONS if auto else 0,
         )  # fmt: skip
         self._coefficients = Coefficients(self._selection, strength, target, backend)
         self._buckets = ModelBuckets(self._selection, settings, self._coefficients)

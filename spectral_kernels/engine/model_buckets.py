@@ -281,7 +281,7 @@ class ModelBuckets:
             return self._vectors()
 
     def _vectors(self) -> dict[str, torch.Tensor]:
-        found = dict(self.start_vectors)
+        found = {name: v.clone() for name, v in self.start_vectors.items()}
         for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
             layouts, state = bucket.state.plan.layouts, bucket.state
             if bucket.is_sharded:  # s, here the right vectors, is spread over ranks
