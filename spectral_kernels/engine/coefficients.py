@@ -39,7 +39,8 @@ class Coefficients:
         self.initial: dict[str, float] = {}  # measured targets, by name of the matrix
         if isinstance(strength, torch.Tensor):
             _check_tensor(strength, is_read=True)
-        self.strength, self.target = strength, target
+        self.strength = strength
+        self._target, self._targets = self._checked_target(target)
 
     @property
     def strength(self) -> Strength:
@@ -62,11 +63,16 @@ class Coefficients:
         """Tau: a number, "initial", or a copy of the mapping."""
         return dict(self._target) if isinstance(self._target, dict) else self._target
 
-    @target.setter
-    def target(self, target: Target) -> None:
+    def _checked_target(self, target: Target) -> tuple[Target, dict[str, float | str]]:
         target = check_by_pattern("target", target, words=("initial",))
-        self._targets = by_name("target", target, self._selection)
-        self._target = target
+        return target, by_name("target", target, self._selection)
+
+    def assign_target(self, target: Target) -> None:
+        """Replace the target, once all that is needed for it is known."""
+        target, targets = self._checked_target(target)
+        if not any(matrix.ref.get().is_meta for matrix in self._selection.matrices):
+            self.initial.update(self._measured(targets))
+        self._target, self._targets = target, targets
 
     def fill(self, bucket: Bucket) -> None:
         """Write strength and target into a new bucket."""
@@ -92,12 +98,17 @@ class Coefficients:
 
     def measure_initial(self) -> None:
         """Measure sigma_1 of the matrices with target "initial" that have not been measured."""
+        self.initial.update(self._measured(self._targets))
+
+    def _measured(self, targets: Mapping[str, float | str]) -> dict[str, float]:
+        found = {}
         for matrix in self._selection.matrices:
-            if self._targets[matrix.name] == "initial" and matrix.name not in self.initial:
+            if targets[matrix.name] == "initial" and matrix.name not in self.initial:
                 tensor = matrix.ref.get().detach()
-                (self.initial[matrix.name],) = singular_values(
+                (found[matrix.name],) = singular_values(
                     matrix, tensor, rtol=1e-4, backend=self._backend
                 )
+        return found
 
 
 def _check_tensor(strength: torch.Tensor, is_read: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
@@ -14,12 +14,13 @@ import torch
 from ..backends import choice, reference
 from ..backends.base import Backend
 from ..backends.formulas import orthonormal, orthonormal_if_finite
+from ..selection.arguments import check_count
 from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
-from .bucket import Bucket
-from .coefficients import Coefficients
+from .bucket import MAX_EXTRA_ITERATIONS, Bucket
+from .coefficients import Coefficients, Target
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Settings:
         warmup: iterations for vectors that start from random numbers.
         seed: of those random numbers; each matrix has its own stream, keyed by its name.
         n_vectors: singular vectors per matrix.
+        iterations: per step.
         extra_iterations: at most, for stale matrices, after the iterations of each step.
+        is_in_optimizer: whether an optimizer's step contains the one iteration.
     """
 
     backend: str | Backend = "auto"
@@ -40,7 +43,26 @@ class Settings:
     warmup: int = 10
     seed: int = 0
     n_vectors: int = 1
+    iterations: int = 1
     extra_iterations: int = 0
+    is_in_optimizer: bool = False
+
+
+def iterations_of(n_power_iterations, is_in_optimizer: bool = False) -> tuple[int, int]:
+    """Return the numbers of iterations and of extra iterations of ``n_power_iterations``.
+
+    Raises:
+        TypeError: neither an integer nor "auto".
+        ValueError: an integer below 1, or in an optimizer another than 1.
+    """
+    if isinstance(n_power_iterations, str) and n_power_iterations == "auto":
+        return 1, MAX_EXTRA_ITERATIONS
+    found = check_count("n_power_iterations", n_power_iterations, 1, words=("auto",))
+    if is_in_optimizer and found != 1:
+        raise ValueError(
+            f"n_power_iterations: got {found}; accepted are 1 and 'auto' in an optimizer"
+        )
+    return found, 0
 
 
 class ModelBuckets:
@@ -58,6 +80,7 @@ class ModelBuckets:
 
     def __init__(self, selection: Selection, settings: Settings, coefficients: Coefficients):
         self.selection, self.settings, self.coefficients = selection, settings, coefficients
+        self.iterations = settings.iterations  # here, for compilers
         self.number = next(self._numbers)
         self.by_number[self.number] = self
         self._traced = False  # whether it is in a compiled graph
@@ -129,6 +152,35 @@ class ModelBuckets:
         """Write the strength of the coefficients into every existing bucket."""
         for bucket in self.buckets or ():
             self.coefficients.fill_strength(bucket)
+
+    def set_target(self, target: Target) -> None:
+        """Replace the target; measures what "initial" now is."""
+        self.coefficients.assign_target(target)
+        for bucket in self.buckets or ():
+            self.coefficients.fill_target(bucket)
+
+    def set_exponent(self, exponent: float) -> None:
+        """Replace the exponent k."""
+        self.settings = replace(self.settings, exponent=exponent)
+        for bucket in self.buckets or ():
+            bucket.state.set_exponent(exponent)
+
+    def set_iterations(self, iterations: int, extra_iterations: int) -> None:
+        """Replace the numbers of iterations per step."""
+        self.settings = replace(
+            self.settings, iterations=iterations, extra_iterations=extra_iterations
+        )
+        self.iterations = iterations
+        for bucket in self.buckets or ():
+            bucket.extra_iterations = extra_iterations
+
+    def set_n_vectors(self, n_vectors: int) -> None:
+        """Replace the number of vectors per matrix; those that there are go on."""
+        if n_vectors == self.settings.n_vectors:
+            return
+        warm = self._warm if self.buckets is None else self.is_warm
+        self.settings = replace(self.settings, n_vectors=n_vectors)
+        self.restart({}, warm)
 
     def accumulate_gradients(self, n_iterations: int, scale: float | torch.Tensor | None) -> None:
         """Run power iterations and add the gradient of ``strength * R`` to every ``.grad``.

@@ -38,7 +38,12 @@ class SpectralAdamW(SpectralOptimizer):
 
         W <- (1 - lr * weight_decay) W - lr * strength * dR/dW - lr * AdamW's direction of g
 
-    ``sigma`` and ``residual`` are those of the weights after the last step.
+    ``sigma`` and ``residual`` are those of the weights after the last step. ``strength``,
+    ``target``, ``exponent``, ``n_power_iterations`` and ``n_vectors`` may be assigned later.
+
+    Attributes:
+        regularizer: the :class:`SpectralRegularizer` whose penalty is in the steps; it says what is
+            selected, and need not be attached.
 
     Args:
         params: a module; (name, parameter) pairs; with ``model``, also parameters without names;

@@ -6,6 +6,7 @@ import glob
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,18 +14,19 @@ from torch import nn
 
 from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
+from ..engine.assignable import Assignable
 from ..engine.bucket import Bucket
-from ..engine.model_buckets import ModelBuckets
+from ..engine.model_buckets import ModelBuckets, iterations_of
 from ..engine.untraced import untraced
-from ..regularizer import SpectralRegularizer, Strength
+from ..regularizer import SpectralRegularizer
 from ..selection.arguments import (
     as_dict,
-    check_count,
     check_flag,
     check_pattern_list,
     check_scalar,
     shown,
 )
+from ..selection.matrices import listing
 from ..selection.parameters import parameter_refs
 from ..selection.rules import FLOAT_DTYPES
 from ..sharding import shards
@@ -39,7 +41,7 @@ Params = (
 )
 
 
-class SpectralOptimizer(Readings, torch.optim.Optimizer):
+class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     """Base class of SpectralAdamW and SpectralSGD; see there."""
 
     _rule: Rule
@@ -57,12 +59,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         self._decoupled = check_flag("decoupled", decoupled)
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")
-        if n_power_iterations != "auto" and check_count(
-            "n_power_iterations", n_power_iterations, 1, words=("auto",)
-        ) != 1:  # fmt: skip
-            raise ValueError(
-                f"n_power_iterations: got {n_power_iterations!r}; accepted are 1 and 'auto'"
-            )
+        iterations_of(n_power_iterations, is_in_optimizer=True)
         source, groups = _source_and_groups(params, model)
         self._names: dict[int, str] = {}
         if isinstance(source, nn.Module):
@@ -74,6 +71,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             backend=backend, **options,
         )  # fmt: skip
         self._buckets.check_in_place()
+        self._buckets.settings = replace(self._buckets.settings, is_in_optimizer=True)
         self._backend, self._state_dtype = backend, state_dtype
         self._updates: list[Update] | None = None
         super().__init__(groups, defaults)
@@ -285,16 +283,14 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         """Return a group's hyperparameters in the order of schema.GROUP."""
         raise NotImplementedError
 
-    # ----------------------------------------------------------------------- strength and state
+    def __repr__(self) -> str:
+        groups = super().__repr__()
+        arguments = {**self._assigned(), "decoupled": self._decoupled}
+        lines = [f"{name}: {value}" for name, value in arguments.items()]
+        lines += listing(self._buckets.selection)
+        return "\n    ".join((groups.removesuffix(")") + "Penalty", *lines)) + "\n)"
 
-    @property
-    def strength(self) -> Strength:
-        """Factor of R; assign a number, a 0-d tensor or a mapping at any time."""
-        return self.regularizer.strength
-
-    @strength.setter
-    def strength(self, strength: Strength) -> None:
-        self.regularizer.strength = strength
+    # -------------------------------------------------------------------------------------- state
 
     @property
     def _buckets(self) -> ModelBuckets:

@@ -35,6 +35,9 @@ class SpectralSGD(SpectralOptimizer):
     attached. With ``decoupled=True`` the penalty bypasses the momentum and acts on the weights:
     ``W <- W - lr * strength * dR/dW`` beside SGD's own step.
 
+    Attributes:
+        regularizer: see :class:`SpectralAdamW`.
+
     Args:
         params: see :class:`SpectralAdamW`.
         lr: learning rate; see :class:`SpectralAdamW`.
