@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from .backends import choice
 from .backends.base import Backend
+from .backends.choice import BackendName
 from .diagnostics.readings import LayerReading, Readings
 from .engine import autograd
+from .engine.assignable import Assignable
 from .engine.attach import Attachment, attach
-from .engine.bucket import MAX_EXTRA_ITERATIONS
 from .engine.coefficients import Coefficients, Strength, Target, checked_initial
-from .engine.model_buckets import Loaded, LoadResult, ModelBuckets, Settings, vectors_of
+from .engine.model_buckets import (
+    Loaded,
+    LoadResult,
+    ModelBuckets,
+    Settings,
+    iterations_of,
+    vectors_of,
+)
 from .engine.untraced import outside, untraced
-from .selection.arguments import check_choice, check_count, check_number
+from .selection.arguments import check_choice, check_count, check_number, known_keywords
 from .selection.matrices import listing
+from .selection.options import Patterns, Source, Splits
 from .selection.rules import select
 from .tables.schema import N_VECTORS
 
 __all__ = ["Attachment", "LayerReading", "LoadResult", "SpectralRegularizer", "Strength", "Target"]
 
 
-class SpectralRegularizer(Readings):
+class SpectralRegularizer(Assignable, Readings):
     """Keeps the largest singular value of every layer near a target.
 
     The penalty is ``strength * R`` with (Lewandowski et al., "Learning Continually by Spectral
@@ -36,14 +45,15 @@ class SpectralRegularizer(Readings):
 
     There are three ways to apply it, with the same gradient: add :meth:`penalty` to the loss; call
     :meth:`accumulate_grad_` between ``backward`` and ``optimizer.step``; or call :meth:`attach`
-    once.
+    once. ``strength``, ``target``, ``exponent``, ``n_power_iterations`` and ``n_vectors`` may be
+    assigned later too.
 
     Args:
         model: a module, or an iterable of (name, parameter). An iterable does not identify
             embeddings, norms, gates and transposed convolutions: a parameter with two or more
             dimensions is a matrix, a 1-D one named as a bias is a bias, the rest is skipped.
         strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
-            (the first matching pattern counts).
+            (the first matching pattern counts). The value of a tensor is checked once, here.
         exponent: k, at least 1.
         target: tau; a number, "initial" (sigma_1 of each matrix when the regularizer is built), or
             a mapping from name patterns to these.
@@ -53,58 +63,60 @@ class SpectralRegularizer(Readings):
         n_vectors: singular vectors iterated per matrix: 1, 2, 4, 8 or 16. More vectors make sigma
             more accurate where the largest singular values are close together, as they become
             under the penalty; the penalty itself uses only the largest.
-        biases: regularize biases.
+        biases: regularize biases of layers. The shifts of norms, named "bias" too, stay with
+            ``norms``.
         norms: regularize the gains and shifts of normalization layers.
-        include: glob patterns; if given, only parameters whose name matches one are selected,
-            embedding tables included.
-        exclude: glob patterns of names to leave out.
+        include: a glob pattern or several; if given, only parameters whose name matches one are
+            selected, embedding tables included.
+        exclude: a glob pattern or several, of names to leave out.
         splits: pattern -> number of equal parts or their sizes along the output dimension, for
             fused projections such as ``{"*.qkv.weight": 3}``.
-        stacked: patterns of parameters (E, out, in) that are stacks of E matrices.
+        stacked: a pattern or several, of parameters (E, out, in) that are stacks of E matrices.
         warmup: power iterations at first use, so that the first sigma is meaningful.
         backend: "auto" (the fastest one that works), "cuda" (CUDA C++), "triton", "cpu" (C++),
             "reference" (PyTorch, any device), or a ``backends.base.Backend``.
         seed: seed of the random initial vectors; torch's own generators are not touched.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, an unknown keyword, parameters without names.
         ValueError: a value out of range, a pattern that matches nothing, nothing to regularize.
         RuntimeError: the named backend cannot run on this machine.
     """
 
+    @known_keywords
     def __init__(
         self,
-        model: nn.Module | Iterable[tuple[str, torch.Tensor]],
+        model: Source,
         strength: Strength = 1e-3,
         exponent: float = 2,
         target: Target = 1.0,
-        n_power_iterations: int | str = 1,
+        n_power_iterations: int | Literal["auto"] = 1,
         *,
         n_vectors: int = 1,
         biases: bool = True,
         norms: bool = True,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        splits: Mapping[str, int | Sequence[int]] | None = None,
-        stacked: Sequence[str] = (),
+        include: Patterns | None = None,
+        exclude: Patterns | None = (),
+        splits: Splits | None = None,
+        stacked: Patterns | None = (),
         warmup: int = 10,
-        backend: str | Backend = "auto",
+        backend: BackendName | Backend = "auto",
         seed: int = 0,
-    ):
+    ) -> None:
         choice.check_backend(backend)
-        self.exponent = check_number("exponent", exponent, at_least=1)
-        auto = n_power_iterations == "auto"
-        if not auto:
-            check_count("n_power_iterations", n_power_iterations, 1, words=("auto",))
-        self.n_power_iterations = n_power_iterations
-        self.n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
+        iterations, extra_iterations = iterations_of(n_power_iterations)
+        settings = Settings(
+            backend=backend,
+            exponent=check_number("exponent", exponent, at_least=1),
+            warmup=check_count("warmup", warmup, 0),
+            seed=check_count("seed", seed, 0),
+            n_vectors=check_choice("n_vectors", n_vectors, N_VECTORS),
+            iterations=iterations,
+            extra_iterations=extra_iterations,
+        )
         self._selection = select(
             model, biases=biases, norms=norms, include=include, exclude=exclude,
             splits=splits, stacked=stacked,
-        )  # fmt: skip
-        settings = Settings(
-            backend, self.exponent, check_count("warmup", warmup, 0), check_count("seed", seed, 0),
-            n_vectors, MAX_EXTRA_ITERATIONS if auto else 0,
         )  # fmt: skip
         self._coefficients = Coefficients(self._selection, strength, target, backend)
         self._buckets = ModelBuckets(self._selection, settings, self._coefficients)
@@ -135,9 +147,10 @@ class SpectralRegularizer(Readings):
             if not self._buckets.ready_to_trace():
                 return outside(SpectralRegularizer.penalty, self)
             strength = self._coefficients.strength_tensor
-            return compiled.traced_penalty(self._buckets, self._iterations, strength)
+            return compiled.traced_penalty(self._buckets, self._buckets.iterations, strength)
         with self._buckets.lock:
-            return autograd.penalty(self._buckets.bound(), self._iterations, self._buckets.lock)
+            bound = self._buckets.bound()
+            return autograd.penalty(bound, self._buckets.iterations, self._buckets.lock)
 
     def accumulate_grad_(self, grad_scale: float | torch.Tensor | None = None) -> None:
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
@@ -159,7 +172,7 @@ class SpectralRegularizer(Readings):
             return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
             grad_scale = check_number("grad_scale", grad_scale)
-        self._buckets.accumulate_gradients(self._iterations, grad_scale)
+        self._buckets.accumulate_gradients(self._buckets.iterations, grad_scale)
 
     @untraced
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
@@ -189,23 +202,6 @@ class SpectralRegularizer(Readings):
 
     # ------------------------------------------------------------------- settings and checks
 
-    @property
-    def strength(self) -> Strength:
-        """Factor of R; assign a number, a 0-d tensor or a mapping at any time."""
-        return self._coefficients.strength
-
-    @strength.setter
-    @untraced
-    def strength(self, strength: Strength) -> None:
-        with self._buckets.lock:
-            self._coefficients.strength = strength
-            self._buckets.fill_strength()
-
-    @property
-    def target(self) -> Target:
-        """Singular value that each matrix is pulled to, as given."""
-        return self._coefficients.target
-
     @untraced
     def check_ranks(self) -> None:
         """Check that ranks agree on matrices and vectors; every rank must call it.
@@ -223,13 +219,21 @@ class SpectralRegularizer(Readings):
             for bucket in self._buckets.bound():
                 bucket.check_ranks()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse public names that a regularizer does not have, such as misspelt ones."""
+        if name[:1] != "_" and type(self) is SpectralRegularizer and not hasattr(type(self), name):
+            near = difflib.get_close_matches(name, [n for n in dir(self) if n[0] != "_"], 1)
+            said = (
+                f"did you mean {near[0]!r}?" if near else "attributes of your own need a subclass"
+            )
+            raise AttributeError(f"SpectralRegularizer has no attribute {name!r}; {said}")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
-        head = (
-            f"SpectralRegularizer(strength={self.strength}, exponent={self.exponent:g}, "
-            f"target={self.target}, n_power_iterations={self.n_power_iterations}, "
-            f"n_vectors={self.n_vectors}, backend={_name_of(self._buckets.settings.backend)!r})"
-        )
-        return "\n".join((head, *listing(self._selection)))
+        arguments = {**self._assigned(), "exponent": f"{self.exponent:g}"}
+        shown = {**arguments, "backend": repr(arguments["backend"])}
+        head = ", ".join(f"{name}={value}" for name, value in shown.items())
+        return "\n".join((f"{type(self).__name__}({head})", *listing(self._selection)))
 
     # --------------------------------------------------------------------------------- state
 
@@ -277,11 +281,3 @@ class SpectralRegularizer(Readings):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out attachments; copies and pickles carry the vectors."""
         return {**self.__dict__, "_attached": []}
-
-    @property
-    def _iterations(self) -> int:
-        return 1 if self.n_power_iterations == "auto" else self.n_power_iterations
-
-
-def _name_of(backend: str | Backend) -> str:
-    return backend if isinstance(backend, str) else backend.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from .native import Cpu, Cuda, native_module
 from .selfcheck import disagreement
 
 NAMES = ("triton", "cuda", "cpu", "reference")
+BackendName = Literal["auto", "triton", "cuda", "cpu", "reference"]
 # By device type, the fastest first (bench/results/2026-11-27-h200); the reference comes last.
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _said: set[str] = set()

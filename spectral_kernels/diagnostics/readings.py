@@ -12,6 +12,7 @@ import torch
 from ..engine.bucket import Bucket
 from ..engine.model_buckets import ModelBuckets
 from ..engine.untraced import untraced
+from ..selection.arguments import shown
 from .log import Log
 
 
@@ -77,7 +78,7 @@ class Readings:
         ]
 
     @untraced
-    def metrics(self, per_layer: bool = False) -> dict[str, float]:
+    def metrics(self, per_layer: bool = False, prefix: str = "spectral") -> dict[str, float]:
         """Return numbers for a logger, as of the last step; this synchronizes a GPU once.
 
         "spectral/sigma_max", "spectral/sigma_median" and "spectral/sigma_min" over the matrices,
@@ -86,10 +87,19 @@ class Readings:
         ``strength * R``. Without matrices, those of sigma and residual are left out.
 
         Args:
-            per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix.
+            per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix; the
+                latter is residual / sigma too.
+            prefix: what the names begin with instead of "spectral", to tell several regularizers
+                apart.
+
+        Raises:
+            TypeError: ``prefix`` is not a string.
         """
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix: got {shown(prefix)}; accepted is a string")
         with self._buckets.lock:
-            return metrics(self._buckets.bound(), self.names, per_layer)
+            found = metrics(self._buckets.bound(), self.names, per_layer)
+        return {f"{prefix}/{name}": value for name, value in found.items()}
 
     @untraced
     def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
@@ -124,7 +134,7 @@ def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch
 
 
 def metrics(buckets: Sequence[Bucket], names: Sequence[str], per_layer: bool) -> dict[str, float]:
-    """See ``Readings.metrics``; ``names`` is the order of the matrices."""
+    """See ``Readings.metrics``; ``names`` is the order of the matrices. Without a prefix."""
     parts = []
     for bucket in buckets:
         bucket.measure()
@@ -143,21 +153,22 @@ def metrics(buckets: Sequence[Bucket], names: Sequence[str], per_layer: bool) ->
             by_name[matrix.name] = values
         penalty += numbers[3 * n]
         numbers = numbers[3 * n + 1 :]
-    found = {"spectral/penalty": penalty, "spectral/above_target": 0.0}
-    if names:
-        sigma, residual, target = np.array([by_name[name] for name in names]).T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(residual == 0, 0, residual / sigma)
-            found |= {
-                "spectral/sigma_max": float(sigma.max()),
-                "spectral/sigma_median": float(np.median(sigma)),
-                "spectral/sigma_min": float(sigma.min()),
-                "spectral/residual_max": float(ratio.max()),
-                "spectral/above_target": float((sigma - residual > target).sum()),
-            }
+    found = {"penalty": penalty, "above_target": 0.0}
+    if not names:
+        return found
+    sigma, residual, target = np.array([by_name[name] for name in names]).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(residual == 0, 0, residual / sigma)
+    found |= {
+        "sigma_max": float(sigma.max()),
+        "sigma_median": float(np.median(sigma)),
+        "sigma_min": float(sigma.min()),
+        "residual_max": float(ratio.max()),
+        "above_target": float((sigma - residual > target).sum()),
+    }
     if per_layer:
-        found |= {f"spectral/sigma/{name}": by_name[name][0] for name in names}
-        found |= {f"spectral/residual/{name}": by_name[name][1] for name in names}
+        for start, values in (("sigma", sigma), ("residual", ratio)):
+            found |= {f"{start}/{n}": float(x) for n, x in zip(names, values, strict=True)}
     return found
 
 

@@ -3,31 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
-from torch import nn
+from typing_extensions import Unpack
 
 from ..backends.base import Backend
-from ..backends.choice import check_backend
+from ..backends.choice import BackendName, check_backend
 from ..engine.lanczos import singular_values
-from ..selection.arguments import check_choice
+from ..selection.arguments import check_choice, check_number, known_keywords
 from ..selection.matrices import Matrix
+from ..selection.options import MatrixOptions, Source
 from ..selection.rules import select
 from ..sharding.shards import whole_of
 from ..tables.schema import N_VECTORS
 
-_MATRICES = {"include", "exclude", "splits", "stacked"}
 
-
+@overload
 def spectral_norms(
-    model_or_named_tensors: nn.Module | Iterable[tuple[str, torch.Tensor]],
+    model_or_named_tensors: Source,
+    rtol: float = 1e-4,
+    *,
+    n_vectors: Literal[1] = 1,
+    backend: BackendName | Backend = "auto",
+    **selection: Unpack[MatrixOptions],
+) -> dict[str, float]: ...
+
+
+@overload
+def spectral_norms(
+    model_or_named_tensors: Source,
+    rtol: float = 1e-4,
+    *,
+    n_vectors: Literal[2, 4, 8, 16],
+    backend: BackendName | Backend = "auto",
+    **selection: Unpack[MatrixOptions],
+) -> dict[str, tuple[float, ...]]: ...
+
+
+@overload
+def spectral_norms(
+    model_or_named_tensors: Source,
+    rtol: float = 1e-4,
+    *,
+    n_vectors: int,
+    backend: BackendName | Backend = "auto",
+    **selection: Unpack[MatrixOptions],
+) -> dict[str, float] | dict[str, tuple[float, ...]]: ...
+
+
+@known_keywords
+def spectral_norms(
+    model_or_named_tensors: Source,
     rtol: float = 1e-4,
     *,
     n_vectors: int = 1,
-    backend: str | Backend = "auto",
-    **selection,
+    backend: BackendName | Backend = "auto",
+    **selection: Unpack[MatrixOptions],
 ) -> dict[str, float] | dict[str, tuple[float, ...]]:
     """Return the largest singular value of every matrix, within ``rtol`` of the SVD's.
 
@@ -48,13 +80,15 @@ def spectral_norms(
         element that is not finite.
 
     Raises:
+        TypeError: an argument of the wrong type, or an unknown keyword.
         ValueError: ``rtol`` out of range, a pattern that matches nothing, no matrix, a memory
             layout that cannot be used in place.
         RuntimeError: a backend that cannot run here, or no convergence.
     """
     check_backend(backend)
-    check_choice("n_vectors", n_vectors, N_VECTORS)
-    matrices = _matrices("spectral_norms", model_or_named_tensors, selection)
+    n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
+    rtol = check_number("rtol", rtol)
+    matrices = _matrices(model_or_named_tensors, selection)
     found = {
         matrix.name: singular_values(matrix, matrix.ref.get().detach(), rtol, backend, n_vectors)
         for matrix in matrices
@@ -76,8 +110,9 @@ class Spectrum(NamedTuple):
     """||W||_F."""
 
 
+@known_keywords
 def spectra(
-    model_or_named_tensors: nn.Module | Iterable[tuple[str, torch.Tensor]], **selection
+    model_or_named_tensors: Source, **selection: Unpack[MatrixOptions]
 ) -> dict[str, Spectrum]:
     """Return a summary of the singular values of every matrix, from a full SVD in float64.
 
@@ -92,10 +127,11 @@ def spectra(
         name -> Spectrum; all zeros for a matrix without elements.
 
     Raises:
+        TypeError: an argument of the wrong type, or an unknown keyword.
         ValueError: a pattern that matches nothing, no matrix.
     """
     found = {}
-    for matrix in _matrices("spectra", model_or_named_tensors, selection):
+    for matrix in _matrices(model_or_named_tensors, selection):
         part = matrix.of(whole_of(matrix.ref.get().detach()))
         weight = part.movedim(matrix.row_dim, 0).flatten(1).double()
         if weight.numel() == 0:
@@ -130,9 +166,7 @@ def effective_rank(values: torch.Tensor) -> torch.Tensor:
     return torch.where(total[..., 0] > 0, torch.special.entr(p).sum(-1).exp(), total[..., 0])
 
 
-def _matrices(caller: str, model_or_named_tensors, selection: dict) -> list[Matrix]:
-    if unknown := set(selection) - _MATRICES:
-        raise TypeError(f"{caller}() got an unexpected argument {unknown.pop()!r}")
+def _matrices(model_or_named_tensors: Source, selection: MatrixOptions) -> list[Matrix]:
     return select(
         model_or_named_tensors, biases=False, norms=False, trainable_only=False, **selection
     ).matrices

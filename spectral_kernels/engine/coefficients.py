@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from ..backends.base import Backend
-from ..selection.arguments import by_name, check_number
+from ..selection.arguments import by_name, check_by_pattern, check_number, shown
 from ..selection.matrices import Selection
 from ..tables import device as device_tables
 from .bucket import Bucket
 from .lanczos import singular_values
 
 Strength = float | torch.Tensor | Mapping[str, float]
-Target = float | str | Mapping[str, float | str]
+Target = float | Literal["initial"] | Mapping[str, float | Literal["initial"]]
 
 
 def checked_initial(initial: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
@@ -54,38 +55,49 @@ class Coefficients:
         self, selection: Selection, strength: Strength, target: Target, backend: str | Backend
     ):
         self._selection, self._backend = selection, backend
-        self.strength, self.target = strength, target
-        self._targets = by_name("target", target, selection, words=("initial",))
         self.initial: dict[str, float] = {}  # measured targets, by name of the matrix
+        if isinstance(strength, torch.Tensor):
+            _check_tensor(strength, is_read=True)
+        self.strength = strength
+        self._target, self._targets = self._checked_target(target)
 
     @property
     def strength(self) -> Strength:
-        """Factor of R, as given."""
-        return self._strength
+        """Factor of R: the tensor that was given, a number, or a copy of the mapping."""
+        return dict(self._strength) if isinstance(self._strength, dict) else self._strength
 
     @strength.setter
     def strength(self, strength: Strength) -> None:
         is_tensor = isinstance(strength, torch.Tensor)
         if is_tensor:
-            if strength.dim() != 0 or not strength.is_floating_point():
-                raise ValueError(
-                    f"strength: got a tensor of shape {tuple(strength.shape)} and dtype "
-                    f"{strength.dtype}; accepted are 0-d floating-point tensors"
-                )
+            _check_tensor(strength, is_read=device_tables.shares_memory(strength.device))
         else:
+            strength = check_by_pattern("strength", strength)
             self._strengths = by_name("strength", strength, self._selection)
         self._strength = strength
         self.strength_tensor: torch.Tensor | None = strength if is_tensor else None
+
+    @property
+    def target(self) -> Target:
+        """Tau: a number, "initial", or a copy of the mapping."""
+        return dict(self._target) if isinstance(self._target, dict) else self._target
+
+    def _checked_target(self, target: Target) -> tuple[Target, dict[str, float | str]]:
+        target = check_by_pattern("target", target, words=("initial",))
+        return target, by_name("target", target, self._selection)
+
+    def assign_target(self, target: Target) -> None:
+        """Replace the target, once all that is needed for it is known."""
+        target, targets = self._checked_target(target)
+        if not any(matrix.ref.get().is_meta for matrix in self._selection.matrices):
+            self.initial.update(self._measured(targets))
+        self._target, self._targets = target, targets
 
     def fill(self, bucket: Bucket) -> None:
         """Write strength and target into a new bucket."""
         self.fill_strength(bucket)
         self.measure_initial()
-        values = [
-            self.initial[matrix.name] if target == "initial" else target
-            for matrix, target in ((m, self._targets[m.name]) for m in bucket.plan.matrices)
-        ]
-        device_tables.fill(bucket.state.target, values)
+        self.fill_target(bucket)
 
     def fill_strength(self, bucket: Bucket) -> None:
         """Write the strength of every entry into a bucket."""
@@ -95,11 +107,35 @@ class Coefficients:
             values = [self._strengths[entry.name] for entry in entries]
         device_tables.fill(bucket.state.strength, values)
 
+    def fill_target(self, bucket: Bucket) -> None:
+        """Write the target of every matrix into a bucket; all initial ones must be measured."""
+        values = [
+            self.initial[matrix.name] if target == "initial" else target
+            for matrix, target in ((m, self._targets[m.name]) for m in bucket.plan.matrices)
+        ]
+        device_tables.fill(bucket.state.target, values)
+
     def measure_initial(self) -> None:
         """Measure sigma_1 of the matrices with target "initial" that have not been measured."""
+        self.initial.update(self._measured(self._targets))
+
+    def _measured(self, targets: Mapping[str, float | str]) -> dict[str, float]:
+        found = {}
         for matrix in self._selection.matrices:
-            if self._targets[matrix.name] == "initial" and matrix.name not in self.initial:
+            if targets[matrix.name] == "initial" and matrix.name not in self.initial:
                 tensor = matrix.ref.get().detach()
-                (self.initial[matrix.name],) = singular_values(
+                (found[matrix.name],) = singular_values(
                     matrix, tensor, rtol=1e-4, backend=self._backend
                 )
+        return found
+
+
+def _check_tensor(strength: torch.Tensor, is_read: bool) -> None:
+    """Check a strength that is a tensor, and its value too if ``is_read``."""
+    if strength.dim() != 0 or not strength.is_floating_point():
+        raise ValueError(
+            f"strength: got {shown(strength)} and dtype {strength.dtype}; accepted are 0-d "
+            "floating-point tensors"
+        )
+    if is_read and not strength.is_meta:
+        check_number("strength", strength.item())

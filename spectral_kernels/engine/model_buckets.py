@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
@@ -15,13 +15,14 @@ import torch
 from ..backends import choice, reference
 from ..backends.base import Backend
 from ..backends.formulas import orthonormal, orthonormal_if_finite
+from ..selection.arguments import check_count
 from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
 from ..tables.layout import Layout
-from .bucket import Bucket
-from .coefficients import Coefficients
+from .bucket import MAX_EXTRA_ITERATIONS, Bucket
+from .coefficients import Coefficients, Target
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Settings:
         warmup: iterations for vectors that start from random numbers.
         seed: of those random numbers; each matrix has its own stream, keyed by its name.
         n_vectors: singular vectors per matrix.
+        iterations: per step.
         extra_iterations: at most, for stale matrices, after the iterations of each step.
+        is_in_optimizer: whether an optimizer's step contains the one iteration.
     """
 
     backend: str | Backend = "auto"
@@ -42,7 +45,26 @@ class Settings:
     warmup: int = 10
     seed: int = 0
     n_vectors: int = 1
+    iterations: int = 1
     extra_iterations: int = 0
+    is_in_optimizer: bool = False
+
+
+def iterations_of(n_power_iterations, is_in_optimizer: bool = False) -> tuple[int, int]:
+    """Return the numbers of iterations and of extra iterations of ``n_power_iterations``.
+
+    Raises:
+        TypeError: neither an integer nor "auto".
+        ValueError: an integer below 1, or in an optimizer another than 1.
+    """
+    if isinstance(n_power_iterations, str) and n_power_iterations == "auto":
+        return 1, MAX_EXTRA_ITERATIONS
+    found = check_count("n_power_iterations", n_power_iterations, 1, words=("auto",))
+    if is_in_optimizer and found != 1:
+        raise ValueError(
+            f"n_power_iterations: got {found}; accepted are 1 and 'auto' in an optimizer"
+        )
+    return found, 0
 
 
 class ModelBuckets:
@@ -62,6 +84,7 @@ class ModelBuckets:
         self.selection, self.settings, self.coefficients = selection, settings, coefficients
         # One step, reading or change at a time: threads wait for each other.
         self.lock = threading.RLock()
+        self.iterations = settings.iterations  # here, for compilers
         self.number = next(self._numbers)
         self.by_number[self.number] = self
         self._traced = False  # whether it is in a compiled graph
@@ -135,6 +158,39 @@ class ModelBuckets:
         """Write the strength of the coefficients into every existing bucket."""
         for bucket in self.buckets or ():
             self.coefficients.fill_strength(bucket)
+
+    def set_target(self, target: Target) -> None:
+        """Replace the target; measures what "initial" now is."""
+        with self.lock:
+            self.coefficients.assign_target(target)
+            for bucket in self.buckets or ():
+                self.coefficients.fill_target(bucket)
+
+    def set_exponent(self, exponent: float) -> None:
+        """Replace the exponent k."""
+        with self.lock:
+            self.settings = replace(self.settings, exponent=exponent)
+            for bucket in self.buckets or ():
+                bucket.state.set_exponent(exponent)
+
+    def set_iterations(self, iterations: int, extra_iterations: int) -> None:
+        """Replace the numbers of iterations per step."""
+        with self.lock:
+            self.settings = replace(
+                self.settings, iterations=iterations, extra_iterations=extra_iterations
+            )
+            self.iterations = iterations
+            for bucket in self.buckets or ():
+                bucket.extra_iterations = extra_iterations
+
+    def set_n_vectors(self, n_vectors: int) -> None:
+        """Replace the number of vectors per matrix; those that there are go on."""
+        with self.lock:
+            if n_vectors == self.settings.n_vectors:
+                return
+            warm = self._warm if self.buckets is None else self.is_warm
+            self.settings = replace(self.settings, n_vectors=n_vectors)
+            self.restart(Loaded({}, {}, LoadResult([], [])), warm)
 
     def accumulate_gradients(self, n_iterations: int, scale: float | torch.Tensor | None) -> None:
         """Run power iterations and add the gradient of ``strength * R`` to every ``.grad``.
@@ -321,7 +377,7 @@ class ModelBuckets:
             return found
 
     def _vectors(self) -> dict[str, torch.Tensor]:
-        found = dict(self.start_vectors)
+        found = {name: v.clone() for name, v in self.start_vectors.items()}
         for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
             layouts, state = bucket.state.plan.layouts, bucket.state
             if bucket.is_sharded:  # s, here the right vectors, is spread over ranks

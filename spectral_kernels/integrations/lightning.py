@@ -7,9 +7,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import Unpack
+
 from ..regularizer import SpectralRegularizer
-from ..selection.arguments import check_count
-from .session import Session
+from ..selection.arguments import check_count, known_keywords
+from .session import RegularizerOptions, Session
 
 # If both are installed, the program has already imported the one that it uses.
 if "lightning.pytorch" in sys.modules or (
@@ -30,7 +32,8 @@ class SpectralCallback(Callback):
     With SpectralAdamW or SpectralSGD as the module's optimizer, it only logs.
 
     Args:
-        per_layer: log sigma and residual of every matrix too.
+        per_layer: log sigma and residual / sigma of every matrix too.
+        prefix: what the names of the metrics begin with.
         optimizer: index of the module's optimizer to attach to; it must hold all selected
             parameters.
         **arguments: arguments of SpectralRegularizer, without the model.
@@ -40,8 +43,17 @@ class SpectralCallback(Callback):
             training begins.
     """
 
-    def __init__(self, *, per_layer: bool = False, optimizer: int = 0, **arguments: Any):
-        self.per_layer, self.optimizer = per_layer, check_count("optimizer", optimizer, 0)
+    @known_keywords
+    def __init__(
+        self,
+        *,
+        per_layer: bool = False,
+        prefix: str = "spectral",
+        optimizer: int = 0,
+        **arguments: Unpack[RegularizerOptions],
+    ) -> None:
+        self.per_layer, self.prefix = per_layer, prefix
+        self.optimizer = check_count("optimizer", optimizer, 0)
         self._session = Session(arguments)
         self._loaded: Mapping[str, Any] | None = None
         self._logged = 0
@@ -72,7 +84,7 @@ class SpectralCallback(Callback):
         step = trainer.global_step
         if not trainer.loggers or step == self._logged or step % trainer.log_every_n_steps:
             return
-        metrics, self._logged = self.regularizer.metrics(self.per_layer), step
+        metrics, self._logged = self.regularizer.metrics(self.per_layer, self.prefix), step
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
 
+from ..backends.base import Backend
+from ..backends.choice import BackendName
 from ..engine.attach import Attachment
 from ..optim.base import SpectralOptimizer
-from ..regularizer import SpectralRegularizer
+from ..regularizer import SpectralRegularizer, Strength, Target
+from ..selection.options import StartOptions
+
+
+class RegularizerOptions(StartOptions, total=False):
+    """The arguments of SpectralRegularizer, without the model."""
+
+    strength: Strength
+    exponent: float
+    target: Target
+    n_power_iterations: int | Literal["auto"]
+    n_vectors: int
+    backend: BackendName | Backend
 
 
 class Session:
@@ -22,14 +34,10 @@ class Session:
 
     Args:
         arguments: arguments of SpectralRegularizer, without the model.
-
-    Raises:
-        TypeError: an argument that SpectralRegularizer does not have.
     """
 
-    def __init__(self, arguments: Mapping[str, Any]):
-        inspect.signature(SpectralRegularizer).bind(None, **arguments)
-        self.arguments = dict(arguments)
+    def __init__(self, arguments: RegularizerOptions):
+        self.arguments = arguments
         self.regularizer: SpectralRegularizer | None = None
         self.is_own = False
         self._model: nn.Module | None = None

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from typing_extensions import Unpack
 
 from ..regularizer import SpectralRegularizer
-from .session import Session
+from ..selection.arguments import known_keywords
+from .session import RegularizerOptions, Session
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,7 +34,8 @@ class SpectralCallback(TrainerCallback):
     With SpectralAdamW or SpectralSGD as the Trainer's optimizer, it only logs.
 
     Args:
-        per_layer: log sigma and residual of every matrix too.
+        per_layer: log sigma and residual / sigma of every matrix too.
+        prefix: what the names of the metrics begin with.
         resume_from: folder of the checkpoint to resume from, if it is neither
             ``args.resume_from_checkpoint`` nor the one of this step in ``args.output_dir``.
         **arguments: arguments of SpectralRegularizer, without the model.
@@ -42,14 +45,16 @@ class SpectralCallback(TrainerCallback):
             training begins.
     """
 
+    @known_keywords
     def __init__(
         self,
         *,
         per_layer: bool = False,
+        prefix: str = "spectral",
         resume_from: str | PathLike[str] | None = None,
-        **arguments: Any,
-    ):
-        self.per_layer, self.resume_from = per_layer, resume_from
+        **arguments: Unpack[RegularizerOptions],
+    ) -> None:
+        self.per_layer, self.prefix, self.resume_from = per_layer, prefix, resume_from
         self._session = Session(arguments)
 
     @property
@@ -83,7 +88,7 @@ class SpectralCallback(TrainerCallback):
         """Add the metrics to a log that has a loss."""
         if self.regularizer is None or "loss" not in logs:
             return
-        metrics = self.regularizer.metrics(self.per_layer)
+        metrics = self.regularizer.metrics(self.per_layer, self.prefix)
         logs.update(metrics)
         if state.log_history:
             state.log_history[-1].update(metrics)

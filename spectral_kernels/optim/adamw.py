@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from ..backends.base import Backend
+from ..backends.choice import BackendName
 from ..regularizer import Strength, Target
-from .base import TORCH_OPTIONS, SpectralOptimizer
+from ..selection.arguments import check_scalar, known_keywords, shown
+from ..selection.options import StartOptions
+from .base import Params, SpectralOptimizer
 from .update import ADAMW
+
+
+class AdamWOptions(StartOptions, total=False):
+    """Further keywords of SpectralAdamW: of the selection, and those of torch.optim.AdamW."""
+
+    amsgrad: Literal[False]
+    maximize: Literal[False]
+    foreach: bool | None
+    capturable: bool
+    differentiable: Literal[False]
+    fused: bool | None
 
 
 class SpectralAdamW(SpectralOptimizer):
@@ -23,20 +38,27 @@ class SpectralAdamW(SpectralOptimizer):
 
         W <- (1 - lr * weight_decay) W - lr * strength * dR/dW - lr * AdamW's direction of g
 
-    ``sigma`` and ``residual`` are those of the weights after the last step.
+    ``sigma`` and ``residual`` are those of the weights after the last step. ``strength``,
+    ``target``, ``exponent``, ``n_power_iterations`` and ``n_vectors`` may be assigned later.
+
+    Attributes:
+        regularizer: the :class:`SpectralRegularizer` whose penalty is in the steps; it says what is
+            selected, and need not be attached.
 
     Args:
-        params: a module; an iterable of (name, parameter); or with ``model``, anything that
-            torch.optim accepts.
+        params: a module; (name, parameter) pairs; with ``model``, also parameters without names;
+            or groups of pairs or parameters, as torch.optim takes them. As there, the names that
+            are given are kept in the groups as "param_names".
         lr: learning rate, a number or a 0-d tensor. A tensor on the GPU is read there, and may
             change between replays of a CUDA graph, as ``strength`` may.
-        betas: decay rates of the two moments.
+        betas: decay rates of the two moments, two numbers or two tensors.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in torch.
         strength: factor of R, see :class:`SpectralRegularizer`.
         exponent: k.
         target: tau.
-        model: the module that holds ``params``, for names and kinds of layers.
+        model: the module that holds ``params``, for names and kinds of layers. Its parameters that
+            are not among ``params`` are left out.
         n_power_iterations: 1 or "auto", see :class:`SpectralRegularizer`; extra iterations run
             after the step.
         n_vectors: singular vectors iterated per matrix, see :class:`SpectralRegularizer`.
@@ -44,22 +66,32 @@ class SpectralAdamW(SpectralOptimizer):
         state_dtype: torch.float32 for float32 moments of 16-bit parameters; None: the parameter's
             dtype, as in torch.
         backend: see :class:`SpectralRegularizer`.
-        selection: ``biases``, ``norms``, ``include``, ``exclude``, ``splits``, ``stacked``,
-            ``warmup``, ``seed`` of :class:`SpectralRegularizer`.
+        options: ``biases``, ``norms``, ``include``, ``exclude``, ``splits``, ``stacked``,
+            ``warmup``, ``seed`` of :class:`SpectralRegularizer`; and keywords of
+            ``torch.optim.AdamW``: ``foreach``, ``fused`` and ``capturable`` change nothing, since
+            a step is fused and can be captured anyway; ``amsgrad``, ``maximize`` and
+            ``differentiable`` may be False.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a value out of range, ``amsgrad`` or ``maximize``, nothing to regularize.
+        TypeError: an argument of the wrong type or an unknown keyword; parameters without names
+            and without ``model``.
+        ValueError: a value out of range, ``amsgrad``, ``maximize`` or ``differentiable``; a
+            parameter in two groups; nothing to regularize.
         RuntimeError: the named backend cannot run on this machine.
     """
 
     _rule, _counts_steps = ADAMW, True
+    _flags: ClassVar = {
+        "amsgrad": False, "maximize": False, "foreach": None, "capturable": False,
+        "differentiable": False, "fused": None,
+    }  # fmt: skip
 
+    @known_keywords
     def __init__(
         self,
-        params: nn.Module | Iterable,
+        params: Params,
         lr: float | torch.Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         strength: Strength = 1e-3,
@@ -67,33 +99,45 @@ class SpectralAdamW(SpectralOptimizer):
         target: Target = 1.0,
         *,
         model: nn.Module | None = None,
-        n_power_iterations: int | str = 1,
+        n_power_iterations: int | Literal["auto"] = 1,
         n_vectors: int = 1,
         decoupled: bool = False,
         state_dtype: torch.dtype | None = None,
-        backend: str | Backend = "auto",
-        **selection,
-    ):
+        backend: BackendName | Backend = "auto",
+        **options: Unpack[AdamWOptions],
+    ) -> None:
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": False,
-            "capturable": False, "decoupled_weight_decay": True, **TORCH_OPTIONS,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "decoupled_weight_decay": True,
         }  # fmt: skip
         super().__init__(
             params, defaults, strength, exponent, target, model=model, decoupled=decoupled,
             state_dtype=state_dtype, n_power_iterations=n_power_iterations, n_vectors=n_vectors,
-            backend=backend, **selection,
+            backend=backend, **options,
         )  # fmt: skip
 
-    def _check_options(self, group: Mapping[str, Any]) -> None:
-        super()._check_options(group)
-        betas = group["betas"]
-        if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
-            raise ValueError(f"betas: got {betas!r}; accepted are two numbers in [0, 1)")
-        if not group.get("decoupled_weight_decay", True):
+    def _checked_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        found = super()._checked_options(group)
+        if "betas" in found:
+            found["betas"] = _checked_betas(found["betas"])
+        if not found.get("decoupled_weight_decay", True):
             raise ValueError(
                 "decoupled_weight_decay: got False (torch.optim.Adam); accepted is True"
             )
+        return found
 
     def _row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        beta1, beta2 = group["betas"]
-        return (group["lr"], group["weight_decay"], beta1, beta2, group["eps"], 0)
+        beta1, beta2 = map(float, group["betas"])
+        return (group["lr"], float(group["weight_decay"]), beta1, beta2, float(group["eps"]), 0)
+
+
+def _checked_betas(betas: Any) -> tuple[float | torch.Tensor, ...]:
+    """Return two decay rates as floats, or as 0-d tensors if both are tensors."""
+    accepted = "accepted are two numbers in [0, 1), or two tensors of one element"
+    found = list(betas) if isinstance(betas, Iterable) and not isinstance(betas, str) else []
+    if len(found) != 2 or len({isinstance(beta, torch.Tensor) for beta in found}) != 1:
+        raise ValueError(f"betas: got {shown(betas)}; {accepted}")
+    found = [check_scalar("betas", beta) for beta in found]
+    if not all(float(beta) < 1 for beta in found):
+        raise ValueError(f"betas: got {shown(betas)}; {accepted}")
+    return tuple(beta if isinstance(beta, torch.Tensor) else float(beta) for beta in found)

@@ -2,72 +2,85 @@
 
 from __future__ import annotations
 
-import math
+import glob
 import operator
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
+from ..engine.assignable import Assignable
 from ..engine.bucket import Bucket
 from ..engine.coefficients import checked_initial
-from ..engine.model_buckets import ModelBuckets, vectors_of
+from ..engine.model_buckets import ModelBuckets, iterations_of, vectors_of
 from ..engine.untraced import untraced
-from ..regularizer import SpectralRegularizer, Strength
-from ..selection.arguments import check_number
+from ..regularizer import SpectralRegularizer
+from ..selection.arguments import (
+    as_dict,
+    check_flag,
+    check_number,
+    check_pattern_list,
+    check_scalar,
+    shown,
+)
+from ..selection.matrices import listing
+from ..selection.parameters import parameter_refs
+from ..selection.rules import FLOAT_DTYPES
 from ..sharding import shards
 from ..tables import device as device_tables
 from .update import Rule, Update
 
-# Further options that torch.optim keeps in a group; they make checkpoints interchangeable.
-TORCH_OPTIONS = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
+Params = (
+    nn.Module
+    | Iterable[torch.Tensor]
+    | Iterable[tuple[str, torch.Tensor]]
+    | Iterable[Mapping[str, Any]]
+)
 
 
-class SpectralOptimizer(Readings, torch.optim.Optimizer):
+class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     """Base class of SpectralAdamW and SpectralSGD; see there."""
 
     _rule: Rule
     _counts_steps: bool  # whether torch's counterpart keeps a step count
+    # Options of the counterpart in torch.optim that do not change our step, with their defaults: in
+    # the groups they make checkpoints interchangeable.
+    _flags: ClassVar[Mapping[str, bool | None]]
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf
 
     def __init__(
         self, params, defaults, strength, exponent, target, *, model, decoupled, state_dtype,
-        n_power_iterations, backend, **selection,
+        n_power_iterations, n_vectors, backend, **options,
     ):  # fmt: skip
-        source, groups = _named_groups(params, model)
+        flags = {name: options.pop(name, default) for name, default in self._flags.items()}
+        defaults = self._checked_options({**defaults, **flags})
+        self._decoupled = check_flag("decoupled", decoupled)
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")
-        if n_power_iterations not in (1, "auto"):
-            raise ValueError(
-                f"n_power_iterations: got {n_power_iterations!r}; accepted are 1 and 'auto'"
-            )
+        iterations_of(n_power_iterations, is_in_optimizer=True)
+        source, groups = _source_and_groups(params, model)
+        self._names = WeakTensorKeyDictionary()  # of the parameters that it was built with
+        if isinstance(source, nn.Module):
+            self._names.update((p, name) for name, p in source.named_parameters())
+            left_out = check_pattern_list("exclude", options.get("exclude")) or []
+            options["exclude"] = [*left_out, *_not_in(groups, source)]
         self.regularizer = SpectralRegularizer(
-            source, strength, exponent, target, n_power_iterations, backend=backend, **selection
-        )
+            source, strength, exponent, target, n_power_iterations, n_vectors=n_vectors,
+            backend=backend, **options,
+        )  # fmt: skip
         self._buckets.check_in_place()
-        self._backend, self._state_dtype, self._decoupled = backend, state_dtype, bool(decoupled)
-        self._names = {
-            id(p): (weakref.ref(p), name) for group in groups for name, p in group["params"]
-        }
-        plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
-        for group in plain:
-            self._check_options({**defaults, **group})
-        held = {id(p) for group in plain for p in group["params"]}
-        for ref in self._buckets.refs:
-            if id(ref.get()) not in held:
-                raise ValueError(
-                    f"params: they do not hold parameter {ref.name!r}, which is regularized; "
-                    "leave it out with include or exclude"
-                )
+        self._buckets.settings = replace(self._buckets.settings, is_in_optimizer=True)
+        self._backend, self._state_dtype = backend, state_dtype
         self._updates: list[Update] | None = None
         self._seen: list = []  # what the updates were built from
         self._regularized: list[torch.Tensor] = []  # the regularized parameters of the last step
-        super().__init__(plain, defaults)
+        super().__init__(groups, defaults)
 
     # -------------------------------------------------------------------------------- a step
 
@@ -191,6 +204,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             if id(p) not in taken and (p.grad is not None or p.requires_grad):
                 device = shards.local_of(p).device
                 parts.setdefault((device, p.dtype, None), []).append(p)
+                taken.add(id(p))  # a group may hold it twice, with torch's warning
         # Every state is made before the first one is changed.
         states = {key: [self._state_of(p) for p in params] for key, params in parts.items()}
         updates = []
@@ -281,42 +295,76 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         return torch.float32 if dtype.itemsize == 2 and self._state_dtype else dtype
 
     def _name_of(self, p: torch.Tensor, unknown: str = "?") -> str:
-        found = self._names.get(id(p))
-        return found[1] if found is not None and found[0]() is p else unknown
+        return self._names.get(p, unknown)
 
     def _keeps_moments(self) -> bool:
         return True
 
     # ------------------------------------------------------------------------ hyperparameters
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; parameters not in the model at construction get no penalty."""
-        self._check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+    def add_param_group(self, param_group: Mapping[str, Any]) -> None:
+        """Add a parameter group; parameters not in the model at construction get no penalty.
+
+        Args:
+            param_group: "params", parameters or (name, parameter) pairs, and options. As in torch,
+                either all groups have names or none has.
+
+        Raises:
+            TypeError: a group that is not a mapping, a set of parameters.
+            ValueError: an option out of range, a parameter in two groups, names for some only.
+        """
+        group = as_dict(param_group)
+        if group is None or "params" not in group:
+            raise TypeError(
+                f'param_group: got {shown(param_group)}; accepted is a dict with "params"'
+            )
+        group = self._checked_options(group)
+        group["params"] = _items(group["params"])
+        names = WeakTensorKeyDictionary()
+        names.update((x[1], x[0]) for x in group["params"] if isinstance(x, tuple))
+        for item in group["params"]:
+            p = item[1] if isinstance(item, tuple) else item
+            if p.requires_grad and p.dtype not in FLOAT_DTYPES:
+                name = names.get(p, self._name_of(p))
+                accepted = ", ".join(map(str, FLOAT_DTYPES))
+                raise ValueError(
+                    f"params: parameter {name!r} is {p.dtype}; accepted are {accepted}; put it "
+                    "into an optimizer of its own"
+                )
+        super().add_param_group(group)
+        self._names.update(names)
         self._updates = None
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        for name in ("amsgrad", "maximize", "differentiable"):
-            if group.get(name):
-                raise ValueError(f"{name}: got True; accepted is False")
+        """Raise TypeError or ValueError for an option that no step can have."""
+        self._checked_options(group)
+
+    def _checked_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a group with its options as Python's numbers and flags, or as tensors."""
+        found = dict(group)
         for name in ("lr", "weight_decay", "eps", "momentum"):
-            if name in group and not _at_least_zero(group[name]):
-                raise ValueError(f"{name}: got {group[name]!r}; accepted are finite numbers >= 0")
+            if name in found:
+                found[name] = check_scalar(name, found[name])
+        for name in ("amsgrad", "maximize", "differentiable"):
+            if name in found and check_flag(name, found[name]):
+                raise ValueError(f"{name}: got True; accepted is False")
+        for name in ("amsgrad", "maximize", "differentiable", "foreach", "fused", "capturable"):
+            if found.get(name) is not None:
+                found[name] = bool(found[name])
+        return found
 
     def _row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """Return a group's hyperparameters in the order of schema.GROUP."""
         raise NotImplementedError
 
-    # ----------------------------------------------------------------------- strength and state
+    def __repr__(self) -> str:
+        groups = super().__repr__()
+        arguments = {**self._assigned(), "decoupled": self._decoupled}
+        lines = [f"{name}: {value}" for name, value in arguments.items()]
+        lines += listing(self._buckets.selection)
+        return "\n    ".join((groups.removesuffix(")") + "Penalty", *lines)) + "\n)"
 
-    @property
-    def strength(self) -> Strength:
-        """Factor of R; assign a number, a 0-d tensor or a mapping at any time."""
-        return self.regularizer.strength
-
-    @strength.setter
-    def strength(self, strength: Strength) -> None:
-        self.regularizer.strength = strength
+    # -------------------------------------------------------------------------------------- state
 
     @property
     def _buckets(self) -> ModelBuckets:
@@ -417,34 +465,67 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         super().__setstate__(state)
         if (by_place := self.__dict__.pop("_by_place", None)) is not None:
             self._updates, self._regularized = None, []
-            self._names = {
-                id(p): (weakref.ref(p), name)
-                for names, group in zip(by_place, self.param_groups, strict=True)
-                for name, p in zip(names, group["params"], strict=True)
-            }
+            self._names = WeakTensorKeyDictionary()
+            for names, group in zip(by_place, self.param_groups, strict=True):
+                self._names.update(zip(group["params"], names, strict=True))
 
 
-def _named_groups(params, model: nn.Module | None):
-    """Return the source to select from, and groups whose "params" are (name, parameter) pairs."""
+def _source_and_groups(params, model: nn.Module | None):
+    """Return what to select from, and parameter groups as torch.optim takes them."""
     if isinstance(params, nn.Module):
-        return params, [{"params": list(params.named_parameters())}]
-    given = list(params) if isinstance(params, Iterable) else None
+        return params, [{"params": list(params.parameters())}]
+    accepted = "accepted are a module, its parameters or groups of them"
+    if isinstance(params, torch.Tensor | str | Mapping) or not isinstance(params, Iterable):
+        raise TypeError(f"params: got {shown(params)}; {accepted}")
+    given = list(params)
     if not given:
-        raise ValueError(f"params: got {params!r}; accepted are a module or parameters")
-    groups = given if isinstance(given[0], dict) else [{"params": given}]
-    names = {} if model is None else {id(p): name for name, p in model.named_parameters()}
-    found = []
-    for group in groups:
-        own = group["params"]
-        own = [own] if isinstance(own, torch.Tensor) else list(own)
-        if not all(isinstance(x, tuple) for x in own) and model is None:
+        raise ValueError(f"params: got no parameters; {accepted}")
+    if all(as_dict(group) is None for group in given):
+        given = [{"params": given}]
+    groups = []
+    for group in map(as_dict, given):
+        if group is None or "params" not in group:
+            raise TypeError('params: got groups and parameters; accepted are dicts with "params"')
+        groups.append({**group, "params": _items(group["params"])})
+    items = [item for group in groups for item in group["params"]]
+    named = [isinstance(item, tuple) for item in items]
+    if any(named) and not all(named):
+        raise ValueError("params: some have names and others have none; accepted are names for all")
+    if model is None and not all(named):
+        raise TypeError(
+            "params: got parameters without names; pass the module or model.named_parameters(), "
+            "or the module as model= beside them"
+        )
+    return model if model is not None else items, groups
+
+
+def _items(params) -> list[torch.Tensor | tuple[str, torch.Tensor]]:
+    """Return the parameters of a group, or its (name, parameter) pairs, as a list."""
+    if isinstance(params, set):
+        raise TypeError("params: got a set; accepted are lists, whose order is the same every time")
+    items = [params] if isinstance(params, torch.Tensor) else list(params)
+    for item in items:
+        name, p = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
+        if not isinstance(name, str) or not isinstance(p, torch.Tensor):
             raise TypeError(
-                "params: got parameters without names; accepted are a module, (name, parameter) "
-                "pairs, or parameters together with model="
+                f"params: got an item {shown(item)}; accepted are parameters and "
+                "(name, parameter) pairs"
             )
-        pairs = [x if isinstance(x, tuple) else (names.get(id(x), "?"), x) for x in own]
-        found.append({**group, "params": pairs})
-    return model or [pair for group in found for pair in group["params"]], found
+    return items
+
+
+def _not_in(groups, model: nn.Module) -> list[str]:
+    """Return patterns that match the parameters of ``model`` which no group holds."""
+    given = [item for group in groups for item in group["params"]]
+    held = {id(item[1] if isinstance(item, tuple) else item) for item in given}
+    aliases = [refs for refs in parameter_refs(model) if not refs[0].computed]
+    absent = [refs for refs in aliases if id(refs[0].get()) not in held]
+    if len(absent) == len(aliases):
+        raise ValueError(
+            "params: none of them is a parameter of model; accepted are parameters as they are in "
+            "the model now (after sharding, or after a move that replaces them)"
+        )
+    return [glob.escape(ref.name) for refs in absent for ref in refs]
 
 
 def check_state(name: str, p: torch.Tensor, state: Mapping[str, Any], moments: Sequence[str]):
@@ -492,9 +573,3 @@ def _same(now: list, before: list) -> bool:
 
 def _is_on_gpu(value) -> bool:
     return isinstance(value, torch.Tensor) and not device_tables.shares_memory(value.device)
-
-
-def _at_least_zero(value) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.Tensor):
-        return False
-    return math.isfinite(float(value)) and float(value) >= 0

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from ..backends.base import Backend
+from ..backends.choice import BackendName
 from ..regularizer import Strength, Target
-from .base import TORCH_OPTIONS, SpectralOptimizer
+from ..selection.arguments import check_flag, check_scalar, known_keywords
+from ..selection.options import StartOptions
+from .base import Params, SpectralOptimizer
 from .update import SGD
+
+
+class SGDOptions(StartOptions, total=False):
+    """Further keywords of SpectralSGD: of the selection, and those of torch.optim.SGD."""
+
+    maximize: Literal[False]
+    foreach: bool | None
+    differentiable: Literal[False]
+    fused: bool | None
 
 
 class SpectralSGD(SpectralOptimizer):
@@ -20,6 +34,9 @@ class SpectralSGD(SpectralOptimizer):
     A step is, up to rounding, that of ``torch.optim.SGD`` with :class:`SpectralRegularizer`
     attached. With ``decoupled=True`` the penalty bypasses the momentum and acts on the weights:
     ``W <- W - lr * strength * dR/dW`` beside SGD's own step.
+
+    Attributes:
+        regularizer: see :class:`SpectralAdamW`.
 
     Args:
         params: see :class:`SpectralAdamW`.
@@ -37,19 +54,23 @@ class SpectralSGD(SpectralOptimizer):
         decoupled: let the penalty act on the weights directly.
         state_dtype: torch.float32 for float32 momentum of 16-bit parameters.
         backend: see :class:`SpectralAdamW`.
-        selection: see :class:`SpectralAdamW`.
+        options: see :class:`SpectralAdamW`; as ``torch.optim.SGD`` this has neither ``amsgrad`` nor
+            ``capturable``.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a value out of range, ``maximize``, nothing to regularize.
+        TypeError: see :class:`SpectralAdamW`.
+        ValueError: a value out of range, ``maximize`` or ``differentiable``; a parameter in two
+            groups; nothing to regularize.
         RuntimeError: the named backend cannot run on this machine.
     """
 
     _rule, _counts_steps = SGD, False
+    _flags: ClassVar = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
 
+    @known_keywords
     def __init__(
         self,
-        params: nn.Module | Iterable,
+        params: Params,
         lr: float | torch.Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
@@ -60,31 +81,37 @@ class SpectralSGD(SpectralOptimizer):
         target: Target = 1.0,
         *,
         model: nn.Module | None = None,
-        n_power_iterations: int | str = 1,
+        n_power_iterations: int | Literal["auto"] = 1,
         n_vectors: int = 1,
         decoupled: bool = False,
         state_dtype: torch.dtype | None = None,
-        backend: str | Backend = "auto",
-        **selection,
-    ):
+        backend: BackendName | Backend = "auto",
+        **options: Unpack[SGDOptions],
+    ) -> None:
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, **TORCH_OPTIONS,
+            "nesterov": nesterov,
         }  # fmt: skip
         super().__init__(
             params, defaults, strength, exponent, target, model=model, decoupled=decoupled,
             state_dtype=state_dtype, n_power_iterations=n_power_iterations, n_vectors=n_vectors,
-            backend=backend, **selection,
+            backend=backend, **options,
         )  # fmt: skip
 
-    def _check_options(self, group: Mapping[str, Any]) -> None:
-        super()._check_options(group)
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+    def _checked_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        found = super()._checked_options(group)
+        if "dampening" in found:
+            found["dampening"] = check_scalar("dampening", found["dampening"], -math.inf)
+        if "nesterov" in found:
+            found["nesterov"] = check_flag("nesterov", found["nesterov"])
+        both = {**getattr(self, "defaults", {}), **found}
+        if both["nesterov"] and (both["momentum"] <= 0 or both["dampening"] != 0):
             raise ValueError("nesterov: got True; accepted with momentum > 0 and dampening 0")
+        return found
 
     def _keeps_moments(self) -> bool:
         return any(group["momentum"] != 0 for group in self.param_groups)
 
     def _row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return (group["lr"], group["weight_decay"], group["momentum"], group["dampening"],
-                0, group["nesterov"])  # fmt: skip
+        return (group["lr"], float(group["weight_decay"]), float(group["momentum"]),
+                float(group["dampening"]), 0, group["nesterov"])  # fmt: skip

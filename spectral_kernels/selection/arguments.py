@@ -1,31 +1,90 @@
-"""Checks of arguments, name patterns, and numbers by name pattern."""
+"""Checks of arguments, name patterns, and numbers by name pattern.
+
+Values of other libraries, such as numpy's numbers and lists of a configuration, become Python's own
+here, so that states and checkpoints hold nothing else.
+"""
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
+
+import numpy as np
+import torch
+from typing_extensions import get_type_hints
 
 if TYPE_CHECKING:
     from .matrices import Selection
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+# ------------------------------------------------------------------------------------- one value
+
+
+def plain(value: Any) -> Any:
+    """Return a real number or 0-d array as Python's int or float; anything else as it is."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def shown(value: Any) -> str:
+    """Return ``value`` for an error message, tensors and arrays without their contents."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    if type(value) in (list, tuple) and len(value) <= 8:
+        inside = ", ".join(map(shown, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    if type(value) is dict and len(value) <= 8:
+        return "{" + ", ".join(f"{key!r}: {shown(x)}" for key, x in value.items()) + "}"
+    text = f"{value!r:.80}"
+    return type(value).__name__ if "tensor(" in text or "array(" in text else text
+
 
 def check_number(argument: str, value, at_least: float = 0.0, words: Sequence[str] = ()) -> float:
     """Return ``value`` if it is a finite number >= ``at_least``; TypeError or ValueError if not."""
+    if type(value) is not float:
+        value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         accepted = "".join(f" or {word!r}" for word in words)
-        raise TypeError(f"{argument}: got {value!r}; accepted is a number{accepted}")
+        raise TypeError(f"{argument}: got {shown(value)}; accepted is a number{accepted}")
     if not math.isfinite(value) or value < at_least:
-        raise ValueError(f"{argument}: got {value!r}; accepted are finite numbers >= {at_least}")
+        least = f" >= {at_least:g}" if at_least > -math.inf else ""
+        raise ValueError(f"{argument}: got {value!r}; accepted are finite numbers{least}")
     return value
+
+
+def check_scalar(argument: str, value, at_least: float = 0.0) -> float | torch.Tensor:
+    """Return a number as :func:`check_number` does, or a tensor with one real element, 0-d.
+
+    The tensor shares the memory of ``value``. On a GPU this waits for it.
+    """
+    if not isinstance(value, torch.Tensor):
+        return check_number(argument, value, at_least)
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(
+            f"{argument}: got {shown(value)}, {value.dtype}; accepted are numbers and tensors with "
+            "one real element"
+        )
+    check_number(argument, value.item(), at_least)
+    return value if value.dim() == 0 else value.detach().view(())
 
 
 def check_count(argument: str, value, at_least: int, words: Sequence[str] = ()) -> int:
     """Return ``value`` if it is an integer >= ``at_least``; TypeError or ValueError if not."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         accepted = "".join(f" or {word!r}" for word in words)
-        raise TypeError(f"{argument}: got {value!r}; accepted is an integer{accepted}")
+        raise TypeError(f"{argument}: got {shown(value)}; accepted is an integer{accepted}")
     if value < at_least:
         raise ValueError(f"{argument}: got {value!r}; accepted are integers >= {at_least}")
     return value
@@ -33,12 +92,77 @@ def check_count(argument: str, value, at_least: int, words: Sequence[str] = ()) 
 
 def check_choice(argument: str, value, accepted: Sequence[int]) -> int:
     """Return ``value`` if it is one of ``accepted``; TypeError or ValueError if not."""
-    listed = ", ".join(map(str, accepted))
+    value, listed = plain(value), ", ".join(map(str, accepted))
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: got {value!r}; accepted are {listed}")
+        raise TypeError(f"{argument}: got {shown(value)}; accepted are {listed}")
     if value not in accepted:
         raise ValueError(f"{argument}: got {value!r}; accepted are {listed}")
     return value
+
+
+def check_flag(argument: str, value) -> bool:
+    """Return ``value`` as a bool if it is one, or 0 or 1; TypeError if not.
+
+    A string such as "false", which is true in Python, is refused.
+    """
+    if isinstance(value, np.bool_ | np.ndarray) and value.ndim == 0 and value.dtype == bool:
+        return bool(value)
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{argument}: got {shown(value)}; accepted are True and False")
+
+
+# ------------------------------------------------------------------------------------- keywords
+
+
+def keywords_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names of a function's parameters, those of an Unpack[TypedDict] included."""
+    names = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            names.append(name)
+            continue
+        (options,) = get_args(get_type_hints(function)[name])
+        names += get_type_hints(options)
+    return [name for name in names if name != "self"]
+
+
+def check_keywords(owner: str, given: Iterable[str], accepted: Sequence[str]) -> None:
+    """Raise TypeError, with the nearest name, if a keyword of ``given`` is not ``accepted``."""
+    for name in given:
+        if name not in accepted:
+            near = difflib.get_close_matches(name, accepted, 1)
+            said = f"did you mean {near[0]!r}?" if near else f"accepted are {', '.join(accepted)}"
+            raise TypeError(f"{owner}: unknown keyword {name!r}; {said}")
+
+
+def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Let ``function`` raise a TypeError with the nearest name for a keyword that it lacks.
+
+    The error names the function, or the class that is called if the function is ``__init__``.
+    """
+    names: list[str] = []
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs:
+            names[:] = names or keywords_of(function)
+            is_method = function.__name__ == "__init__" and args
+            owner = type(args[0]).__name__ if is_method else function.__name__
+            check_keywords(owner, kwargs, names)
+        return function(*args, **kwargs)
+
+    return run
+
+
+# ------------------------------------------------------------------------- containers, patterns
+
+
+def as_dict(value: Any) -> dict[Any, Any] | None:
+    """Return a mapping, or an object with ``keys`` and items like one, as a dict, or else None."""
+    if isinstance(value, Mapping) or (hasattr(value, "keys") and hasattr(value, "__getitem__")):
+        return {key: value[key] for key in value.keys()}  # noqa: SIM118
+    return None
 
 
 def match(name: str, patterns: Iterable[str]) -> str | None:
@@ -60,31 +184,87 @@ def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str])
             raise ValueError(f"{argument}: {pattern!r} matches no parameter; there are: {shown}")
 
 
-def check_pattern_list(argument: str, patterns: Sequence[str] | None) -> list[str] | None:
-    """Return ``patterns`` as a list, or None; TypeError if it is not a list of strings."""
+def check_pattern_list(argument: str, patterns) -> list[str] | None:
+    """Return ``patterns`` as a list, or None; TypeError if it is not a string or several."""
     if patterns is None:
         return None
-    found = None
-    if isinstance(patterns, Iterable) and not isinstance(patterns, str):
-        found = list(patterns)
+    if isinstance(patterns, str):
+        return [str(patterns)]
+    found = list(patterns) if isinstance(patterns, Iterable) else None
     if found is None or not all(isinstance(p, str) for p in found):
-        raise TypeError(f"{argument}: got {patterns!r}; accepted is a list of glob patterns")
-    return found
+        got = shown(patterns if found is None else found)
+        raise TypeError(
+            f"{argument}: got {got}; accepted are a glob pattern and a list of glob patterns"
+        )
+    found = list(map(str, found))
+    return sorted(found) if isinstance(patterns, Set) else found
+
+
+def check_splits(splits) -> dict[str, Any]:
+    """Return ``splits`` as a dict from patterns to an int or to a list; TypeError if it is none."""
+    if splits is None:
+        return {}
+    found = as_dict(splits)
+    if found is None or not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(
+            f"splits: got {shown(splits)}; accepted is a mapping from name patterns to a "
+            'number of parts or their sizes, such as {"*.qkv.weight": 3}'
+        )
+    return {str(pattern): _sizes(value) for pattern, value in found.items()}
+
+
+def _sizes(value: Any) -> Any:
+    value = plain(value)
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    return [plain(size) for size in value] if is_list else value
+
+
+# ------------------------------------------------------------------------------ numbers by name
+
+
+def check_by_pattern(
+    argument: str, value, words: Sequence[str] = ()
+) -> float | str | dict[str, float | str]:
+    """Return a number, one of ``words`` or a mapping to these, as Python's own.
+
+    Raises:
+        TypeError: neither a number, one of ``words``, nor a mapping from strings to these.
+        ValueError: a number below 0 or not finite.
+    """
+    found = as_dict(value)
+    if found is None:
+        return _number_or_word(argument, value, words)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(
+            f"{argument}: got {shown(value)}; accepted are mappings from name patterns to numbers"
+        )
+    return {
+        str(pattern): _number_or_word(f"{argument}[{pattern!r}]", x, words)
+        for pattern, x in found.items()
+    }
+
+
+def _number_or_word(argument: str, value, words: Sequence[str]) -> float | str:
+    if isinstance(value, str) and value in words:
+        return str(value)
+    return check_number(argument, value, words=words)
 
 
 def by_name(
-    argument: str, value, selection: Selection, words: Sequence[str] = ()
+    argument: str, value: float | str | Mapping[str, float | str], selection: Selection
 ) -> dict[str, Any]:
     """Return the value of ``argument`` for every matrix and elementwise parameter by name.
 
+    Args:
+        argument: its name, for error messages.
+        value: what :func:`check_by_pattern` returns.
+        selection: the matrices and elementwise parameters.
+
     Raises:
-        TypeError: neither a number, one of ``words``, nor a mapping to these.
-        ValueError: a number below 0, a pattern without a match, a name that no pattern matches.
+        ValueError: a pattern without a match, a name that no pattern matches.
     """
     entries = [*selection.matrices, *selection.elementwise]
     if not isinstance(value, Mapping):
-        if value not in words:
-            check_number(argument, value, at_least=0, words=words)
         return {entry.name: value for entry in entries}
     owned = [entry.ref.name for entry in entries]
     check_patterns(argument, value, [*owned, *(name for name, _ in selection.skipped)])
@@ -95,7 +275,5 @@ def by_name(
             raise ValueError(
                 f"{argument}: no pattern matches {name!r}; end the mapping with a '*' entry"
             )
-        if value[pattern] not in words:
-            check_number(f"{argument}[{pattern!r}]", value[pattern], at_least=0, words=words)
         found[entry.name] = value[pattern]
     return found

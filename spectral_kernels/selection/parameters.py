@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.utils.prune
 from torch import nn
+
+from .arguments import shown
 
 # Parts that torch.compile and activation checkpointing insert into names.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -70,24 +72,31 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
                     ref = ParameterRef(name, module, attribute, computed=True)
                     groups.setdefault((id(module), attribute), []).append(ref)
         return list(groups.values())
-    if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
+    if isinstance(source, torch.Tensor | Mapping | str) or not isinstance(source, Iterable):
+        got = repr(source) if isinstance(source, str) else type(source).__name__
         raise TypeError(
-            f"model: got {type(source).__name__}; accepted are a torch.nn.Module and an iterable "
-            "of (name, parameter)"
+            f"model: got {got}; accepted are a torch.nn.Module and an iterable of "
+            "(name, parameter), such as model.state_dict().items()"
         )
-    seen: set[str] = set()
+    seen: dict[str, torch.Tensor] = {}
     for item in source:
+        if isinstance(item, torch.Tensor):
+            raise TypeError(
+                "model: got parameters without names; pass the module or model.named_parameters()"
+            )
         if not (
             isinstance(item, tuple)
             and len(item) == 2
             and isinstance(item[0], str)
             and isinstance(item[1], torch.Tensor)
         ):
-            raise TypeError(f"model: got an item {item!r:.80}; accepted is (name, parameter)")
+            raise TypeError(f"model: got an item {shown(item)}; accepted is (name, parameter)")
         name, tensor = item
         if name in seen:
+            if seen[name] is tensor:
+                continue
             raise ValueError(f"model: got the name {name!r} twice; accepted are distinct names")
-        seen.add(name)
+        seen[name] = tensor
         groups.setdefault(id(tensor), []).append(
             ParameterRef(name, None, name.rpartition(".")[2], tensor)
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-
 import torch
 from torch import nn
 
-from .arguments import check_pattern_list, check_patterns, match_any
+from .arguments import check_flag, check_pattern_list, check_patterns, check_splits, match_any
 from .matrices import CONVOLUTIONS, TRANSPOSED, Elementwise, NothingSelected, Selection, matrices_of
+from .options import Patterns, Source, Splits
 from .parameters import ParameterRef, made_before_use, parameter_refs
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,14 +29,14 @@ _OFFSET_GAINS = (
 
 
 def select(
-    source: nn.Module | Iterable[tuple[str, torch.Tensor]],
+    source: Source,
     *,
     biases: bool = True,
     norms: bool = True,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-    splits: Mapping[str, int | Sequence[int]] | None = None,
-    stacked: Sequence[str] = (),
+    include: Patterns | None = None,
+    exclude: Patterns | None = (),
+    splits: Splits | None = None,
+    stacked: Patterns | None = (),
     trainable_only: bool = True,
 ) -> Selection:
     """Choose the matrices and elementwise parameters of a model.
@@ -46,14 +45,14 @@ def select(
 
     Args:
         source: a module, or an iterable of (name, tensor).
-        biases: select biases.
+        biases: select biases of layers; the shifts of norms belong to ``norms``.
         norms: select the gains and shifts of normalization layers.
-        include: glob patterns; if given, only parameters whose name matches one are selected,
-            embedding tables included.
-        exclude: glob patterns of names to leave out.
+        include: a glob pattern or several; if given, only parameters whose name matches one are
+            selected, embedding tables included.
+        exclude: a glob pattern or several, of names to leave out.
         splits: pattern -> number of equal parts, or their sizes, along the output dimension
             (dim 0; dim 1 for transposed convolutions and transformers' ``Conv1D``).
-        stacked: patterns of parameters (E, out, in) that are stacks of E matrices.
+        stacked: a pattern or several, of parameters (E, out, in) that are stacks of E matrices.
         trainable_only: leave out parameters that do not require a gradient.
 
     Raises:
@@ -61,17 +60,11 @@ def select(
         ValueError: a pattern without a match, sizes that do not add up, a parameter that cannot be
             regularized, nothing selected.
     """
+    biases, norms = check_flag("biases", biases), check_flag("norms", norms)
     include = check_pattern_list("include", include)
-    exclude, stacked = (
-        check_pattern_list("exclude", exclude) or [],
-        check_pattern_list("stacked", stacked) or [],
-    )
-    splits = {} if splits is None else splits
-    if not isinstance(splits, Mapping) or not all(isinstance(p, str) for p in splits):
-        raise TypeError(
-            f"splits: got {splits!r:.80}; accepted is a mapping from name patterns to a "
-            'number of parts or their sizes, such as {"*.qkv.weight": 3}'
-        )
+    exclude = check_pattern_list("exclude", exclude) or []
+    stacked = check_pattern_list("stacked", stacked) or []
+    splits = check_splits(splits)
     refs = parameter_refs(source)
     names = [ref.name for group in refs for ref in group]
     for argument, patterns in (

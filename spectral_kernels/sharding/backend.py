@@ -141,6 +141,7 @@ class ShardedBackend(Backend):
             found.use(state.v, state.v_next)
         else:
             self._columns.cut(state, found)
+        found.set_exponent(state.exponent)
         found.set_scale(state.scale)
         found.set_tolerance(state.tolerance)
         return found

@@ -29,12 +29,11 @@ class State:
 
     def __init__(self, plan: Plan, v, v_next, s, scalars, exponent: float):
         self.plan, self.v, self.v_next, self.s, self.scalars = plan, v, v_next, s, scalars
-        self.exponent = exponent
         self.scale: torch.Tensor | None = None
         self.tolerance = 0.0
         self.header = plan.header.copy()
         self.address = address(self.header)
-        self.header.view(np.float64)[SLOT["exponent"]] = exponent
+        self.set_exponent(exponent)
         for name, buffer, n in (
             ("v", v, plan.v_size), ("v_next", v_next, plan.v_size), ("s", s, plan.s_size),
             ("scalars", scalars, sum(plan.scalar_sizes)),
@@ -81,6 +80,10 @@ class State:
     def residual(self) -> torch.Tensor:
         """Residuals of ``sigma``, [n_matrices], a view."""
         return self.residuals[: len(self.plan.matrices)]
+
+    def set_exponent(self, exponent: float) -> None:
+        """Set the exponent k."""
+        self.exponent = self.header.view(np.float64)[SLOT["exponent"]] = exponent
 
     def set_tolerance(self, tolerance: float) -> None:
         """Restrict calls to matrices with residual / sigma above ``tolerance`` (0: process all)."""

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import spectral_norms
+from spectral_kernels import SpectralRegularizer, spectral_norms
 from spectral_kernels.engine.bucket import Bucket
 
 from ..support import models
@@ -141,10 +142,30 @@ def test_a_model_is_measured_by_the_same_rules_frozen_or_not():
     assert "norm.weight" not in found
 
 
-@pytest.mark.parametrize("rtol", [0, 1.0, 1e-7, "small"])
+@pytest.mark.parametrize("rtol", [0, 1.0, 1e-7])
 def test_bad_tolerance_is_named(rtol):
     with pytest.raises(ValueError, match=r"rtol: got .*1e-05"):
         spectral_norms(nn.Linear(3, 4), rtol=rtol)
+
+
+def test_numbers_of_numpy_are_taken_and_words_are_not():
+    model = nn.Linear(3, 4)
+    found = spectral_norms(model, rtol=np.float32(1e-4), n_vectors=np.int64(2))
+    assert found == spectral_norms(model, rtol=float(np.float32(1e-4)), n_vectors=2)
+    with pytest.raises(TypeError, match=r"^rtol: got .small.; accepted is a number"):
+        spectral_norms(model, rtol="small")
+
+
+@pytest.mark.parametrize("source", [
+    lambda m: m.parameters(), lambda m: list(m.parameters()), lambda m: m.state_dict().values(),
+])  # fmt: skip
+def test_tensors_without_names_are_refused_without_their_contents(source):
+    for function in (spectral_norms, SpectralRegularizer):
+        with pytest.raises(
+            TypeError, match=r"pass the module or model\.named_parameters"
+        ) as caught:
+            function(source(nn.Linear(3, 4)))
+        assert "tensor(" not in str(caught.value)
 
 
 def test_unexpected_argument_is_named():

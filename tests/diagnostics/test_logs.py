@@ -79,8 +79,30 @@ def test_metrics_per_layer_carry_names():
     assert {name: found[name] for name in summary} == summary
     for row in reg.report():
         assert found[f"spectral/sigma/{row.name}"] == row.sigma
-        assert found[f"spectral/residual/{row.name}"] == row.residual
+        ratio = found[f"spectral/residual/{row.name}"]
+        assert ratio == pytest.approx(row.residual / row.sigma, rel=1e-6)
     assert len(found) == len(summary) + 2 * len(reg.names)
+
+
+def test_the_largest_residual_is_the_largest_of_the_layers():
+    reg = SpectralRegularizer(models.mixed())
+    reg.accumulate_grad_()
+    found = reg.metrics(per_layer=True)
+    each = [x for name, x in found.items() if name.startswith("spectral/residual/")]
+    assert max(each) == found["spectral/residual_max"]
+
+
+def test_regularizers_with_prefixes_of_their_own_share_no_name():
+    model = net(8, 12, 5)
+    actor, critic = (SpectralRegularizer(model, include=f"{i}.*") for i in range(2))
+    plain = actor.metrics(per_layer=True)
+    found = [reg.metrics(True, prefix) for reg, prefix in ((actor, "actor"), (critic, "c/r"))]
+    assert not set(found[0]) & set(found[1])
+    assert found[0] == {name.replace("spectral/", "actor/"): x for name, x in plain.items()}
+    assert all(name.startswith("c/r/") for name in found[1])
+    assert SpectralAdamW(model).metrics(prefix="x").keys() >= {"x/sigma_max", "x/residual_max"}
+    with pytest.raises(TypeError, match=r"^prefix: got 3; accepted is a string"):
+        actor.metrics(prefix=3)
 
 
 def test_metrics_of_several_dtypes_are_in_the_order_of_names():

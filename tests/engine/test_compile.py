@@ -310,6 +310,28 @@ def test_vectors_that_are_loaded_count_and_compile_nothing_anew():
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", INDUCTOR])
+def test_arguments_that_are_assigned_count_and_compile_nothing_anew(compiler):
+    def change(reg, i):
+        reg.exponent, reg.target, reg.strength = 2 + i % 3, [0.5, "initial"][i % 2], 0.1 + 0.1 * i
+
+    results = [Run(mlp).train(8, change), Run(mlp, compiler).train(8, change)]
+    assert graphs() == 1
+    same(results)
+
+
+@pytest.mark.takes_seconds
+def test_other_numbers_of_iterations_and_vectors_are_traced_again():
+    def change(reg, i):
+        reg.n_power_iterations = [1, 3, 2, "auto"][i // 2 % 4]
+        reg.n_vectors = [1, 2][i // 4]
+
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        results = [Run(mlp).train(8, change), Run(mlp, "aot_eager").train(8, change)]
+    same(results)
+    assert results[1][1].shape == (2, 2)  # of the singular values
+
+
 @pytest.mark.parametrize("change", ["data", "replaced", "other memory"])
 def test_parameters_that_move_are_found(change):
     """The compiled step uses the new addresses, and gives the current parameter its gradient."""

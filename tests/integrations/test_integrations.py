@@ -1,6 +1,8 @@
 """Callbacks for trainers of other libraries, on small models."""
 
+import inspect
 import math
+import typing
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 
 import spectral_kernels
 from spectral_kernels import SpectralAdamW, SpectralRegularizer
+from spectral_kernels.integrations import session
 from tests.support import processes
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -201,8 +204,25 @@ def test_with_spectral_adamw_it_logs_alone(hf, tmp_path):
 
 
 def test_an_argument_that_does_not_exist_is_told_at_once(hf):
-    with pytest.raises(TypeError, match="strenght"):
+    with pytest.raises(TypeError, match=r"^SpectralCallback: .*; did you mean 'strength'"):
         callback_of(strenght=1.0)
+
+
+def test_callbacks_take_every_argument_of_a_regularizer_but_the_model():
+    taken = set(typing.get_type_hints(session.RegularizerOptions))
+    known = set(inspect.signature(SpectralRegularizer).parameters)
+    assert taken == known - {"model"}
+
+
+@pytest.mark.takes_seconds
+def test_two_callbacks_log_under_names_of_their_own(hf, tmp_path):
+    callbacks = [callback_of(include=f"*.h.{i}.*", prefix=f"block {i}") for i in range(2)]
+    trainer = trainer_of(hf, tmp_path, gpt2(hf), tokens(), callbacks, max_steps=2)
+    trainer.train()
+    (found,) = (row for row in trainer.state.log_history if "loss" in row)
+    for i, callback in enumerate(callbacks):
+        assert found[f"block {i}/sigma_max"] == float(callback.regularizer.sigma.max())
+    assert "spectral/sigma_max" not in found
 
 
 # ------------------------------------------------------------------------------------ lightning
@@ -259,14 +279,14 @@ class TestLightning:
     def test_the_penalty_is_in_the_steps_and_metrics_go_to_the_loggers(self, pl, tmp_path):
         largest = {}
         for strength in (0, 10.0):
-            callback = self.callback(strength=strength, target=0.1, per_layer=True)
+            callback = self.callback(strength=strength, target=0.1, per_layer=True, prefix="mine")
             _, trainer = lightning_run(pl, tmp_path / str(strength), callback, 20)
             rows = trainer.logger.experiment.metrics_file_path
             found = [line.split(",") for line in Path(rows).read_text().splitlines()]
             steps = [row[found[0].index("step")] for row in found[1:]]
             assert steps == [str(n) for n in range(2, 21, 2)]
-            assert "spectral/sigma/net.0.weight" in found[0]
-            last = float(found[-1][found[0].index("spectral/sigma_max")])
+            assert "mine/sigma/net.0.weight" in found[0]
+            last = float(found[-1][found[0].index("mine/sigma_max")])
             assert last == pytest.approx(float(callback.regularizer.sigma.max()))
             largest[strength] = last
         assert largest[10.0] < 0.8 * largest[0]
@@ -305,6 +325,10 @@ class TestLightning:
 
     def test_callbacks_of_several_optimizers_have_states_of_their_own(self, pl):
         assert self.callback().state_key != self.callback(optimizer=1).state_key
+
+    def test_an_argument_that_does_not_exist_is_told_at_once(self, pl):
+        with pytest.raises(TypeError, match=r"^SpectralCallback: .*; did you mean 'per_layer'"):
+            self.callback(per_layers=True)
 
     def test_an_optimizer_that_is_not_there_is_told(self, pl, tmp_path):
         with pytest.raises(ValueError, match=r"^optimizer: got 3; the module has 1"):

@@ -435,7 +435,7 @@ def test_autograd_notices_that_weights_have_changed(backend):
     ("arguments", "error", "message"),
     [
         ({"lr": -1.0}, ValueError, "lr: got -1.0"),
-        ({"lr": "x"}, ValueError, "lr: got 'x'"),
+        ({"lr": "x"}, TypeError, "lr: got 'x'"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas: got \(0.9, 1.0\)"),
         ({"eps": float("nan")}, ValueError, "eps: got nan"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay: got -0.1"),
@@ -455,9 +455,6 @@ def test_bad_parameters_are_named():
         SpectralAdamW(model.parameters())
     with pytest.raises(ValueError, match="params: got"):
         SpectralAdamW([])
-    with pytest.raises(ValueError, match=r"do not hold parameter 'last\.weight'"):
-        SpectralAdamW([model.wide.weight, model.conv.weight], model=model, biases=False,
-                      norms=False)  # fmt: skip
     with pytest.raises(ValueError, match="nesterov: got True"):
         SpectralSGD(model, nesterov=True)
     with pytest.raises(ValueError, match="amsgrad: got True"):

@@ -67,6 +67,27 @@ def test_loading_normalizes_tolerates_and_refuses():
     torch.testing.assert_close(reg.state_dict()["vectors"]["0.weight"], v)
 
 
+@pytest.mark.parametrize("is_used", [False, True])
+def test_states_are_copies_in_both_directions(is_used):
+    """Of a regularizer that was used since it was loaded, and of one that was not."""
+    first, second = (SpectralRegularizer(nn.Linear(10, 8), target="initial") for _ in range(2))
+    given = first.state_dict()
+    second.load_state_dict(given)
+    if is_used:
+        second.penalty()
+    kept, vectors = second.state_dict(), second.state_dict()["vectors"]["weight"].clone()
+    given["vectors"]["weight"].zero_()
+    given["initial"]["weight"] = 0.0
+    second.state_dict()["vectors"]["weight"].zero_()
+    second.state_dict()["initial"]["weight"] = 0.0
+    first.penalty()
+    assert torch.equal(second.state_dict()["vectors"]["weight"], vectors)
+    assert second.state_dict()["initial"]["weight"] > 0
+    for _ in range(3):
+        second.penalty()
+    assert torch.equal(kept["vectors"]["weight"], vectors)
+
+
 def test_sigma_is_known_right_after_loading():
     model = models.mixed()
     reg = SpectralRegularizer(model, warmup=300)

@@ -1,0 +1,36 @@
+"""Types of the arguments that choose parameters, which several public functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from typing_extensions import TypedDict
+
+Source = nn.Module | Iterable[tuple[str, torch.Tensor]]
+Patterns = str | Iterable[str]
+Splits = Mapping[str, int | Iterable[int]]
+
+
+class MatrixOptions(TypedDict, total=False):
+    """Which parameters are matrices; see ``SpectralRegularizer``."""
+
+    include: Patterns | None
+    exclude: Patterns | None
+    splits: Splits | None
+    stacked: Patterns | None
+
+
+class SelectionOptions(MatrixOptions, total=False):
+    """Which parameters are regularized; see ``SpectralRegularizer``."""
+
+    biases: bool
+    norms: bool
+
+
+class StartOptions(SelectionOptions, total=False):
+    """Which parameters are regularized, and how vectors start; see ``SpectralRegularizer``."""
+
+    warmup: int
+    seed: int
