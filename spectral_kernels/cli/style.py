@@ -17,6 +17,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 # Powers of ten that a float64 can hold.
 _LEAST_EXPONENT, _MOST_EXPONENT = -323, 308
+# Between labelled powers of ten; none is more than twice the one before, so that two remain.
+_STRIDES = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200)
 
 
 # ----------------------------------------------------------------------------------------- names
@@ -139,8 +141,9 @@ def log_ticks(low: float, high: float, most: int = 9) -> tuple[list[float], list
         return [x for x in found if low <= x <= high]
 
     if high / 1e3 >= low:
-        every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200) if len(exponents) <= n * most)
-        powers = [e for e in exponents if e % every == 0 and low <= 10.0**e <= high]
+        inside = [e for e in exponents if low <= 10.0**e <= high]
+        every = next(n for n in _STRIDES if len(inside) <= n * most)
+        powers = [e for e in inside if e % every == 0]
         labels = [f"$10^{{{e}}}$" for e in powers]
         return [10.0**e for e in powers], labels, within(range(2, 10)) if every == 1 else []
     choices = [within(factors) for factors in ((1, 2, 5), (1, 3))]
@@ -151,7 +154,7 @@ def log_ticks(low: float, high: float, most: int = 9) -> tuple[list[float], list
         ticks = [
             unit * float(t) for t in MaxNLocator(min(most, 5)).tick_values(low / unit, high / unit)
         ]
-        ticks = [t for t in ticks if low <= t <= high]
+        ticks = sorted({t for t in ticks if low <= t <= high})
     else:
         between = [x for x in within(range(1, 10)) if x not in ticks]
     return ticks, [f"{t:g}" for t in ticks], between

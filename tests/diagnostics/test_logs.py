@@ -310,18 +310,17 @@ def test_a_file_that_takes_the_place_of_the_log_is_left_alone(tmp_path, suffix):
     assert path.read_text() == "other\n"
 
 
-@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a directory"])
-@pytest.mark.parametrize("is_link", [False, True])
-def test_what_is_no_regular_file_is_refused(tmp_path, kind, is_link):
-    path, target = tmp_path / "run.csv", tmp_path / ("target" if is_link else "run.csv")
-    if kind == "a FIFO":
-        os.mkfifo(target)
-    elif kind == "a directory":
-        target.mkdir()
-    else:
-        target, is_link = "/dev/zero", True
-    if is_link:
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("a FIFO", None), ("a FIFO", "fifo"), ("a device", "/dev/zero"), ("a directory", "folder")],
+)
+def test_what_is_no_regular_file_is_refused(tmp_path, kind, target):
+    path = tmp_path / "run.csv"
+    if target is not None:
         path.symlink_to(target)
+    if kind == "a FIFO":
+        os.mkfifo(tmp_path / (target or path))
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=rf"^path: got '.*run.csv', {kind}; accepted are regular"):
         plain_log(path)
 
