@@ -100,6 +100,12 @@ class Checkpoint:
     def _open(self, file: Path):
         if self._reader is None or self._file != file or self._reader.is_worn:
             self.close()
+            try:
+                str(file).encode()
+            except UnicodeEncodeError:
+                raise CheckpointError(
+                    f"{file}: its path is not UTF-8; accepted is one that is, such as a link to it"
+                ) from None
             kind = _Safetensors if file.suffix == ".safetensors" else _Pickled
             self._file, self._reader = file, kind(file)
         return self._reader
