@@ -1,22 +1,61 @@
-"""Shared by the commands: argument types, exit codes and messages."""
+"""Shared by the commands: argument types, exit codes, and messages that are safe to print."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from ..diagnostics.untrusted import printable
 
 FAILED = 1
 INTERRUPTED = 130  # as a shell reports a process that SIGINT has ended
 
 
-def say(text: str, code: int = FAILED) -> int:
-    """Print ``text`` on standard error, and return the exit code ``code``."""
-    print(f"spectral-kernels: {text}", file=sys.stderr, flush=True)
+def say(text: str, code: int = FAILED, details: Sequence[str] = ()) -> int:
+    """Print ``text`` in one line on standard error, and return the exit code ``code``.
+
+    Args:
+        text: the message; characters that steer a terminal are escaped.
+        code: what the command returns.
+        details: lines that follow the message, such as those of a traceback.
+    """
+    lines = f"spectral-kernels: {text}", *details
+    print("\n".join(map(printable, lines)), file=sys.stderr, flush=True)
     return code
+
+
+def tell(text: str) -> None:
+    """Print ``text`` in one line on standard output."""
+    print(printable(text), flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are safe to print: a shell's ``*`` may put any name into them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit."""
+        super().error(printable(message))
+
+
+@contextlib.contextmanager
+def escaped_output() -> Iterator[None]:
+    """Let standard output escape characters that its encoding does not have."""
+    stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=errors)
 
 
 def integer(at_least: int) -> Callable[[str], int]:
@@ -48,9 +87,9 @@ def non_negative(text: str) -> float:
 def writable(text: str) -> Path:
     """Return the path of a file that can be written."""
     path = Path(text)
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"got {text!r}; cannot write to folder '{path.parent}'")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"got {text!r}; it is a directory")
     return path
 

@@ -12,6 +12,7 @@ import torch
 from .. import __version__
 from ..backends import choice
 from ..backends.native import native_module
+from .console import tell
 
 
 def add_parser(commands) -> None:
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append(("openmp", "yes" if cpu.openmp else "no"))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
-        print(f"{label:{width}}  {value}")
+        tell(f"{label:{width}}  {value}")
     return 0
 
 

@@ -1,12 +1,27 @@
-"""Shared by the plots: colours, and names shortened to fit."""
+"""Shared by the plots: colours, names that are safe and fit, and log axes of any range."""
 
 from __future__ import annotations
 
+import functools
+import math
 import re
+import sys
 from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter
 
 # With nine markers, pairs of colour and marker repeat only after 72 kinds.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+
+# Powers of ten that a float64 can hold.
+_LEAST_EXPONENT, _MOST_EXPONENT = -323, 308
+# Between labelled powers of ten; none is more than twice the one before, so that two remain.
+_STRIDES = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200)
+
+
+# ----------------------------------------------------------------------------------------- names
 
 
 def layers_of(names: Sequence[str]) -> list[str | None]:
@@ -16,16 +31,130 @@ def layers_of(names: Sequence[str]) -> list[str | None]:
 
 
 def shortened(text: str, most: int = 44) -> str:
-    """Return ``text`` without its middle if it is longer than ``most`` characters."""
+    """Return ``text`` for a picture: without its middle if it is longer than ``most`` characters.
+
+    matplotlib shows what is returned as it is: no part of it is a formula, and characters that the
+    font does not have are escaped.
+    """
+    return _literal(_without_middle(_drawable(text), most))
+
+
+def apart(names: Sequence[str], most: int = 44) -> dict[str, str]:
+    """Return each name :func:`shortened`, so that few become the same.
+
+    Names of layers mostly begin alike, so long ones keep their end, or else both ends.
+    """
+    drawable = {n: _drawable(n) for n in names}
+    ends = {n: d if len(d) <= most else f"...{d[3 - most :]}" for n, d in drawable.items()}
+    both = {n: _without_middle(d, most) for n, d in drawable.items()}
+    best = max((ends, both), key=lambda found: len(set(found.values())))
+    return {n: _literal(text) for n, text in best.items()}
+
+
+def _without_middle(text: str, most: int) -> str:
     half = most // 2 - 1
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
-def apart(names: Sequence[str], most: int = 44) -> dict[str, str]:
-    """Return each name shortened to at most ``most`` characters, so that few become the same.
+def _drawable(text: str) -> str:
+    glyphs = _glyphs()
+    if text.isprintable() and glyphs.issuperset(map(ord, text)):
+        return text
+    return "".join(c if c.isprintable() and ord(c) in glyphs else ascii(c)[1:-1] for c in text)
 
-    Names of layers mostly begin alike, so long ones keep their end, or else both ends.
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Return the characters of the font, as code points."""
+    path = font_manager.findfont(font_manager.FontProperties())
+    return frozenset(font_manager.get_font(path).get_charmap())
+
+
+def _literal(text: str) -> str:
+    """Return ``text`` so that matplotlib takes a dollar sign for one.
+
+    The space keeps a name in the legend, which leaves out what begins with an underscore.
     """
-    ends = {n: n if len(n) <= most else f"...{n[3 - most :]}" for n in names}
-    both = {n: shortened(n, most) for n in names}
-    return max((ends, both), key=lambda found: len(set(found.values())))
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text or "''"
+
+
+# -------------------------------------------------------------------------------------- log axes
+
+
+def set_log_scale(axes, values: np.ndarray, most: int = 9) -> None:
+    """Give the y axis a log scale for those ``values`` that are finite and above 0, if there are.
+
+    Args:
+        axes: the panel.
+        values: of any shape, from the smallest float64 to the largest.
+        most: number of labels, about; at least 4.
+    """
+    limits = log_limits(values)
+    if limits is None:
+        return
+    axes.set_yscale("log")
+    axes.set_ylim(*limits)
+    ticks, labels, between = log_ticks(*limits, most)
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter(FixedFormatter(labels))
+    axes.yaxis.set_minor_locator(FixedLocator(between))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def log_limits(values: np.ndarray, margin: float = 0.05) -> tuple[float, float] | None:
+    """Return ends of an axis, low < high, for those ``values`` that are finite and above 0.
+
+    Args:
+        values: of any shape.
+        margin: at both ends, as a fraction of the axis.
+
+    Returns:
+        None if there is no such value.
+    """
+    good = values[np.isfinite(values) & (values > 0)]
+    if not good.size:
+        return None
+    least, largest = float(good.min()), float(good.max())
+    begin, end = math.log10(least), math.log10(largest)
+    beside = max(margin * (end - begin), 0.01)
+    # In these bounds a power of ten is neither 0 nor inf.
+    low = min(least, 10.0 ** max(begin - beside, _LEAST_EXPONENT))
+    high = max(largest, 10.0 ** min(end + beside, _MOST_EXPONENT))
+    if low == high:
+        low, high = low / 2 or low, min(2 * high, sys.float_info.max)
+    return low, high
+
+
+def log_ticks(low: float, high: float, most: int = 9) -> tuple[list[float], list[str], list[float]]:
+    """Return round numbers on a log axis from ``low`` to ``high``, their labels, and ticks between.
+
+    Args:
+        low, high: ends of the axis, 0 < low < high.
+        most: number of labels, about; at least 4.
+    """
+    first = max(math.floor(math.log10(low)), _LEAST_EXPONENT)
+    exponents = range(first, min(math.ceil(math.log10(high)), _MOST_EXPONENT) + 1)
+
+    def within(factors: Sequence[int], every: int = 1) -> list[float]:
+        found = [m * 10.0**e for e in exponents if e % every == 0 for m in factors]
+        return [x for x in found if low <= x <= high]
+
+    if high / 1e3 >= low:
+        inside = [e for e in exponents if low <= 10.0**e <= high]
+        every = next(n for n in _STRIDES if len(inside) <= n * most)
+        powers = [e for e in inside if e % every == 0]
+        labels = [f"$10^{{{e}}}$" for e in powers]
+        return [10.0**e for e in powers], labels, within(range(2, 10)) if every == 1 else []
+    choices = [within(factors) for factors in ((1, 2, 5), (1, 3))]
+    ticks, between = next((c for c in choices if len(c) <= most), choices[-1]), []
+    if high / 4 < low:
+        # Near either end of the floats, only numbers near one can be divided evenly.
+        unit = 10.0 ** max(math.floor(math.log10(high)), _LEAST_EXPONENT)
+        ticks = [
+            unit * float(t) for t in MaxNLocator(min(most, 5)).tick_values(low / unit, high / unit)
+        ]
+        ticks = sorted({t for t in ticks if low <= t <= high})
+    else:
+        between = [x for x in within(range(1, 10)) if x not in ticks]
+    return ticks, [f"{t:g}" for t in ticks], between

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +21,15 @@ import torch.distributed as dist
 
 from ..engine.untraced import untraced
 from ..selection.arguments import check_count
+from .untrusted import irregular, printable
 
 SUFFIXES = (".csv", ".jsonl")
 SIGMA, RESIDUAL = "sigma/", "residual/"  # prefixes of names in the header of a CSV
+LAST_STEP = 2**63 - 1
+_COLUMNS = ("sigma", "residual")
+_JSON_NUMBER = re.compile(rb"(?<=: )[-+.0-9enul]+")
+_LONGEST_NUMBER = 24  # characters, of a number that is written
+_LONGEST_LINE = 1 << 28  # bytes, of a line that is read
 
 
 class Log:
@@ -27,8 +37,9 @@ class Log:
 
     A CSV has a header and the columns step, sigma/NAME of every matrix, residual/NAME of every
     matrix; JSON lines are ``{"step": 0, "sigma": {NAME: ...}, "residual": {NAME: ...}}``, with null
-    for values that are not finite. Each line is written at once and in one piece. An incomplete
-    last line, left by a killed run, is removed when the file is opened again.
+    for values that are not finite. Each line is written at once and in one piece. A line that does
+    not fit on the disk is taken back, and a half line at the end, left by a killed run, is removed
+    before the next one.
 
     Args:
         path: name in .csv or .jsonl; an existing log of the same matrices is continued.
@@ -38,7 +49,8 @@ class Log:
 
     Raises:
         TypeError: ``every`` is not an integer.
-        ValueError: ``every`` below 1, another suffix, a file that is not a log of these matrices.
+        ValueError: ``every`` below 1, another suffix, a file that is not a log of these matrices;
+            it is left as it is.
         FileNotFoundError: the folder of ``path`` does not exist.
         OSError: the file cannot be written.
     """
@@ -52,36 +64,53 @@ class Log:
     ):
         self.path, self.names, self._read = Path(path), list(names), read
         self.every = check_count("every", every, 1)
+        self._left: tuple[int, ...] | None = None  # the file after the last look at it or line
         if self.path.suffix not in SUFFIXES:
             raise ValueError(
-                f"path: got '{self.path}'; accepted are names that end in .csv, .jsonl"
+                f"path: got {self._shown}; accepted are names that end in .csv, .jsonl"
             )
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"path: got '{self.path}'; its folder does not exist")
+            raise FileNotFoundError(f"path: got {self._shown}; its folder does not exist")
         if _writes():
-            self._continue()
+            self._open().close()
 
     @untraced
     def __call__(self, step: int) -> None:
         """Append the current sigma and residual; with a process group every rank may call it.
 
         Only rank 0 writes. This synchronizes a GPU if ``step`` is divisible by ``every``.
+
+        Raises:
+            TypeError: ``step`` is not an integer.
+            ValueError: ``step`` below 0 or above 2**63 - 1, or another file is at ``path`` now.
+            OSError: the line cannot be written completely; the file then is as before.
         """
-        if check_count("step", step, 0) % self.every:
+        if check_count("step", step, 0) > LAST_STEP:
+            raise ValueError(
+                f"step: got an integer of {step.bit_length()} bits; accepted are integers from 0 "
+                "to 2**63 - 1"
+            )
+        if step % self.every:
             return
         values = self._read()
         if not _writes():
             return
         sigma, residual = values.tolist()
-        with self.path.open("ab", buffering=0) as file:
-            text = self._line(step, sigma, residual)
-            file.write((text if file.tell() else self._header() + text).encode())
+        text = self._line(step, sigma, residual)
+        with self._open() as file:
+            is_empty = file.seek(0, io.SEEK_END) == 0
+            _append(file, ((self._header() if is_empty else "") + text).encode(), self.path)
+            self._left = _identity(file)
+
+    @property
+    def _shown(self) -> str:
+        return repr(str(self.path))
 
     def _header(self) -> str:
         if self.path.suffix == ".jsonl":
             return ""
         columns = [start + name for start in (SIGMA, RESIDUAL) for name in self.names]
-        return _csv_line(["step", *columns])
+        return _csv_line(["step", *map(printable, columns)])
 
     def _line(self, step: int, sigma: Sequence[float], residual: Sequence[float]) -> str:
         if self.path.suffix == ".csv":
@@ -91,36 +120,68 @@ class Log:
                 for key, x in columns.items()}  # fmt: skip
         return json.dumps({"step": step, **rows}, allow_nan=False) + "\n"
 
-    def _continue(self) -> None:
-        """Check an existing file, and remove an incomplete line at its end."""
-        with self.path.open("a+b") as file:
-            file.seek(0)
-            first = file.readline()
-            if first.endswith(b"\n"):
-                self._check(first)
-                file.truncate(_end_of_last_line(file))
-            elif first:
-                begin = self._header() or '{"step": '
-                if not begin.encode().startswith(first[: len(begin.encode())]):
-                    raise ValueError(
-                        f"path: '{self.path}' exists and is not a log of these matrices"
-                    )
-                file.truncate(0)
+    def _open(self) -> io.FileIO:
+        """Open the file to append; if it is not as this object left it, look at what it holds."""
+        with contextlib.suppress(FileNotFoundError):
+            if (kind := irregular(self.path)) is not None:
+                raise ValueError(f"path: got {self._shown}, {kind}; accepted are regular files")
+        file = self.path.open("a+b", buffering=0)
+        try:
+            if _identity(file) != self._left:
+                self._continue(file)
+                self._left = _identity(file)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
-    def _check(self, first: bytes) -> None:
-        if self.path.suffix == ".csv":
-            same = first == self._header().encode()
+    def _continue(self, file: io.FileIO) -> None:
+        """Check that the file is empty or a log of these matrices; remove a half last line."""
+        begin = self._header() or self._line(LAST_STEP, *[[0.0] * len(self.names)] * 2)
+        begin = begin.encode()
+        reader = io.BufferedReader(file)
+        reader.seek(0)
+        # Of a file that is no log, the first line may be of any length.
+        first = reader.readline(len(begin) + _LONGEST_NUMBER * (2 * len(self.names) + 1))
+        if first.endswith(b"\n"):
+            is_log, end = self._is_first(first), _end_of_last_line(reader)
         else:
-            try:
-                row = json.loads(first)
-                same = list(row["sigma"]) == list(row["residual"]) == self.names
-            except (ValueError, TypeError, KeyError):
-                same = False
-        if not same:
+            is_log, end = not first or self._is_half(first, begin), 0
+        size = reader.seek(0, io.SEEK_END)
+        reader.detach()
+        if not is_log:
             raise ValueError(
-                f"path: '{self.path}' exists and is not a log of these {len(self.names)} matrices; "
+                f"path: {self._shown} exists and is not a log of these {len(self.names)} matrices; "
                 "accepted are a new name, or the log of a model with the same names"
             )
+        if end < size:
+            file.truncate(end)
+
+    def _is_first(self, line: bytes) -> bool:
+        """Return whether a whole line is the first one of a log of these matrices."""
+        if self.path.suffix == ".csv":
+            return line == self._header().encode()
+        try:
+            row = json.loads(line)
+            is_step = type(row.pop("step")) is int
+            same = all([*column.keys()] == self.names for column in row.values())
+            return is_step and same and tuple(row) == _COLUMNS
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return False
+
+    def _is_half(self, line: bytes, begin: bytes) -> bool:
+        """Return whether ``line`` is cut off from a first line such as ``begin``.
+
+        To be sure, the name of the first matrix must be in it.
+        """
+        if not self.names:
+            return False
+        if self.path.suffix == ".csv":
+            least = _csv_line(["step", printable(SIGMA + self.names[0])]).rstrip("\n").encode()
+        else:
+            least = f'{{"step": 0, "sigma": {{{json.dumps(self.names[0])}'.encode()
+            line, begin, least = (_JSON_NUMBER.sub(b"", part) for part in (line, begin, least))
+        return line.startswith(least) and begin.startswith(line)
 
 
 class LogError(Exception):
@@ -140,7 +201,7 @@ class History(NamedTuple):
 
 
 def read(path: str | PathLike[str]) -> History:
-    """Read a log, possibly while it is being written: an incomplete last line is left out.
+    """Read a log, possibly while it is being written: a half line at the end is left out.
 
     Where a run resumed from an earlier step, the rows that it had written from that step on are
     left out.
@@ -150,18 +211,21 @@ def read(path: str | PathLike[str]) -> History:
         OSError: the file cannot be read.
     """
     path = Path(path)
+    shown = printable(str(path))
     if path.suffix not in SUFFIXES:
-        raise LogError(f"{path}: accepted are names in .csv and .jsonl, as log_to() writes them")
-    lines = path.read_bytes().split(b"\n")[:-1]
+        raise LogError(f"{shown}: accepted are names in .csv and .jsonl, as log_to() writes them")
+    if (kind := irregular(path)) is not None:
+        raise LogError(f"{shown}: it is {kind}; accepted are regular files")
     parse = _parsed_csv if path.suffix == ".csv" else _parsed_json
     try:
-        names, rows = parse(path, lines)
+        with path.open("rb") as file:
+            names, rows = parse(shown, _lines(shown, file))
     except csv.Error as error:
-        raise LogError(f"{path}: not a log of log_to(): {error}") from None
+        raise LogError(f"{shown}: not a log of log_to(): {error}") from None
     if not rows:
-        raise LogError(f"{path}: holds no step yet")
+        raise LogError(f"{shown}: holds no step yet")
     if not names:
-        raise LogError(f"{path}: holds no matrix")
+        raise LogError(f"{shown}: holds no matrix")
     kept, earliest = [], math.inf
     for row in reversed(rows):
         if row[0] < earliest:
@@ -169,10 +233,26 @@ def read(path: str | PathLike[str]) -> History:
             earliest = row[0]
     table = np.array([row[1] for row in kept[::-1]], np.float64)
     steps = np.array([row[0] for row in kept[::-1]], np.int64)
+    if (table < 0).any():
+        row, column = np.argwhere(table < 0)[0]
+        raise LogError(
+            f"{shown}: step {steps[row]}: {_COLUMNS[column // len(names)]} is "
+            f"{table[row, column]}; accepted are numbers from 0 on, nan and inf"
+        )
     return History(names, steps, table[:, : len(names)], table[:, len(names) :])
 
 
-def _parsed_csv(path: Path, lines: list[bytes]) -> tuple[list[str], list[tuple[int, list[float]]]]:
+def _lines(path: str, file) -> Iterator[bytes]:
+    """Yield the whole lines of a file, without their ends."""
+    while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+        yield line[:-1]
+    if len(line) == _LONGEST_LINE:
+        raise LogError(f"{path}: not a log of log_to(): a line is over {len(line)} bytes long")
+
+
+def _parsed_csv(
+    path: str, lines: Iterator[bytes]
+) -> tuple[list[str], list[tuple[int, list[float]]]]:
     cells = csv.reader(line.decode(errors="replace") for line in lines)
     header = next(cells, [])
     n = len(header) // 2
@@ -188,28 +268,62 @@ def _parsed_csv(path: Path, lines: list[bytes]) -> tuple[list[str], list[tuple[i
             raise LogError(f"{path}: line {number} is not a row of numbers") from None
         if len(row) != len(header):
             raise LogError(f"{path}: line {number} has {len(row)} columns, not {len(header)}")
+        _check_step(path, number, rows[-1][0])
     return names, rows
 
 
-def _parsed_json(path: Path, lines: list[bytes]) -> tuple[list[str], list[tuple[int, list[float]]]]:
+def _parsed_json(
+    path: str, lines: Iterator[bytes]
+) -> tuple[list[str], list[tuple[int, list[float]]]]:
     names, rows = None, []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            own = [row["sigma"], row["residual"]]
+            step, own = row["step"], [row[key] for key in _COLUMNS]
             names = [*own[0]] if names is None else names
             same = [*own[0]] == [*own[1]] == names
-            values = [math.nan if x is None else float(x) for d in own for x in d.values()]
-            rows.append((int(row["step"]), values))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            cells = [x for column in own for x in column.values()]
+            if type(step) is not int or not {*map(type, cells)} <= {float, int, type(None)}:
+                raise TypeError
+            rows.append((step, [math.nan if x is None else float(x) for x in cells]))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise LogError(f"{path}: line {number} is not a line of log_to()") from None
         if not same:
             raise LogError(f"{path}: line {number} has other matrices than line 1")
+        _check_step(path, number, step)
     return names or [], rows
+
+
+def _check_step(path: str, number: int, step: int) -> None:
+    if not 0 <= step <= LAST_STEP:
+        raise LogError(f"{path}: line {number}: accepted are steps from 0 to 2**63 - 1")
 
 
 def _writes() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def _identity(file: io.FileIO) -> tuple[int, ...]:
+    """Return what changes when another writes to the file, or puts another one in its place."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size
+
+
+def _append(file: io.FileIO, data: bytes, path: Path) -> None:
+    """Write all of ``data`` at the end of a file, or raise OSError with the file as it was."""
+    end, rest = file.seek(0, io.SEEK_END), memoryview(data)
+    try:
+        while rest:  # a full disk takes a part of it, and the next write says why
+            written = file.write(rest)
+            if not written:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            rest = rest[written:]
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # otherwise the next line begins with this
+            file.truncate(end)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def _csv_line(cells: Sequence) -> str:

@@ -291,7 +291,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path, tensors, monkeypatch, suffix):
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", counting)
-    found = measure.measure(Checkpoint(index), Patterns())
+    found = measure.measure(measure.planned(Checkpoint(index), Patterns()))
     assert len(found.rows) == most[1] == 3
     assert most[0] == 1
 
@@ -300,7 +300,7 @@ def test_a_mapped_file_is_opened_anew_after_some_bytes(saved, monkeypatch):
     checkpoint = Checkpoint(saved)
     monkeypatch.setattr(checkpoint_files, "_MAPPED_BYTES", 100)
     before = checkpoint._reader
-    rows = measure.measure(checkpoint, Patterns()).rows
+    rows = measure.measure(measure.planned(checkpoint, Patterns())).rows
     assert checkpoint._reader is not before
     assert len(rows) == 3
 
@@ -315,20 +315,20 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path, suffix):
     done = subprocess.run(
         [sys.executable, "-c",
          "import re, sys, threading\n"
-         "from spectral_kernels.cli.inspect import checkpoint, measure\n"
+         "from spectral_kernels.cli.inspect.checkpoint import Checkpoint\n"
+         "from spectral_kernels.cli.inspect.measure import Patterns, measure, planned\n"
          "def anonymous():\n"
          "    status = open('/proc/self/status').read()\n"
          "    return int(re.search(r'RssAnon:\\s*(\\d+) kB', status)[1]) / 1000\n"
-         "small = checkpoint.Checkpoint(sys.argv[2])\n"
-         "measure.measure(small, measure.Patterns())\n"
+         "measure(planned(Checkpoint(sys.argv[2]), Patterns()))\n"
          "before, most, done = anonymous(), [], threading.Event()\n"
          "def sample():\n"
          "    while not done.wait(0.001):\n"
          "        most.append(anonymous())\n"
          "sampler = threading.Thread(target=sample)\n"
          "sampler.start()\n"
-         "large = checkpoint.Checkpoint(sys.argv[1])\n"
-         "measure.measure(large, measure.Patterns(), lambda *_: most.append(anonymous()))\n"
+         "large = planned(Checkpoint(sys.argv[1]), Patterns())\n"
+         "measure(large, lambda *_: most.append(anonymous()))\n"
          "done.set()\n"
          "sampler.join()\n"
          "print(max(most) - before)\n", path, _small(tmp_path)],
@@ -342,7 +342,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path, suffix):
 
 def _small(folder):
     path = folder / "small.safetensors"
-    safetensors.save_file({"w": torch.eye(4)}, path)
+    safetensors.save_file({"w": torch.eye(200)}, path)
     return path
 
 

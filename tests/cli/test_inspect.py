@@ -11,7 +11,7 @@ import torch
 
 from spectral_kernels import cli
 from spectral_kernels.cli.inspect.checkpoint import Checkpoint
-from spectral_kernels.cli.inspect.measure import MatrixRow, Patterns, kind, measure
+from spectral_kernels.cli.inspect.measure import MatrixRow, Patterns, kind, measure, planned
 from tests.support import processes
 from tests.support.checkpoints import values
 
@@ -41,7 +41,8 @@ def test_splits_and_stacks_are_those_of_the_regularizer(tmp_path, capsys):
     assert list(sigmas) == list(parts)
     for name, part in parts.items():
         assert sigmas[name] == pytest.approx(float(torch.linalg.svdvals(part)[0]), rel=1e-4)
-    found = measure(Checkpoint(path), Patterns(None, (), {"*.qkv.weight": 2}, ("experts.*",)))
+    patterns = Patterns(None, (), {"*.qkv.weight": 2}, ("experts.*",))
+    found = measure(planned(Checkpoint(path), patterns))
     kinds = [row.kind for row in found.rows]
     assert kinds == ["a.qkv.weight[0]", "a.qkv.weight[1]", *["experts.w1[*]"] * 3]
 

@@ -1,9 +1,13 @@
 """Metrics for a logger, and the file of sigma and residual over the steps."""
 
+import contextlib
 import csv
 import itertools
 import json
 import math
+import os
+import re
+import resource
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
+from spectral_kernels.diagnostics import log as logs
 
 from ..support import models
 
@@ -210,27 +215,164 @@ def test_every_leaves_steps_out(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("cut", [0, 1, 9, 10_000], ids=lambda n: f"{n} bytes lost")
+@pytest.mark.parametrize("cut", [0, 1, 9], ids=lambda n: f"{n} bytes lost")
 def test_a_file_of_the_same_matrices_is_continued(tmp_path, suffix, cut):
     path, reg = tmp_path / f"run{suffix}", SpectralRegularizer(net(3, 5, 4))
     log = reg.log_to(path)
     for step in range(4):
         log(step)
     whole = path.read_bytes()
-    path.write_bytes(whole[: max(len(whole) - cut, 5)])
+    path.write_bytes(whole[: len(whole) - cut])
     reg.log_to(path)(9)
-    kept = {0: [0, 1, 2, 3], 1: [0, 1, 2], 9: [0, 1, 2], 10_000: []}[cut]
+    kept = {0: [0, 1, 2, 3], 1: [0, 1, 2], 9: [0, 1, 2]}[cut]
     assert [row[0] for row in rows_of(path)] == [*kept, 9]
 
 
+def plain_log(path, names=("a",)):
+    """A log of ones that needs no model."""
+    return logs.Log(path, names, lambda: torch.ones(2, len(names)))
+
+
+@contextlib.contextmanager
+def room_for(n_bytes, path):
+    """While this lasts, the file grows by so many bytes at most, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = path.stat().st_size if path.exists() else 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("text", [None, "other\n", "[1]\n", "other", '{"step": 1}\n'])
-def test_a_file_of_other_matrices_is_refused_and_left_alone(tmp_path, suffix, text):
+@pytest.mark.parametrize("n_before", [0, 3])
+@pytest.mark.parametrize("n_bytes", [0, 1, 5])
+def test_a_line_that_does_not_fit_on_the_disk_is_an_error_and_taken_back(
+    tmp_path, suffix, n_before, n_bytes
+):
     path = tmp_path / f"run{suffix}"
-    if text is None:
-        SpectralRegularizer(net(3, 5)).log_to(path)(0)
-    else:
-        path.write_text(text)
+    log = plain_log(path)
+    for step in range(n_before):
+        log(step)
+    before = path.read_bytes()
+    with room_for(n_bytes, path):
+        for step in (3, 4):
+            with pytest.raises(OSError, match=re.escape(str(path))):
+                log(step)
+            assert path.read_bytes() == before
+    log(5)
+    assert logs.read(path).steps.tolist() == [*range(n_before), 5]
+    plain_log(path)(6)
+    assert logs.read(path).steps.tolist() == [*range(n_before), 5, 6]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_half_a_line_is_removed_before_the_next_one(tmp_path, suffix):
+    path = tmp_path / f"run{suffix}"
+    log = plain_log(path)
+    log(0)
+    line = path.read_bytes().splitlines()[-1]
+    with path.open("ab") as file:
+        file.write(line[: len(line) // 2])
+    assert logs.read(path).steps.tolist() == [0]
+    log(1)
+    assert logs.read(path).steps.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_first_line_that_is_cut_is_replaced_once_the_first_name_is_in_it(tmp_path, suffix):
+    path, names = tmp_path / f"run{suffix}", ["a: 5, null", "é\n"]
+    plain_log(path, names)(12)
+    first = path.read_bytes().splitlines()[0]
+    end_of_name = first.index(b"null") + len(b'null"')
+    for cut in range(1, len(first) + 1):
+        path.write_bytes(first[:cut])
+        if cut < end_of_name:
+            with pytest.raises(ValueError, match="exists and is not a log of these 2 matrices"):
+                plain_log(path, names)
+            assert path.read_bytes() == first[:cut]
+        else:
+            plain_log(path, names)(13)
+            assert logs.read(path).steps.tolist() == [13]
+
+
+NO_LOGS = [
+    "other\n", "other", "\n", "\0" * 99, "[1]\n", '{"step": 1}\n', "step", "step,",
+    "step,sigma/", '{"st',
+    '{"step": 1000, "loss": 0.25, "notes": "three days of GPU time"}',
+    '{"step": 1, "sigma": {"0.weight": 1}, "residual": {"0.weight": 1}, "loss": 2}\n',
+    '{"step": "1", "sigma": {"0.weight": 1}, "residual": {"0.weight": 1}}\n',
+    '{"step": 1, "sigma": {"0.weight": 1}, "loss": "of three days"',
+    "step,sigma/0.weight,residual/0.weight,loss", "[" * 20_000 + "\n", "9" * 5_000 + "\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("text", NO_LOGS, ids=lambda text: repr(text)[:40])
+def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path, suffix, text):
+    path = tmp_path / f"run{suffix}"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^path: '.*run{suffix}' exists and.*accepted are a new"):
+        plain_log(path, ["0.weight"])
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_takes_the_place_of_the_log_is_left_alone(tmp_path, suffix):
+    path = tmp_path / f"run{suffix}"
+    log = plain_log(path)
+    log(0)
+    path.rename(tmp_path / f"old{suffix}")
+    log(1)
+    assert logs.read(path).steps.tolist() == [1]
+    path.write_text("other\n")
+    with pytest.raises(ValueError, match="exists and is not a log"):
+        log(2)
+    assert path.read_text() == "other\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("a FIFO", None), ("a FIFO", "fifo"), ("a device", "/dev/zero"), ("a directory", "folder")],
+)
+def test_what_is_no_regular_file_is_refused(tmp_path, kind, target):
+    path = tmp_path / "run.csv"
+    if target is not None:
+        path.symlink_to(target)
+    if kind == "a FIFO":
+        os.mkfifo(tmp_path / (target or path))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=rf"^path: got '.*run.csv', {kind}; accepted are regular"):
+        plain_log(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_long_line_of_a_foreign_file_is_not_read_as_a_whole(tmp_path, suffix):
+    path = tmp_path / f"run{suffix}"
+    path.touch()
+    os.truncate(path, 1 << 40)  # without a line break; it takes no room on the disk
+    with pytest.raises(ValueError, match="exists and is not a log"):
+        plain_log(path)
+    assert path.stat().st_size == 1 << 40
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_names_that_no_csv_can_hold_are_escaped(tmp_path, suffix):
+    path, names = tmp_path / f"run{suffix}", ["a\nb", "c\rd", "\ud800", "\x1b[2J", 'q"u,o', "é"]
+    plain_log(path, names)(0)
+    plain_log(path, names)(1)
+    found = logs.read(path)
+    assert found.steps.tolist() == [0, 1]
+    if suffix == ".csv":
+        names[:4] = [r"a\nb", r"c\rd", r"\ud800", r"\x1b[2J"]
+    assert found.names == names
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_other_matrices_is_refused_and_left_alone(tmp_path, suffix):
+    path = tmp_path / f"run{suffix}"
+    SpectralRegularizer(net(3, 5)).log_to(path)(0)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=rf"^path: '.*run{suffix}' exists and is not a log of"):
         SpectralRegularizer(net(3, 5, 4)).log_to(path)
@@ -247,6 +389,11 @@ def test_bad_arguments_are_named(tmp_path):
         reg.log_to(tmp_path / "run.csv", every=0)
     with pytest.raises(TypeError, match=r"^step: got 'x'; accepted is an integer"):
         reg.log_to(tmp_path / "run.csv")("x")
+    with pytest.raises(
+        ValueError, match=r"^step: got an integer of 64 bits; accepted are.*2\*\*63"
+    ):
+        reg.log_to(tmp_path / "run.csv")(2**63)
+    assert (tmp_path / "run.csv").read_text() == ""
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..console import INTERRUPTED, integer, png, say
+from ..console import INTERRUPTED, integer, png, say, tell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,17 +60,21 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             results = experiment.run(tasks, epochs, seed, lines(tasks))
     except experiment.WorkerError as error:
-        return say(str(error))
-    finished = any(results.arms.values())
+        what, *traceback = str(error).split("\n")
+        return say(what, details=traceback)
+    finished, code = any(results.arms.values()), 0
     if finished:
-        picture.draw(results, arguments.out)
         console.print(table(results))
-        print(f"picture: {arguments.out}")
+        try:
+            picture.draw(results, arguments.out)
+            tell(f"picture: {arguments.out}")
+        except OSError as error:
+            code = say(f"{error.filename or arguments.out}: {error.strerror or error}")
     print(f"total time: {time.perf_counter() - start:.1f} s", flush=True)
     if results.interrupted:
         before = "" if finished else " before any task was finished"
         return say(f"interrupted{before}", INTERRUPTED)
-    return 0
+    return code
 
 
 @contextlib.contextmanager

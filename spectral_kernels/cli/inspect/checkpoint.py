@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -12,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+
+from ...diagnostics.untrusted import irregular, printable
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _ACCEPTED = "*.safetensors, *.bin, *.pt, *.pth, *.ckpt and *.index.json"
@@ -23,6 +26,8 @@ _DTYPES = {
 }  # fmt: skip
 # Pages read from a mapped file count as used memory until it is unmapped.
 _MAPPED_BYTES = 1 << 30
+# An index takes about 100 bytes per tensor.
+_INDEX_BYTES = 1 << 27
 
 
 class CheckpointError(Exception):
@@ -58,8 +63,8 @@ class Checkpoint:
             else its pickled files.
 
     Raises:
-        CheckpointError: no such file, a broken file, a pickle that holds more than tensors, a
-            missing package.
+        CheckpointError: no such file, a FIFO, socket or device, a broken file, a pickle that holds
+            more than tensors, a missing package.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -70,8 +75,9 @@ class Checkpoint:
         found = [entry for file in files for entry in self._open(file).entries()]
         if weight_map is not None:
             found = _as_in_index(self.path, weight_map, found)
-        if len({entry.name for entry in found}) < len(found):
-            found = [replace(e, name=f"{e.file.name}:{e.name}") for e in found]
+        if len(files) > 1 and len({entry.name for entry in found}) < len(found):
+            found = [replace(e, name=f"{printable(e.file.name)}:{e.name}") for e in found]
+        found = _distinct(found)
         if any(file.suffix == ".safetensors" for file in files):
             found.sort(key=lambda entry: natural(entry.name))  # their own order is by bytes
         self.entries: list[Entry] = found
@@ -94,6 +100,12 @@ class Checkpoint:
     def _open(self, file: Path):
         if self._reader is None or self._file != file or self._reader.is_worn:
             self.close()
+            try:
+                str(file).encode()
+            except UnicodeEncodeError:
+                raise CheckpointError(
+                    f"{file}: its path is not UTF-8; accepted is one that is, such as a link to it"
+                ) from None
             kind = _Safetensors if file.suffix == ".safetensors" else _Pickled
             self._file, self._reader = file, kind(file)
         return self._reader
@@ -198,24 +210,47 @@ def natural(name: str) -> list[tuple[int, int, str]]:
             for p in pieces]  # fmt: skip
 
 
-def printable(text: str) -> str:
-    """Return ``text`` with unprintable characters, such as terminal codes, escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def _distinct(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries, those whose name has come before with a number after it.
+
+    Names become the same where one has the characters that another one's are escaped with.
+    """
+    seen = {entry.name for entry in entries}
+    if len(seen) == len(entries):
+        return list(entries)
+    found, taken = [], set()
+    for entry in entries:
+        name, number = entry.name, 1
+        while name in taken or (number > 1 and name in seen):
+            number += 1
+            name = f"{entry.name}#{number}"
+        taken.add(name)
+        found.append(replace(entry, name=name))
+    return found
+
+
+def _check_regular(path: Path) -> None:
+    """Raise CheckpointError for what is no file that ends, such as a FIFO; links are followed."""
+    try:
+        kind = irregular(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file or directory") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    if kind is not None:
+        raise CheckpointError(f"{path}: it is {kind}; accepted are regular files")
 
 
 def _files_of(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     """Return the files of a checkpoint, and the map name -> file of its index, if any."""
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             return _files_in(path)
+        _check_regular(path)
         with path.open("rb"):
             pass
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file or directory") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from None
     if path.name.endswith(".index.json"):
         return _files_in_index(path)
     if path.suffix != ".safetensors" and path.suffix not in PICKLED:
@@ -224,25 +259,39 @@ def _files_of(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 
 
 def _files_in(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    files = sorted((f for f in folder.iterdir() if f.is_file()), key=lambda f: natural(f.name))
+    # What is no file is left in, so that it is named instead of ignored.
+    files = sorted(
+        (f for f in folder.iterdir() if not os.path.isdir(f)), key=lambda f: natural(f.name)
+    )
     for suffix, index in ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json")):
         if indices := [f for f in files if f.name.endswith(index)]:
             return _files_in_index(indices[0])
         if suffix == ".safetensors" and (found := [f for f in files if f.suffix == suffix]):
-            return found, None
+            return _regular(found), None
     # Beside transformers' weights are other pickles, such as training_args.bin.
     found = [f for f in files if f.match("pytorch_model*.bin")]
     found = found or [f for f in files if f.suffix in PICKLED]
     if not found:
         raise CheckpointError(f"{folder}: no checkpoint in this folder; accepted are {_ACCEPTED}")
-    return found, None
+    return _regular(found), None
+
+
+def _regular(files: list[Path]) -> list[Path]:
+    for file in files:
+        _check_regular(file)
+    return files
 
 
 def _files_in_index(path: Path) -> tuple[list[Path], Mapping[str, str]]:
+    _check_regular(path)
+    with path.open("rb") as file:
+        text = file.read(_INDEX_BYTES + 1)
+    if len(text) > _INDEX_BYTES:
+        raise CheckpointError(f"{path}: accepted is an index of at most {_INDEX_BYTES} bytes")
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = json.loads(text)["weight_map"]
         right = isinstance(weight_map, dict) and all(map(_is_name, weight_map.values()))
-    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         right = False
     if not right or not weight_map:
         raise CheckpointError(
@@ -250,11 +299,11 @@ def _files_in_index(path: Path) -> tuple[list[Path], Mapping[str, str]]:
             "names of files beside it"
         )
     files = [path.parent / name for name in dict.fromkeys(weight_map.values())]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.exists(file)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{path}: {printable(missing[0])}{more} is missing beside it")
-    return sorted(files, key=lambda f: natural(f.name)), weight_map
+        raise CheckpointError(f"{path}: {missing[0]}{more} is missing beside it")
+    return _regular(sorted(files, key=lambda f: natural(f.name))), weight_map
 
 
 def _is_name(value) -> bool:
@@ -268,10 +317,10 @@ def _as_in_index(path: Path, weight_map: Mapping[str, str], found: Sequence[Entr
     """Return the entries that the index lists, from the files that it names for them."""
     held = {(entry.file.name, entry.key): entry for entry in found}
     wanted = {(file, key) for key, file in weight_map.items()}
-    missing = [f"'{printable(key)}' is not in {file}" for file, key in sorted(wanted - set(held))]
-    if missing:
+    if missing := sorted(wanted - set(held)):
+        file, key = missing[0]
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{path}: {missing[0]}{more}")
+        raise CheckpointError(f"{path}: '{key}' is not in {file}{more}")
     return [entry for place, entry in held.items() if place in wanted]
 
 
@@ -333,7 +382,7 @@ def _broken(file: Path, error: Exception, where: str = "") -> CheckpointError:
         said = re.sub(r"(?s)^.*WeightsUnpickler error:", "", text).split("\n")
         first = next((line.strip() for line in said if line.strip()), type(error).__name__)
         why = f"broken or truncated: {first}"
-    return CheckpointError(f"{file}: {where}{printable(why)[:300]}")
+    return CheckpointError(f"{file}: {where}{why[:300]}")
 
 
 def _short(kind) -> str:

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..console import FAILED, integer, non_negative, png, say, split, writable
-from . import report
+from ..console import FAILED, integer, non_negative, png, say, split, tell, writable
+from . import report, table
 from .checkpoint import Checkpoint, CheckpointError
-from .measure import SORTS, Measured, Patterns, elements, measure
+from .measure import SORTS, Measured, Patterns, measure, planned
 
 USAGE, ABOVE = 2, 3  # exit codes
 
@@ -48,7 +48,10 @@ def add_parser(commands) -> None:
     parser.add_argument("--top", type=integer(1), metavar="N",
                          help="the first N after sorting, by default by sigma")  # fmt: skip
     parser.add_argument("--json", type=writable, metavar="FILE", help="- for standard output")
-    parser.add_argument("--csv", type=writable, metavar="FILE", help="- for standard output")
+    parser.add_argument(
+        "--csv", type=writable, metavar="FILE",
+        help="- for standard output; names that a spreadsheet would take for formulas begin with '",
+    )  # fmt: skip
     parser.add_argument("--plot", type=png, metavar="FILE.png", help="sigma_1 over depth")
     parser.add_argument("--fail-above", type=non_negative, metavar="X",
                          help="exit code 3 if a sigma_1 is above X or not finite")  # fmt: skip
@@ -88,14 +91,14 @@ def _run(arguments: argparse.Namespace) -> int:
             raise CheckpointError(f"{checkpoint.path}: holds no tensor")
     try:
         patterns.check([e.name for checkpoint in checkpoints for e in checkpoint.entries])
-        total = sum(elements(checkpoint, patterns) for checkpoint in checkpoints)
+        plans = [planned(checkpoint, patterns) for checkpoint in checkpoints]
     except ValueError as error:  # patterns that do not fit the checkpoint
         return say(str(error), USAGE)
     measured = []
-    with _progress(total) as step:
-        for checkpoint in checkpoints:
-            measured.append(measure(checkpoint, patterns, step))
-            checkpoint.close()
+    with _progress(sum(plan.elements for plan in plans)) as step:
+        for plan in plans:
+            measured.append(measure(plan, step))
+            plan.checkpoint.close()
 
     result = report.Result.of(measured, arguments.sort, arguments.top)
     for target, text in ((arguments.json, report.as_json), (arguments.csv, report.as_csv)):
@@ -103,15 +106,15 @@ def _run(arguments: argparse.Namespace) -> int:
             sys.stdout.write(text(result))
             sys.stdout.flush()
         elif target is not None:
-            target.write_text(text(result))
+            target.write_text(text(result), encoding="utf-8")
     if arguments.plot is not None:
         from . import picture
 
         picture.draw_layers(*report.curves(result), arguments.plot)
     if not to_stdout:
-        report.show(result)
+        table.show(result)
         if arguments.plot is not None:
-            print(f"picture: {arguments.plot}", flush=True)
+            tell(f"picture: {arguments.plot}")
     return _above(measured, arguments.fail_above)
 
 

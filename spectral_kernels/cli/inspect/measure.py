@@ -21,6 +21,8 @@ from .checkpoint import Checkpoint, Entry, natural
 RTOL = 1e-4
 _READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
 _PIECE = 1 << 18  # elements converted to float64 at a time
+# Up to so many elements a full SVD takes less time than the tables of an iteration.
+_SMALL = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -104,77 +106,88 @@ class Patterns:
         }
 
 
-def measure(
-    checkpoint: Checkpoint,
-    patterns: Patterns,
-    step: Callable[[str, int], None] = lambda name, elements: None,
-    backend: str = "auto",
-) -> Measured:
-    """Measure every matrix of a checkpoint, one tensor in memory at a time.
+@dataclass(frozen=True)
+class Plan:
+    """What will be measured of a checkpoint."""
+
+    checkpoint: Checkpoint
+    matrices: Mapping[str, tuple[Entry, Sequence[Matrix]]]
+    """Name of a tensor -> the tensor and its matrices, in the order of the layers."""
+    skipped: Sequence[tuple[Entry, str]]
+    of_optimizer: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements that will be read."""
+        return sum(math.prod(entry.shape) for entry, _ in self.matrices.values())
+
+
+def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
+    """Choose the matrices by the rules of ``select``, from shapes alone.
 
     Args:
         checkpoint: its tensors with two or more dimensions are matrices (dim 0, rest).
         patterns: which of them are measured, and how they are divided.
-        step: called with a tensor's name and 0 before it is read, its number of elements after.
-        backend: as for SpectralRegularizer.
 
     Raises:
-        CheckpointError: a tensor that cannot be read.
         ValueError: a split or a stack that does not fit a tensor.
     """
-    found = Measured(checkpoint.path)
-    entries, plan = _planned(checkpoint, patterns, found)
-    rows: dict[str, MatrixRow] = {}
-    for entry in sorted(entries, key=lambda e: str(e.file)):
-        if entry.name not in plan:
-            continue
-        step(entry.name, 0)
-        try:
-            for row in _rows(checkpoint, entry, plan[entry.name], backend):
-                rows[row.name] = row
-        except RuntimeError as error:  # no convergence
-            found.skipped.append((entry, str(error)))
-        step(entry.name, math.prod(entry.shape))
-    for name in plan:
-        found.rows += [rows[m.name] for m in plan[name] if m.name in rows]
-    return found
-
-
-def elements(checkpoint: Checkpoint, patterns: Patterns) -> int:
-    """Return the number of elements that ``measure`` will read."""
-    entries, plan = _planned(checkpoint, patterns, Measured(checkpoint.path))
-    return sum(math.prod(entry.shape) for entry in entries if entry.name in plan)
-
-
-def _planned(
-    checkpoint: Checkpoint, patterns: Patterns, found: Measured
-) -> tuple[list[Entry], dict[str, list[Matrix]]]:
-    """Choose the matrices by the rules of ``select``, from shapes alone: name -> matrices."""
     entries = [e for e in checkpoint.entries if patterns.include or not e.in_optimizer]
-    found.of_optimizer = len(checkpoint.entries) - len(entries)
+    of_optimizer = len(checkpoint.entries) - len(entries)
+    by_name = {entry.name: entry for entry in entries if len(entry.shape) >= 2}
     reasons: dict[str, str] = {}
     metas = []
-    for entry in entries:
+    for entry in by_name.values():
         dtype, shape = _READABLE.get(entry.dtype), entry.shape
         if entry.unusable is not None or dtype is None:
             reasons[entry.name] = entry.unusable or f"dtype {entry.dtype}"
             dtype, shape = torch.bool, (0,) * len(shape)
         metas.append((entry.name, torch.empty(shape, dtype=dtype, device="meta")))
-    arguments = patterns.of([entry.name for entry in entries])
-    plan: dict[str, list[Matrix]] = {}
+    matrices: dict[str, tuple[Entry, list[Matrix]]] = {}
+    arguments = patterns.of(list(by_name))
     try:
         selection = select(metas, biases=False, norms=False, trainable_only=False, **arguments)
         skipped = selection.skipped
         for matrix in selection.matrices:
-            plan.setdefault(matrix.ref.name, []).append(matrix)
+            name = matrix.ref.name
+            matrices.setdefault(name, (by_name[name], []))[1].append(matrix)
     except NothingSelected as nothing:
         skipped = nothing.skipped
-    by_name = {entry.name: entry for entry in entries}
-    for name, why in skipped:
-        left_out = why == "not in include" or why.startswith("exclude ")
-        if len(by_name[name].shape) >= 2 and not left_out:
-            found.skipped.append((by_name[name], reasons.get(name, why)))
-    return entries, plan
+    shown = [
+        (by_name[name], reasons.get(name, why)) for name, why in skipped
+        if why != "not in include" and not why.startswith("exclude ")
+    ]  # fmt: skip
+    return Plan(checkpoint, matrices, shown, of_optimizer)
+
+
+def measure(
+    plan: Plan,
+    step: Callable[[str, int], None] = lambda name, elements: None,
+    backend: str = "auto",
+) -> Measured:
+    """Measure every matrix of a plan, one tensor in memory at a time.
+
+    Args:
+        plan: of a checkpoint.
+        step: called with a tensor's name and 0 before it is read, its number of elements after.
+        backend: as for SpectralRegularizer.
+
+    Raises:
+        CheckpointError: a tensor that cannot be read.
+    """
+    found = Measured(plan.checkpoint.path, [], list(plan.skipped), plan.of_optimizer)
+    rows: dict[str, MatrixRow] = {}
+    for entry, matrices in sorted(plan.matrices.values(), key=lambda pair: str(pair[0].file)):
+        step(entry.name, 0)
+        try:
+            for row in _rows(plan.checkpoint, entry, matrices, backend):
+                rows[row.name] = row
+        except RuntimeError as error:  # no convergence
+            found.skipped.append((entry, str(error)))
+        step(entry.name, math.prod(entry.shape))
+    for _, matrices in plan.matrices.values():
+        found.rows += [rows[m.name] for m in matrices if m.name in rows]
+    return found
 
 
 def _rows(
@@ -188,6 +201,9 @@ def _rows(
         norm = _norm(part)
         if not math.isfinite(norm):
             sigma = norm = math.nan
+        elif part.numel() <= _SMALL:
+            whole = part.flatten(1).double()
+            sigma = float(torch.linalg.svdvals(whole)[0]) if part.numel() else 0.0
         else:
             try:
                 layout_of(matrix, tensor)
@@ -207,8 +223,8 @@ def _rows(
 
 def _norm(part: torch.Tensor) -> float:
     """Return the Euclidean norm in float64, piece by piece."""
-    if part.numel() == 0:
-        return 0.0
+    if part.numel() <= _PIECE:
+        return float(torch.linalg.vector_norm(part.double()))
     dim = max(range(part.dim()), key=part.shape.__getitem__)
     length = max(1, _PIECE * part.shape[dim] // part.numel())
     norms = [torch.linalg.vector_norm(p.double()) for p in part.split(length, dim)]
@@ -221,12 +237,9 @@ def kind(name: str) -> str:
     ``h.11.mlp.c_fc.weight`` is ``h.*.mlp.c_fc.weight`` and ``layer1.0.conv2.weight`` is
     ``layer*.*.conv2.weight``: numbers inside the last two components are kept.
     """
-    parts = name.split(".")
-    own = len(parts) - 2
-    return ".".join(
-        "*" if part.isdecimal() else re.sub(r"\d+", "*", part) if i < own else part
-        for i, part in enumerate(parts)
-    )
+    parts = name.rsplit(".", 2)
+    above = [re.sub(r"\d+", "*", parts[0])] if len(parts) > 2 else []
+    return ".".join(above + ["*" if p.isdecimal() else p for p in parts[-2:]])
 
 
 _KEYS: dict[str, Callable[[MatrixRow], float]] = {

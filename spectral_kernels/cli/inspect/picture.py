@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
+import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
-from ..style import COLORS, apart, layers_of, shortened
+from ..style import COLORS, apart, layers_of, set_log_scale, shortened
 
 if TYPE_CHECKING:
     from .measure import MatrixRow
@@ -22,6 +24,7 @@ _MOST_KINDS = 36
 _MOST_LABELS = 24
 
 
+@matplotlib.rc_context({"text.usetex": False})  # LaTeX takes names for commands
 def draw_layers(
     pairs: Sequence[tuple[MatrixRow, MatrixRow | None]],
     checkpoints: Sequence[str],
@@ -71,20 +74,18 @@ def draw_layers(
         ("not finite", "#D55E00", [any(map(math.isnan, sigmas)) for sigmas in found]),
         ("zero", "0.6", [0 in sigmas for sigmas in found]),
     ):
-        for number, i in enumerate([i for i, is_so in enumerate(values) if is_so]):
-            label = says if number == 0 else None
-            axes.axvline(i, color=color, linewidth=1, linestyle=":", zorder=0, label=label)
+        if any(values):
+            axes.vlines(
+                np.flatnonzero(values), 0, 1, transform=axes.get_xaxis_transform(), label=says,
+                color=color, linewidth=1, linestyle=":", zorder=0,
+            )  # fmt: skip
     if len(checkpoints) > 1:
         for name, face in zip(checkpoints, ("0.3", "white"), strict=True):
             axes.plot([], [], "o", color="0.3", markerfacecolor=face, label=shortened(name))
 
-    axes.set_yscale("log")
+    set_log_scale(axes, np.array([sigma for sigmas in found for sigma in sigmas]))
     margin = 0.5 + 0.01 * len(pairs)  # so that markers at both ends are not clipped
     axes.set(ylabel=r"$\sigma_1$ (log scale)", xlim=(-margin, max(len(pairs), 1) - 1 + margin))
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     _label_layers(axes, layers)
     axes.set_title("Largest singular values" + (
         f" of {shortened(checkpoints[0], 70)}" if len(checkpoints) == 1 else ""
@@ -110,9 +111,10 @@ def _label_layers(axes, layers: Sequence[str | None]) -> None:
     if len(prefixes) == 1:
         (prefix,) = prefixes
         labels = [label.rpartition(".")[2] for label in labels]
-        axes.set_xlabel(f"layer ({prefix}.*)" if prefix else "layer")
+        axes.set_xlabel(f"layer ({shortened(prefix)}.*)" if prefix else "layer")
     else:
         axes.set_xlabel("layer")
+    labels = [*map(shortened, labels)]
     axes.set_xticks(starts[::every], labels, rotation=0 if max(map(len, labels)) < 4 else 60,
                     ha="center" if max(map(len, labels)) < 4 else "right",
                     rotation_mode="anchor", fontsize="small")  # fmt: skip

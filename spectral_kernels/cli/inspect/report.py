@@ -1,4 +1,4 @@
-"""The results of ``spectral-kernels inspect``, as a table, JSON, CSV and curves."""
+"""The results of ``spectral-kernels inspect``, as JSON, CSV and curves."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import csv
 import io
 import json
 import math
-import os
-import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .checkpoint import Entry
+from ...diagnostics.untrusted import csv_cell
 from .measure import RTOL, MatrixRow, Measured, change, ordered
 
-_FEW = 3  # names shown of a long list
-_LEAST_WIDTH = 16  # of names in a table
 _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "name": lambda row: row.name,
     "shape": lambda row: list(row.shape),
@@ -90,7 +85,10 @@ def as_json(result: Result) -> str:
 
 
 def as_csv(result: Result) -> str:
-    """Return CSV with a line per matrix, including those that only one checkpoint has."""
+    """Return CSV with a line per matrix, including those that only one checkpoint has.
+
+    A name that a spreadsheet would take for a formula has an apostrophe before it.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = list(_COLUMNS)
@@ -108,7 +106,7 @@ def as_csv(result: Result) -> str:
         for row in result.only[0]:
             writer.writerow([*_cells(row), *blank, *unchanged])
         for row in result.only[1]:
-            writer.writerow([row.name, *blank, *_cells(row)[1:], *unchanged])
+            writer.writerow([csv_cell(row.name), *blank, *_cells(row)[1:], *unchanged])
     return text.getvalue()
 
 
@@ -117,7 +115,13 @@ def _values(row: MatrixRow) -> dict:
 
 
 def _cells(row: MatrixRow) -> list:
-    return [_size(v) if isinstance(v, list) else v for v in _values(row).values()]
+    values = _values(row) | {"name": csv_cell(row.name), "shape": size(row.shape)}
+    return list(values.values())
+
+
+def size(shape: Sequence[int]) -> str:
+    """Return a shape as text: ``768x3x16``."""
+    return "x".join(map(str, shape))
 
 
 def _without_nan(value):
@@ -133,138 +137,3 @@ def curves(result: Result) -> tuple[list[tuple[MatrixRow, MatrixRow | None]], li
     others = {row.name: row for one in result.measured[1:] for row in one.rows}
     rows = [(row, others.get(row.name)) for row in result.measured[0].rows]
     return rows, [str(one.path) for one in result.measured]
-
-
-def show(result: Result) -> None:
-    """Print the table and what it leaves out."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    table = _table(result)
-    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
-        console.width = _width(table)  # a line per matrix, for grep and files
-    excess = _width(table) - console.width
-    if excess > 0 and result.is_comparison:
-        table = _table(result, has_ranks=False)
-        excess = _width(table) - console.width
-    if excess > 0:
-        longest = max(len(one.name) for one, _ in result.pairs)
-        table = _table(result, not result.is_comparison, max(longest - excess, _LEAST_WIDTH))
-    console.print(table)
-    for line in _lines(result):
-        console.print(line, soft_wrap=True)
-
-
-def _width(table) -> int:
-    from rich.console import Console
-
-    return Console(width=10_000).measure(table).maximum
-
-
-def _table(result: Result, has_ranks: bool = True, name_width: int = 10_000):
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("matrix", overflow="fold")
-    table.add_column("shape", no_wrap=True)
-    has_dtypes = len({row.dtype for row, _ in result.pairs}) > 1 and not result.is_comparison
-    if has_dtypes:
-        table.add_column("dtype", no_wrap=True)
-    if result.is_comparison:
-        heads = ["sigma_1,\nfirst", "\nother", "\nchange"]
-        heads += ["stable rank,\nfirst", "\nother"] if has_ranks else []
-    else:
-        heads = ["sigma_1", "stable\nrank", "||W||_F", "sigma_1\n/ usual"]
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for one, other in result.pairs:
-        cells = [_folded(one.name, name_width), _size(one.shape)]
-        if other is None:
-            cells += [one.dtype] if has_dtypes else []
-            cells += [_number(one.sigma), _number(one.stable_rank, 1), _number(one.norm, 2),
-                      _number(one.ratio, 2)]  # fmt: skip
-        else:
-            if other.shape != one.shape:
-                cells[1] += f"\n-> {_size(other.shape)}"
-            cells += [_number(one.sigma), _number(other.sigma),
-                      _percent(change(one.sigma, other.sigma))]  # fmt: skip
-            if has_ranks:
-                cells += [_number(one.stable_rank, 1), _number(other.stable_rank, 1)]
-        bad = not all(math.isfinite(row.sigma) for row in (one, other) if row is not None)
-        table.add_row(*map(Text, cells), style="bold red" if bad else None)
-    return table
-
-
-def _folded(name: str, width: int) -> str:
-    """Break a name that is too long into lines, after dots."""
-    lines = [""]
-    for piece in re.findall(r"[^.]*\.|[^.]+$", name):
-        if lines[-1].strip() and len(lines[-1] + piece) > width:
-            lines.append("  ")
-        lines[-1] += piece
-    return "\n".join(lines)
-
-
-def _lines(result: Result) -> list[str]:
-    first = result.measured[0]
-    shown = "" if len(result.pairs) == result.total else f", {len(result.pairs)} shown"
-    if result.is_comparison:
-        lines = [f"first: {first.path}", f"other: {result.measured[1].path}",
-                 f"{result.total} matrices in both{shown}"]  # fmt: skip
-        for rows, one in zip(result.only, result.measured, strict=True):
-            if rows:
-                lines.append(f"only in {one.path}: {_some([row.name for row in rows])}")
-    else:
-        dtypes = ", ".join(sorted({row.dtype for row in first.rows}))
-        numbers = sum(row.size for row in first.rows)
-        lines = [
-            f"{first.path}: {result.total} matrices{shown}, {_many(numbers)} weights, {dtypes}"
-        ]
-        if not first.rows:
-            lines = [f"{first.path}: no matrices"]
-    for one in result.measured:
-        where = f" in {one.path}" if result.is_comparison else ""
-        reasons: dict[str, list[Entry]] = {}
-        for entry, why in one.skipped:
-            reasons.setdefault(why, []).append(entry)
-        for why, entries in reasons.items():
-            some = _some([f"{e.name} {_size(e.shape)}" for e in entries])
-            lines.append(f"skipped{where}, {why}: {some}")
-        if one.of_optimizer:
-            lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
-                         "(--include '*' takes them too)")  # fmt: skip
-    if result.pairs:
-        usual = "" if result.is_comparison else (
-            "; usual: of a fresh nn.Linear or convolution in torch"
-        )  # fmt: skip
-        lines.append(f"sigma_1 is within {100 * RTOL:g} % of the SVD's{usual}")
-    return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return ", ".join(names[:_FEW]) + more
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _many(number: int) -> str:
-    for unit, letter in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
-        if number >= unit:
-            return f"{number / unit:.1f}{letter}"
-    return str(number)
-
-
-def _number(value: float, digits: int = 3) -> str:
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    small = 10.0**-digits
-    return f"{value:.{digits}f}" if small <= abs(value) < 1e6 else f"{value:.2e}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:+.1f} %" if not abs(value) >= 1e5 else f"{value:+.1e} %"

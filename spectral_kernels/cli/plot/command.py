@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ...diagnostics import log as logs
-from ..console import png, say
+from ..console import png, say, tell
 
 
 def add_parser(commands) -> None:
@@ -23,12 +23,13 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
-    out = arguments.out or arguments.log.with_suffix(".png")
+    log = arguments.log
     try:
         from . import picture
 
-        history = logs.read(arguments.log)
-        picture.draw(history, arguments.log.name, out)
+        history = logs.read(log)
+        out = arguments.out or log.with_suffix(".png")
+        picture.draw(history, log.name, out)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
@@ -36,8 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     except logs.LogError as error:
         return say(str(error))
     except OSError as error:
-        return say(f"{error.filename or out}: {error.strerror or error}")
+        return say(f"{error.filename or arguments.out or log}: {error.strerror or error}")
+    except MemoryError:
+        return say(f"{log}: it needs more memory than this machine has")
+    except (ArithmeticError, ValueError) as error:
+        return say(f"{log}: it cannot be drawn: {error}")
     first, last = history.steps[0], history.steps[-1]
-    print(f"{len(history.names)} matrices, {len(history.steps)} rows, steps {first} to {last}")
-    print(f"picture: {out}", flush=True)
+    tell(f"{len(history.names)} matrices, {len(history.steps)} rows, steps {first} to {last}")
+    tell(f"picture: {out}")
     return 0

@@ -7,21 +7,14 @@ import warnings
 from collections.abc import Sequence
 from os import PathLike
 
+import matplotlib
 import numpy as np
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import MaxNLocator
 
 from ...diagnostics.log import History
-from ..style import COLORS, apart, layers_of, shortened
+from ..style import COLORS, apart, layers_of, log_limits, log_ticks, set_log_scale, shortened
 
 _MOST_CURVES = 12  # of more matrices, median and range are drawn
 _LARGEST, _SMALLEST = 4, 2  # of which these still have a curve
@@ -31,6 +24,7 @@ _MOST_POINTS = 200  # of a curve of residuals, which fluctuate
 _BROKEN = "#D55E00"
 
 
+@matplotlib.rc_context({"text.usetex": False})  # LaTeX takes names for commands
 def draw(history: History, title: str, path: str | PathLike[str]) -> None:
     """Write the PNG: sigma_1 over the steps, a map of it, and residual / sigma_1.
 
@@ -47,8 +41,7 @@ def draw(history: History, title: str, path: str | PathLike[str]) -> None:
     panels = figure.subplots(3, 1, height_ratios=heights)
     figure.suptitle(f"{shortened(title, 80)}: {n} {'matrix' if n == 1 else 'matrices'}")
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(history.residual == 0, 0, history.residual / history.sigma)
+    ratio = _ratio(history.residual, history.sigma)
     shown = [_shown(values, least) for values, least in ((history.sigma, _SMALLEST), (ratio, 0))]
     # A matrix has the same line in both panels, and if all have one, in every plot of the run.
     listed = range(n) if n <= _MOST_CURVES else dict.fromkeys((*shown[0], *shown[1]))
@@ -57,6 +50,7 @@ def draw(history: History, title: str, path: str | PathLike[str]) -> None:
     _curves(panels[0], history, history.sigma, lines[0], every=1)
     _curves(panels[2], history, ratio, lines[1], every=math.ceil(len(steps) / _MOST_POINTS))
     end = steps[-1] + (float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0)
+    end = max(end, steps[0] * (1 + 1e-12))  # of huge steps, floats do not tell neighbours apart
     _map(figure, panels[1], history, end)
 
     for axes, text in zip(panels, (
@@ -75,6 +69,15 @@ def draw(history: History, title: str, path: str | PathLike[str]) -> None:
 
 def _is_broken(history: History) -> bool:
     return not np.isfinite(history.sigma).all()
+
+
+def _ratio(residual: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Return residual / sigma, 0 where the residual is; what is in no float becomes the nearest."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        ratio = np.where(residual == 0, 0, residual / sigma)
+    has_ratio = np.isfinite(residual) & (residual > 0) & np.isfinite(sigma) & (sigma > 0)
+    limits = np.finfo(float).smallest_subnormal, np.finfo(float).max
+    return np.where(has_ratio, np.clip(ratio, *limits), ratio)
 
 
 # ---------------------------------------------------------------------------------------- curves
@@ -105,6 +108,7 @@ def _curves(
     good = np.where(np.isfinite(values) & (values > 0), values, np.nan)
     starts = np.arange(0, len(steps), every)
     few, names = len(lines) == n, apart(history.names)
+    set_log_scale(axes, values)
     if not few:
         _range(axes, steps, good, starts)
     for i, number in lines:
@@ -113,10 +117,8 @@ def _curves(
             steps[starts], points, label=_label(names[history.names[i]], values[:, i], steps),
             color=COLORS[number % len(COLORS)], marker="." if len(starts) <= 30 else None,
             linestyle="-" if number < len(COLORS) else (0, (4, 2)), linewidth=1.3,
+            clip_on=False,  # the axis ends where the floats do
         )  # fmt: skip
-    if np.isfinite(good).any():
-        axes.set_yscale("log")
-        _log_ticks(axes.yaxis, *axes.get_ylim())
     smallest = len(lines) - _LARGEST
     extremes = f"{_LARGEST} largest" + (f", {smallest} smallest" if smallest else "")
     title = f"{'largest first' if few else extremes}, at the last step"
@@ -153,20 +155,8 @@ def _medians(column: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Return the median of each piece of ``column`` that begins at one of ``starts``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a piece in which nothing is finite
-        return np.array([np.nanmedian(piece) for piece in np.split(column, starts[1:])])
-
-
-def _log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Write plain numbers at a log axis, enough of them for a short one."""
-    axis.set_minor_formatter(NullFormatter())
-    if high >= 1e3 * low:
-        return
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    if high < 4 * low:
-        axis.set_major_locator(MaxNLocator(5))
-        axis.set_minor_locator(NullLocator())
-    else:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        # Unlike np.nanmedian, this adds no two numbers, whose sum may be inf.
+        return np.array([np.nanquantile(piece, 0.5) for piece in np.split(column, starts[1:])])
 
 
 # ------------------------------------------------------------------------------------------- map
@@ -178,17 +168,20 @@ def _map(figure: Figure, axes, history: History, end: float) -> None:
     starts = np.arange(0, len(steps), math.ceil(len(steps) / _MOST_CELLS))
     cells = np.maximum.reduceat(history.sigma, starts, axis=0).T  # keeps spikes and NaN
     edges = np.append(steps[starts], end).astype(float)
-    good = cells[np.isfinite(cells) & (cells > 0)]
-    low, high = (good.min() / 1.02, good.max() * 1.02) if good.size else (0.5, 2.0)
-    shown = np.ma.masked_invalid(np.where(cells == 0, low / 2, cells))  # zero: the darkest
+    low, high = log_limits(cells, margin=0) or (0.5, 2.0)
+    shown = np.ma.masked_invalid(np.log10(np.where(cells == 0, low, cells)))  # zero: the darkest
     rows = np.arange(len(names) + 1) - 0.5
-    colours = axes.pcolormesh(edges, rows, shown, norm=LogNorm(low, high), cmap="viridis")
+    colours = axes.pcolormesh(
+        edges, rows, shown, vmin=math.log10(low), vmax=math.log10(high), cmap="viridis"
+    )
     axes.set_facecolor(_BROKEN)
     axes.invert_yaxis()
     _label_matrices(axes, names)
     beside = axes.inset_axes((1.01, 0, 0.016, 1))
     bar = figure.colorbar(colours, cax=beside, label=r"$\sigma_1$ (log scale)")
-    _log_ticks(bar.ax.yaxis, low, high)
+    ticks, texts, between = log_ticks(low, high, most=5 if len(names) < 20 else 9)
+    bar.set_ticks(np.log10(ticks), labels=texts)
+    bar.set_ticks(np.log10(between), minor=True)
 
 
 def _label_matrices(axes, names: Sequence[str]) -> None:

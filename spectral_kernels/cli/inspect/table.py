@@ -1,0 +1,200 @@
+"""The results of ``spectral-kernels inspect`` on the terminal: a table, and lines below it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ..console import tell
+from .checkpoint import Entry
+from .measure import RTOL, change
+from .report import Result, size
+
+_FEW = 3  # names shown of a long list
+_LEAST_WIDTH = 16  # of names
+_GAP = "   "
+
+
+def show(result: Result) -> None:
+    """Print the table and what it leaves out."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    table = _table(result)
+    # Output that is no terminal has a line per matrix, for grep and files.
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        if table.width > console.width and result.is_comparison:
+            table = _table(result, has_ranks=False)
+        table.fit(console.width)
+    is_coloured = console.color_system not in (None, "windows") and not console.no_color
+    bold, plain = ("\x1b[1;31m", "\x1b[0m") if is_coloured else ("", "")
+    line = "─" if console.encoding.startswith("utf") else "-"
+    print("\n".join(table.lines(line, bold, plain)))
+    for text in _lines(result):
+        tell(text)
+
+
+@dataclass
+class _Table:
+    """Cells of one or several lines; the first column holds names."""
+
+    heads: Sequence[str]
+    is_right: Sequence[bool]
+    """Whether a column holds numbers."""
+    rows: list[list[str]] = field(default_factory=list)
+    bad: set[int] = field(default_factory=set)
+    """Rows that are to catch the eye."""
+
+    def widths(self) -> list[int]:
+        """Return the width of every column."""
+        columns = zip(self.heads, *self.rows, strict=True)
+        return [max(map(_width, "\n".join(cells).split("\n"))) for cells in columns]
+
+    @property
+    def width(self) -> int:
+        """Number of character cells of a line."""
+        return sum(self.widths()) + len(_GAP) * (len(self.heads) - 1) + 2
+
+    def fit(self, width: int) -> None:
+        """Break names into lines, so that a line of the table has ``width`` cells if possible."""
+        if (excess := self.width - width) > 0:
+            least = max(self.widths()[0] - excess, _LEAST_WIDTH)
+            self.rows = [[_folded(name, least), *others] for name, *others in self.rows]
+
+    def lines(self, rule: str, bold: str, plain: str) -> Iterator[str]:
+        """Yield the lines; ``bold`` and ``plain`` stand around those of bad rows."""
+        widths = self.widths()
+        high = max(head.count("\n") for head in self.heads)
+        heads = ["\n" * (high - head.count("\n")) + head for head in self.heads]
+        yield ""
+        yield from self._row(heads, widths)
+        yield f" {rule * (sum(widths) + len(_GAP) * (len(widths) - 1))}"
+        for number, row in enumerate(self.rows):
+            for line in self._row(row, widths):
+                yield f"{bold}{line}{plain}" if number in self.bad else line
+        yield ""
+
+    def _row(self, cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+        columns = [cell.split("\n") for cell in cells]
+        for parts in itertools.zip_longest(*columns, fillvalue=""):
+            padded = []
+            for part, width, is_right in zip(parts, widths, self.is_right, strict=True):
+                blank = " " * (width - _width(part))
+                padded.append(blank + part if is_right else part + blank)
+            yield f" {_GAP.join(padded)}".rstrip()
+
+
+def _width(text: str) -> int:
+    """Return the number of cells that a text without line breaks takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _table(result: Result, has_ranks: bool = True) -> _Table:
+    has_dtypes = len({row.dtype for row, _ in result.pairs}) > 1 and not result.is_comparison
+    texts = ["matrix", "shape"] + ["dtype"] * has_dtypes
+    if result.is_comparison:
+        numbers = ["sigma_1,\nfirst", "other", "change"]
+        numbers += ["stable rank,\nfirst", "other"] if has_ranks else []
+    else:
+        numbers = ["sigma_1", "stable\nrank", "||W||_F", "sigma_1\n/ usual"]
+    table = _Table([*texts, *numbers], [False] * len(texts) + [True] * len(numbers))
+    for one, other in result.pairs:
+        cells = [one.name, size(one.shape)]
+        if other is None:
+            cells += [one.dtype] if has_dtypes else []
+            cells += [_number(one.sigma), _number(one.stable_rank, 1), _number(one.norm, 2),
+                      _number(one.ratio, 2)]  # fmt: skip
+        else:
+            if other.shape != one.shape:
+                cells[1] += f"\n-> {size(other.shape)}"
+            cells += [_number(one.sigma), _number(other.sigma),
+                      _percent(change(one.sigma, other.sigma))]  # fmt: skip
+            if has_ranks:
+                cells += [_number(one.stable_rank, 1), _number(other.stable_rank, 1)]
+        if not all(math.isfinite(row.sigma) for row in (one, other) if row is not None):
+            table.bad.add(len(table.rows))
+        table.rows.append(cells)
+    return table
+
+
+def _folded(name: str, width: int) -> str:
+    """Break a name that is too long into lines: after dots, and inside what is still too long."""
+    if _width(name) <= width:
+        return name
+    lines = [""]
+    for piece in re.findall(r"[^.]*\.|[^.]+$", name):
+        if lines[-1].strip() and _width(lines[-1] + piece) > width:
+            lines.append("  ")
+        for character in piece:
+            if _width(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return "\n".join(lines)
+
+
+def _lines(result: Result) -> list[str]:
+    first = result.measured[0]
+    shown = "" if len(result.pairs) == result.total else f", {len(result.pairs)} shown"
+    if result.is_comparison:
+        lines = [f"first: {first.path}", f"other: {result.measured[1].path}",
+                 f"{result.total} matrices in both{shown}"]  # fmt: skip
+        for rows, one in zip(result.only, result.measured, strict=True):
+            if rows:
+                lines.append(f"only in {one.path}: {_some([row.name for row in rows])}")
+    else:
+        dtypes = ", ".join(sorted({row.dtype for row in first.rows}))
+        numbers = sum(row.size for row in first.rows)
+        lines = [
+            f"{first.path}: {result.total} matrices{shown}, {_many(numbers)} weights, {dtypes}"
+        ]
+        if not first.rows:
+            lines = [f"{first.path}: no matrices"]
+    for one in result.measured:
+        where = f" in {one.path}" if result.is_comparison else ""
+        reasons: dict[str, list[Entry]] = {}
+        for entry, why in one.skipped:
+            reasons.setdefault(why, []).append(entry)
+        for why, entries in reasons.items():
+            some = _some([f"{e.name} {size(e.shape)}" for e in entries])
+            lines.append(f"skipped{where}, {why}: {some}")
+        if one.of_optimizer:
+            lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
+                         "(--include '*' takes them too)")  # fmt: skip
+    if result.pairs:
+        usual = "" if result.is_comparison else (
+            "; usual: of a fresh nn.Linear or convolution in torch"
+        )  # fmt: skip
+        lines.append(f"sigma_1 is within {100 * RTOL:g} % of the SVD's{usual}")
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return ", ".join(names[:_FEW]) + more
+
+
+def _many(number: int) -> str:
+    for unit, letter in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if number >= unit:
+            return f"{number / unit:.1f}{letter}"
+    return str(number)
+
+
+def _number(value: float, digits: int = 3) -> str:
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    small = 10.0**-digits
+    return f"{value:.{digits}f}" if small <= abs(value) < 1e6 else f"{value:.2e}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.1f} %" if not abs(value) >= 1e5 else f"{value:+.1e} %"
