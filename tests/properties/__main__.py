@@ -8,17 +8,9 @@ import hypothesis
 from hypothesis.stateful import run_state_machine_as_test
 
 from ..support.surgery.operations import Surgery
-from .machine import Machine
+from .machine import OPERATIONS, Machine
 
-
-def settings(examples: int, seed: int | None, shrink: bool) -> hypothesis.settings:
-    """Return hypothesis's settings; without a seed the examples are the same at every run."""
-    phases = [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrink else [])]
-    return hypothesis.settings(
-        max_examples=examples, derandomize=seed is None, database=None, deadline=None,
-        stateful_step_count=20, suppress_health_check=list(hypothesis.HealthCheck),
-        print_blob=False, phases=phases,
-    )  # fmt: skip
+STEPS = 12  # rules per example of the state machine, at most
 
 
 def main() -> int:
@@ -28,29 +20,53 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the examples; default: always the same ones")
     parser.add_argument("--rules", help="kinds of surgery, separated by commas; default: all")
     parser.add_argument("--ways", help="optimizers, separated by semicolons; default: all")
+    parser.add_argument("--each", action="store_true", help="every kind of surgery by itself")
     parser.add_argument("--no-shrink", action="store_true", help="print a failure as it was found")
     given = parser.parse_args()
-    if given.rules is not None:
-        Machine.rules = set(given.rules.split(","))
-    if given.ways is not None:
-        Machine.ways = given.ways.split(";")
-    # What torch imports at the first use, for all processes.
+    Machine.ways = given.ways.split(";") if given.ways else Machine.ways
+    rules = given.rules.split(",") if given.rules else None
+    if unknown := set(rules or ()) - set(OPERATIONS):
+        parser.error(f"--rules: got {sorted(unknown)}; accepted are {', '.join(OPERATIONS)}")
+    # What torch imports at the first use, for all processes. One thread: a fork has no others.
     first = Surgery()
     first.build()
     first.step(without=(), fresh=True, size=1.0)
-    start, machine = time.monotonic(), Machine
-    if given.seed is not None:
-        machine = hypothesis.seed(given.seed)(Machine)
-    failed = False
+    if not given.each:
+        return int(not surgery_passes(given, rules))
+    passed = {name: surgery_passes(given, ["save", name]) for name in rules or OPERATIONS}
+    print(*(f"{'passed' if ok else 'FAILED':8}{name}" for name, ok in passed.items()), sep="\n")
+    return int(not all(passed.values()))
+
+
+def surgery_passes(given: argparse.Namespace, rules: list[str] | None) -> bool:
+    """Run examples of the state machine, and print what :func:`report` does."""
+    Machine.chosen, Machine.counts = rules, {}
+    machine = Machine if given.seed is None else hypothesis.seed(given.seed)(Machine)
+    what = "all surgery" if rules is None else ", ".join(rules)
+    return report(given, f"steps with {what}", Machine.counts,
+                  lambda x: run_state_machine_as_test(machine, settings=x))  # fmt: skip
+
+
+def report(given: argparse.Namespace, what: str, counts: dict[str, int], run) -> bool:
+    """Call ``run(settings)``, and print its failures and figures."""
+    phases = [hypothesis.Phase.generate, *([] if given.no_shrink else [hypothesis.Phase.shrink])]
+    settings = hypothesis.settings(
+        max_examples=given.examples, derandomize=given.seed is None, database=None, deadline=None,
+        stateful_step_count=STEPS, suppress_health_check=list(hypothesis.HealthCheck),
+        phases=phases, print_blob=False,
+    )  # fmt: skip
+    start, failures = time.monotonic(), []
     try:
-        run_state_machine_as_test(machine, settings=settings(given.examples, given.seed, not given.no_shrink))
+        run(settings)
     except Exception as error:
-        failed = True
-        print(error, *getattr(error, "__notes__", ()), sep="\n")
-    print(f"{Machine.examples} examples, {Machine.steps} steps {Machine.outcomes}, "
-          f"seed {given.seed}, {time.monotonic() - start:.0f} s: "
-          f"{'failed' if failed else 'passed'}")  # fmt: skip
-    return int(failed)
+        failures = getattr(error, "exceptions", [error])
+    for each in failures:
+        print(each, *getattr(each, "__notes__", ()), "", sep="\n")
+    figures = ", ".join(f"{n} {name}" for name, n in counts.items())
+    seed = "always the same examples" if given.seed is None else f"seed {given.seed}"
+    print(f"{what}: {figures}; {seed}; {time.monotonic() - start:.0f} s: "
+          f"{'FAILED' if failures else 'passed'}\n", flush=True)  # fmt: skip
+    return not failures
 
 
 if __name__ == "__main__":

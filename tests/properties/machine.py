@@ -10,32 +10,40 @@ from ..support.surgery.operations import Surgery
 from ..support.surgery.subject import DTYPES, NAMES, WAYS
 
 names = st.sampled_from(NAMES)
-matrices = st.sampled_from([n for n in NAMES if n.endswith(".weight") and n != "norm.weight"])
-small = st.integers(0, 9)
+dtypes = st.sampled_from(list(DTYPES))
+few = st.integers(0, 9)
 
 
-def surgery(**arguments):
-    """Return a decorator of a rule that is left out where ``Machine.rules`` lacks its name."""
+def one_of(*values):
+    """Return a strategy of these values, the simplest one first."""
+    return st.sampled_from(values)
 
-    def decorate(function):
-        name = function.__name__
-        chosen = precondition(lambda self: self.rules is None or name in self.rules)
-        return chosen(rule(**arguments)(function))
 
-    return decorate
+def surgery(operation: str, **arguments):
+    """Return the rule of an operation, left out where ``Machine.chosen`` lacks it.
+
+    ``then`` says how many steps with gradients everywhere follow.
+    """
+
+    def operate(self, then, **how):
+        self.process.call(operation, **how)
+        for _ in range(then):
+            self.take_step(without=(), fresh=True, size=1.0)
+
+    operate.__name__ = operate.__qualname__ = operation
+    limited = precondition(lambda self: self.chosen is None or operation in self.chosen)
+    return limited(rule(**arguments, then=one_of(1, 0, 2))(operate))
 
 
 class Machine(RuleBasedStateMachine):
     """The subject lives in a process of its own, whose crash is a failure of the example.
 
-    ``rules`` are the names of the rules that may be used, or None; ``ways`` are the optimizers.
+    ``chosen`` are the operations that may be used, or None; ``ways`` are the optimizers.
     """
 
-    rules: ClassVar[set[str] | None] = None
+    chosen: ClassVar[set[str] | None] = None
     ways: ClassVar[list[str]] = list(WAYS)
-    examples: ClassVar[int] = 0
-    steps: ClassVar[int] = 0
-    outcomes: ClassVar[dict[str, int]] = {}
+    counts: ClassVar[dict[str, int]] = {}
 
     def __init__(self):
         super().__init__()
@@ -44,8 +52,12 @@ class Machine(RuleBasedStateMachine):
     def teardown(self):
         self.process.close()
 
-    def do(self, operation: str, **arguments):
-        return self.process.call(operation, **arguments)
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def take_step(self, **how):
+        self.count("steps")
+        self.count(self.process.call("step", **how).partition(":")[0])
 
     @initialize(
         way=st.deferred(lambda: st.sampled_from(Machine.ways)),
@@ -53,72 +65,68 @@ class Machine(RuleBasedStateMachine):
             st.integers(1, 20), st.integers(1, 70),
             st.integers(1, 40) | st.just(4000), st.integers(1, 12),
         ),
-        dtype=st.sampled_from(list(DTYPES)), wide_moments=st.booleans(), decoupled=st.booleans(),
-        groups=st.integers(1, 3), n_vectors=st.sampled_from([1, 2, 4]),
-        exponent=st.sampled_from([2, 1, 3]), tau=st.sampled_from([1.0, 0.7]),
-        backend=st.sampled_from(["cpu", "reference"]), at_end=st.booleans(),
-        threads=st.integers(1, 2),
+        dtype=dtypes, wide_moments=st.booleans(), decoupled=st.booleans(),
+        groups=st.integers(1, 3), n_vectors=one_of(1, 2, 4), exponent=one_of(2, 1, 3),
+        tau=one_of(1.0, 0.7), backend=one_of("cpu", "reference"), at_end=st.booleans(),
+        threads=one_of(1, 2),
     )  # fmt: skip
     def build(self, **setting):
-        Machine.examples += 1
-        self.do("build", **setting)
+        self.count("examples")
+        self.process.call("build", **setting)
 
-    @rule(without=st.sets(names, max_size=3), fresh=st.sampled_from([True, True, True, False]),
-          size=st.sampled_from([0.1, 1.0, 1e-3]))  # fmt: skip
-    def step(self, without, fresh, size):
-        Machine.steps += 1
-        outcome = self.do("step", without=without, fresh=fresh, size=size).partition(":")[0]
-        Machine.outcomes[outcome] = Machine.outcomes.get(outcome, 0) + 1
+    @rule(without=st.sets(names, max_size=3), fresh=one_of(True, True, True, False),
+          size=one_of(1.0, 1e-3))  # fmt: skip
+    def step(self, **how):
+        self.take_step(**how)
 
-    @surgery(name=names, trainable=st.booleans())
-    def freeze(self, **how):
-        self.do("freeze", **how)
+    freeze = surgery("freeze", name=names, trainable=st.booleans())
+    move_dtype = surgery("move_dtype", name=names | st.none(), dtype=dtypes, replace=st.booleans())
+    resize = surgery(
+        "resize", name=names, rows=st.integers(0, 80), cols=st.integers(0, 20),
+        state=one_of("drop", "keep"), grad=one_of("drop", "keep"),
+    )  # fmt: skip
+    place = surgery(
+        "place", name=names,
+        how=one_of("inside", "columns", "gaps", "mixed", "expanded", "negative"),
+    )  # fmt: skip
+    replace_parameter = surgery("replace_parameter", name=names, in_optimizer=st.booleans())
+    swap_tensors = surgery("swap_tensors", name=names, other=st.none() | names)
+    share_memory = surgery("share_memory", name=names, other=names, shift=st.none() | few)
+    free_storage = surgery("free_storage", name=names, offset=few, keep=st.booleans())
+    edit = surgery("edit", name=names, tracked=st.booleans())
+    give_gradient = surgery(
+        "give_gradient", name=names,
+        how=one_of("plain", "contiguous", "columns", "gaps", "mixed", "expanded", "negative",
+                   "dtype", "weight", "freed", "shared"),
+    )  # fmt: skip
+    zero_grad = surgery("zero_grad", set_to_none=st.booleans())
 
-    @surgery(name=st.none() | names, dtype=st.sampled_from(list(DTYPES)), replace=st.booleans())
-    def move_dtype(self, **how):
-        self.do("move_dtype", **how)
+    clear_state = surgery("clear_state", how=one_of("clear", "new", "pop", "empty"), name=names)
+    replace_moment = surgery(
+        "replace_moment", name=names, which=one_of(0, 1),
+        how=one_of("zeros", "copy", "dtype", "rows", "fewer", "strides", "expanded", "negative",
+                   "gone", "weight", "moment", "freed"),
+    )  # fmt: skip
+    change_step = surgery("change_step", name=names, how=one_of("gone", "zero", "late"))
+    change_options = surgery(
+        "change_options", group=one_of(0, 1, 2), lr=one_of(0.01, 0.0, 0.1),
+        strength=one_of(0.1, 0.0, 1.0, {"lin.*": 0.0, "*": 0.3}), as_tensor=st.booleans(),
+    )  # fmt: skip
+    change_momentum = surgery(
+        "change_momentum", group=one_of(0, 1, 2), momentum=one_of(0.0, 0.5, 0.9)
+    )
+    change_groups = surgery(
+        "change_groups", name=names, other=names,
+        how=one_of("exchange", "reverse", "reorder", "replace", "merge", "add", "remove"),
+    )  # fmt: skip
+    save = surgery("save")
+    load = surgery("load", which=one_of("own", "torch", "moment", "vectors"))
+    look = surgery(
+        "look",
+        what=one_of("state_dict", "sigma", "report", "metrics", "repr", "vectors", "penalty"),
+    )
+    penalize = surgery("penalize", between=one_of(None, "smaller", "freed", "dtype"), name=names)
 
-    @surgery(name=names, rows=st.integers(0, 80), cols=st.integers(0, 20),
-             state=st.sampled_from(["drop", "keep"]), grad=st.sampled_from(["drop", "keep"]))  # fmt: skip
-    def resize(self, **how):
-        self.do("resize", **how)
 
-    @surgery(name=names, in_optimizer=st.booleans())
-    def replace_parameter(self, **how):
-        self.do("replace_parameter", **how)
-
-    @surgery(name=names, other=st.none() | names)
-    def swap_tensors(self, **how):
-        self.do("swap_tensors", **how)
-
-    @surgery(name=names, other=names, shift=st.none() | small)
-    def share_memory(self, **how):
-        self.do("share_memory", **how)
-
-    @surgery(name=names, offset=small, keep=st.booleans())
-    def free_storage(self, **how):
-        self.do("free_storage", **how)
-
-    @surgery(how=st.sampled_from(["clear", "new", "pop", "empty"]), name=names)
-    def clear_state(self, **how):
-        self.do("clear_state", **how)
-
-    @surgery(name=names, which=st.integers(0, 1), how=st.sampled_from(
-        ["zeros", "copy", "dtype", "rows", "fewer", "strides", "expanded", "negative", "gone",
-         "weight"]))  # fmt: skip
-    def replace_moment(self, **how):
-        self.do("replace_moment", **how)
-
-    @surgery(name=names, how=st.sampled_from(["gone", "zero", "late"]))
-    def change_step(self, **how):
-        self.do("change_step", **how)
-
-    @surgery(group=st.integers(0, 2), lr=st.sampled_from([0.01, 0.0, 0.1]),
-             strength=st.sampled_from([0.1, 0.0, 1.0, {"lin.*": 0.0, "*": 0.3}]),
-             as_tensor=st.booleans())  # fmt: skip
-    def change_options(self, **how):
-        self.do("change_options", **how)
-
-    @surgery(set_to_none=st.booleans())
-    def zero_grad(self, **how):
-        self.do("zero_grad", **how)
+OPERATIONS = [each.function.__name__ for each in Machine.setup_state().rules
+              if each.function.__name__ != "step"]  # fmt: skip

@@ -23,7 +23,7 @@ class Forked:
 
     def __init__(self, make):
         self._ours, theirs = multiprocessing.Pipe()
-        self._stack = tempfile.TemporaryFile("w+")
+        self._stack = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by close()
         sys.stdout.flush()
         self._pid = os.fork()
         if self._pid == 0:

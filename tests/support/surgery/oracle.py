@@ -204,10 +204,9 @@ class Expected:
         own = {n: m if copied_moments else again.of(m) for n, m in moments.items()}
         if copied_moments:
             own = {n: m.clone() for n, m in own.items()}
-        if "momentum_buffer" in own:
-            # Ours makes buffers for parameters that have not taken a step yet.
-            if state.get("step") == 0 and not own["momentum_buffer"].any():
-                del own["momentum_buffer"]
+        buffer = own.get("momentum_buffer")
+        if buffer is not None and state.get("step") == 0 and not buffer.any():
+            del own["momentum_buffer"]  # ours are made before the first step
         if "step" in state and "Adam" in self.before.setting.way:
             own["step"] = torch.tensor(float(state["step"]))
         own.update({n: x for n, x in state.items() if n in _MOMENTS and n not in own and x is None})

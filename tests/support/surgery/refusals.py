@@ -38,7 +38,7 @@ def must(subject: Subject, found: dict[str, list[str]]) -> list[str]:
     tracked = subject.tracked()
     return has + [
         f"{n}: {REPLACED}" for n in NAMES
-        if KINDS[n] is not None and subject.get(n) is not tracked.get(n)
+        if KINDS[n] is not None and subject.get(n) is not tracked.get(n, subject.get(n))
     ]  # fmt: skip
 
 

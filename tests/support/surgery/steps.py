@@ -85,7 +85,7 @@ def take(subject: Subject) -> str:
     try:
         subject.optimizer.step()
     except Exception as error:
-        return _refused(subject, before, bits, memory, found, required, error)
+        return _refused(subject, bits, memory, found, error)
     if required:
         raise Failed(f"the step was taken, but should have been refused: {', '.join(required)}")
     if subject.is_attached:
@@ -106,20 +106,12 @@ def take(subject: Subject) -> str:
 # ------------------------------------------------------------------------------------ refusals
 
 
-def _refused(subject, before, bits, memory, found, required, error) -> str:
+def _refused(subject, bits, memory, found, error) -> str:
     """Check that a refusal is right, names a parameter, and that nothing has changed."""
     said = f"{type(error).__name__}: {error}"
     if subject.is_attached and not _is_ours(error):
         return f"torch refuses: {said}"
-    stack = "".join(traceback.format_exception(error)[-3:])
-    if not required and not found:
-        raise Failed(f"the step was refused without a reason: {said}\n{stack}")
-    if not isinstance(error, ValueError | RuntimeError):
-        raise Failed(f"the step was refused, but not by a ValueError or RuntimeError: {said}\n"
-                     f"{_listed(found)}\n{stack}")  # fmt: skip
-    if not any(_names(error, name) for name in found):
-        raise Failed(f"the refusal names no parameter that has a reason: {said}\n{_listed(found)}"
-                     f"\n{stack}")  # fmt: skip
+    check_refusal(found, error)
     changes = bits.changes()
     if (where := memory.written_outside([])) is not None:
         changes.append(f"memory: {where}")
@@ -128,17 +120,24 @@ def _refused(subject, before, bits, memory, found, required, error) -> str:
     return f"refused: {said}"
 
 
+def check_refusal(found: dict[str, list[str]], error: Exception) -> None:
+    """Check that there is a reason to refuse, and that a parameter that has one is named."""
+    said = f"{type(error).__name__}: {error}"
+    stack = "".join(traceback.format_exception(error)[-3:])
+    if not found:
+        raise Failed(f"refused without a reason: {said}\n{stack}")
+    because = "; ".join(f"{name} ({', '.join(own)})" for name, own in found.items())
+    if not isinstance(error, ValueError | RuntimeError):
+        raise Failed(f"refused by another error than a ValueError or RuntimeError: {said}\n"
+                     f"because of {because}\n{stack}")  # fmt: skip
+    if not any((name if name in KINDS else "?") in str(error) for name in found):
+        raise Failed(f"the refusal names no parameter that has a reason: {said}\n"
+                     f"because of {because}\n{stack}")  # fmt: skip
+
+
 def _is_ours(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     return any(frame.filename.startswith(_PACKAGE) for frame in frames)
-
-
-def _names(error: BaseException, name: str) -> bool:
-    return name in str(error) if name in KINDS else "?" in str(error)
-
-
-def _listed(found) -> str:
-    return "; ".join(f"{name} ({', '.join(own)})" for name, own in found.items())
 
 
 # ------------------------------------------------------------------------------------ the step
@@ -219,6 +218,35 @@ def _check_gradients(before: Before) -> None:
             raise Failed(f"{name}: the gradient {tried[0]}")
 
 
+def penalize(subject: Subject, between, cut: bool) -> None:
+    """Take ``penalty()``, call ``between()``, and go backward.
+
+    After surgery (``cut``) torch may refuse the gradient, but nothing may be written elsewhere.
+    """
+    before, memory = Before(subject), guarded.Bytes()
+    subject.recorder.vectors.clear()
+    loss = subject.regularizer.penalty()
+    between()
+    try:
+        loss.backward()
+    except (RuntimeError, ValueError):
+        if not cut:
+            raise
+    written = [p.grad for p in subject.stepped().values() if p.grad is not None]
+    if (where := memory.written_outside(written)) is not None:
+        raise Failed(f"backward wrote outside of the gradients: {where}")
+    if cut:
+        return
+    penalties = before.penalties()
+    for name, p in before.parameters.items():
+        truth = before.grads[True].get(name)
+        if KINDS.get(name) is not None and p.requires_grad:
+            penalty = penalties[name][0]
+            truth = penalty if truth is None else truth + penalty
+        if (problem := _gradient_differs(truth, penalties.get(name), p)) is not None:
+            raise Failed(f"{name}: the gradient of penalty() {problem}")
+
+
 def _gradient_differs(truth, penalty, p) -> str | None:
     if truth is None or p.grad is None:
         return None if p.grad is truth is None else f"is {p.grad}, expected {truth}"
@@ -245,5 +273,7 @@ def _check_sigma(subject: Subject, before: Before) -> None:
                          f"{float(values[0])}")  # fmt: skip
         nearest = float((values - sigma).abs().min())
         if not nearest <= residual + 10 * rounded**0.5 * float(values[0]):
-            raise Failed(f"sigma of {name} is {sigma}, with a residual of {residual}; the nearest "
-                         f"singular value is {nearest} away, the largest is {float(values[0])}")
+            raise Failed(
+                f"sigma of {name} is {sigma}, with a residual of {residual}; the nearest "
+                f"singular value is {nearest} away, the largest is {float(values[0])}"
+            )
