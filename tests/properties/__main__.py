@@ -1,0 +1,73 @@
+"""Draw examples: ``python -m tests.properties --examples N``; see tests/properties/__init__.py."""
+
+import argparse
+import sys
+import time
+
+import hypothesis
+from hypothesis.stateful import run_state_machine_as_test
+
+from ..support.surgery.operations import Surgery
+from .machine import OPERATIONS, Machine
+
+STEPS = 12  # rules per example of the state machine, at most
+
+
+def main() -> int:
+    """Run them; the exit code is 1 if one fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests.properties", description=__doc__)
+    parser.add_argument("--examples", type=int, default=200, help="how many")
+    parser.add_argument("--seed", type=int, help="of the examples; default: always the same ones")
+    parser.add_argument("--rules", help="kinds of surgery, separated by commas; default: all")
+    parser.add_argument("--ways", help="optimizers, separated by semicolons; default: all")
+    parser.add_argument("--each", action="store_true", help="every kind of surgery by itself")
+    parser.add_argument("--no-shrink", action="store_true", help="print a failure as it was found")
+    given = parser.parse_args()
+    Machine.ways = given.ways.split(";") if given.ways else Machine.ways
+    rules = given.rules.split(",") if given.rules else None
+    if unknown := set(rules or ()) - set(OPERATIONS):
+        parser.error(f"--rules: got {sorted(unknown)}; accepted are {', '.join(OPERATIONS)}")
+    # What torch imports at the first use, for all processes. One thread: a fork has no others.
+    first = Surgery()
+    first.build()
+    first.step(without=(), fresh=True, size=1.0)
+    if not given.each:
+        return int(not surgery_passes(given, rules))
+    passed = {name: surgery_passes(given, ["save", name]) for name in rules or OPERATIONS}
+    print(*(f"{'passed' if ok else 'FAILED':8}{name}" for name, ok in passed.items()), sep="\n")
+    return int(not all(passed.values()))
+
+
+def surgery_passes(given: argparse.Namespace, rules: list[str] | None) -> bool:
+    """Run examples of the state machine, and print what :func:`report` does."""
+    Machine.chosen, Machine.counts = rules, {}
+    machine = Machine if given.seed is None else hypothesis.seed(given.seed)(Machine)
+    what = "all surgery" if rules is None else ", ".join(rules)
+    return report(given, f"steps with {what}", Machine.counts,
+                  lambda x: run_state_machine_as_test(machine, settings=x))  # fmt: skip
+
+
+def report(given: argparse.Namespace, what: str, counts: dict[str, int], run) -> bool:
+    """Call ``run(settings)``, and print its failures and figures."""
+    phases = [hypothesis.Phase.generate, *([] if given.no_shrink else [hypothesis.Phase.shrink])]
+    settings = hypothesis.settings(
+        max_examples=given.examples, derandomize=given.seed is None, database=None, deadline=None,
+        stateful_step_count=STEPS, suppress_health_check=list(hypothesis.HealthCheck),
+        phases=phases, print_blob=False,
+    )  # fmt: skip
+    start, failures = time.monotonic(), []
+    try:
+        run(settings)
+    except Exception as error:
+        failures = getattr(error, "exceptions", [error])
+    for each in failures:
+        print(each, *getattr(each, "__notes__", ()), "", sep="\n")
+    figures = ", ".join(f"{n} {name}" for name, n in counts.items())
+    seed = "always the same examples" if given.seed is None else f"seed {given.seed}"
+    print(f"{what}: {figures}; {seed}; {time.monotonic() - start:.0f} s: "
+          f"{'FAILED' if failures else 'passed'}\n", flush=True)  # fmt: skip
+    return not failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())
