@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..backends.base import Backend
+from ..selection import transforms
 from ..selection.arguments import by_name
 from ..selection.matrices import Selection
 from ..tables import device as device_tables
@@ -48,6 +49,9 @@ class Coefficients:
     def strength(self, strength: Strength) -> None:
         is_tensor = isinstance(strength, torch.Tensor)
         if is_tensor:
+            transforms.check_plain(
+                "strength", strength, "are plain ones; with strength 1, multiply penalty() by it"
+            )
             if strength.dim() != 0 or not strength.is_floating_point():
                 raise ValueError(
                     f"strength: got a tensor of shape {tuple(strength.shape)} and dtype "
@@ -80,7 +84,9 @@ class Coefficients:
         """Measure sigma_1 of the matrices with target "initial" that have not been measured."""
         for matrix in self._selection.matrices:
             if self._targets[matrix.name] == "initial" and matrix.name not in self.initial:
-                tensor = matrix.ref.get().detach()
-                (self.initial[matrix.name],) = singular_values(
-                    matrix, tensor, rtol=1e-4, backend=self._backend
-                )
+                tensor = matrix.ref.get()
+                with transforms.suspended():
+                    tensor = transforms.value_of(matrix.ref.name, tensor)
+                    (self.initial[matrix.name],) = singular_values(
+                        matrix, tensor, rtol=1e-4, backend=self._backend
+                    )

@@ -14,6 +14,7 @@ import torch
 from ..backends import choice, reference
 from ..backends.base import Backend
 from ..backends.formulas import orthonormal, orthonormal_if_finite
+from ..selection import transforms
 from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
@@ -114,9 +115,13 @@ class ModelBuckets:
             self._sharded.pop(i, None)
         return tensor
 
-    def bound(self) -> list[Bucket]:
-        """Return the buckets, warmed up, with tables that point at the current parameters."""
-        buckets = self._bound()
+    def bound(self, values: Sequence[torch.Tensor] | None = None) -> list[Bucket]:
+        """Return the buckets, warmed up, with tables that point at the current parameters.
+
+        Args:
+            values: other tensors to use as the parameters, one per ref.
+        """
+        buckets = self._bound(values)
         for bucket in buckets:
             if not bucket.warm:
                 bucket.iterate(self.settings.warmup)
@@ -153,9 +158,17 @@ class ModelBuckets:
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.finish(n_iterations, own)
 
-    def _bound(self) -> list[Bucket]:
-        """Return the buckets, with tables that point at the current parameters."""
-        tensors = self.tensors()
+    def _bound(self, values: Sequence[torch.Tensor] | None = None) -> list[Bucket]:
+        """Return the buckets, with tables that point at the parameters, or at ``values``."""
+        tensors = self.tensors() if values is None else values
+        try:
+            return self._bound_to(tensors)
+        except RuntimeError:
+            for ref, tensor in zip(self.refs, tensors, strict=True):
+                transforms.check_plain(f"parameter {ref.name!r}", tensor, "there is penalty()")
+            raise
+
+    def _bound_to(self, tensors: Sequence[torch.Tensor]) -> list[Bucket]:
         if self.buckets is not None:
             for bucket, indices in zip(self.buckets, self._indices, strict=True):
                 is_all = len(self.buckets) == 1  # in the order of the refs
@@ -176,6 +189,7 @@ class ModelBuckets:
 
     def ready_to_trace(self) -> bool:
         """Build the buckets for a graph being traced; return whether it can contain the penalty."""
+        transforms.check_inactive("a compiled penalty()", "penalty() in a function run eagerly")
         ModelBuckets._some_traced = self._traced = True
         return not any(bucket.is_sharded for bucket in self._bound())
 
@@ -187,12 +201,18 @@ class ModelBuckets:
         if not self._some_traced:
             return
         tensors = [ref.get() for ref in self.refs]
-        if not any(t.is_meta or shards.is_sharded(t) for t in tensors):
+        cannot = transforms.is_active() or any(t.is_meta or shards.is_sharded(t) for t in tensors)
+        if not cannot:
             self._bound()
 
-    def with_tensors(self) -> Iterator[tuple[Bucket, list[torch.Tensor]]]:
-        """Yield every bucket with its current parameters."""
-        tensors = self.tensors()
+    def with_tensors(
+        self, tensors: Sequence[torch.Tensor] | None = None
+    ) -> Iterator[tuple[Bucket, list[torch.Tensor]]]:
+        """Yield every bucket with those of ``tensors``, one per ref, that belong to it.
+
+        None: the current parameters.
+        """
+        tensors = self.tensors() if tensors is None else tensors
         for bucket, indices in zip(self.buckets, self._indices, strict=True):
             yield bucket, [tensors[i] for i in indices]
 

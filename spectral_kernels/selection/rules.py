@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from . import transforms
 from .arguments import check_pattern_list, check_patterns, match_any
 from .matrices import CONVOLUTIONS, TRANSPOSED, Elementwise, NothingSelected, Selection, matrices_of
 from .parameters import ParameterRef, made_before_use, parameter_refs
@@ -114,7 +115,7 @@ def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> s
         return "not in include"
     if (pattern := match_any(aliases, exclude)) is not None:
         return f"exclude {pattern!r}"
-    if trainable_only and not tensor.requires_grad:
+    if trainable_only and not transforms.is_differentiated(tensor):
         return "requires_grad is False"
     if tensor.dtype not in FLOAT_DTYPES:
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
