@@ -19,6 +19,7 @@ from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
+from ..tables.device import wide
 from .bucket import Bucket
 from .coefficients import Coefficients
 
@@ -371,11 +372,11 @@ def _checked(matrix: Matrix, v) -> torch.Tensor:
             f"state: the vectors of {matrix.name!r} have shape {shape}; accepted is (1, {cols}), "
             f"or one row per vector, for this matrix of {rows} x {cols}"
         )
-    wide = v.detach().to(torch.promote_types(v.dtype, torch.float32))
-    norms = torch.linalg.vector_norm(wide.double(), dim=1)
+    found = v.detach().to(torch.promote_types(v.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(wide(found), dim=1)
     if not torch.isfinite(norms).all() or (norms[0] == 0 and v.numel()):
         raise ValueError(f"state: the vectors of {matrix.name!r} have norms {norms.tolist()}")
     # Vectors that are already orthonormal keep their bits; those beyond N are zero.
-    gram = wide.double() @ wide.double().mT
+    gram = wide(found) @ wide(found).mT
     off = (gram - torch.diag((norms > 0).to(gram))).abs().max()
-    return wide.clone() if off < 2e-6 else orthonormal(wide)
+    return found.clone() if off < 2e-6 else orthonormal(found)

@@ -305,7 +305,9 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             if matrix in known["vectors"] and p in self.state:
                 self.state[p][f"spectral_vectors{name}"] = known["vectors"][matrix]
                 if matrix in known["initial"]:
-                    initial = torch.tensor(known["initial"][matrix], dtype=torch.float64)
+                    initial = torch.tensor(
+                        known["initial"][matrix], dtype=torch.float64, device="cpu"
+                    )
                     self.state[p][f"spectral_initial{name}"] = initial
 
     def __getstate__(self) -> dict[str, Any]:
