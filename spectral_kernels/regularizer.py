@@ -25,6 +25,7 @@ from .engine.model_buckets import (
     vectors_of,
 )
 from .engine.untraced import outside, untraced
+from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number, known_keywords
 from .selection.matrices import listing
 from .selection.options import Patterns, Source, Splits
@@ -134,11 +135,30 @@ class SpectralRegularizer(Assignable, Readings):
         and several calls may precede one backward. Gradient clipping includes the penalty. Under
         ``torch.no_grad()`` the penalty is only evaluated: the vectors do not change.
 
+        Transforms of ``torch.func`` (``grad``, ``jvp``, ``hessian``, ``vmap`` over inputs) and
+        forward-mode autograd differentiate it, too, by operations of PyTorch. It is a function of
+        the parameters that the modules hold while it runs. ``functional_call`` puts others there
+        only until it returns; in meta learning call it in the ``forward`` of a module that holds
+        the model::
+
+            class WithPenalty(nn.Module):
+                def __init__(self, model):
+                    super().__init__()
+                    self.model, self.reg = model, SpectralRegularizer(model)
+
+                def forward(self, x, y):
+                    return nn.functional.cross_entropy(self.model(x), y) + self.reg.penalty()
+
+            whole = WithPenalty(model)
+            gradient = torch.func.grad(lambda p: functional_call(whole, p, (x, y)))
+            gradient(dict(whole.named_parameters()))
+
         Returns:
             A 0-d tensor on the first parameter's device; float32 (float64 for float64 weights).
 
         Raises:
-            RuntimeError: a parameter was removed or is on the meta device.
+            RuntimeError: a parameter was removed, is on the meta device or batched by ``vmap``; a
+                compiled transform, or a transform of sharded parameters.
             ValueError: a parameter whose memory layout cannot be used in place.
         """
         if torch.compiler.is_compiling():
@@ -149,8 +169,7 @@ class SpectralRegularizer(Assignable, Readings):
             strength = self._coefficients.strength_tensor
             return compiled.traced_penalty(self._buckets, self._buckets.iterations, strength)
         with self._buckets.lock:
-            bound = self._buckets.bound()
-            return autograd.penalty(bound, self._buckets.iterations, self._buckets.lock)
+            return autograd.penalty(self._buckets, self._buckets.iterations)
 
     def accumulate_grad_(self, grad_scale: float | torch.Tensor | None = None) -> None:
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
@@ -170,6 +189,7 @@ class SpectralRegularizer(Assignable, Readings):
         """
         if torch.compiler.is_compiling():
             return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
+        transforms.check_inactive("accumulate_grad_()", "penalty()")
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
             grad_scale = check_number("grad_scale", grad_scale)
         self._buckets.accumulate_gradients(self._buckets.iterations, grad_scale)

@@ -120,7 +120,8 @@ class Backend(ABC):
         * ``state.s`` = W v, [r, M] per matrix;
         * ``plan.t_partial``: per tile (a block of rows) its part of scale * W^T s, [r, N]; nothing
           if ``state.v_next`` is None;
-        * ``plan.gram_partial``: per tile its part of s s^T, [r, r] float64;
+        * ``plan.gram_partial``: per tile its part of s s^T, [r, r], in the
+          ``tables.device.wide_dtype``: float64 on every device that has it;
         * ``state.norm`` [n_elementwise] and the elementwise part of ``state.raw_penalty``.
         """
 
@@ -168,7 +169,8 @@ class Backend(ABC):
             plan: the plan that holds the parts.
             state: the state of ``plan``.
             t: output [sum of r * N], laid out like ``v``, in the state's dtype; None: not computed.
-            gram: output [n_matrices * r * r] float64, zero for a matrix without rows or columns.
+            gram: output [n_matrices * r * r] of the dtype of ``plan.gram_partial``, zero for a
+                matrix without rows or columns.
         """
         reference.collect(plan, state, t, gram)
 

@@ -13,6 +13,8 @@ r largest singular values and their vectors; the next V is an orthonormal basis 
 
 A bias or shift b has R = ||b||^(2k). A gain g is a diagonal matrix, whose singular values are
 |g_i|: R = sum_i (|g_i|^k - 1)^2. R is the raw penalty; the penalty is strength * R.
+
+Wide is float64, or float32 on a device that has no float64 (``tables.device.wide_dtype``).
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ZERO = 1e-6  # times sigma_1: a smaller Ritz value is rounding
+from ..tables.device import wide, wide_dtype
+
+# Times sigma_1: a smaller Ritz value is rounding.
+ZERO = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 # ----------------------------------------------------------------------------- power iteration
 
 
 class Iteration(NamedTuple):
-    """Singular values and vectors after an iteration; sigmas and residuals are float64."""
+    """Singular values and vectors after an iteration; sigmas and residuals are wide."""
 
     sigmas: Tensor  # [r], the largest first
     residuals: Tensor  # [r]; some singular value of W lies within each of its sigma
@@ -54,8 +59,8 @@ def product(weight: Tensor, v: Tensor) -> Tensor:
 
 
 def gram_of(s: Tensor) -> Tensor:
-    """Return S S^T [r, r], float64, of ``s`` [r, M]."""
-    return s.double() @ s.double().mT
+    """Return S S^T [r, r], wide, of ``s`` [r, M]."""
+    return wide(s) @ wide(s).mT
 
 
 def transposed_product(weight: Tensor, s: Tensor, scale: Tensor | float) -> Tensor:
@@ -70,10 +75,10 @@ def finished(s: Tensor, v: Tensor, gram: Tensor, t: Tensor, scale: Tensor | floa
     """
     sigmas, turn = singular_values(gram)
     if turn is None:
-        t_norm = torch.linalg.vector_norm(t.double())
+        t_norm = torch.linalg.vector_norm(wide(t))
         v_next, t_norm = t / t_norm, t_norm[None]
     else:
-        t, s, v = turn @ t.double(), turn @ s.double(), turn @ v.double()
+        t, s, v = turn @ wide(t), turn @ wide(s), turn @ wide(v)
         t_norm = torch.linalg.vector_norm(t, dim=1)
         v_next = orthonormal_rows(t)
     good = torch.isfinite(t_norm).all() & (t_norm[0] > 0) & torch.isfinite(sigmas[0])
@@ -102,7 +107,8 @@ def rayleigh_ritz(gram: Tensor) -> tuple[Tensor, Tensor]:
     some = finite & (gram.trace() > 0)
     squares, vectors = torch.linalg.eigh(torch.where(some, gram, eye))
     squares = squares.flip(0)
-    squares = torch.where(squares > ZERO**2 * squares[0], squares, torch.zeros_like(squares))
+    least = ZERO[gram.dtype] ** 2 * squares[0]
+    squares = torch.where(squares > least, squares, torch.zeros_like(squares))
     squares = torch.where(some, squares, gram.trace())
     return squares.sqrt(), torch.where(some, vectors.flip(1).mT, eye)
 
@@ -112,21 +118,24 @@ def inverse_power_of_two(sigma: Tensor) -> Tensor:
 
     A power of two changes no digit of what it multiplies.
     """
+    # From the bits of sigma: not every device has frexp.
+    is_wide = sigma.dtype == torch.float64
+    digits, bias, kind = (52, 1023, torch.int64) if is_wide else (23, 127, torch.int32)
     known = torch.isfinite(sigma) & (sigma > 0)
-    _, exponent = torch.frexp(torch.where(known, sigma, torch.ones_like(sigma)))
-    return torch.ldexp(torch.ones_like(sigma), 1 - exponent)
+    exponent = torch.where(known, sigma, torch.ones_like(sigma)).view(kind) >> digits
+    return ((2 * bias - exponent).clamp(min=1) << digits).view(sigma.dtype)
 
 
 def orthonormal_rows(x: Tensor) -> Tensor:
-    """Return an orthonormal basis of the span of the rows of ``x`` [r, N], in their order, float64.
+    """Return an orthonormal basis of the span of the rows of ``x`` [r, N], in their order, wide.
 
     Row i of it has a product >= 0 with row i of x. A row that depends on those before it is
     replaced by some other direction, or by zeros where there is none (r > N).
     """
-    length = torch.linalg.vector_norm(x.double(), dim=1, keepdim=True)
-    q, upper = torch.linalg.qr((x.double() / torch.where(length > 0, length, 1.0)).mT)
+    length = torch.linalg.vector_norm(wide(x), dim=1, keepdim=True)
+    q, upper = torch.linalg.qr((wide(x) / torch.where(length > 0, length, 1.0)).mT)
     sign = torch.where(upper.diagonal() < 0, -1.0, 1.0)
-    found = torch.zeros_like(x, dtype=torch.float64)
+    found = torch.zeros_like(x, dtype=wide_dtype(x.device))
     found[: len(sign)] = (q * sign).mT
     return found
 
@@ -134,13 +143,13 @@ def orthonormal_rows(x: Tensor) -> Tensor:
 def orthonormal(v: Tensor) -> Tensor:
     """Return an orthonormal basis of the rows of ``v`` [r, N] in its dtype; r = 1 is normalized."""
     if len(v) == 1:
-        return (v / torch.linalg.vector_norm(v.double())).to(v.dtype)
+        return (v / torch.linalg.vector_norm(wide(v))).to(v.dtype)
     return orthonormal_rows(v).to(v.dtype)
 
 
 def orthonormal_if_finite(v: Tensor) -> Tensor | None:
     """Return :func:`orthonormal` of ``v`` [r, N]; None if its first row is zero or not finite."""
-    first = torch.linalg.vector_norm(v[0].double())
+    first = torch.linalg.vector_norm(wide(v[0]))
     good = bool(torch.isfinite(v).all() & (first > 0) & torch.isfinite(first))
     return orthonormal(v) if good else None
 
@@ -208,7 +217,7 @@ def adamw(p: Tensor, g: Tensor, moments, step: Tensor, group) -> tuple[Tensor, l
     beta1, beta2 = float(group["option_1"]), float(group["option_2"])
     m1 = moments[0] + (1 - beta1) * (g - moments[0])
     m2 = beta2 * moments[1] + (1 - beta2) * g * g
-    corrections = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
+    corrections = 1 - beta1 ** wide(step), 1 - beta2 ** wide(step)
     root = (m2 / corrections[1]).sqrt() + float(group["eps"])
     kept = (1 - float(group["lr"]) * float(group["weight_decay"])) * p
     return kept - float(group["lr"]) * m1 / corrections[0] / root, [m1, m2]
@@ -224,5 +233,5 @@ def sgd(p: Tensor, g: Tensor, moments, step: Tensor, group) -> tuple[Tensor, lis
     g = g + float(group["weight_decay"]) * p
     if momentum == 0:
         return p - lr * g, list(moments)
-    m = momentum * moments[0] + (1 - dampening * (step > 1).double()) * g
+    m = momentum * moments[0] + (1 - dampening * wide(step > 1)) * g
     return p - lr * (g + momentum * m if group["nesterov"] else m), [m]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..tables.device import wide
 from . import formulas
 
 
@@ -75,7 +76,7 @@ def gram_matvec(plan, state) -> None:
         _put_parts(plan, state, i, weight, s, scales[i], stale[i])
     for i, ref in enumerate(plan.elementwise_ref):
         x = plan.tensors[ref].detach().to(plan.state_dtype)
-        state.norm[i] = torch.linalg.vector_norm(x.double())
+        state.norm[i] = torch.linalg.vector_norm(wide(x))
         state.raw_penalty[len(plan.matrices) + i] = _elementwise_penalty(plan, i, x, state.exponent)
 
 
@@ -99,7 +100,7 @@ def collect(plan, state, t: Tensor | None, gram: Tensor) -> None:
 def normalize(plan, state) -> None:
     """See :meth:`base.Backend.normalize`."""
     k, stale = state.exponent, _stale(state)
-    scales = formulas.inverse_power_of_two(state.sigma).double()
+    scales = wide(formulas.inverse_power_of_two(state.sigma))
     sigmas, residuals = (x.view(plan.r, -1) for x in (state.sigmas, state.residuals))
     for i in range(len(plan.matrices)):
         s, v, (t_parts, gram_parts) = state.rows(i), state.columns(i, state.v), _parts(plan, i)
@@ -117,17 +118,17 @@ def normalize(plan, state) -> None:
             _put(v_next, done.v_next, stale[i])
             _put(residuals[:, i], done.residuals, stale[i])
         _put(sigmas[:, i], found, stale[i])
-        raw_penalty = formulas.raw_penalty_at(found[0], k, state.target[i].double())
+        raw_penalty = formulas.raw_penalty_at(found[0], k, wide(state.target[i]))
         _put(state.raw_penalty[i], raw_penalty, stale[i])
 
 
 def rank_one(plan, state, grads, accumulate: bool) -> None:
     """See :meth:`base.Backend.rank_one`; ``plan`` need not be bound to ``grads``."""
     k, n = state.exponent, len(plan.matrices)
-    strength = state.strength.double()
+    strength = wide(state.strength)
     if state.scale is not None:
         strength = strength * state.scale
-    sigma, target, norm = state.sigma.double(), state.target.double(), state.norm.double()
+    sigma, target, norm = wide(state.sigma), wide(state.target), wide(state.norm)
     factors = formulas.gradient_factor(sigma, strength[:n], k, target)
     for i, ref in enumerate(plan.matrix_ref):
         if grads[ref] is None:
@@ -139,7 +140,7 @@ def rank_one(plan, state, grads, accumulate: bool) -> None:
     for i, ref in enumerate(plan.elementwise_ref):
         if grads[ref] is None:
             continue
-        x = plan.tensors[ref].detach().double()
+        x = wide(plan.tensors[ref].detach())
         if plan.elementwise[i].kind == "gain":
             value = formulas.gain_gradient(x, k)
         else:
@@ -165,14 +166,14 @@ def update(step) -> None:
         if not step.acts[i]:
             continue
         group = step.groups[step.group_of[i]]
-        p = weight.detach().double()
-        g = torch.zeros_like(p) if grad is None else grad.double()
+        p = wide(weight.detach())
+        g = torch.zeros_like(p) if grad is None else wide(grad)
         if step.grad_scale is not None:
             g = g / step.grad_scale
-        added = penalty[i].double() if i < len(penalty) else torch.zeros_like(p)
+        added = wide(penalty[i]) if i < len(penalty) else torch.zeros_like(p)
         if not step.decoupled:
             g = g + added
-        moments = [m.double() for m in step.moments[i]]
+        moments = [wide(m) for m in step.moments[i]]
         p, moments = step.rule.apply(p, g, moments, step.steps[i], group)
         if step.decoupled:
             p = p - float(group["lr"]) * added

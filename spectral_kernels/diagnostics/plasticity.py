@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..tables.device import wide, wide_dtype
 from .singular_values import effective_rank
 
 # The modules of torch.nn.modules.activation that act on each element of their input separately.
@@ -64,10 +65,11 @@ def gradient_diversity(
     # Fused attention kernels have no vmap rule for their gradients.
     with _evaluating(model), sdpa_kernel(SDPBackend.MATH):
         found = gradient(parameters, inputs, targets).values()
-    gram = torch.zeros(len(inputs), len(inputs), dtype=torch.float64, device=inputs.device)
+    shape, dtype = (len(inputs), len(inputs)), wide_dtype(inputs.device)
+    gram = torch.zeros(shape, dtype=dtype, device=inputs.device)
     for g in found:
-        wide = g.flatten(1).double()
-        gram += wide @ wide.mT
+        rows = wide(g.flatten(1))
+        gram += rows @ rows.mT
     if not bool(torch.isfinite(gram).all()):
         return math.nan
     return float(effective_rank(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()))
@@ -112,7 +114,7 @@ def dormant_units(
         def count(_, __, output: torch.Tensor) -> None:
             dim = output.dim() - 1 if output.dim() in (1, 3) else 1
             others = [d for d in range(output.dim()) if d != dim]
-            size = output.detach().abs().double().mean(others)
+            size = wide(output.detach().abs()).mean(others)
             number = sum(n == name or n.startswith(f"{name}#") for n in found)
             dormant = int((size <= threshold * size.mean()).sum())
             found[name if number == 0 else f"{name}#{number + 1}"] = Dormant(dormant, len(size))
@@ -138,7 +140,7 @@ def dormant_units(
 
 def weight_norm(model: nn.Module) -> float:
     """Return the Euclidean norm of all parameters of ``model`` together."""
-    norms = [torch.linalg.vector_norm(p.detach().double()) for p in model.parameters()]
+    norms = [torch.linalg.vector_norm(wide(p.detach())) for p in model.parameters()]
     return math.hypot(*map(float, norms))
 
 

@@ -16,6 +16,7 @@ from ..selection.matrices import Matrix
 from ..selection.options import MatrixOptions, Source
 from ..selection.rules import select
 from ..sharding.shards import whole_of
+from ..tables.device import wide
 from ..tables.schema import N_VECTORS
 
 
@@ -117,7 +118,7 @@ def spectra(
     """Return a summary of the singular values of every matrix, from a full SVD in float64.
 
     It takes about min(M, N)^2 max(M, N) operations per matrix; for sigma_1 alone see
-    :func:`spectral_norms`.
+    :func:`spectral_norms`. On a device without float64 it is in float32.
 
     Args:
         model_or_named_tensors: a module, or an iterable of (name, tensor).
@@ -133,7 +134,7 @@ def spectra(
     found = {}
     for matrix in _matrices(model_or_named_tensors, selection):
         part = matrix.of(whole_of(matrix.ref.get().detach()))
-        weight = part.movedim(matrix.row_dim, 0).flatten(1).double()
+        weight = wide(part.movedim(matrix.row_dim, 0).flatten(1))
         if weight.numel() == 0:
             found[matrix.name] = Spectrum(0.0, 0.0, 0.0, 0.0, 0.0)
         elif not bool(torch.isfinite(weight).all()):
@@ -158,11 +159,11 @@ def effective_rank(values: torch.Tensor) -> torch.Tensor:
         values: singular values >= 0 [..., n], in any order.
 
     Returns:
-        [...], float64.
+        [...], float64 (float32 on a device without it).
     """
-    wide = values.double()
-    total = wide.sum(-1, keepdim=True)
-    p = wide / torch.where(total > 0, total, 1.0)
+    values = wide(values)
+    total = values.sum(-1, keepdim=True)
+    p = values / torch.where(total > 0, total, 1.0)
     return torch.where(total[..., 0] > 0, torch.special.entr(p).sum(-1).exp(), total[..., 0])
 
 

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..backends.reference import differentiable_penalty
+from ..selection import transforms
 from ..sharding import shards
 from .bucket import Bucket
+from .model_buckets import ModelBuckets
 
 Lock = AbstractContextManager  # threading.RLock
 
@@ -93,11 +95,9 @@ def _differentiable(parts, weights, needed, upstream):
     """Return the same gradients, with a graph that autograd can differentiate again."""
     total, start = 0, 0
     for bucket, state in parts:
-        if bucket.is_sharded:
-            raise RuntimeError(
-                f"parameter {bucket.plan.refs[0].name!r} is sharded: second derivatives of its "
-                "penalty are not supported; call backward() without create_graph"
-            )
+        _check_unsharded(
+            bucket, "second derivatives of its penalty", "backward() without create_graph"
+        )
         own = weights[start : start + len(bucket.plan.refs)]
         total = total + differentiable_penalty(bucket.plan, state, own).to(upstream.device)
         start += len(own)
@@ -106,10 +106,47 @@ def _differentiable(parts, weights, needed, upstream):
     return [next(found) if wanted else None for wanted in needed]
 
 
-def penalty(buckets: list[Bucket], iterations: int, lock: Lock) -> torch.Tensor:
+def _check_unsharded(bucket: Bucket, what: str, accepted: str) -> None:
+    if bucket.is_sharded:
+        raise RuntimeError(
+            f"parameter {bucket.plan.refs[0].name!r} is sharded: {what} are not supported; "
+            f"accepted is {accepted}"
+        )
+
+
+def penalty(model_buckets: ModelBuckets, iterations: int) -> torch.Tensor:
     """Return the penalty of all buckets, 0-d: differentiable, or evaluated in no-grad mode."""
+    if transforms.is_active():
+        return _transformed(model_buckets, iterations)
+    buckets = model_buckets.bound()
     if torch.is_grad_enabled():
         weights = [tensor for bucket in buckets for tensor in bucket.parameters]
-        return SpectralPenalty.apply(buckets, iterations, lock, *weights)
+        return SpectralPenalty.apply(buckets, iterations, model_buckets.lock, *weights)
     values = [bucket.value(bucket.evaluated()) for bucket in buckets]
+    return sum((v.to(values[0].device) for v in values[1:]), values[0])
+
+
+def _transformed(model_buckets: ModelBuckets, iterations: int) -> torch.Tensor:
+    """Return the penalty by operations of PyTorch, which every transform can differentiate.
+
+    The power iterations use the plain values of the weights.
+    """
+    weights, iterates = model_buckets.tensors(), torch.is_grad_enabled()
+    parts = []
+    with transforms.suspended():
+        named = zip(model_buckets.refs, weights, strict=True)
+        buckets = model_buckets.bound([transforms.value_of(o.name, w) for o, w in named])
+        for bucket in buckets:
+            _check_unsharded(bucket, "transforms of torch.func", "penalty() outside of them")
+        for bucket in buckets:
+            if iterates:
+                bucket.iterate(iterations)
+                parts.append(bucket.state.snapshot())
+                bucket.settle(iterations)
+            else:
+                parts.append(bucket.evaluated())
+    values = [
+        differentiable_penalty(bucket.plan, state, own)
+        for (bucket, own), state in zip(model_buckets.with_tensors(weights), parts, strict=True)
+    ]
     return sum((v.to(values[0].device) for v in values[1:]), values[0])

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ..backends.base import Backend
+from ..selection import transforms
 from ..selection.arguments import by_name, check_by_pattern, check_number, shown
 from ..selection.matrices import Selection
 from ..tables import device as device_tables
@@ -70,6 +71,9 @@ class Coefficients:
     def strength(self, strength: Strength) -> None:
         is_tensor = isinstance(strength, torch.Tensor)
         if is_tensor:
+            transforms.check_plain(
+                "strength", strength, "are plain ones; with strength 1, multiply penalty() by it"
+            )
             _check_tensor(strength, is_read=device_tables.shares_memory(strength.device))
         else:
             strength = check_by_pattern("strength", strength)
@@ -123,10 +127,12 @@ class Coefficients:
         found = {}
         for matrix in self._selection.matrices:
             if targets[matrix.name] == "initial" and matrix.name not in self.initial:
-                tensor = matrix.ref.get().detach()
-                (found[matrix.name],) = singular_values(
-                    matrix, tensor, rtol=1e-4, backend=self._backend
-                )
+                tensor = matrix.ref.get()
+                with transforms.suspended():
+                    tensor = transforms.value_of(matrix.ref.name, tensor)
+                    (found[matrix.name],) = singular_values(
+                        matrix, tensor, rtol=1e-4, backend=self._backend
+                    )
         return found
 
 

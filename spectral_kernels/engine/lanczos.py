@@ -11,6 +11,7 @@ from ..backends.choice import choose
 from ..backends.formulas import orthonormal_rows
 from ..selection.matrices import Matrix
 from ..sharding.shards import local_of
+from ..tables.device import wide_dtype
 from .bucket import Bucket
 
 BETWEEN = 5  # iterations between two convergence checks
@@ -44,7 +45,7 @@ def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
     n = state.plan.layouts[0].cols
     limit = min(n, limit)
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(plan.device)
+    v = _random(generator, n).to(**_wide(plan.device))
     v /= torch.linalg.vector_norm(v)
     basis: list[torch.Tensor] = []
     alphas: list[float] = []
@@ -68,7 +69,7 @@ def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
         # W^T W v = length * v_next, and the residual gives the length (see normalize).
         length = math.hypot(sigma, residual) * sigma / unit**2
         alphas.append((sigma / unit) ** 2)
-        t = state.v_next.double() * length
+        t = state.v_next.to(**_wide(plan.device)) * length
         stacked = torch.stack(basis)
         for _ in range(2):
             t = t - stacked.mT @ (stacked @ t)
@@ -95,13 +96,13 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
     plan, state = bucket.plan, bucket.state
     r, n = plan.r, state.plan.layouts[0].cols
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(r, n, generator=generator, dtype=torch.float64, device="cpu")
-    block = orthonormal_rows(start).to(plan.device)
+    wide = _wide(plan.device)
+    block = orthonormal_rows(_random(generator, r, n)).to(**wide)
     # The first product only gives the magnitude, by which later ones are scaled.
     state.columns(0, state.v_next).copy_(block)
     bucket.iterate(1)
-    basis = torch.zeros(0, n, dtype=torch.float64, device=plan.device)
-    images = torch.zeros(0, plan.layouts[0].rows, dtype=torch.float64, device=plan.device)
+    basis = torch.zeros(0, n, **wide)
+    images = torch.zeros(0, plan.layouts[0].rows, **wide)
     history: list[torch.Tensor] = []  # of every BETWEEN-th block
     n_blocks = 0
     while True:
@@ -109,9 +110,9 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
         bucket.iterate(1)
         if not torch.isfinite(state.sigma).all():
             return (math.nan,) * r
-        basis = torch.cat((basis, state.columns(0, state.v).double()))
-        images = torch.cat((images, state.rows(0).double()))
-        block = _beside(basis, state.columns(0, state.v_next).double(), generator)
+        basis = torch.cat((basis, state.columns(0, state.v).to(**wide)))
+        images = torch.cat((images, state.rows(0).to(**wide)))
+        block = _beside(basis, state.columns(0, state.v_next).to(**wide), generator)
         n_blocks += 1
         complete = not block.any()
         if not complete and n_blocks % BETWEEN:
@@ -125,6 +126,16 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
             return tuple(history[-1].tolist())
         if n_blocks >= 2000:
             raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
+
+
+def _wide(device: torch.device) -> dict:
+    """Return where the basis is kept, float64: on the CPU if ``device`` has no float64."""
+    has_it = wide_dtype(device) == torch.float64
+    return {"dtype": torch.float64, "device": device if has_it else "cpu"}
+
+
+def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _beside(basis: torch.Tensor, block: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -141,8 +152,7 @@ def _beside(basis: torch.Tensor, block: torch.Tensor, generator: torch.Generator
             break
         unit = _unit_beside(found, row, least)
         if unit is None:
-            random = torch.randn(len(row), generator=generator, dtype=torch.float64, device="cpu")
-            unit = _unit_beside(found, random.to(row.device), least)
+            unit = _unit_beside(found, _random(generator, len(row)).to(row), least)
         if unit is not None:
             following[i] = unit
             found = torch.cat((found, unit[None]))

@@ -15,11 +15,13 @@ import torch
 from ..backends import choice, reference
 from ..backends.base import Backend
 from ..backends.formulas import orthonormal, orthonormal_if_finite
+from ..selection import transforms
 from ..selection.arguments import check_count
 from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
+from ..tables.device import wide
 from ..tables.layout import Layout
 from .bucket import MAX_EXTRA_ITERATIONS, Bucket
 from .coefficients import Coefficients, Target
@@ -143,9 +145,13 @@ class ModelBuckets:
             self._sharded.pop(i, None)
         return tensor
 
-    def bound(self) -> list[Bucket]:
-        """Return the buckets, warmed up, with tables that point at the current parameters."""
-        buckets = self._bound()
+    def bound(self, values: Sequence[torch.Tensor] | None = None) -> list[Bucket]:
+        """Return the buckets, warmed up, with tables that point at the current parameters.
+
+        Args:
+            values: other tensors to use as the parameters, one per ref.
+        """
+        buckets = self._bound(values)
         for bucket in buckets:
             if not bucket.warm:
                 bucket.iterate(self.settings.warmup)
@@ -219,9 +225,17 @@ class ModelBuckets:
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.finish(n_iterations, own)
 
-    def _bound(self) -> list[Bucket]:
-        """Return the buckets, with tables that point at the current parameters."""
-        tensors = self.tensors()
+    def _bound(self, values: Sequence[torch.Tensor] | None = None) -> list[Bucket]:
+        """Return the buckets, with tables that point at the parameters, or at ``values``."""
+        tensors = self.tensors() if values is None else values
+        try:
+            return self._bound_to(tensors)
+        except RuntimeError:
+            for ref, tensor in zip(self.refs, tensors, strict=True):
+                transforms.check_plain(f"parameter {ref.name!r}", tensor, "there is penalty()")
+            raise
+
+    def _bound_to(self, tensors: Sequence[torch.Tensor]) -> list[Bucket]:
         if self.buckets is not None:
             for bucket, indices in zip(self.buckets, self._indices, strict=True):
                 is_all = len(self.buckets) == 1  # in the order of the refs
@@ -243,6 +257,7 @@ class ModelBuckets:
 
     def ready_to_trace(self) -> bool:
         """Build the buckets for a graph being traced; return whether it can contain the penalty."""
+        transforms.check_inactive("a compiled penalty()", "penalty() in a function run eagerly")
         ModelBuckets._some_traced = self._traced = True
         with self.lock:
             return not any(bucket.is_sharded for bucket in self._bound())
@@ -255,12 +270,18 @@ class ModelBuckets:
         if not self._some_traced:
             return
         tensors = [ref.get() for ref in self.refs]
-        if not any(t.is_meta or shards.is_sharded(t) for t in tensors):
+        cannot = transforms.is_active() or any(t.is_meta or shards.is_sharded(t) for t in tensors)
+        if not cannot:
             self._bound()
 
-    def with_tensors(self) -> Iterator[tuple[Bucket, list[torch.Tensor]]]:
-        """Yield every bucket with its current parameters."""
-        tensors = self.tensors()
+    def with_tensors(
+        self, tensors: Sequence[torch.Tensor] | None = None
+    ) -> Iterator[tuple[Bucket, list[torch.Tensor]]]:
+        """Yield every bucket with those of ``tensors``, one per ref, that belong to it.
+
+        None: the current parameters.
+        """
+        tensors = self.tensors() if tensors is None else tensors
         for bucket, indices in zip(self.buckets, self._indices, strict=True):
             yield bucket, [tensors[i] for i in indices]
 
@@ -470,11 +491,11 @@ def _checked(matrix: Matrix, v, side: int) -> torch.Tensor:
             f"state: the {kind} of {matrix.name!r} have shape {shape}; accepted is (1, {n}), "
             f"or one row per vector, for this matrix of {sizes[0]} x {sizes[1]}"
         )
-    wide = v.detach().to(torch.promote_types(v.dtype, torch.float32))
-    norms = torch.linalg.vector_norm(wide.double(), dim=1)
+    found = v.detach().to(torch.promote_types(v.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(wide(found), dim=1)
     if not torch.isfinite(norms).all() or (norms[0] == 0 and v.numel()):
         raise ValueError(f"state: the vectors of {matrix.name!r} have norms {norms.tolist()}")
     # Vectors that are already orthonormal keep their bits; those beyond N are zero.
-    gram = wide.double() @ wide.double().mT
+    gram = wide(found) @ wide(found).mT
     off = (gram - torch.diag((norms > 0).to(gram))).abs().max()
-    return wide.clone() if off < 2e-6 else orthonormal(wide)
+    return found.clone() if off < 2e-6 else orthonormal(found)

@@ -446,9 +446,9 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             for kind in ("vectors", "left", "initial"):
                 state.pop(f"spectral_{kind}{name}", None)
                 value = known.get(kind, {}).get(matrix)
+                if kind == "initial" and value is not None:
+                    value = torch.tensor(value, dtype=torch.float64, device="cpu")
                 if value is not None:
-                    is_number = kind == "initial"
-                    value = torch.tensor(value, dtype=torch.float64) if is_number else value
                     state[f"spectral_{kind}{name}"] = value
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import transforms
 from .arguments import check_flag, check_pattern_list, check_patterns, check_splits, match_any
 from .matrices import CONVOLUTIONS, TRANSPOSED, Elementwise, NothingSelected, Selection, matrices_of
 from .options import Patterns, Source, Splits
@@ -107,7 +108,7 @@ def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> s
         return "not in include"
     if (pattern := match_any(aliases, exclude)) is not None:
         return f"exclude {pattern!r}"
-    if trainable_only and not tensor.requires_grad:
+    if trainable_only and not transforms.is_differentiated(tensor):
         return "requires_grad is False"
     if tensor.dtype not in FLOAT_DTYPES:
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"

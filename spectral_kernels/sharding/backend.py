@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ..backends.base import Backend, Step
+from ..tables import device as device_tables
 from ..tables.layout import Layout
 from ..tables.plan import Plan, Tables
 from ..tables.state import State
@@ -46,7 +47,7 @@ class ReducedTables(Tables):
     def _partials(self, t_size: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return buffers for t and s s^T; ``numbers`` also has two per elementwise parameter.
 
-        If both are float64 they share one buffer, so that one all-reduce suffices.
+        If both have one dtype they share one buffer, so that one all-reduce suffices.
         """
         n_products, nv = self.r * self.r * n_tiles, len(self.elementwise)
         n_numbers = n_products + 2 * nv
@@ -54,12 +55,13 @@ class ReducedTables(Tables):
         def zeros(n, dtype):
             return torch.zeros(n, dtype=dtype, device=self.device)
 
-        if self.state_dtype == torch.float64:
-            both = zeros(t_size + n_numbers, torch.float64)
+        wide_dtype = device_tables.wide_dtype(self.device)
+        if self.state_dtype == wide_dtype:
+            both = zeros(t_size + n_numbers, wide_dtype)
             t, self.numbers = both.split([t_size, n_numbers])
             self.to_sum = [both]
         else:
-            t, self.numbers = zeros(t_size, self.state_dtype), zeros(n_numbers, torch.float64)
+            t, self.numbers = zeros(t_size, self.state_dtype), zeros(n_numbers, wide_dtype)
             self.to_sum = [t, self.numbers]
         products, self.squares, self.penalties = self.numbers.split([n_products, nv, nv])
         return t, products
@@ -163,7 +165,7 @@ class ShardedBackend(Backend):
         with_t = local.v_next is not None
         t = reduced.t_partial if self._columns is None else self._columns.t
         self.inner.collect(plan, local, t if with_t else None, reduced.gram_partial)
-        reduced.squares.copy_(local.norm.double() ** 2)
+        reduced.squares.copy_(device_tables.wide(local.norm) ** 2)
         reduced.penalties.copy_(local.raw_penalty[n:])
         self._wait()
         if with_t and self._columns is not None:

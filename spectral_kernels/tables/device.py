@@ -20,6 +20,23 @@ def shares_memory(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums and of scalar mathematics on ``device``: float64 where it has that.
+
+    Apple's GPUs (mps) and some of Intel's (xpu) have no float64: float32.
+    """
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in the :func:`wide_dtype` of its device, itself if it has that already."""
+    return tensor.to(wide_dtype(tensor.device))
+
+
 def pinned(n: int, dtype: torch.dtype) -> torch.Tensor:
     """Return page-locked memory for ``n`` numbers, for asynchronous copies to a GPU."""
     return torch.empty(n, dtype=dtype, device="cpu", pin_memory=True)

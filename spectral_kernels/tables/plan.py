@@ -10,7 +10,7 @@ import torch
 
 from ..selection.matrices import Elementwise, Matrix, refs_of
 from .addresses import Column, Memory, look
-from .device import DeviceTables
+from .device import DeviceTables, wide_dtype
 from .layout import Layout, layout_of
 from .schema import (
     CHUNK,
@@ -129,7 +129,7 @@ class Tables:
         """Return buffers for the tiles' parts of t and of s s^T."""
         t = torch.empty(t_size, dtype=self.state_dtype, device=self.device)
         n_products = self.r * self.r * n_tiles
-        return t, torch.empty(n_products, dtype=torch.float64, device=self.device)
+        return t, torch.empty(n_products, dtype=wide_dtype(self.device), device=self.device)
 
     def _build(self, sizes: Sequence[int]) -> None:
         table = np.zeros(len(self.matrices), MATRIX)
@@ -157,7 +157,9 @@ class Tables:
         self.tiles, self.chunks = np.array(tiles, TILE), np.array(chunks, CHUNK)
         self.t_partial, self.gram_partial = self._partials(sum(t_sizes), len(tiles))
         # For the GPU programs that finish a matrix together; the last one resets arrivals.
-        self.chunk_squares = torch.empty(len(chunks), dtype=torch.float64, device=self.device)
+        self.chunk_squares = torch.empty(
+            len(chunks), dtype=wide_dtype(self.device), device=self.device
+        )
         self.arrivals = torch.zeros(len(table), dtype=torch.int32, device=self.device)
         self.n_elements = sum(x.rows * x.cols for x in self.layouts)
         self.header = np.zeros(len(HEADER), np.int64)

@@ -1,0 +1,72 @@
+"""Tensors in transforms of torch.func (grad, vmap, jvp, ...) and in forward-mode autograd.
+
+A transform passes wrappers of tensors to its function. They have no address that a kernel could
+read, and a captured tensor must not be written to. Both are possible with the wrapped values while
+the transforms are suspended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch._C import _functorch as wrappers
+from torch.autograd import forward_ad
+
+
+def check_inactive(what: str, accepted: str) -> None:
+    """Raise RuntimeError if a transform of torch.func is active; say what is accepted there."""
+    if wrappers.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{what} cannot run in a transform of torch.func (grad, vmap, jvp, ...); accepted "
+            f"there is {accepted}"
+        )
+
+
+def is_active() -> bool:
+    """Return whether a transform or forward-mode autograd is active."""
+    return wrappers.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_differentiated(tensor: torch.Tensor) -> bool:
+    """Return whether ``tensor`` requires a gradient, is a transform's wrapper or has a tangent."""
+    if tensor.requires_grad or wrappers.is_functorch_wrapped_tensor(tensor):
+        return True
+    has_level = forward_ad._current_level >= 0
+    return has_level and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def check_plain(what: str, tensor: torch.Tensor, accepted: str) -> None:
+    """Raise RuntimeError if ``tensor`` is a transform's wrapper; say what is accepted instead."""
+    if wrappers.is_functorch_wrapped_tensor(tensor):
+        raise RuntimeError(
+            f"{what} is a tensor of a transform of torch.func (grad, vmap, jvp, ...); "
+            f"accepted {accepted}"
+        )
+
+
+def value_of(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the value of parameter ``name``, a plain tensor without a graph.
+
+    Raises:
+        RuntimeError: the parameter is batched by vmap.
+    """
+    while wrappers.is_functorch_wrapped_tensor(tensor):
+        if wrappers.is_batchedtensor(tensor):
+            raise RuntimeError(
+                f"parameter {name!r} is batched by torch.func.vmap; accepted are one penalty() per "
+                "member of the batch, or, outside of vmap, a SpectralRegularizer of the stacked "
+                "parameters with stacked=[...]"
+            )
+        tensor = wrappers.get_unwrapped(tensor)
+    return tensor.detach()
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Compute without a graph, and outside of the active transforms."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with torch.no_grad(), temporarily_clear_interpreter_stack():
+        yield
