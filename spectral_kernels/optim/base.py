@@ -217,21 +217,23 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
                 kernels = self._checked(kernels, device, dtype)
             if bucket is not None:
                 bucket.kernels = kernels
-            for p, state in zip(params, states[key], strict=True):
-                self.state[p].update(state)
+            groups = [group_of.get(id(p), -1) for p in params]
+            kept = [self.state[p] if group >= 0 else {}  # those of no group have no state here
+                    for p, group in zip(params, groups, strict=True)]  # fmt: skip
+            for own, state in zip(kept, states[key], strict=True):
+                own.update(state)
             update = Update(
                 self._rule, bucket.backend if bucket else kernels, bucket,
                 [self._name_of(p) for p in params], [shards.local_of(p) for p in params],
-                [self.state[p] for p in params], self._moment_names(),
-                [group_of.get(id(p), -1) for p in params], self._moment_dtype(dtype),
+                kept, self._moment_names(), groups, self._moment_dtype(dtype),
                 len(self.param_groups),
             )  # fmt: skip
             found = [state["step"] for state in states[key]]
             device_tables.fill(update.steps, [0.0 if _is_on_gpu(x) else float(x) for x in found])
-            for i, (p, step) in enumerate(zip(params, found, strict=True)):
+            for i, (own, step) in enumerate(zip(kept, found, strict=True)):
                 if _is_on_gpu(step):
                     update.steps[i].copy_(step)
-                self.state[p]["step"] = update.steps[i]
+                own["step"] = update.steps[i]
             updates.append(update)
         self._params = list(parts.values())
         self._are_sharded = [any(map(shards.is_sharded, params)) for params in self._params]
@@ -269,8 +271,8 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             if key in kept:
                 moment = self._fitting(name, key, kept[key], moment)
             found[key] = moment
-        if not names:
-            found |= dict.fromkeys(self._rule.moments)
+        if not names:  # those of an earlier momentum stay, as in torch
+            found |= {key: state.get(key) for key in self._rule.moments}
         if step is None or (names and not kept):
             step = float(bool(kept))  # torch.optim.SGD does not count steps
         return {**found, "step": step}

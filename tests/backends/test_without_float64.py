@@ -22,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:spectral_kernels uses its PyTorc
 @pytest.fixture
 def on_mps(monkeypatch):
     """The device, while the test runs."""
-    monkeypatch.setattr(addresses, "_describe", None)  # it would look into the memory of wrappers
+    # It would look into the memory of wrappers.
+    monkeypatch.setattr(addresses, "_reader", lambda: None)
     with mps_like():
         yield
 

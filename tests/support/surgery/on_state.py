@@ -5,6 +5,8 @@ import warnings
 from collections import defaultdict
 
 import torch
+
+from spectral_kernels import SpectralSGD
 from torch import nn
 
 from ..forked import Failed
@@ -80,9 +82,10 @@ class OnState:
 
     def change_step(self, name: str, how: str) -> None:
         """Delete the step count of a parameter ("gone"), or replace it: "zero", "late" (1000)."""
-        state = self.subject.optimizer.state.get(self.subject.held[name], {})
-        if "step" not in state:
-            return
+        optimizer = self.subject.optimizer
+        state = optimizer.state.get(self.subject.held[name], {})
+        if "step" not in state or isinstance(optimizer, SpectralSGD):
+            return  # torch.optim.SGD counts no steps; ours tells a first step by them
         if how == "gone":
             del state["step"]
         else:
