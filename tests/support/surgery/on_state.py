@@ -5,9 +5,9 @@ import warnings
 from collections import defaultdict
 
 import torch
+from torch import nn
 
 from spectral_kernels import SpectralSGD
-from torch import nn
 
 from ..forked import Failed
 from .steps import Bits
