@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -209,15 +209,23 @@ class SpectralRegularizer(Assignable, Readings):
         for bucket in self._buckets.bound():
             bucket.check_ranks()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse public names that a regularizer does not have, such as misspelt ones."""
-        if name[:1] != "_" and type(self) is SpectralRegularizer and not hasattr(type(self), name):
-            near = difflib.get_close_matches(name, [n for n in dir(self) if n[0] != "_"], 1)
-            said = (
-                f"did you mean {near[0]!r}?" if near else "attributes of your own need a subclass"
-            )
-            raise AttributeError(f"SpectralRegularizer has no attribute {name!r}; {said}")
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # with it, type checkers would allow any name
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Refuse public names that a regularizer does not have, such as misspelt ones."""
+            if (
+                name[:1] != "_"
+                and type(self) is SpectralRegularizer
+                and not hasattr(type(self), name)
+            ):
+                near = difflib.get_close_matches(name, [n for n in dir(self) if n[0] != "_"], 1)
+                said = (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else "attributes of your own need a subclass"
+                )
+                raise AttributeError(f"SpectralRegularizer has no attribute {name!r}; {said}")
+            super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         arguments = {**self._assigned(), "exponent": f"{self.exponent:g}"}

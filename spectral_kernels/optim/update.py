@@ -37,6 +37,15 @@ ADAMW = Rule(RULES["adamw"], ("exp_avg", "exp_avg_sq"), formulas.adamw)
 SGD = Rule(RULES["sgd"], ("momentum_buffer",), formulas.sgd)
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError if no step can be taken for a parameter of ``dtype``."""
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"params: parameter {name!r} is {dtype}; accepted are {', '.join(map(str, DTYPES))}; "
+            "put it into an optimizer of its own"
+        )
+
+
 class Update:
     """An optimizer's tables for the parameters of one device and dtype.
 
@@ -69,6 +78,7 @@ class Update:
         self.names, self.weights, self.moments = names, list(weights), list(moments)
         self.group_of = np.array(group_of, np.int64)
         self.device, self.dtype = weights[0].device, weights[0].dtype
+        check_dtype(names[0], self.dtype)
         self.n_regularized = len(bucket.plan.refs) if bucket is not None else 0
         self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
         self.grads: list[torch.Tensor | None] = []
@@ -206,6 +216,12 @@ class Update:
             expected = [(grad, "gradient", weight.dtype)] if grad is not None else []
             expected += [(m, "moment", self.moment_dtype) for m in moments]
             for tensor, what, dtype in expected:
+                if tensor.layout != torch.strided and what == "gradient":
+                    raise ValueError(
+                        f"the gradient of parameter {name!r} has layout {tensor.layout}; accepted "
+                        "are dense gradients (Embedding(sparse=False)), or put the parameter into "
+                        "an optimizer of its own, such as torch.optim.SparseAdam"
+                    )
                 if (tensor.layout, tensor.dtype) != (torch.strided, dtype):
                     raise ValueError(
                         f"the {what} of parameter {name!r} is {tensor.dtype}, {tensor.layout}; "
