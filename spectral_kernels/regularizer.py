@@ -46,7 +46,8 @@ class SpectralRegularizer(Assignable, Readings):
             embeddings, norms, gates and transposed convolutions: a parameter with two or more
             dimensions is a matrix, a 1-D one named as a bias is a bias, the rest is skipped.
         strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
-            (the first matching pattern counts). The value of a tensor is checked once, here.
+            (the first matching pattern counts). The value of a tensor is checked once, here. With
+            the number 0, a parameter without ``.grad`` is left alone, as if it were excluded.
         exponent: k, at least 1.
         target: tau; a number, "initial" (sigma_1 of each matrix when the regularizer is built), or
             a mapping from name patterns to these.
@@ -147,8 +148,9 @@ class SpectralRegularizer(Assignable, Readings):
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
         Call it once per optimizer step, after ``backward``, and before gradient clipping if that
-        is to include the penalty. A parameter without ``.grad`` gets one. A CUDA graph can capture
-        this after an eager step; gradients created in the capture start from zero in each replay.
+        is to include the penalty. A parameter without ``.grad`` gets one, unless its strength is
+        the number 0. A CUDA graph can capture this after an eager step; gradients created in the
+        capture start from zero in each replay.
 
         Args:
             grad_scale: the loss scale that ``.grad`` still contains: ``scaler.get_scale()`` if

@@ -163,7 +163,7 @@ class Update:
             self._checked = layouts
         acts = [grad is not None for grad in grads]
         for i in range(self.n_regularized):
-            acts[i] |= weights[i].requires_grad
+            acts[i] |= weights[i].requires_grad and i not in self.bucket.idle
         if acts != self.acts:
             self.acts = acts
             fill(self._acting, acts)
@@ -190,11 +190,14 @@ class Update:
             self.others[field] = np.where(addresses, addresses + offsets, 0)
 
     def _looked_at(self) -> tuple:
-        """Return a value that changes when an address does; the plan's version covers its own."""
+        """Return a value that changes when an address or ``acts`` does.
+
+        The plan's version covers its own addresses.
+        """
         weights, grads = self.weights[self.n_regularized :], self.grads[self.n_regularized :]
         here = [i for i, grad in enumerate(grads) if grad is not None]
         others = (memory_of(weights), memory_of([grads[i] for i in here])) if weights else ()
-        return here, others, self.bucket and self.bucket.plan.version
+        return here, others, self.bucket and (self.bucket.plan.version, self.bucket.idle)
 
     def _layouts(self, seen: tuple) -> tuple:
         """Return a value that changes when the result of ``_check`` may change."""
