@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -54,7 +54,8 @@ class SpectralRegularizer(Assignable, Readings):
             embeddings, norms, gates and transposed convolutions: a parameter with two or more
             dimensions is a matrix, a 1-D one named as a bias is a bias, the rest is skipped.
         strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
-            (the first matching pattern counts). The value of a tensor is checked once, here.
+            (the first matching pattern counts). The value of a tensor is checked once, here. With
+            the number 0, a parameter without ``.grad`` is left alone, as if it were excluded.
         exponent: k, at least 1.
         target: tau; a number, "initial" (sigma_1 of each matrix when the regularizer is built), or
             a mapping from name patterns to these.
@@ -175,8 +176,9 @@ class SpectralRegularizer(Assignable, Readings):
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
         Call it once per optimizer step, after ``backward``, and before gradient clipping if that
-        is to include the penalty. A parameter without ``.grad`` gets one. A CUDA graph can capture
-        this after an eager step; gradients created in the capture start from zero in each replay.
+        is to include the penalty. A parameter without ``.grad`` gets one, unless its strength is
+        the number 0. A CUDA graph can capture this after an eager step; gradients created in the
+        capture start from zero in each replay.
 
         Args:
             grad_scale: the loss scale that ``.grad`` still contains: ``scaler.get_scale()`` if
@@ -239,15 +241,23 @@ class SpectralRegularizer(Assignable, Readings):
             for bucket in self._buckets.bound():
                 bucket.check_ranks()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse public names that a regularizer does not have, such as misspelt ones."""
-        if name[:1] != "_" and type(self) is SpectralRegularizer and not hasattr(type(self), name):
-            near = difflib.get_close_matches(name, [n for n in dir(self) if n[0] != "_"], 1)
-            said = (
-                f"did you mean {near[0]!r}?" if near else "attributes of your own need a subclass"
-            )
-            raise AttributeError(f"SpectralRegularizer has no attribute {name!r}; {said}")
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # with it, type checkers would allow any name
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Refuse public names that a regularizer does not have, such as misspelt ones."""
+            if (
+                name[:1] != "_"
+                and type(self) is SpectralRegularizer
+                and not hasattr(type(self), name)
+            ):
+                near = difflib.get_close_matches(name, [n for n in dir(self) if n[0] != "_"], 1)
+                said = (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else "attributes of your own need a subclass"
+                )
+                raise AttributeError(f"SpectralRegularizer has no attribute {name!r}; {said}")
+            super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         arguments = {**self._assigned(), "exponent": f"{self.exponent:g}"}

@@ -22,7 +22,8 @@ class Bucket:
     """The parameters of one device and dtype: a plan with its state and backend.
 
     For sharded parameters the plan describes this rank's shards, and the state has the vectors of
-    whole matrices. ``extra_iterations`` is the limit for stale matrices.
+    whole matrices. ``extra_iterations`` is the limit for stale matrices. ``idle`` has the indices
+    of the parameters whose strength is the number 0: without a gradient they are left alone.
     """
 
     def __init__(self, plan: Plan, backend, exponent: float, extra_iterations: int = 0):
@@ -32,6 +33,7 @@ class Bucket:
         self._parameters: list[torch.Tensor] | None = None
         self._placements: list[tuple | None] = []
         self.warm = self.measured = self._captured = False
+        self.idle: frozenset[int] = frozenset()
         self.is_ahead = False  # v, s and v_next are already those of the next step
 
     @classmethod
@@ -111,7 +113,7 @@ class Bucket:
                 for o, p in zip(self.plan.refs, self.parameters, strict=True)]  # fmt: skip
 
     def make_missing_grads(self, grads: list[torch.Tensor | None]) -> None:
-        """Create the missing gradients of trainable parameters, and put them into ``grads``.
+        """Create the missing gradients of trainable, not idle parameters in ``grads``.
 
         Those created while a CUDA graph is being captured are in its memory, and each replay
         starts them from zero.
@@ -119,7 +121,7 @@ class Bucket:
         if type(None) not in set(map(type, grads)):
             return
         for i, tensor in enumerate(self.parameters):
-            if grads[i] is None and tensor.requires_grad:
+            if grads[i] is None and tensor.requires_grad and i not in self.idle:
                 with torch.inference_mode(False):  # the gradient outlives it
                     tensor.grad = torch.zeros_like(tensor, requires_grad=False)
                 grads[i] = shards.local_of(tensor.grad)

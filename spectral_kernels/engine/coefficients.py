@@ -105,10 +105,13 @@ class Coefficients:
 
     def fill_strength(self, bucket: Bucket) -> None:
         """Write the strength of every entry into a bucket."""
-        values = self.strength_tensor
+        values, idle = self.strength_tensor, set()
         if values is None:
             entries = (*bucket.plan.matrices, *bucket.plan.elementwise)
             values = [self._strengths[entry.name] for entry in entries]
+            if 0 in values:
+                idle = {entry.ref for entry, x in zip(entries, values, strict=True) if x == 0}
+        bucket.idle = frozenset(i for i, ref in enumerate(bucket.plan.refs) if ref in idle)
         device_tables.fill(bucket.state.strength, values)
 
     def fill_target(self, bucket: Bucket) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def untraced(function: Callable) -> Callable:
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap ``function`` so that torch.compile breaks the graph and runs it eagerly.
 
     ``torch.compiler.disable`` does the same, but imports the compiler at once, which takes long,
@@ -16,7 +20,7 @@ def untraced(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return outside(function, *args, **kwargs)
         return function(*args, **kwargs)
@@ -27,7 +31,7 @@ def untraced(function: Callable) -> Callable:
     return run
 
 
-def outside(function: Callable, *args, **kwargs):
+def outside(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Return ``function(*args, **kwargs)``, run outside of the graph that is being traced."""
     from . import compiled
 

@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import nn
@@ -31,11 +31,11 @@ from ..selection.arguments import (
 )
 from ..selection.matrices import listing
 from ..selection.parameters import parameter_refs
-from ..selection.rules import FLOAT_DTYPES
 from ..sharding import shards
 from ..tables import device as device_tables
-from .update import Rule, Update
+from .update import Rule, Update, check_dtype
 
+Loss = TypeVar("Loss")
 Params = (
     nn.Module
     | Iterable[torch.Tensor]
@@ -47,6 +47,7 @@ Params = (
 class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     """Base class of SpectralAdamW and SpectralSGD; see there."""
 
+    regularizer: SpectralRegularizer
     _rule: Rule
     _counts_steps: bool  # whether torch's counterpart keeps a step count
     # Options of the counterpart in torch.optim that do not change our step, with their defaults: in
@@ -84,9 +85,15 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
 
     # -------------------------------------------------------------------------------- a step
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @untraced
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None):
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Take a step with the gradients in ``.grad`` and the penalty's; ``.grad`` does not change.
 
         Args:
@@ -326,13 +333,8 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         names.update((x[1], x[0]) for x in group["params"] if isinstance(x, tuple))
         for item in group["params"]:
             p = item[1] if isinstance(item, tuple) else item
-            if p.requires_grad and p.dtype not in FLOAT_DTYPES:
-                name = names.get(p, self._name_of(p))
-                accepted = ", ".join(map(str, FLOAT_DTYPES))
-                raise ValueError(
-                    f"params: parameter {name!r} is {p.dtype}; accepted are {accepted}; put it "
-                    "into an optimizer of its own"
-                )
+            if p.requires_grad:
+                check_dtype(names.get(p, self._name_of(p)), p.dtype)
         super().add_param_group(group)
         self._names.update(names)
         self._updates = None

@@ -39,6 +39,15 @@ ADAMW = Rule(RULES["adamw"], ("exp_avg", "exp_avg_sq"), formulas.adamw)
 SGD = Rule(RULES["sgd"], ("momentum_buffer",), formulas.sgd)
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError if no step can be taken for a parameter of ``dtype``."""
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"params: parameter {name!r} is {dtype}; accepted are {', '.join(map(str, DTYPES))}; "
+            "put it into an optimizer of its own"
+        )
+
+
 class Update:
     """An optimizer's tables for the parameters of one device and dtype.
 
@@ -76,6 +85,7 @@ class Update:
         self.moments: list[tuple[torch.Tensor, ...]] = []
         self.group_of = np.array(group_of, np.int64)
         self.device, self.dtype = weights[0].device, weights[0].dtype
+        check_dtype(names[0], self.dtype)
         self.n_regularized = len(bucket.plan.refs) if bucket is not None else 0
         self.steps = torch.zeros(len(weights), dtype=torch.float32, device=self.device)
         self._step_addresses = self.steps.data_ptr() + 4 * np.arange(len(weights))
@@ -85,6 +95,7 @@ class Update:
         self._versions: list[int] = []
         self._seen: Look | None = None
         self._layouts = self._seen_weights = None
+        self._idle: frozenset[int] = frozenset()
         self.groups = np.zeros(n_groups, GROUP)
         self._options: list[tuple] = []  # the values in groups
         self._groups_version = 0
@@ -175,7 +186,8 @@ class Update:
         if self.bucket is not None:
             self.bucket.plan.bind_grads(grads[: self.n_regularized])
         self.weights, self.grads, seen = weights, grads, self._seen
-        if found == seen:
+        idle = frozenset() if self.bucket is None else self.bucket.idle
+        if found == seen and idle == self._idle:
             return True
         step = len(self._keys)
         if found.written.layouts != self._layouts and self._layouts is not None:
@@ -186,7 +198,8 @@ class Update:
         self.moments = [tuple(kept[i : i + step - 1]) for i in range(0, len(kept), step)]
         if seen is None or found.read.layouts != seen.read.layouts:
             self._check(weights, grads)
-        self._seen = None  # until all of it is written, should that be interrupted
+        # Until all of it is written, should that be interrupted.
+        self._seen, self._idle = None, idle
         self._set_acts(weights, grads)
         if seen is None or found.written != seen.written:
             for column in self._columns:
@@ -200,7 +213,7 @@ class Update:
         """Write which parameters take this step: those of a group, with a gradient or a penalty."""
         acts = [grad is not None for grad in grads]
         for i in range(self.n_regularized):
-            acts[i] |= weights[i].requires_grad
+            acts[i] |= weights[i].requires_grad and i not in self._idle
         acts = [x and group >= 0 for x, group in zip(acts, self.group_of.tolist(), strict=True)]
         if acts == self.acts:
             return
@@ -230,6 +243,12 @@ class Update:
             expected = [(grad, "gradient", weight.dtype)] if grad is not None else []
             expected += [(m, "moment", self.moment_dtype) for m in own]
             for tensor, what, dtype in expected:
+                if tensor.layout != torch.strided and what == "gradient":
+                    raise ValueError(
+                        f"the gradient of parameter {name!r} has layout {tensor.layout}; accepted "
+                        "are dense gradients (Embedding(sparse=False)), or put the parameter into "
+                        "an optimizer of its own, such as torch.optim.SparseAdam"
+                    )
                 for field, value in (
                     ("layout", torch.strided), ("dtype", dtype), ("device", weight.device),
                     ("shape", weight.shape),

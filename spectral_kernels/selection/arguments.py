@@ -22,7 +22,8 @@ from typing_extensions import get_type_hints
 if TYPE_CHECKING:
     from .matrices import Selection
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 # ------------------------------------------------------------------------------------- one value

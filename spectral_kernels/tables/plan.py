@@ -368,7 +368,7 @@ class Plan(Tables):
         weight = self.tensors[ref]
         wide = self.dtype == torch.float64
         if grad.layout != torch.strided:
-            return f"layout {grad.layout}; accepted are dense gradients"
+            return f"layout {grad.layout}; accepted are dense gradients (Embedding(sparse=False))"
         if grad.device != self.device:
             return f"device {grad.device}; accepted is {self.device}"
         if grad.dtype not in DTYPES or (grad.dtype == torch.float64) != wide:

@@ -185,6 +185,22 @@ def test_what_is_refused():
         reg.attach(optimizer)
 
 
+def test_a_sparse_gradient_of_what_is_not_regularized_is_none_of_its_business():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Embedding(9, 4, sparse=s), nn.Linear(4, 3)) for s in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        SpectralRegularizer(model, 0.1).attach(optimizer)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.tensor([1, 2])).square().sum().backward()
+            assert model[0].weight.grad.is_sparse == model[0].sparse
+            optimizer.step()
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_bad_gradients_are_named_and_nothing_is_changed():
     model = net()
     reg = SpectralRegularizer(model)

@@ -351,7 +351,29 @@ def test_complex_parameters_are_refused_at_construction_by_name():
         optimizer.add_param_group({"params": model.spectrum})
     assert len(optimizer.param_groups) == n_groups
     model.spectrum.requires_grad_(False)
-    train(model, SpectralAdamW(model))
+    optimizer = SpectralAdamW(model)
+    train(model, optimizer)
+    model.spectrum.requires_grad_(True)
+    with pytest.raises(ValueError, match=says):
+        optimizer.step()
+
+
+@both
+def test_sparse_gradients_are_refused_with_what_to_do(kind):
+    """Of an embedding that is not regularized, and of one that is."""
+    says = r"gradient of parameter '0\.weight' has layout .*sparse_coo; accepted are dense"
+    for options in ({}, {"include": "*"}):
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3))
+        optimizer = kind(model, **options)
+        before = [p.detach().clone() for p in model.parameters()]
+        model(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(ValueError, match=says):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    rest = kind(model[1].parameters(), model=model, lr=0.1)
+    table = torch.optim.SparseAdam(model[0].parameters())
+    rest.step(), table.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 # -------------------------------------------------------------------- values of other libraries
