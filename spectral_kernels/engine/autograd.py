@@ -6,7 +6,8 @@ import torch
 
 from ..backends.reference import differentiable_penalty
 from ..sharding import shards
-from .bucket import Bucket
+from .model_buckets import ModelBuckets
+from .once import mark_backward
 
 
 class SpectralPenalty(torch.autograd.Function):
@@ -17,18 +18,18 @@ class SpectralPenalty(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, buckets: list[Bucket], iterations: int, *weights: torch.Tensor):
+    def forward(ctx, buckets: ModelBuckets, iterations: int, *weights: torch.Tensor):
         """Run the power iterations of every bucket and return the penalty, 0-d.
 
         Args:
             ctx: context of the backward pass.
-            buckets: the buckets of the weights.
+            buckets: the buckets of the weights, bound.
             iterations: number of power iterations.
             weights: all parameters, bucket by bucket.
         """
         total = None
-        ctx.parts = []
-        for bucket in buckets:
+        ctx.parts, ctx.buckets = [], buckets
+        for bucket in buckets.buckets:
             bucket.iterate(iterations)
             state = bucket.state.snapshot()
             ctx.parts.append((bucket, state))
@@ -43,6 +44,7 @@ class SpectralPenalty(torch.autograd.Function):
         """Return upstream * strength * dR/dW for every weight that requires a gradient."""
         weights = list(ctx.saved_tensors)
         needed = ctx.needs_input_grad[2:]
+        mark_backward(ctx.buckets, weights)
         if torch.is_grad_enabled():
             return None, None, *_differentiable(ctx.parts, weights, needed, upstream)
         grads: list[torch.Tensor | None] = []
@@ -81,10 +83,11 @@ def _differentiable(parts, weights, needed, upstream):
     return [next(found) if wanted else None for wanted in needed]
 
 
-def penalty(buckets: list[Bucket], iterations: int) -> torch.Tensor:
+def penalty(buckets: ModelBuckets, iterations: int) -> torch.Tensor:
     """Return the penalty of all buckets, 0-d: differentiable, or evaluated in no-grad mode."""
+    bound = buckets.bound()
     if torch.is_grad_enabled():
-        weights = [tensor for bucket in buckets for tensor in bucket.parameters]
+        weights = [tensor for bucket in bound for tensor in bucket.parameters]
         return SpectralPenalty.apply(buckets, iterations, *weights)
-    values = [bucket.value(bucket.evaluated()) for bucket in buckets]
+    values = [bucket.value(bucket.evaluated()) for bucket in bound]
     return sum((v.to(values[0].device) for v in values[1:]), values[0])

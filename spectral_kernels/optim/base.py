@@ -15,6 +15,7 @@ from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
 from ..engine.bucket import Bucket
 from ..engine.model_buckets import ModelBuckets
+from ..engine.once import in_steps_of
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer, Strength
 from ..sharding import shards
@@ -60,6 +61,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
                 )
         self._updates: list[Update] | None = None
         super().__init__(plain, defaults)
+        in_steps_of(self, self._buckets)
 
     # -------------------------------------------------------------------------------- a step
 
@@ -80,6 +82,7 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        in_steps_of(self, self._buckets).check()
         updates = self._bound()
         on_device = all(update.backend.scalars_on_device for update in updates)
         found_inf, grad_scale = (getattr(self, n, None) for n in ("found_inf", "grad_scale"))
