@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..regularizer import SpectralRegularizer
@@ -31,8 +31,9 @@ class SpectralCallback(Callback):
 
     Args:
         per_layer: log sigma and residual of every matrix too.
-        optimizer: index of the module's optimizer to attach to; it must hold all selected
-            parameters.
+        optimizer: index of the module's optimizer to attach to, or indices of several; they must
+            hold all selected parameters.
+        decoupled: let the penalty act on the weights, as ``SpectralRegularizer.attach`` says.
         **arguments: arguments of SpectralRegularizer, without the model.
 
     Raises:
@@ -40,9 +41,20 @@ class SpectralCallback(Callback):
             training begins.
     """
 
-    def __init__(self, *, per_layer: bool = False, optimizer: int = 0, **arguments: Any):
-        self.per_layer, self.optimizer = per_layer, check_count("optimizer", optimizer, 0)
-        self._session = Session(arguments)
+    def __init__(
+        self,
+        *,
+        per_layer: bool = False,
+        optimizer: int | Sequence[int] = 0,
+        decoupled: bool = False,
+        **arguments: Any,
+    ):
+        several = isinstance(optimizer, list | tuple)
+        self._indices = [
+            check_count("optimizer", i, 0) for i in (optimizer if several else [optimizer])
+        ]
+        self.per_layer, self.optimizer = per_layer, optimizer
+        self._session = Session(arguments, decoupled)
         self._loaded: Mapping[str, Any] | None = None
         self._logged = 0
 
@@ -58,11 +70,13 @@ class SpectralCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build and attach the regularizer, and load the state of a checkpoint if there is one."""
-        if self.optimizer >= len(trainer.optimizers):
-            raise ValueError(
-                f"optimizer: got {self.optimizer}; the module has {len(trainer.optimizers)}"
-            )
-        regularizer = self._session.begin(pl_module, trainer.optimizers[self.optimizer])
+        for index in self._indices:
+            if index >= len(trainer.optimizers):
+                raise ValueError(
+                    f"optimizer: got {index}; the module has {len(trainer.optimizers)}"
+                )
+        own = [trainer.optimizers[index] for index in self._indices]
+        regularizer = self._session.begin(pl_module, own, trainer.optimizers)
         if self._loaded is not None and self._session.is_own:
             regularizer.load_state_dict(self._loaded)
         self._loaded, self._logged = None, trainer.global_step
