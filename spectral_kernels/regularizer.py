@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from .backends.choice import BackendName
 from .diagnostics.readings import LayerReading, Readings
 from .engine import autograd
 from .engine.assignable import Assignable
-from .engine.attach import Attachment, attach
+from .engine.attach import Attachment, attach, attachments_of, resume
 from .engine.coefficients import Coefficients, Strength, Target, checked_initial
 from .engine.model_buckets import (
     Loaded,
@@ -24,6 +24,7 @@ from .engine.model_buckets import (
     iterations_of,
     vectors_of,
 )
+from .engine.once import mark_accumulated
 from .engine.untraced import outside, untraced
 from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number, known_keywords
@@ -122,7 +123,6 @@ class SpectralRegularizer(Assignable, Readings):
         )  # fmt: skip
         self._coefficients = Coefficients(self._selection, strength, target, backend)
         self._buckets = ModelBuckets(self._selection, settings, self._coefficients)
-        self._attached: list[Attachment] = []
         if not any(ref.get().is_meta for ref in self._buckets.refs):
             self._coefficients.measure_initial()
         self._buckets.ready_for_graphs()
@@ -195,32 +195,59 @@ class SpectralRegularizer(Assignable, Readings):
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
             grad_scale = check_number("grad_scale", grad_scale)
         self._buckets.accumulate_gradients(self._buckets.iterations, grad_scale)
+        mark_accumulated(self._buckets)
 
     @untraced
-    def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
-        """Call :meth:`accumulate_grad_` at the start of every ``optimizer.step()``.
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        decoupled: bool = False,
+        replace: bool = False,
+        shared: bool = False,
+    ) -> Attachment:
+        """Let every ``optimizer.step()`` contain the penalty, once.
 
-        The penalty then counts once per optimizer step; gradient clipping before the step does not
-        include it. Under GradScaler the gradients of a fused optimizer are still scaled; the
-        penalty is scaled with them. A closure is evaluated first, then the penalty added.
+        The step adds its gradient to ``.grad`` first, as :meth:`accumulate_grad_` does; gradient
+        clipping before the step does not include it. Under GradScaler the gradients of a fused
+        optimizer are still scaled; the penalty is scaled with them. A closure is evaluated first,
+        then the penalty added. If ``.grad`` contains a gradient of the penalty already, from
+        :meth:`penalty` or :meth:`accumulate_grad_`, the step raises RuntimeError before anything
+        changes. Nothing is kept alive: the attachment ends with the optimizer.
+
+        With ``decoupled`` the penalty acts on the weights, not through ``.grad``, after the step,
+        with the values at its start, as decoupled weight decay does::
+
+            W <- W - lr * strength * dR/dW
+
+        for any optimizer, with the lr of the parameter's group. No step carries a singular value
+        past its target: the factor of u v^T is at most |sigma - target|, and biases, shifts and
+        gains are not carried past theirs. Changes below the rounding of 16-bit weights are lost.
 
         Args:
-            optimizer: must hold every parameter that this regularizer has selected.
+            optimizer: one that holds every parameter which this regularizer has selected; or a list
+                of optimizers, each parameter in one of them: their steps contain the penalty of
+                their own parameters. Wrappers, such as those of accelerate, are unwrapped.
+            decoupled: let the penalty act on the weights, beside the step.
+            replace: end other attachments to these parameters first, for a cell of a notebook that
+                runs again after its last handle was lost.
+            shared: allow other regularizers or optimizers that add a penalty of these parameters
+                too, and gradients of one in ``.grad``.
 
         Returns:
             A handle; ``handle.remove()`` detaches the regularizer.
 
         Raises:
-            TypeError: not a torch.optim.Optimizer, or LBFGS (its line search needs the loss: add
-                ``penalty()`` to it in the closure).
-            ValueError: a selected parameter is not in ``optimizer``, or is parametrized.
-            RuntimeError: already attached to this optimizer.
+            TypeError: no torch.optim.Optimizer, or one whose steps cannot contain the penalty, or
+                do already: LBFGS (its line search needs the loss: add ``penalty()`` to it in the
+                closure), optimizers with ``first_step()`` and ``second_step()``, SpectralAdamW and
+                SpectralSGD.
+            ValueError: a selected parameter is in no optimizer, in two of them, in a group with
+                ``maximize=True``, or parametrized; with ``decoupled``, a group without lr.
+            RuntimeError: attached to this optimizer already, or a parameter gets a penalty in the
+                steps of an optimizer that is still there.
         """
-        self._buckets.check_in_place()
-        self._attached = [a for a in self._attached if a.active]
-        attachment = attach(self.accumulate_grad_, optimizer, self._buckets.refs, self._attached)
-        self._attached.append(attachment)
-        return attachment
+        return attach(self, optimizer, decoupled, replace, shared)
 
     # ------------------------------------------------------------------- settings and checks
 
@@ -309,5 +336,14 @@ class SpectralRegularizer(Assignable, Readings):
         self._buckets.restart(found, warm=not found.result.missing_keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out attachments; copies and pickles carry the vectors."""
-        return {**self.__dict__, "_attached": []}
+        """Return what copies and pickles carry: the vectors, and the optimizers it is attached to.
+
+        The copy is attached to the copies of these optimizers. If it is copied without them they
+        are copied all the same, and dropped again; it then warns at its first use.
+        """
+        return {**self.__dict__, "_attachments": attachments_of(self._buckets)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attachments = state.get("_attachments", ())
+        self.__dict__.update({k: v for k, v in state.items() if k != "_attachments"})
+        resume(self, attachments)

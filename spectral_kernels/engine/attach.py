@@ -1,73 +1,322 @@
-"""The hook that adds the penalty's gradient at the start of optimizer.step()."""
+"""attach(): hooks that add the penalty to an optimizer's steps, and the handle that ends them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import sys
+import warnings
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from ..selection.parameters import ParameterRef
+from .decoupled import Decoupled
+from .model_buckets import ModelBuckets
+from .once import StepPenalty, names_of, others_with
+from .optimizers import (
+    check_directions,
+    learning_rates,
+    owners,
+    to_attach_to,
+    warn_if_orthogonalized,
+)
+from .untraced import untraced
+
+# The code of the function around step() that runs step hooks, the same for all optimizers.
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+
+
+class Regularizer(Protocol):
+    """What attach() needs of a SpectralRegularizer."""
+
+    _buckets: ModelBuckets
 
 
 class Attachment:
-    """Handle of an attached regularizer."""
+    """Handle of an attached regularizer, which keeps neither it nor its optimizers alive.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, hook):
-        self.optimizer = optimizer
-        self._handle = optimizer.register_step_pre_hook(hook)
-        self.active = True
+    Copies and pickles that contain optimizers and regularizer, or this handle with the optimizers,
+    have the copy of the regularizer attached to the copies of the optimizers.
+
+    Args:
+        regularizer: the regularizer.
+        optimizers: the optimizers.
+        parts: the index of the optimizer of each parameter of the regularizer.
+        decoupled: whether the penalty acts on the weights, beside the steps.
+        shared: whether other optimizers' steps may add a penalty of these parameters too.
+
+    Attributes:
+        kinds: the optimizers' classes.
+    """
+
+    def __init__(
+        self,
+        regularizer: Regularizer,
+        optimizers: Sequence[torch.optim.Optimizer],
+        parts: Sequence[int],
+        decoupled: bool,
+        shared: bool,
+    ):
+        self.__setstate__(
+            {"regularizer": regularizer, "optimizers": optimizers, "parts": parts,
+             "decoupled": decoupled, "shared": shared}
+        )  # fmt: skip
+
+    @property
+    def regularizer(self) -> Regularizer | None:
+        """The regularizer, or None if it is gone."""
+        return None if self._regularizer is None else self._regularizer()
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers whose steps contain the penalty, as far as they are there."""
+        return [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
+
+    @property
+    def active(self) -> bool:
+        """Whether steps contain the penalty: not after ``remove()``, nor without optimizers."""
+        return any(step.is_active for step in self._steps)
 
     def remove(self) -> None:
         """Stop adding the penalty; calling it again does nothing."""
-        self._handle.remove()
-        self.active = False
+        for handle in self._handles:
+            handle.remove()
+        for step in self._steps:
+            step.end()
+        self._handles, self._steps, self._optimizers = [], [], []
+
+    def resume(self) -> None:
+        """Register the hooks, unless they are, or unless a copy is not complete yet."""
+        regularizer = self.regularizer if self.__dict__ else None
+        if regularizer is None or self._steps or "_buckets" not in regularizer.__dict__:
+            return
+        buckets, several = regularizer._buckets, len(set(self._parts)) > 1
+        if several:
+            buckets.divide(self._parts)
+        elif not any(step.is_active for step in buckets.in_steps):
+            buckets.divide(None)
+        for part, ref in enumerate(self._optimizers):
+            optimizer = ref()
+            indices = [i for i, own in enumerate(self._parts) if own == part]
+            if optimizer is None or not indices:
+                continue
+            step = StepPenalty(buckets, optimizer, indices, self, self._shared)
+            own = part if several else None
+            hook = _Hook(self, regularizer, step, own, Decoupled() if self._decoupled else None)
+            self._steps.append(step)
+            self._handles += [
+                optimizer.register_step_pre_hook(hook.before),
+                optimizer.register_step_post_hook(hook.after),
+            ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        regularizer = self.regularizer if self.active else None
+        optimizers = [] if regularizer is None else [ref() for ref in self._optimizers]
+        return {"regularizer": regularizer, "optimizers": optimizers, "parts": self._parts,
+                "decoupled": self._decoupled, "shared": self._shared}  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        regularizer, optimizers = state["regularizer"], state["optimizers"]
+        self._regularizer = None if regularizer is None else weakref.ref(regularizer)
+        self._optimizers = [_reference(optimizer) for optimizer in optimizers]
+        self._parts = list(state["parts"])
+        self._decoupled, self._shared = state["decoupled"], state["shared"]
+        self.kinds = " and ".join(type(x).__name__ for x in optimizers if x is not None)
+        self._handles: list[RemovableHandle] = []
+        self._steps: list[StepPenalty] = []
+        self.resume()
 
 
-def attach(
-    accumulate_grad: Callable[[torch.Tensor | None], None],
-    optimizer: torch.optim.Optimizer,
-    refs: Sequence[ParameterRef],
-    others: Sequence[Attachment],
-) -> Attachment:
-    """Call ``accumulate_grad(grad_scale)`` in every step; see SpectralRegularizer.attach."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer: got {type(optimizer).__name__}; accepted is a torch.optim.Optimizer"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(
-            "optimizer: LBFGS needs the loss and the gradient of the same function; add "
-            "penalty() to the loss in its closure instead of attach()"
-        )
-    if any(other.optimizer is optimizer for other in others):
-        raise RuntimeError("optimizer: this regularizer is attached to it already")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for ref in refs:
-        if id(ref.get()) not in held:
-            raise ValueError(
-                f"optimizer: it does not hold parameter {ref.name!r}; build one "
-                "SpectralRegularizer per optimizer, each with the parameters of that optimizer "
-                "(include, exclude)"
-            )
+def _reference(optimizer: torch.optim.Optimizer | None):
+    """Return a weak reference; one of several optimizers may be gone."""
+    return (lambda: None) if optimizer is None else weakref.ref(optimizer)
 
-    def accumulate() -> None:
-        # GradScaler leaves the gradients of a fused optimizer scaled, and sets this attribute.
-        accumulate_grad(getattr(optimizer, "grad_scale", None))
 
-    def hook(_, args, kwargs):
+class _Hook:
+    """What runs before and after the steps of one optimizer, which keeps it alive.
+
+    Args:
+        attachment: the handle.
+        regularizer: the regularizer.
+        step: what these steps add.
+        part: of the parameters, see ``ModelBuckets.divide``; None: all.
+        decoupled: if the penalty acts beside the steps, what does that.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        regularizer: Regularizer,
+        step: StepPenalty,
+        part: int | None,
+        decoupled: Decoupled | None,
+    ):
+        self._attachment, self._regularizer, self._step = attachment, regularizer, step
+        self._part, self._decoupled = part, decoupled
+        self._inside = False  # a step has begun, and has not ended or raised an error
+
+    @untraced
+    def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]):
+        """Add the penalty; with a closure, after its evaluation."""
+        if self._inside and _steps_under_way(optimizer) > 1:
+            return None  # a step() that calls that of its base class runs hooks twice
+        self._inside = True
         # args starts with the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            accumulate()
+            self._step.check()
+        if self._decoupled is not None:
+            self._prepare(optimizer)
+        elif closure is None:
+            self._add(optimizer)
+        if closure is None:
             return None
 
         def with_penalty():
             loss = closure()
-            accumulate()
+            self._after_closure(optimizer)
             return loss
 
         if len(args) > 1:
             return (args[0], with_penalty, *args[2:]), kwargs
         return args, {**kwargs, "closure": with_penalty}
 
-    return Attachment(optimizer, hook)
+    @untraced
+    def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        """End the step."""
+        self._inside = False
+        if self._decoupled is not None:
+            with self._regularizer._buckets.lock:
+                self._decoupled.apply(optimizer)
+
+    @untraced
+    def _after_closure(self, optimizer: torch.optim.Optimizer) -> None:
+        self._step.check()
+        if self._decoupled is None:
+            self._add(optimizer)
+
+    def _add(self, optimizer: torch.optim.Optimizer) -> None:
+        # GradScaler leaves the gradients of a fused optimizer scaled, and sets this attribute.
+        scale, buckets = getattr(optimizer, "grad_scale", None), self._regularizer._buckets
+        buckets.accumulate_gradients(buckets.iterations, scale, self._part)
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        buckets = self._regularizer._buckets
+        with buckets.lock:
+            buckets.check_in_place()
+            self._decoupled.prepare(buckets.of_part(self._part), buckets.iterations, optimizer)
+
+
+def _steps_under_way(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many calls of step() of ``optimizer``, one in another, run step hooks."""
+    count, frame = 0, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _STEP:
+            count += any(value is optimizer for value in frame.f_locals.values())
+        frame = frame.f_back
+    return count
+
+
+def attach(
+    regularizer: Regularizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    decoupled: bool,
+    replace: bool,
+    shared: bool,
+) -> Attachment:
+    """See ``SpectralRegularizer.attach``."""
+    given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    if not given:
+        raise TypeError("optimizer: got no optimizer; accepted are one or several")
+    optimizers = [to_attach_to(one) for one in given]
+    buckets = regularizer._buckets
+    buckets.check_in_place()
+    parts = owners(buckets.refs, optimizers)
+    if not decoupled:
+        check_directions(buckets.refs, optimizers, parts)
+    serving = [one for i, one in enumerate(optimizers) if i in parts]
+    for one in serving if decoupled else ():
+        learning_rates(one)
+    found = _others(buckets, optimizers, shared)
+    if found and not replace:
+        gc.collect()  # an optimizer that only a cycle of references keeps alive does not count
+        found = _others(buckets, optimizers, shared)
+    for other, parameter in found:
+        if other.attachment is None or not replace:
+            raise RuntimeError(_problem(buckets, optimizers, other, parameter))
+    _check_parts(buckets, parts, [other for other, _ in found])
+    for one in () if decoupled else serving:
+        warn_if_orthogonalized(one)
+    for other, _ in found:
+        other.attachment.remove()
+    return Attachment(regularizer, optimizers, parts, decoupled, shared)
+
+
+def _others(buckets: ModelBuckets, optimizers, shared: bool) -> list[tuple[StepPenalty, str]]:
+    """Return what adds the penalty of a parameter already, with the name of that parameter."""
+    found = [] if shared else list(others_with(names_of(buckets)))
+    same = [x for x in buckets.in_steps
+            if x.is_active and any(x.optimizer is y for y in optimizers)]  # fmt: skip
+    return found + [(x, "") for x in same if not any(x is y for y, _ in found)]
+
+
+def _problem(buckets: ModelBuckets, optimizers, other: StepPenalty, parameter: str) -> str:
+    name = type(other.optimizer).__name__
+    if other in buckets.in_steps and any(other.optimizer is x for x in optimizers):
+        return (
+            f"optimizer: this regularizer is attached to it already ({name}); "
+            "attach(optimizer, replace=True) attaches it anew"
+        )
+    if other.attachment is None:
+        return (
+            f"parameter {parameter!r} has its penalty in the steps of {name} already; accepted "
+            "are parameters without one: leave it out of this regularizer (include, exclude), or "
+            "say shared=True if both are meant"
+        )
+    return (
+        f"parameter {parameter!r} gets a penalty in the steps of {name} already, from an attached "
+        "regularizer; end that with handle.remove(), where handle is what attach() returned, or "
+        "with attach(optimizer, replace=True), or leave the parameter out of this regularizer "
+        "(include, exclude), or say shared=True if both are meant"
+    )
+
+
+def _check_parts(buckets: ModelBuckets, parts: list[int], replaced: list[StepPenalty]) -> None:
+    """Raise RuntimeError if other optimizers divide the parameters of ``buckets`` otherwise."""
+    divided = None if len(set(parts)) == 1 else parts
+    kept = [x for x in buckets.in_steps if x.is_active and x not in replaced]
+    if kept and divided is not None and buckets.parts not in (None, divided):
+        names = " and ".join(type(x.optimizer).__name__ for x in kept)
+        raise RuntimeError(
+            f"optimizer: this regularizer is attached to {names} too, which divide its parameters "
+            "in another way; accepted is another regularizer"
+        )
+
+
+def attachments_of(buckets: ModelBuckets) -> list[Attachment]:
+    """Return the active attachments of a regularizer."""
+    active = [step.attachment for step in buckets.in_steps if step.is_active]
+    return list(dict.fromkeys(found for found in active if found is not None))
+
+
+def resume(regularizer: Regularizer, attachments: Sequence[Attachment]) -> None:
+    """Let ``attachments``, which came with a copy of ``regularizer``, attach it."""
+    buckets = regularizer._buckets
+    for attachment in attachments:
+        attachment.resume()
+    own = [x for x in attachments if not x.__dict__ or x.regularizer is regularizer]
+    if own:
+        buckets.at_next_build = partial(_warn_if_lost, own)
+
+
+def _warn_if_lost(attachments: Sequence[Attachment], buckets: ModelBuckets) -> None:
+    if not attachments_of(buckets):
+        warnings.warn(
+            "this copy of a SpectralRegularizer is not attached: the optimizer to which the "
+            f"original is, {attachments[0].kinds}, was not copied together with it, or is gone; "
+            "attach(optimizer) attaches the copy",
+            stacklevel=2,
+        )

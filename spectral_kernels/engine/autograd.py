@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 
 from ..backends.reference import differentiable_penalty
@@ -11,8 +9,7 @@ from ..selection import transforms
 from ..sharding import shards
 from .bucket import Bucket
 from .model_buckets import ModelBuckets
-
-Lock = AbstractContextManager  # threading.RLock
+from .once import mark_backward
 
 
 class SpectralPenalty(torch.autograd.Function):
@@ -23,19 +20,18 @@ class SpectralPenalty(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, buckets: list[Bucket], iterations: int, lock: Lock, *weights: torch.Tensor):
+    def forward(ctx, buckets: ModelBuckets, iterations: int, *weights: torch.Tensor):
         """Run the power iterations of every bucket and return the penalty, 0-d.
 
         Args:
             ctx: context of the backward pass.
-            buckets: the buckets of the weights.
+            buckets: the buckets of the weights, bound.
             iterations: number of power iterations.
-            lock: held while the backward pass uses the buckets.
             weights: all parameters, bucket by bucket.
         """
         total = None
-        ctx.lock, ctx.parts = lock, []
-        for bucket in buckets:
+        ctx.parts, ctx.buckets = [], buckets
+        for bucket in buckets.buckets:
             bucket.iterate(iterations)
             state = bucket.state.snapshot()
             ctx.parts.append((bucket, state))
@@ -49,11 +45,12 @@ class SpectralPenalty(torch.autograd.Function):
     def backward(ctx, upstream: torch.Tensor):
         """Return upstream * strength * dR/dW for every weight that requires a gradient."""
         weights = list(ctx.saved_tensors)
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[2:]
+        mark_backward(ctx.buckets, weights)
         if torch.is_grad_enabled():
-            return None, None, None, *_differentiable(ctx.parts, weights, needed, upstream)
-        with ctx.lock:
-            return None, None, None, *_gradients(ctx.parts, weights, needed, upstream)
+            return None, None, *_differentiable(ctx.parts, weights, needed, upstream)
+        with ctx.buckets.lock:
+            return None, None, *_gradients(ctx.parts, weights, needed, upstream)
 
 
 def _gradients(parts, weights, needed, upstream) -> list[torch.Tensor | None]:
@@ -121,7 +118,7 @@ def penalty(model_buckets: ModelBuckets, iterations: int) -> torch.Tensor:
     buckets = model_buckets.bound()
     if torch.is_grad_enabled():
         weights = [tensor for bucket in buckets for tensor in bucket.parameters]
-        return SpectralPenalty.apply(buckets, iterations, model_buckets.lock, *weights)
+        return SpectralPenalty.apply(model_buckets, iterations, *weights)
     values = [bucket.value(bucket.evaluated()) for bucket in buckets]
     return sum((v.to(values[0].device) for v in values[1:]), values[0])
 

@@ -22,6 +22,7 @@ from ..tables.device import fill
 from ..tables.state import State
 from .bucket import Bucket
 from .model_buckets import ModelBuckets
+from .once import mark_backward
 
 _LIBRARY = torch.library.Library("spectral_kernels", "DEF")
 # cudagraph_unsafe keeps the operators out of the CUDA graphs of mode="reduce-overhead": a replay
@@ -149,6 +150,8 @@ def penalty_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Return upstream * strength * dR/dW of the ``wanted`` weights."""
     bucket = _bucket(number, index, weights)
+    buckets = ModelBuckets.by_number[number]
+    mark_backward(buckets, buckets.tensors())  # a graph may pass other objects for the parameters
     state = State(bucket.plan, v, None, s, scalars, bucket.state.exponent)
     grads = [torch.empty_like(w) if x else None for w, x in zip(weights, wanted, strict=True)]
     state.set_scale(upstream)

@@ -1,13 +1,16 @@
-"""The buckets of a model, one per device, dtype and shard axes, rebuilt when parameters change."""
+"""The buckets of a model, one per device, dtype, shard axes and part; rebuilt when those change.
+
+A part is what one of several optimizers holds, see ``ModelBuckets.divide``.
+"""
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,6 +28,9 @@ from ..tables.device import wide
 from ..tables.layout import Layout
 from .bucket import MAX_EXTRA_ITERATIONS, Bucket
 from .coefficients import Coefficients, Target
+
+if TYPE_CHECKING:
+    from .once import Mark, StepPenalty
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,13 @@ class ModelBuckets:
         self.number = next(self._numbers)
         self.by_number[self.number] = self
         self._traced = False  # whether it is in a compiled graph
+        self.mark: Mark | None = None  # the last gradient of the penalty outside of a step
+        self.in_steps: list[StepPenalty] = []  # which optimizers' steps add the penalty
+        self.at_next_build: Callable[[ModelBuckets], None] | None = None
         self.buckets: list[Bucket] | None = None
         self._indices: list[list[int]] = []  # indices into refs of each bucket's parameters
+        self._part_of: list[int] = []  # the part of each bucket
+        self.parts: list[int] | None = None  # the part of each ref; None: there is one
         self._sharded: dict[int, torch.Tensor] = {}  # sharded parameters, as last seen
         self._warm = True  # start_vectors need no warm-up
         self._managed: set | None = None  # modules that FSDP2 manages
@@ -196,24 +207,44 @@ class ModelBuckets:
                 return
             warm = self._warm if self.buckets is None else self.is_warm
             self.settings = replace(self.settings, n_vectors=n_vectors)
-            self.restart(Loaded({}, {}, LoadResult([], [])), warm)
+            self.restart(NOTHING_LOADED, warm)
 
-    def accumulate_gradients(self, n_iterations: int, scale: float | torch.Tensor | None) -> None:
+    def divide(self, parts: Sequence[int] | None) -> None:
+        """Keep parameters of different ``parts``, a number for each ref, in different buckets."""
+        parts = None if parts is None else list(parts)
+        with self.lock:
+            if parts == self.parts:
+                return
+            self.parts = parts
+            if self.buckets is not None:
+                self.restart(NOTHING_LOADED, warm=self.is_warm)
+
+    def of_part(self, part: int | None) -> list[Bucket]:
+        """Return :meth:`bound` buckets: those of a part, or all."""
+        buckets = self.bound()
+        if part is None:
+            return buckets
+        return [b for b, own in zip(buckets, self._part_of, strict=True) if own == part]
+
+    def accumulate_gradients(
+        self, n_iterations: int, scale: float | torch.Tensor | None, part: int | None = None
+    ) -> None:
         """Run power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
         Args:
             n_iterations: number of power iterations, 1 or more.
             scale: a factor of the gradient, or None.
+            part: restricts it to the parameters of a part.
 
         Raises:
             ValueError, RuntimeError: see ``SpectralRegularizer.accumulate_grad_``.
         """
         with self.lock:
-            self._accumulate_gradients(n_iterations, scale)
+            self._accumulate_gradients(n_iterations, scale, part)
 
-    def _accumulate_gradients(self, n_iterations: int, scale) -> None:
+    def _accumulate_gradients(self, n_iterations: int, scale, part: int | None) -> None:
         self.check_in_place()
-        buckets = self.bound()
+        buckets = self.of_part(part)
         grads = [bucket.grads() for bucket in buckets]
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.plan.bind_grads(own)
@@ -294,9 +325,11 @@ class ModelBuckets:
                     f"parameter {ref.name!r} is on the meta device: materialize the model before "
                     "the regularizer is first used"
                 )
-            groups.setdefault((tensor.device, tensor.dtype, self._axes_of(i, tensor)), []).append(i)
+            part = 0 if self.parts is None else self.parts[i]
+            key = tensor.device, tensor.dtype, self._axes_of(i, tensor), part
+            groups.setdefault(key, []).append(i)
         settings, buckets, orders = self.settings, [], []
-        for (device, dtype, _), members in groups.items():
+        for (device, dtype, _, _), members in groups.items():
             inside = set(members)
             matrices = [m for m in self.selection.matrices if place[m.ref] in inside]
             elementwise = [v for v in self.selection.elementwise if place[v.ref] in inside]
@@ -313,8 +346,12 @@ class ModelBuckets:
             self.coefficients.fill(bucket)
             buckets.append(bucket)
             orders.append(order)
+        self._part_of = [part for *_, part in groups]
         self._indices, self.buckets = orders, buckets
         self.start_vectors, self.start_left, self._warm = {}, {}, True
+        if self.at_next_build is not None:
+            then, self.at_next_build = self.at_next_build, None
+            then(self)
 
     def _axes_of(self, i: int, parameter: torch.Tensor) -> ShardAxes:
         """Return the shard axes of parameter ``i``."""
@@ -451,6 +488,9 @@ class Loaded(NamedTuple):
     vectors: dict[str, torch.Tensor]
     left: dict[str, torch.Tensor]
     result: LoadResult
+
+
+NOTHING_LOADED = Loaded({}, {}, LoadResult([], []))
 
 
 def vectors_of(state: Mapping[str, Any], matrices: Sequence[Matrix]) -> Loaded:

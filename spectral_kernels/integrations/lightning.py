@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typing_extensions import Unpack
@@ -34,8 +34,9 @@ class SpectralCallback(Callback):
     Args:
         per_layer: log sigma and residual / sigma of every matrix too.
         prefix: what the names of the metrics begin with.
-        optimizer: index of the module's optimizer to attach to; it must hold all selected
-            parameters.
+        optimizer: index of the module's optimizer to attach to, or indices of several; they must
+            hold all selected parameters.
+        decoupled: let the penalty act on the weights, as ``SpectralRegularizer.attach`` says.
         **arguments: arguments of SpectralRegularizer, without the model.
 
     Raises:
@@ -49,12 +50,16 @@ class SpectralCallback(Callback):
         *,
         per_layer: bool = False,
         prefix: str = "spectral",
-        optimizer: int = 0,
+        optimizer: int | Sequence[int] = 0,
+        decoupled: bool = False,
         **arguments: Unpack[RegularizerOptions],
     ) -> None:
-        self.per_layer, self.prefix = per_layer, prefix
-        self.optimizer = check_count("optimizer", optimizer, 0)
-        self._session = Session(arguments)
+        several = isinstance(optimizer, list | tuple)
+        self._indices = [
+            check_count("optimizer", i, 0) for i in (optimizer if several else [optimizer])
+        ]
+        self.per_layer, self.prefix, self.optimizer = per_layer, prefix, optimizer
+        self._session = Session(arguments, decoupled)
         self._loaded: Mapping[str, Any] | None = None
         self._logged = 0
 
@@ -70,11 +75,13 @@ class SpectralCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build and attach the regularizer, and load the state of a checkpoint if there is one."""
-        if self.optimizer >= len(trainer.optimizers):
-            raise ValueError(
-                f"optimizer: got {self.optimizer}; the module has {len(trainer.optimizers)}"
-            )
-        regularizer = self._session.begin(pl_module, trainer.optimizers[self.optimizer])
+        for index in self._indices:
+            if index >= len(trainer.optimizers):
+                raise ValueError(
+                    f"optimizer: got {index}; the module has {len(trainer.optimizers)}"
+                )
+        own = [trainer.optimizers[index] for index in self._indices]
+        regularizer = self._session.begin(pl_module, own, trainer.optimizers)
         if self._loaded is not None and self._session.is_own:
             regularizer.load_state_dict(self._loaded)
         self._loaded, self._logged = None, trainer.global_step

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from ..backends.base import Backend
 from ..backends.choice import BackendName
 from ..engine.attach import Attachment
+from ..engine.optimizers import unwrapped
 from ..optim.base import SpectralOptimizer
 from ..regularizer import SpectralRegularizer, Strength, Target
 from ..selection.options import StartOptions
@@ -34,42 +37,65 @@ class Session:
 
     Args:
         arguments: arguments of SpectralRegularizer, without the model.
+        decoupled: see ``SpectralRegularizer.attach``.
     """
 
-    def __init__(self, arguments: RegularizerOptions):
-        self.arguments = arguments
+    _all: ClassVar[WeakSet[Session]] = WeakSet()
+
+    def __init__(self, arguments: RegularizerOptions, decoupled: bool = False):
+        self.arguments, self._decoupled = dict(arguments), decoupled
+        self._all.add(self)
         self.regularizer: SpectralRegularizer | None = None
         self.is_own = False
         self._model: nn.Module | None = None
         self._attachment: Attachment | None = None
 
-    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> SpectralRegularizer:
-        """Build the regularizer, or keep it if ``model`` is the same as before, and attach it."""
+    def begin(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        all_optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> SpectralRegularizer:
+        """Build the regularizer, or keep it if ``model`` is the same as before, and attach it.
+
+        Args:
+            model: what is trained.
+            optimizers: those that hold the parameters of the regularizer.
+            all_optimizers: all that train ``model`` now. Attachments to others are left over from a
+                training that was interrupted, and end.
+        """
         self.end()
-        optimizer = unwrapped(optimizer)
-        if isinstance(optimizer, SpectralOptimizer):
-            if self.arguments:
-                raise ValueError(
-                    f"{', '.join(self.arguments)}: {type(optimizer).__name__} has the penalty in "
-                    "its step; pass these arguments to it, and none to the callback"
-                )
-            self.regularizer, self.is_own = optimizer.regularizer, False
-            return self.regularizer
+        optimizers = [unwrapped(optimizer) for optimizer in optimizers]
+        present = [*optimizers, *(unwrapped(optimizer) for optimizer in all_optimizers)]
+        for other in list(self._all):
+            if other._model is model and not other._serves(present):
+                other.end()
+        if any(isinstance(optimizer, SpectralOptimizer) for optimizer in optimizers):
+            return self._of_optimizer(*optimizers)
         if not self.is_own or model is not self._model:
             self.regularizer = SpectralRegularizer(model, **self.arguments)
             self.is_own, self._model = True, model
-        self._attachment = self.regularizer.attach(optimizer)
+        self._attachment = self.regularizer.attach(optimizers, decoupled=self._decoupled)
         return self.regularizer
+
+    def _of_optimizer(self, optimizer: SpectralOptimizer, *others) -> SpectralRegularizer:
+        name = type(optimizer).__name__
+        if self.arguments or self._decoupled or others:
+            given = [*self.arguments, *(["decoupled"] if self._decoupled else [])]
+            raise ValueError(
+                f"{', '.join(given) or 'optimizer'}: {name} has the penalty in its step; pass "
+                "these arguments to it, and none to the callback"
+            )
+        self.regularizer, self.is_own = optimizer.regularizer, False
+        return self.regularizer
+
+    def _serves(self, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+        """Return whether it is attached to one of ``optimizers``."""
+        own = [] if self._attachment is None else self._attachment.optimizers
+        return any(a is b for a in own for b in optimizers)
 
     def end(self) -> None:
         """Detach the regularizer, which stays readable."""
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer inside wrappers such as accelerate's."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer

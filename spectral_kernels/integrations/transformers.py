@@ -36,6 +36,7 @@ class SpectralCallback(TrainerCallback):
     Args:
         per_layer: log sigma and residual / sigma of every matrix too.
         prefix: what the names of the metrics begin with.
+        decoupled: let the penalty act on the weights, as ``SpectralRegularizer.attach`` says.
         resume_from: folder of the checkpoint to resume from, if it is neither
             ``args.resume_from_checkpoint`` nor the one of this step in ``args.output_dir``.
         **arguments: arguments of SpectralRegularizer, without the model.
@@ -51,11 +52,12 @@ class SpectralCallback(TrainerCallback):
         *,
         per_layer: bool = False,
         prefix: str = "spectral",
+        decoupled: bool = False,
         resume_from: str | PathLike[str] | None = None,
         **arguments: Unpack[RegularizerOptions],
     ) -> None:
         self.per_layer, self.prefix, self.resume_from = per_layer, prefix, resume_from
-        self._session = Session(arguments)
+        self._session = Session(arguments, decoupled)
 
     @property
     def regularizer(self) -> SpectralRegularizer | None:
@@ -69,7 +71,7 @@ class SpectralCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, *, model, optimizer, **kwargs) -> None:
         """Build and attach the regularizer, and load its state if the Trainer resumes."""
-        regularizer = self._session.begin(model, optimizer)
+        regularizer = self._session.begin(model, [optimizer])
         if not state.global_step or not self._session.is_own:
             return
         folders = self.resume_from, args.resume_from_checkpoint, _folder(args, state)

@@ -19,6 +19,7 @@ from ..engine.assignable import Assignable
 from ..engine.bucket import Bucket
 from ..engine.coefficients import checked_initial
 from ..engine.model_buckets import ModelBuckets, iterations_of, vectors_of
+from ..engine.once import in_steps_of
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer
 from ..selection.arguments import (
@@ -82,6 +83,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         self._seen: list = []  # what the updates were built from
         self._regularized: list[torch.Tensor] = []  # the regularized parameters of the last step
         super().__init__(groups, defaults)
+        in_steps_of(self, self._buckets)
 
     # -------------------------------------------------------------------------------- a step
 
@@ -113,6 +115,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
+        in_steps_of(self, self._buckets).check()
         updates = self._bound()
         on_device = all(update.backend.scalars_on_device for update in updates)
         found_inf, grad_scale = (getattr(self, n, None) for n in ("found_inf", "grad_scale"))

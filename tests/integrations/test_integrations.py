@@ -159,14 +159,44 @@ def test_a_second_training_has_the_penalty_once(hf, tmp_path):
     trainer = trainer_of(hf, tmp_path, gpt2(hf), tokens(), [callback], max_steps=2)
     trainer.train()
     first = callback.regularizer
-    accumulate = first.accumulate_grad_
-    first.accumulate_grad_ = lambda *a: (counts.append(1), accumulate(*a))
+    buckets = first._buckets
+    accumulate = buckets.accumulate_gradients
+    buckets.accumulate_gradients = lambda *a: (counts.append(1), accumulate(*a))
     trainer.train()
     assert callback.regularizer is first
     assert len(counts) == 2
     # After the training, steps have no penalty any more.
     trainer.optimizer.step()
     assert len(counts) == 2
+
+
+@pytest.mark.takes_seconds
+def test_a_training_that_was_interrupted_leaves_nothing_in_the_way_of_the_next(hf, tmp_path):
+    class Interrupting(hf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model, old = gpt2(hf), callback_of()
+    first = trainer_of(hf, tmp_path, model, tokens(), [old, Interrupting()], max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    callback = callback_of()  # as a cell of a notebook that runs again, while ``first`` is there
+    trainer_of(hf, tmp_path, model, tokens(), [callback], max_steps=2).train()
+    assert not any(step.is_active for step in old.regularizer._buckets.in_steps)
+    assert callback.regularizer is not old.regularizer
+    assert first.optimizer is not None
+
+
+@pytest.mark.takes_seconds
+def test_the_penalty_of_a_trainer_may_be_decoupled(hf, tmp_path):
+    moved = {}
+    for decoupled in (False, True):
+        callback = callback_of(strength=10.0, target=0.1, decoupled=decoupled)
+        trainer = trainer_of(hf, tmp_path, gpt2(hf), tokens(), [callback], max_steps=3)
+        trainer.train()
+        moved[decoupled] = trainer.model.transformer.h[0].mlp.c_fc.weight.detach()
+        assert float(callback.regularizer.sigma.max()) > 0.05
+    assert not torch.equal(moved[False], moved[True])
 
 
 @pytest.mark.takes_seconds
@@ -312,7 +342,7 @@ class TestLightning:
         callback.on_train_batch_end = Failing().on_train_batch_end
         with pytest.raises(RuntimeError, match="enough"):
             lightning_run(pl, tmp_path, callback)
-        assert not any(a.active for a in callback.regularizer._attached)
+        assert not any(step.is_active for step in callback.regularizer._buckets.in_steps)
 
     @pytest.mark.takes_seconds
     def test_with_spectral_adamw_it_logs_alone(self, pl, tmp_path):
@@ -322,6 +352,42 @@ class TestLightning:
         )
         assert callback.regularizer is trainer.optimizers[0].regularizer
         assert callback.state_dict() == {}
+
+    @pytest.mark.takes_seconds
+    @pytest.mark.parametrize("decoupled", [False, True])
+    def test_several_optimizers_of_a_module(self, pl, tmp_path, decoupled):
+        class Module(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+                self.automatic_optimization = False
+
+            def training_step(self, batch, _):
+                optimizers = self.optimizers()
+                assert "Lightning" in type(optimizers[0]).__name__
+                self.zero_grad()
+                self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+                for optimizer in optimizers:
+                    optimizer.step()
+
+            def configure_optimizers(self):
+                return [torch.optim.SGD(self.net[0].parameters(), 0.1),
+                        torch.optim.Adam(self.net[2].parameters(), 0.01)]  # fmt: skip
+
+        data = torch.utils.data.TensorDataset(torch.randn(24, 6), torch.arange(24) % 3)
+        found = []
+        for strength in (0.0, 0.5):
+            callback = self.callback(strength=strength, optimizer=[0, 1], decoupled=decoupled)
+            trainer = pl.Trainer(
+                accelerator="cpu", max_steps=6, enable_progress_bar=False, logger=False,
+                enable_model_summary=False, enable_checkpointing=False, callbacks=[callback],
+            )  # fmt: skip
+            module = Module()
+            trainer.fit(module, torch.utils.data.DataLoader(data, 4))
+            found.append([p.detach() for p in module.parameters()])
+        assert not any(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert "optimizer" in callback.state_key
 
     def test_callbacks_of_several_optimizers_have_states_of_their_own(self, pl):
         assert self.callback().state_key != self.callback(optimizer=1).state_key

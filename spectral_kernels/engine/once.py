@@ -1,0 +1,235 @@
+"""One penalty per step: what else gives a parameter the penalty that an optimizer's step adds.
+
+A parameter would count twice if the steps of two optimizers added its penalty, or if a gradient of
+the penalty were in ``.grad`` already, from ``penalty()`` or ``accumulate_grad_()``, when a step
+adds it. Such a gradient leaves a mark at its regularizer's buckets. A step looks at marks only if
+there is a new one in the process; otherwise it compares two numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from .model_buckets import ModelBuckets
+
+_LOCK = threading.Lock()
+_last = 0  # number of the last event: a mark, or another optimizer whose steps add a penalty
+
+
+def _next_event() -> int:
+    global _last
+    with _LOCK:
+        _last += 1
+        return _last
+
+
+class Mark:
+    """That a gradient of a penalty has gone into ``.grad`` outside of an optimizer's step.
+
+    Args:
+        way: the call that did it, for messages.
+        parameter: one whose ``.grad`` contains it.
+    """
+
+    __slots__ = "_grad", "_parameter", "event", "version", "way"
+
+    def __init__(self, way: str, parameter: torch.Tensor):
+        self.way = way
+        self._parameter, self._grad = weakref.ref(parameter), weakref.ref(parameter.grad)
+        self.version = parameter.grad._version
+        self.event = _next_event()
+
+    def grad(self) -> torch.Tensor | None:
+        """Return the gradient if it is still the parameter's: zero_grad() puts it away."""
+        parameter, grad = self._parameter(), self._grad()
+        if parameter is None or grad is None:
+            return None
+        # torch asks for this where a weak reference to a tensor has been followed.
+        parameter._fix_weakref()
+        grad._fix_weakref()
+        return grad if parameter.grad is grad else None
+
+
+def mark_accumulated(buckets: ModelBuckets) -> None:
+    """Leave a mark: ``accumulate_grad_()`` has been called directly."""
+    for bucket in buckets.buckets:
+        for parameter in bucket.parameters:
+            if parameter.grad is not None:
+                buckets.mark = Mark("accumulate_grad_()", parameter)
+                return
+
+
+def mark_backward(buckets: ModelBuckets, parameters: Iterable[torch.Tensor]) -> None:
+    """Leave a mark at the end of the running backward pass if it changes ``.grad``.
+
+    It does not if it is that of ``torch.autograd.grad``.
+    """
+    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+        return
+    before = [(p, p.grad, p.grad is not None and p.grad._version)
+              for p in parameters if p.is_leaf]  # fmt: skip
+
+    def at_its_end() -> None:
+        for p, grad, version in before:
+            now = p.grad
+            if now is not None and (now is not grad or now._version != version):
+                buckets.mark = Mark("penalty()", p)
+                return
+
+    torch.autograd.Variable._execution_engine.queue_callback(at_its_end)
+
+
+class StepPenalty:
+    """That the steps of an optimizer add the penalty of a regularizer's parameters.
+
+    Args:
+        buckets: those of the regularizer; referred to weakly, as the optimizer is.
+        optimizer: the optimizer.
+        indices: of the parameters among ``buckets.refs``; None: all.
+        attachment: the handle of attach(); None for an optimizer that adds it by itself.
+        shared: whether steps of other optimizers may add a penalty of these parameters too.
+    """
+
+    def __init__(
+        self,
+        buckets: ModelBuckets,
+        optimizer: torch.optim.Optimizer,
+        indices: Sequence[int] | None = None,
+        attachment: object | None = None,
+        shared: bool = False,
+    ):
+        self._buckets, self._optimizer = weakref.ref(buckets), weakref.ref(optimizer)
+        self._indices, self.shared = indices, shared
+        self._attachment = None if attachment is None else weakref.ref(attachment)
+        self._ended = False
+        self._seen, self._since = 0, _next_event()
+        buckets.in_steps = [*(x for x in buckets.in_steps if x.is_active), self]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, or None if it is gone."""
+        return self._optimizer()
+
+    @property
+    def attachment(self):
+        """The handle of attach(), or None."""
+        return None if self._attachment is None else self._attachment()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the optimizer is there, and nothing has ended it."""
+        return not self._ended and self.optimizer is not None
+
+    def end(self) -> None:
+        """Say that steps no longer add the penalty."""
+        self._ended = True
+
+    def parameters(self) -> dict[int, str]:
+        """Return the names of the present parameters, by their id."""
+        buckets = self._buckets()
+        return {} if buckets is None else names_of(buckets, self._indices)
+
+    def check(self) -> None:
+        """See that the step which is about to add the penalty adds it once.
+
+        Raises:
+            RuntimeError: a gradient of the penalty is in ``.grad`` already; or, for an optimizer
+                that adds the penalty by itself, another one has an attached regularizer.
+        """
+        if self._seen != _last and not self.shared:
+            self._look(_last)
+
+    def _look(self, last: int) -> None:
+        own, name = self.parameters(), type(self.optimizer).__name__
+        if self._attachment is None:
+            for other, parameter in others_with(own, self):
+                raise RuntimeError(
+                    f"parameter {parameter!r}: its penalty is in the steps of {name}, and of the "
+                    f"{type(other.optimizer).__name__} to which a regularizer is attached; end "
+                    "that with remove() of the handle that attach() returned, or attach with "
+                    "shared=True if both are meant"
+                )
+        for buckets in _living():
+            mark = buckets.mark
+            if mark is None or mark.event <= self._seen or (grad := mark.grad()) is None:
+                continue
+            if mark.event <= self._since and mark.version != grad._version:
+                continue  # it has changed since then, and may have been zeroed
+            parameter = _first_with_grad(buckets, own)
+            if parameter is None:
+                continue
+            # Refused again only as long as nobody changes the gradient.
+            self._since, mark.version = last, grad._version
+            adds = f"the step of {name} adds" if self._attachment is None else (
+                f"the regularizer attached to {name} adds")  # fmt: skip
+            raise RuntimeError(
+                f"parameter {parameter!r}: {mark.way} has put the gradient of its penalty into "
+                f".grad, and {adds} it again; leave out {mark.way}, and clear the gradients with "
+                "zero_grad() before you go on"
+            )
+        self._seen = last
+
+
+def in_steps_of(optimizer: torch.optim.Optimizer, buckets: ModelBuckets) -> StepPenalty:
+    """Return the StepPenalty of an optimizer that adds the penalty of ``buckets`` by itself."""
+    for found in buckets.in_steps:
+        if found.optimizer is optimizer:
+            return found
+    return StepPenalty(buckets, optimizer)
+
+
+def others_with(
+    parameters: Mapping[int, str], own: StepPenalty | None = None
+) -> Iterator[tuple[StepPenalty, str]]:
+    """Yield what else adds a penalty of one of ``parameters``, and the name of that parameter.
+
+    Args:
+        parameters: names by id.
+        own: left out. If it is given, so are optimizers that add the penalty by themselves.
+    """
+    for buckets in _living():
+        for found in buckets.in_steps:
+            if found is own or found.shared or not found.is_active:
+                continue
+            if own is not None and found.attachment is None:
+                continue
+            theirs = found.parameters()
+            common = next((name for i, name in parameters.items() if i in theirs), None)
+            if common is not None:
+                yield found, common
+
+
+def names_of(buckets: ModelBuckets, indices: Sequence[int] | None = None) -> dict[int, str]:
+    """Return the names of the present parameters of ``buckets``, by their id; see StepPenalty."""
+    return {id(tensor): name for name, tensor in _present(buckets, indices)}
+
+
+def _living() -> list[ModelBuckets]:
+    refs = ModelBuckets.by_number.valuerefs()
+    return [buckets for ref in refs if (buckets := ref()) is not None]
+
+
+def _present(
+    buckets: ModelBuckets, indices: Sequence[int] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor of the parameters that are still there."""
+    for i in range(len(buckets.refs)) if indices is None else indices:
+        ref = buckets.refs[i]
+        if ref.computed:
+            continue
+        try:
+            yield ref.name, ref.get()
+        except RuntimeError:  # it was removed from its module
+            continue
+
+
+def _first_with_grad(buckets: ModelBuckets, parameters: Mapping[int, str]) -> str | None:
+    """Return the name of one of ``parameters`` that ``buckets`` has too, with a ``.grad``."""
+    for _, tensor in _present(buckets, None):
+        if id(tensor) in parameters and tensor.grad is not None:
+            return parameters[id(tensor)]
+    return None

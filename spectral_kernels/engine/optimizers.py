@@ -1,0 +1,174 @@
+"""Which optimizers attach() can serve: unwrapped, with step hooks, holding the parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..selection.parameters import ParameterRef
+from .model_buckets import ModelBuckets
+
+# Attributes in which wrappers keep the optimizer that they drive, some of them properties.
+_INNER = "optimizer", "_optimizer", "optim", "base_optimizer", "base"
+
+
+def unwrapped(optimizer):
+    """Return the optimizer whose ``step`` runs torch's step hooks: the one inside of a wrapper.
+
+    What cannot be unwrapped, because it has no optimizer in it or several, is returned as it is.
+    """
+    seen = []
+    while not _runs_hooks(optimizer) and not any(optimizer is x for x in seen):
+        seen.append(optimizer)
+        inner = _inside(optimizer)
+        if len(inner) == 1:
+            (optimizer,) = inner
+    return optimizer
+
+
+def to_attach_to(optimizer) -> torch.optim.Optimizer:
+    """Return :func:`unwrapped` of ``optimizer``, if a step hook can add a penalty to its steps.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    given, optimizer = type(optimizer).__name__, unwrapped(optimizer)
+    name = type(optimizer).__name__
+    if given != name:
+        given = f"{given} with {name} inside"
+    is_optimizer = isinstance(optimizer, torch.optim.Optimizer)
+    if is_optimizer and isinstance(getattr(optimizer, "_buckets", None), ModelBuckets):
+        raise TypeError(
+            f"optimizer: got {given}, whose step contains the penalty already; accepted is an "
+            "optimizer without it"
+        )
+    if all(callable(getattr(optimizer, name, None)) for name in ("first_step", "second_step")):
+        raise TypeError(
+            f"optimizer: got {given}, whose first_step() and second_step() run no step hooks; "
+            "call accumulate_grad_() before second_step() instead of attach()"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            f"optimizer: got {given}, which needs the loss and the gradient of the same function; "
+            "add penalty() to the loss in its closure instead of attach()"
+        )
+    if _runs_hooks(optimizer):
+        return optimizer
+    inner = " and ".join(type(x).__name__ for x in _inside(optimizer))
+    if inner:
+        raise TypeError(
+            f"optimizer: got {given}, whose step runs no step hooks; accepted are the optimizers "
+            f"that it drives, {inner}: attach([...]) takes several"
+        )
+    if is_optimizer:
+        raise TypeError(
+            f"optimizer: got {given}, whose step runs no step hooks (its __init__ does not call "
+            "that of torch.optim.Optimizer); accepted is the optimizer that it drives"
+        )
+    raise TypeError(f"optimizer: got {given}; accepted is a torch.optim.Optimizer or a list of "
+                    "them")  # fmt: skip
+
+
+def owners(refs: Sequence[ParameterRef], optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
+    """Return the index of the optimizer that holds each parameter.
+
+    Raises:
+        ValueError: a parameter that none of them holds, or more than one.
+    """
+    held = [groups_of(optimizer) for optimizer in optimizers]
+    names, found = [type(optimizer).__name__ for optimizer in optimizers], []
+    for ref in refs:
+        parameter = id(ref.get())
+        own = [i for i, ids in enumerate(held) if parameter in ids]
+        if not own:
+            raise ValueError(
+                f"optimizer: {' and '.join(names)} {'does' if len(names) == 1 else 'do'} not hold "
+                f"parameter {ref.name!r}; accepted are optimizers that together hold every "
+                "parameter of the regularizer, attach([first, second]), or a regularizer without "
+                "this parameter (include, exclude)"
+            )
+        if len(own) > 1:
+            raise ValueError(
+                f"optimizer: {' and '.join(names[i] for i in own)} both hold parameter "
+                f"{ref.name!r}, whose penalty would count in the steps of each; accepted are "
+                "optimizers of which one holds it"
+            )
+        found += own
+    return found
+
+
+def check_directions(
+    refs: Sequence[ParameterRef], optimizers: Sequence[torch.optim.Optimizer], parts: Sequence[int]
+) -> None:
+    """Raise ValueError for a parameter that an optimizer would move up the penalty's gradient.
+
+    Args:
+        refs: the regularized parameters.
+        optimizers: the optimizers.
+        parts: the index of the optimizer of each parameter.
+    """
+    groups = [groups_of(optimizer) for optimizer in optimizers]
+    for ref, part in zip(refs, parts, strict=True):
+        if groups[part][id(ref.get())].get("maximize"):
+            raise ValueError(
+                f"maximize: got True in the group of parameter {ref.name!r}, whose penalty would "
+                "be maximized too; accepted is False, or attach(optimizer, decoupled=True)"
+            )
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float | torch.Tensor]:
+    """Return the learning rate of each group.
+
+    Raises:
+        ValueError: one that is not a number.
+    """
+    found = [group.get("lr") for group in optimizer.param_groups]
+    for i, lr in enumerate(found):
+        is_number = lr.numel() == 1 if isinstance(lr, torch.Tensor) else isinstance(lr, int | float)
+        if not is_number:
+            raise ValueError(
+                f"lr: got {lr!r} in group {i} of {type(optimizer).__name__}; accepted with "
+                "decoupled=True are numbers and tensors with one element"
+            )
+    return found
+
+
+def warn_if_orthogonalized(optimizer: torch.optim.Optimizer) -> None:
+    """Warn that the steps of Muon make nothing of the penalty's size."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, getattr(torch.optim, "Muon", ())) or "muon" in name.lower():
+        warnings.warn(
+            f"{name} orthogonalizes gradients, the penalty's with them: the size of its step, and "
+            "with it strength, is lost; attach(optimizer, decoupled=True) keeps it",
+            stacklevel=5,
+        )
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """Return the group of each parameter of ``optimizer``, by the parameter's id."""
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+def _runs_hooks(optimizer) -> bool:
+    """Return whether ``optimizer.step()`` runs step hooks, which torch.optim.Optimizer arranges."""
+    step = getattr(type(optimizer), "step", None)
+    return (
+        isinstance(optimizer, torch.optim.Optimizer)
+        and getattr(step, "hooked", False)
+        and hasattr(optimizer, "_optimizer_step_pre_hooks")
+    )
+
+
+def _inside(wrapper) -> list[torch.optim.Optimizer]:
+    """Return the optimizers in the attributes of ``wrapper``, alone or in a list."""
+    values = [getattr(wrapper, name, None) for name in _INNER]
+    values += getattr(wrapper, "__dict__", {}).values()
+    found: list[torch.optim.Optimizer] = []
+    for value in values:
+        for x in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(x, torch.optim.Optimizer) and not any(x is y for y in (*found, wrapper)):
+                found.append(x)
+    return found

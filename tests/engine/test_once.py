@@ -1,0 +1,450 @@
+"""A parameter gets one penalty per step, and a step that would add another one says so."""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
+
+from ..support.models import close, grads
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_gc():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def zero_gradients(model):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+def sgd(model, lr=1.0):
+    return torch.optim.SGD(model.parameters(), lr)
+
+
+def moved_by(step, model):
+    """How far a step on zero gradients moves each parameter."""
+    before = [p.detach().clone() for p in model.parameters()]
+    step()
+    return [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+
+
+def penalties_per_step(model, optimizer):
+    """What the first step adds to a gradient, in units of the penalty's; ``optimizer`` has lr 0."""
+    zero_gradients(model)
+    (one,) = torch.autograd.grad(SpectralRegularizer(model, 0.1).penalty(), [model[0].weight])
+    optimizer.step()
+    return float(model[0].weight.grad.norm() / one.norm())
+
+
+# -------------------------------------------------------------------------------- two attachments
+
+
+def test_a_second_regularizer_of_the_same_parameters_is_refused():
+    model = net()
+    optimizer = sgd(model)
+    first = SpectralRegularizer(model, 0.1).attach(optimizer)
+    says = r"'0\.weight' gets a penalty in the steps of SGD already.*handle\.remove\(\).*replace"
+    with pytest.raises(RuntimeError, match=says):
+        SpectralRegularizer(model, 0.1).attach(optimizer)
+    with pytest.raises(RuntimeError, match=says.replace(r"0\.", "")):
+        SpectralRegularizer(model[0], 0.1).attach(sgd(model[0]))
+    first.remove()
+    assert SpectralRegularizer(model, 0.1).attach(optimizer).active
+
+
+def test_a_trunk_of_two_optimizers_gets_the_penalty_of_one():
+    trunk, heads = nn.Linear(6, 8), [nn.Linear(8, 3), nn.Linear(8, 2)]
+    models = [nn.Sequential(trunk, head) for head in heads]
+    optimizers = [torch.optim.Adam(models[0].parameters()), sgd(models[1])]
+    SpectralRegularizer(models[0], 0.1).attach(optimizers[0])
+    second = SpectralRegularizer(models[1], 0.1)
+    with pytest.raises(RuntimeError, match=r"'0\.weight' gets a penalty in the steps of Adam "):
+        second.attach(optimizers[1])
+    alone = SpectralRegularizer(models[1], 0.1, exclude=["0.*"])
+    assert alone.attach(optimizers[1]).active
+    zero_gradients(models[1])
+    moved = moved_by(optimizers[1].step, models[1])
+    assert not moved[0].any()
+    assert moved[2].any()
+
+
+def test_replace_ends_the_attachments_of_a_lost_handle():
+    model = net()
+    optimizer = sgd(model, lr=0)
+    lost = SpectralRegularizer(model, 0.1).attach(optimizer)
+    reg = SpectralRegularizer(model, 0.1)
+    handle = reg.attach(optimizer, replace=True)
+    assert handle.active
+    assert not lost.active
+    again = reg.attach(optimizer, replace=True)
+    assert again.active
+    assert not handle.active
+    assert penalties_per_step(model, optimizer) == pytest.approx(1)
+
+
+def test_nothing_is_changed_by_an_attachment_that_is_refused():
+    model, other = net(), net()
+    optimizer = sgd(model)
+    handle = SpectralRegularizer(model, 0.1).attach(optimizer)
+    with pytest.raises(ValueError, match=r"does not hold parameter '0\.weight'"):
+        SpectralRegularizer(other, 0.1).attach(optimizer, replace=True)
+    with pytest.raises(ValueError, match="does not hold"):
+        SpectralRegularizer(model, 0.1).attach(sgd(other), replace=True)
+    assert handle.active
+
+
+def test_shared_parameters_may_have_two_penalties():
+    model = net()
+    optimizer = sgd(model, lr=0)
+    SpectralRegularizer(model, 0.1).attach(optimizer)
+    reg = SpectralRegularizer(model, 0.1)
+    reg.attach(optimizer, shared=True)
+    assert penalties_per_step(model, optimizer) == pytest.approx(2)
+    with pytest.raises(RuntimeError, match="attached to it already"):
+        reg.attach(optimizer, shared=True)
+
+
+def test_optimizers_with_the_penalty_in_their_step_are_no_optimizers_to_attach_to():
+    for kind in (SpectralSGD, SpectralAdamW):
+        model = net()
+        optimizer = kind(model, strength=0.1)
+        with pytest.raises(TypeError, match=f"{kind.__name__}, whose step contains the penalty"):
+            optimizer.regularizer.attach(optimizer)
+        with pytest.raises(TypeError, match="whose step contains the penalty"):
+            SpectralRegularizer(model, 0.1).attach(optimizer)
+
+
+def test_their_parameters_get_no_other_penalty():
+    model = net()
+    optimizer, reg = SpectralSGD(model, 1.0, strength=0.1), SpectralRegularizer(model, 0.1)
+    with pytest.raises(RuntimeError, match=r"'0\.weight' has its penalty in the steps of Spectral"):
+        reg.attach(sgd(model))
+    del optimizer
+    handle = reg.attach(other := sgd(model))
+    optimizer = SpectralSGD(model, 1.0, strength=0.1)
+    zero_gradients(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"'0\.weight': .*SpectralSGD, and of the SGD to which"):
+        optimizer.step()
+    close(before, [p.detach() for p in model.parameters()], rtol=0, atol=0)
+    handle.remove()
+    optimizer.step()
+    assert other is not None
+    assert not torch.equal(before[0], model[0].weight)
+
+
+# ------------------------------------------------------------------------- what nobody holds ends
+
+
+@pytest.mark.usefixtures("without_gc")
+def test_a_cell_that_runs_again_needs_no_handle_of_its_last_run():
+    model = net()
+    for _ in range(3):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        reg = SpectralRegularizer(model, 0.1)
+        handle = reg.attach(optimizer)
+    assert handle.active
+
+
+@pytest.mark.usefixtures("without_gc")
+@pytest.mark.parametrize("kept", ["optimizer", "reg", "handle", "model"])
+def test_attachments_keep_nothing_alive(kept):
+    model = net()
+    zero_gradients(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    reg = SpectralRegularizer(model, 0.1)
+    handle = reg.attach(optimizer)
+    optimizer.step()
+    things = {"optimizer": optimizer, "reg": reg, "handle": handle, "model": model}
+    refs = {name: weakref.ref(thing) for name, thing in things.items()}
+    own = things.pop(kept)
+    things.clear()
+    del model, optimizer, reg, handle
+    # What a thing is made of stays: an optimizer has the hook, a regularizer the model.
+    parts = {"optimizer": {"reg", "handle", "model"}, "reg": {"model"}}.get(kept, set())
+    assert {name for name, ref in refs.items() if ref() is not None} == {kept, *parts}
+    del own
+    assert all(ref() is None for ref in refs.values())
+
+
+@pytest.mark.usefixtures("without_gc")
+def test_the_handle_of_an_optimizer_that_is_gone_is_not_active():
+    model = net()
+    optimizer = sgd(model)
+    reg = SpectralRegularizer(model, 0.1)
+    handle = reg.attach(optimizer)
+    del optimizer
+    assert not handle.active
+    handle.remove()
+    assert reg.attach(sgd_kept := sgd(model)).active
+    assert sgd_kept is not None
+
+
+def test_an_optimizer_in_a_cycle_of_references_counts_until_nobody_has_it():
+    model = net()
+
+    class Agent:
+        def __init__(self):
+            self.itself, self.optimizer = self, sgd(model)
+            SpectralRegularizer(model, 0.1).attach(self.optimizer)
+
+    Agent()
+    optimizer = sgd(model)
+    assert SpectralRegularizer(model, 0.1).attach(optimizer).active
+
+
+# --------------------------------------------------------------- gradients that are there already
+
+
+def by_penalty(reg):
+    reg.penalty().backward()
+
+
+def by_penalty_in_the_loss(reg):
+    (reg.penalty() + sum(ref.get().sum() for ref in reg._buckets.refs)).backward()
+
+
+def by_accumulation(reg):
+    reg.accumulate_grad_()
+
+
+WAYS = {
+    by_penalty: "penalty", by_penalty_in_the_loss: "penalty", by_accumulation: "accumulate_grad_",
+}  # fmt: skip
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def attached(model):
+    optimizer = sgd(model)
+    reg = SpectralRegularizer(model, 0.1)
+    reg.attach(optimizer)
+    return reg, optimizer
+
+
+def with_penalty_inside(model):
+    return SpectralRegularizer(model, 0.1), SpectralSGD(model, 1.0, strength=0.1)
+
+
+optimizers = pytest.mark.parametrize("make", [attached, with_penalty_inside])
+
+
+@ways
+@optimizers
+def test_a_step_refuses_to_add_what_is_in_the_gradient_already(make, way):
+    model = net()
+    reg, optimizer = make(model)
+    for _ in range(2):  # also after steps that were right
+        zero_gradients(model)
+        way(reg)
+        before = [p.detach().clone() for p in model.parameters()], grads(model)
+        vectors = reg.state_dict()["vectors"]
+        for _ in range(2):  # again as long as nothing has changed
+            says = rf"'0\.weight': {WAYS[way]}\(\) has put .* adds it again; leave out {WAYS[way]}"
+            with pytest.raises(RuntimeError, match=says):
+                optimizer.step()
+        close([p.detach() for p in model.parameters()], before[0], rtol=0, atol=0)
+        close(grads(model), before[1], rtol=0, atol=0)
+        for name, v in reg.state_dict()["vectors"].items():
+            assert torch.equal(v, vectors[name])
+        optimizer.zero_grad()
+        zero_gradients(model)
+        optimizer.step()
+
+
+@ways
+def test_after_the_refusal_zero_grad_in_place_is_enough(way):
+    model = net()
+    reg, optimizer = attached(model)
+    zero_gradients(model)
+    way(reg)
+    with pytest.raises(RuntimeError, match="adds it again"):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+
+
+@ways
+def test_other_regularizers_matter_where_they_share_a_parameter(way):
+    model, other = net(), net()
+    _, optimizer = attached(model)
+    part, apart = SpectralRegularizer(model[0], 0.2), SpectralRegularizer(other, 0.2)
+    zero_gradients(model)
+    way(apart)
+    optimizer.step()
+    way(part)
+    with pytest.raises(RuntimeError, match=r"parameter '0\.(weight|bias)'"):
+        optimizer.step()
+
+
+@ways
+def test_gradients_that_were_put_away_are_free_of_it(way):
+    model = net()
+    reg, optimizer = attached(model)
+    zero_gradients(model)
+    way(reg)
+    optimizer.zero_grad()
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+
+
+@ways
+def test_micro_batches_after_it_do_not_hide_it(way):
+    model = net()
+    reg, optimizer = attached(model)
+    way(reg)
+    for _ in range(3):
+        model(torch.randn(4, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match="adds it again"):
+        optimizer.step()
+
+
+def test_a_closure_that_adds_it_is_seen():
+    model = net()
+    reg, optimizer = attached(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 6)).sum() + reg.penalty()
+        loss.backward()
+        return loss
+
+    for kind in (optimizer, SpectralSGD(twin := net(), 1.0, strength=0.1)):
+        if kind is not optimizer:
+            reg = SpectralRegularizer(twin, 0.1)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match="leave out penalty"):
+            kind.step(closure)
+        close([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
+
+
+@optimizers
+def test_looking_at_the_penalty_is_free(make):
+    model = net()
+    reg, optimizer = make(model)
+    x = torch.randn(4, 6)
+    for first in (True, False):
+        optimizer.zero_grad()
+        for looks in (first, not first):
+            if looks:
+                torch.autograd.grad(reg.penalty(), list(model.parameters()))
+                torch.autograd.grad(reg.penalty(), [model[2].weight], create_graph=True)
+                with torch.no_grad():
+                    reg.penalty()
+                reg.penalty()
+            else:
+                model(x).sum().backward()
+        optimizer.step()
+
+
+def test_a_backward_pass_into_a_part_of_the_parameters_is_seen():
+    model = net()
+    reg, optimizer = attached(model)
+    zero_gradients(model)
+    reg.penalty().backward(inputs=[model[2].bias])
+    with pytest.raises(RuntimeError, match="adds it again"):
+        optimizer.step()
+
+
+def test_what_was_there_before_attach_counts_while_nothing_has_changed_it():
+    for changed in (False, True):
+        model = net()
+        reg = SpectralRegularizer(model, 0.1)
+        zero_gradients(model)
+        reg.penalty().backward()
+        optimizer = sgd(model)
+        reg.attach(optimizer)
+        if changed:
+            optimizer.zero_grad(set_to_none=False)
+        says = contextlib.nullcontext() if changed else pytest.raises(RuntimeError, match="again")
+        with says:
+            optimizer.step()
+
+
+def test_shared_attachments_do_not_look():
+    model = net()
+    optimizer = sgd(model)
+    reg = SpectralRegularizer(model, 0.1)
+    reg.attach(optimizer, shared=True)
+    zero_gradients(model)
+    reg.penalty().backward()
+    optimizer.step()
+
+
+def test_a_step_without_marks_looks_at_no_parameter(monkeypatch):
+    model = net()
+    zero_gradients(model)
+    _, optimizer = attached(model)
+    inside = SpectralSGD(other := net(), 1.0)
+    zero_gradients(other)
+    for each in (optimizer, inside):
+        each.step()
+    from spectral_kernels.engine.once import StepPenalty
+
+    def refuse(*_):
+        raise AssertionError("a step without a mark compares two numbers")
+
+    monkeypatch.setattr(StepPenalty, "_look", refuse)
+    for each in (optimizer, inside):
+        each.step()
+    SpectralRegularizer(net(), 0.1).accumulate_grad_()
+    with pytest.raises(AssertionError):
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------- steps in steps
+
+
+class Quiet(torch.optim.SGD):
+    """A step() that calls that of its base class: torch runs step hooks for both."""
+
+    fails = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        if self.fails:
+            raise ArithmeticError("after the step")
+        return loss
+
+
+def test_a_step_that_calls_that_of_its_base_class_has_one_penalty():
+    model = net()
+    plain = sgd(model)  # torch now runs hooks around SGD.step
+    calls = []
+    optimizer = Quiet(model.parameters(), 0.0)
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    SpectralRegularizer(model, 0.1).attach(optimizer)
+    assert penalties_per_step(model, optimizer) == pytest.approx(1)
+    assert len(calls) == 2
+    assert plain is not None
+
+
+def test_a_step_after_one_that_failed_has_its_penalty():
+    model = net()
+    zero_gradients(model)
+    optimizer = Quiet(model.parameters(), 1.0)
+    SpectralRegularizer(model, 0.1).attach(optimizer)
+    optimizer.fails = True
+    with pytest.raises(ArithmeticError):
+        optimizer.step()
+    optimizer.fails = False
+    zero_gradients(model)
+    assert moved_by(optimizer.step, model)[0].any()
