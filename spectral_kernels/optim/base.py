@@ -147,12 +147,16 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         """Return the updates, with tables that point at the current parameters and gradients."""
         buckets = self._buckets.bound()
         self._check_replaced(buckets)
-        if self._updates is None or not _same(self._look(buckets), self._seen):
-            self._build_all(buckets)
-        if not self._bind():
-            self._build_all(buckets)
-            if not self._bind():
-                raise RuntimeError("the optimizer's state changes while its step is prepared")
+        is_known = self._updates is not None and _same(self._look(buckets), self._seen)
+        if not is_known or not self._bind(self._updates):
+            self._updates = None  # until all of them are built, should that be interrupted
+            # Moments, steps and tables outlive an inference mode that is active here.
+            with torch.inference_mode(False):
+                updates = self._build(buckets)
+                if not self._bind(updates):
+                    raise RuntimeError("the optimizer's state changes while its step is prepared")
+                self._keep_states(updates)
+            self._updates, self._seen = updates, self._look(buckets)
         return self._updates
 
     def _check_replaced(self, buckets: list[Bucket]) -> None:
@@ -177,18 +181,10 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         found = [*buckets, *params, *self.state, *self.state.values()]
         return [sizes, frozen, stepped, self._keeps_moments(), found]
 
-    def _build_all(self, buckets: list[Bucket]) -> None:
-        """Build the updates."""
-        self._updates = None  # until all of them are built, should that be interrupted
-        # Moments, steps and tables outlive an inference mode that is active here.
-        with torch.inference_mode(False):
-            updates = self._build(buckets)
-        self._updates, self._seen = updates, self._look(buckets)
-
-    def _bind(self) -> bool:
-        """Bind the updates to the present parameters; return whether all of them still fit."""
+    def _bind(self, updates: Sequence[Update]) -> bool:
+        """Bind ``updates`` to the present parameters; return whether all of them still fit."""
         for update, params, is_sharded in zip(
-            self._updates, self._params, self._are_sharded, strict=True
+            updates, self._params, self._are_sharded, strict=True
         ):
             if not is_sharded:
                 fits = update.bind(params, [p.grad for p in params])
@@ -215,7 +211,6 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
                 device = shards.local_of(p).device
                 parts.setdefault((device, p.dtype, None), []).append(p)
                 taken.add(id(p))  # a group may hold it twice, with torch's warning
-        # Every state is made before the first one is changed.
         states = {key: [self._state_of(p) for p in params] for key, params in parts.items()}
         updates = []
         for key, params in parts.items():
@@ -227,28 +222,31 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
                 kernels = self._checked(kernels, device, dtype)
             if bucket is not None:
                 bucket.kernels = kernels
-            groups = [group_of.get(id(p), -1) for p in params]
-            kept = [self.state[p] if group >= 0 else {}  # those of no group have no state here
-                    for p, group in zip(params, groups, strict=True)]  # fmt: skip
-            for own, state in zip(kept, states[key], strict=True):
-                own.update(state)
             update = Update(
                 self._rule, bucket.backend if bucket else kernels, bucket,
                 [self._name_of(p) for p in params], [shards.local_of(p) for p in params],
-                kept, self._moment_names(), groups, self._moment_dtype(dtype),
-                len(self.param_groups),
+                states[key], self._moment_names(), [group_of.get(id(p), -1) for p in params],
+                self._moment_dtype(dtype), len(self.param_groups),
             )  # fmt: skip
             found = [state["step"] for state in states[key]]
             device_tables.fill(update.steps, [0.0 if _is_on_gpu(x) else float(x) for x in found])
-            for i, (own, step) in enumerate(zip(kept, found, strict=True)):
+            for i, (state, step) in enumerate(zip(states[key], found, strict=True)):
                 if _is_on_gpu(step):
                     update.steps[i].copy_(step)
-                own["step"] = update.steps[i]
+                state["step"] = update.steps[i]
             updates.append(update)
         self._params = list(parts.values())
         self._are_sharded = [any(map(shards.is_sharded, params)) for params in self._params]
-        self._keep_vectors()
         return updates
+
+    def _keep_states(self, updates: Sequence[Update]) -> None:
+        """Put the states of ``updates``, which can take a step, into the optimizer's state."""
+        for update, params in zip(updates, self._params, strict=True):
+            for i, p in enumerate(params):
+                if update.group_of[i] >= 0:  # those of no group have none
+                    self.state[p].update(update.states[i])
+                    update.states[i] = self.state[p]
+        self._keep_vectors()
 
     def _checked(self, backend, device: torch.device, dtype: torch.dtype):
         """Return ``backend``, or the reference if its steps on a GPU are wrong."""
@@ -384,6 +382,10 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         torch.distributed.checkpoint finds them by the parameter's name.
         """
         with self._buckets.lock:
+            held = {id(p) for group in self.param_groups for p in group["params"]}
+            for p in [p for p in self.state if isinstance(p, torch.Tensor) and id(p) not in held]:
+                if float(self.state[p].get("step", 1)) == 0:  # torch makes states at first steps
+                    del self.state[p]
             self._keep_vectors()
             found = super().state_dict()
         found["state"] = {
