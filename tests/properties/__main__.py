@@ -9,6 +9,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from ..support.surgery.operations import Surgery
 from .machine import OPERATIONS, Machine
+from .shapes import Shapes, penalties_are_right
 
 STEPS = 12  # rules per example of the state machine, at most
 
@@ -20,6 +21,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the examples; default: always the same ones")
     parser.add_argument("--rules", help="kinds of surgery, separated by commas; default: all")
     parser.add_argument("--ways", help="optimizers, separated by semicolons; default: all")
+    parser.add_argument("--no-shapes", action="store_true", help="only the steps with surgery")
     parser.add_argument("--each", action="store_true", help="every kind of surgery by itself")
     parser.add_argument("--no-shrink", action="store_true", help="print a failure as it was found")
     given = parser.parse_args()
@@ -32,7 +34,8 @@ def main() -> int:
     first.build()
     first.step(without=(), fresh=True, size=1.0)
     if not given.each:
-        return int(not surgery_passes(given, rules))
+        passed = [] if given.no_shapes else [shapes_pass(given)]
+        return int(not all([*passed, surgery_passes(given, rules)]))
     passed = {name: surgery_passes(given, ["save", name]) for name in rules or OPERATIONS}
     print(*(f"{'passed' if ok else 'FAILED':8}{name}" for name, ok in passed.items()), sep="\n")
     return int(not all(passed.values()))
@@ -45,6 +48,15 @@ def surgery_passes(given: argparse.Namespace, rules: list[str] | None) -> bool:
     what = "all surgery" if rules is None else ", ".join(rules)
     return report(given, f"steps with {what}", Machine.counts,
                   lambda x: run_state_machine_as_test(machine, settings=x))  # fmt: skip
+
+
+def shapes_pass(given: argparse.Namespace) -> bool:
+    """Do the same for the penalty of any weights."""
+    Shapes.counts.clear()
+    test = penalties_are_right
+    if given.seed is not None:
+        test = hypothesis.seed(given.seed)(test)
+    return report(given, "penalties of any weights", Shapes.counts, lambda x: x(test)())
 
 
 def report(given: argparse.Namespace, what: str, counts: dict[str, int], run) -> bool:
