@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ..support.drawn_penalties import DTYPES, Case, Penalties, Weight
 from ..support.forked import Forked
+from ..support.surgery.subject import BACKENDS
 
 side = st.sampled_from([0, 1]) | st.integers(2, 12) | st.integers(13, 70)
 shapes = (
@@ -34,7 +35,7 @@ cases = st.builds(
     way=st.sampled_from(["penalty", "accumulate"]), exponent=st.sampled_from([2, 1, 3, 2.5]),
     target=st.sampled_from([1.0, 0.7]), n_vectors=st.sampled_from([1, 2, 4]),
     n_power_iterations=st.sampled_from([1, 3, "auto"]), biases=st.booleans(),
-    backend=st.sampled_from(["cpu", "reference"]), at_end=st.booleans(), seed=st.integers(0, 99),
+    backend=st.sampled_from(BACKENDS), at_end=st.booleans(), seed=st.integers(0, 99),
 ).filter(lambda case: case.biases or any(len(w.shape) > 1 for w in case.weights))  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from spectral_kernels import SpectralRegularizer
 from . import guarded
 from .forked import Failed
 from .surgery.on_parameters import strides_of
-from .surgery.subject import recording
+from .surgery.subject import BACKENDS, recording
 from .surgery.tolerance import RELATIVE, apart
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16,
@@ -75,7 +75,7 @@ class Case:
     n_vectors: int = 1
     n_power_iterations: int | str = 1
     biases: bool = True
-    backend: str = "cpu"
+    backend: str = BACKENDS[0]
     at_end: bool = True
     seed: int = 0
     names: list[str] = field(init=False)
