@@ -6,11 +6,15 @@ an interpreter runs the kernels on the CPU.
 
 ``python -m tests --quick``: style, and every test that takes less than a second, with one
 instruction-set level. For use while working.
+
+``python -m tests --fuzz N``: N new examples of each property in tests/properties; figures and seed
+are printed at the end. ``python -m tests.properties --seed S`` repeats them.
 """
 
 import argparse
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 import time
@@ -37,11 +41,16 @@ def main() -> int:
     """Run the checks in order; the exit code is that of the first one that fails."""
     parser = argparse.ArgumentParser(prog="python -m tests", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="style and what takes no second")
-    start = time.monotonic()
-    commands = quick() if parser.parse_args().quick else everything()
+    parser.add_argument("--fuzz", type=int, metavar="N", help="N new examples of each property")
+    start, given = time.monotonic(), parser.parse_args()
+    commands = quick() if given.quick else everything()
+    if given.fuzz is not None:
+        seed = str(random.randrange(2**32))
+        commands = [["tests.properties", "--examples", str(given.fuzz), "--seed", seed]]
     for arguments in commands:
         # Threads that wait by spinning would keep another process of the tests from its core.
-        extra = {"OMP_WAIT_POLICY": "PASSIVE"} if "-n" in arguments else {}
+        is_spread = "-n" in arguments or "tests.properties" in arguments
+        extra = {"OMP_WAIT_POLICY": "PASSIVE"} if is_spread else {}
         if arguments is INTERPRETED:
             extra["TRITON_INTERPRET"] = "1"
         so_far = f"[{time.monotonic() - start:.0f} s]"

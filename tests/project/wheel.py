@@ -75,7 +75,13 @@ def contents(wheel: Path) -> str:
 def environment_with_torch(folder: Path) -> str:
     """Make a virtual environment with this torch and what runs tests, and return its Python."""
     python = environment(folder)
-    install(python, f"torch=={torch.__version__.partition('+')[0]}", "pytest", "pytest-xdist")
+    install(
+        python,
+        f"torch=={torch.__version__.partition('+')[0]}",
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+    )
     return python
 
 

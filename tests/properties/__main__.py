@@ -1,4 +1,8 @@
-"""Draw examples: ``python -m tests.properties --examples N``; see tests/properties/__init__.py."""
+"""Draw examples of both properties: ``python -m tests.properties --examples N``.
+
+A failure is printed with the smallest example that hypothesis finds. ``--rules resize,load`` limits
+the surgery between steps, ``--each`` tries every kind by itself and prints a table.
+"""
 
 import argparse
 import sys
@@ -9,14 +13,17 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from ..support.surgery.operations import Surgery
 from .machine import OPERATIONS, Machine
+from .shapes import Shapes, penalties_are_right
 
 STEPS = 12  # rules per example of the state machine, at most
+NEEDS = {"load": ("save",)}  # operations that mean little without others
 
 
 def main() -> int:
     """Run them; the exit code is 1 if one fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.properties", description=__doc__)
-    parser.add_argument("--examples", type=int, default=200, help="how many")
+    parser.add_argument("--examples", type=int, default=100, help="how many of each property")
+    parser.add_argument("--only", choices=("surgery", "shapes"), help="one of the properties")
     parser.add_argument("--seed", type=int, help="of the examples; default: always the same ones")
     parser.add_argument("--rules", help="kinds of surgery, separated by commas; default: all")
     parser.add_argument("--ways", help="optimizers, separated by semicolons; default: all")
@@ -32,8 +39,10 @@ def main() -> int:
     first.build()
     first.step(without=(), fresh=True, size=1.0)
     if not given.each:
-        return int(not surgery_passes(given, rules))
-    passed = {name: surgery_passes(given, ["save", name]) for name in rules or OPERATIONS}
+        passed = [] if given.only == "surgery" or rules else [shapes_pass(given)]
+        passed += [] if given.only == "shapes" else [surgery_passes(given, rules)]
+        return int(not all(passed))
+    passed = {n: surgery_passes(given, [*NEEDS.get(n, ()), n]) for n in rules or OPERATIONS}
     print(*(f"{'passed' if ok else 'FAILED':8}{name}" for name, ok in passed.items()), sep="\n")
     return int(not all(passed.values()))
 
@@ -45,6 +54,15 @@ def surgery_passes(given: argparse.Namespace, rules: list[str] | None) -> bool:
     what = "all surgery" if rules is None else ", ".join(rules)
     return report(given, f"steps with {what}", Machine.counts,
                   lambda x: run_state_machine_as_test(machine, settings=x))  # fmt: skip
+
+
+def shapes_pass(given: argparse.Namespace) -> bool:
+    """Do the same for the penalty of any weights."""
+    Shapes.counts.clear()
+    test = penalties_are_right
+    if given.seed is not None:
+        test = hypothesis.seed(given.seed)(test)
+    return report(given, "penalties of any weights", Shapes.counts, lambda x: x(test)())
 
 
 def report(given: argparse.Namespace, what: str, counts: dict[str, int], run) -> bool:

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from ..support.forked import Forked
 from ..support.surgery.operations import Surgery
-from ..support.surgery.subject import DTYPES, NAMES, WAYS
+from ..support.surgery.subject import BACKENDS, DTYPES, NAMES, WAYS
 
 names = st.sampled_from(NAMES)
 dtypes = st.sampled_from(list(DTYPES))
@@ -67,7 +67,7 @@ class Machine(RuleBasedStateMachine):
         ),
         dtype=dtypes, wide_moments=st.booleans(), decoupled=st.booleans(),
         groups=st.integers(1, 3), n_vectors=one_of(1, 2, 4), exponent=one_of(2, 1, 3),
-        tau=one_of(1.0, 0.7), backend=one_of("cpu", "reference"), at_end=st.booleans(),
+        tau=one_of(1.0, 0.7), backend=one_of(*BACKENDS), at_end=st.booleans(),
         threads=one_of(1, 2),
     )  # fmt: skip
     def build(self, **setting):

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
+from spectral_kernels.backends import choice
 from spectral_kernels.backends.base import Reference
 from spectral_kernels.backends.native import Cpu, native_module
 
 from .. import guarded
 
+BACKENDS = [name for name in ("cpu", "reference") if choice.unavailable(name) is None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 ADAMW, SGD = {"weight_decay": 0.1, "eps": 1e-6}, {"weight_decay": 0.05}
 WAYS = {
@@ -47,7 +49,7 @@ class Setting:
         groups: number of parameter groups.
         n_vectors: per matrix.
         exponent, tau, strength: of the penalty.
-        backend: "cpu" or "reference".
+        backend: one of BACKENDS.
         at_end: whether tensors lie at the end of their memory regions, not at the beginning.
         threads: of torch and the kernels.
     """
@@ -62,7 +64,7 @@ class Setting:
     exponent: float = 2
     tau: float = 1.0
     strength: float = 0.1
-    backend: str = "cpu"
+    backend: str = BACKENDS[0]
     at_end: bool = True
     threads: int = 1
 
