@@ -421,7 +421,9 @@ def test_a_regularizer_that_is_gone_is_missed():
 
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("what", ["step", "optimizer.step", "model"])
-@pytest.mark.parametrize("way", ["penalty", "accumulate", "attach", "SpectralAdamW"])
+@pytest.mark.parametrize(
+    "way", ["penalty", "accumulate", "attach", "attach decoupled", "SpectralAdamW"]
+)
 def test_a_whole_step_compiles_around_what_is_no_part_of_a_graph(way, what):
     results = []
     for compiled in (False, True):
@@ -433,8 +435,8 @@ def test_a_whole_step_compiles_around_what_is_no_part_of_a_graph(way, what):
         else:
             optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
             reg = SpectralRegularizer(model, 0.1)
-        if way == "attach":
-            reg.attach(optimizer)
+        if way.startswith("attach"):
+            reg.attach(optimizer, decoupled=way == "attach decoupled")
         run = torch.compile(model, backend="aot_eager") if compiled and what == "model" else model
 
         def step(x, model=run, reg=reg, optimizer=optimizer):

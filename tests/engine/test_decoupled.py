@@ -40,9 +40,9 @@ def pair(model, **options):
 
 def train(model, optimizer, steps=8, loss=None):
     generator = torch.Generator().manual_seed(1)
-    dtype = next(model.parameters()).dtype
     for _ in range(steps):
-        x = torch.randn(5, 8, generator=generator, dtype=torch.float64).to(dtype)
+        x = torch.randn(5, 8, generator=generator, dtype=torch.float64, device="cpu")
+        x = x.to(next(model.parameters()))
         optimizer.zero_grad()
         (model(x) if loss is None else loss(model)).square().mean().backward()
         optimizer.step()

@@ -354,6 +354,27 @@ def test_looking_at_the_penalty_is_free(make):
         optimizer.step()
 
 
+@pytest.mark.takes_seconds
+def test_a_compiled_penalty_is_seen_and_looking_at_it_is_free():
+    model = net()
+    reg, optimizer = attached(model)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss_of(x):
+        return model(x).square().mean() + reg.penalty()
+
+    x = torch.randn(4, 6)
+    optimizer.zero_grad()
+    torch.autograd.grad(loss_of(x), list(model.parameters()))
+    model(x).sum().backward()
+    optimizer.step()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(x).backward()
+        with pytest.raises(RuntimeError, match=r"'0\.weight': penalty\(\) has put"):
+            optimizer.step()
+
+
 def test_a_backward_pass_into_a_part_of_the_parameters_is_seen():
     model = net()
     reg, optimizer = attached(model)

@@ -245,6 +245,37 @@ def test_a_step_of_an_optimizer_does_not_wait(gpu_like):
         optimizer.step()
 
 
+def test_a_decoupled_penalty_does_not_wait(gpu_like):
+    class Idle(torch.optim.SGD):
+        """Changes nothing by itself, and lets GradScaler say what it has found."""
+
+        def step(self, closure=None):
+            pass
+
+    model = small()
+    groups = [{"params": model[:1].parameters()}, {"params": model[1:].parameters()}]
+    optimizer = Idle(groups, 1e-2)
+    SpectralRegularizer(model, 0.1, backend="cpu").attach(optimizer, decoupled=True)
+    for own in optimizer.param_groups:  # the tables change once
+        own["lr"] = 0.0
+        optimizer.step()
+    with gpu_like.without_waits():
+        optimizer.param_groups[0]["lr"] = 2e-2
+        optimizer.step()
+        optimizer.param_groups[1]["lr"] = 2e-2
+        optimizer.step()
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.found_inf = torch.ones(())
+    with gpu_like.without_waits():
+        optimizer.step()
+    assert same_bits(before, list(model.parameters()))
+    optimizer.found_inf.zero_()
+    optimizer.step()
+    assert not torch.equal(before[0], model[0].weight)
+
+
 def test_each_way_of_waiting_would_be_found(gpu_like):
     x, pinned = torch.zeros(2), gpu_like._pin(2, torch.float32).zero_()
     for wait in (lambda: float(x[0]), lambda: x.copy_(torch.tensor([1.0, 2.0])),

@@ -19,7 +19,7 @@ from spectral_kernels.tables import device as device_tables
 from spectral_kernels.tables import schema
 from spectral_kernels.tables.schema import SLOT, address
 
-WAYS = ("accumulate", "penalty", "optimizer")  # to have the penalty in a step
+WAYS = ("accumulate", "penalty", "decoupled", "optimizer")  # to have the penalty in a step
 _TABLES = [SLOT[name] for name in ("matrices", "tiles", "elementwise", "chunks")]
 
 
@@ -37,6 +37,8 @@ def training(model, way, backend, loss_of, **options):
     else:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         reg = SpectralRegularizer(model, **options)
+        if way == "decoupled":
+            reg.attach(optimizer, decoupled=True)
 
     def step():
         optimizer.zero_grad(set_to_none=True)

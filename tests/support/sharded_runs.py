@@ -123,8 +123,8 @@ def losses(placement, way, steps):
         else:
             reg = SpectralRegularizer(model, STRENGTH)
             optimizer = torch.optim.AdamW(model.parameters(), 3e-3, foreach=False)
-            if way == "attach":
-                reg.attach(optimizer)
+            if way in ("attach", "decoupled"):
+                reg.attach(optimizer, decoupled=way == "decoupled")
         data_parallel = "fsdp" in placement or "hsdp" in placement or "meshes" in placement
         for i in range(steps):
             optimizer.zero_grad()
