@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .subject import DTYPES, Subject
+from .subject import DTYPES, KINDS, Subject
 
 
 class OnParameters:
@@ -121,8 +121,8 @@ class OnParameters:
             keep: whether half of its elements stay.
         """
         p = self.subject.get(name)
-        if p.numel() == 0:
-            return
+        if p.numel() == 0 or (self.subject.is_attached and KINDS[name] is None):
+            return  # the latter only torch's own step touches
         buffer = torch.randn(offset + p.numel()).to(p.dtype)
         p.data = buffer[offset:].view(p.shape)
         n = offset + p.numel() // 2 if keep else 0
