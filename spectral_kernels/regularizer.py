@@ -14,17 +14,10 @@ from .backends.choice import BackendName
 from .diagnostics.readings import LayerReading, Readings
 from .engine import autograd
 from .engine.assignable import Assignable
-from .engine.attach import Attachment, attach, attachments_of, resume
+from .engine.attach import Attachment, attach, attachments_of, mark_accumulated, resume
 from .engine.coefficients import Coefficients, Strength, Target, checked_initial
-from .engine.model_buckets import (
-    Loaded,
-    LoadResult,
-    ModelBuckets,
-    Settings,
-    iterations_of,
-    vectors_of,
-)
-from .engine.once import mark_accumulated
+from .engine.loading import Loaded, LoadResult, vectors_of
+from .engine.model_buckets import ModelBuckets, Settings, iterations_of
 from .engine.untraced import outside, untraced
 from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number, known_keywords

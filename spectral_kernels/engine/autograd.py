@@ -7,9 +7,9 @@ import torch
 from ..backends.reference import differentiable_penalty
 from ..selection import transforms
 from ..sharding import shards
+from .attach import mark_backward
 from .bucket import Bucket
 from .model_buckets import ModelBuckets
-from .once import mark_backward
 
 
 class SpectralPenalty(torch.autograd.Function):

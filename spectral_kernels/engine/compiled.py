@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..tables.device import fill
 from ..tables.state import State
+from .attach import mark_backward
 from .bucket import Bucket
 from .model_buckets import ModelBuckets
-from .once import mark_backward
 
 _LIBRARY = torch.library.Library("spectral_kernels", "DEF")
 # cudagraph_unsafe keeps the operators out of the CUDA graphs of mode="reduce-overhead": a replay

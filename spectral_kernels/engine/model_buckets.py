@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,13 +24,13 @@ from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
-from ..tables.device import wide
 from ..tables.layout import Layout
 from .bucket import MAX_EXTRA_ITERATIONS, Bucket
 from .coefficients import Coefficients, Target
+from .loading import NOTHING_LOADED, Loaded
 
 if TYPE_CHECKING:
-    from .once import Mark, StepPenalty
+    from .attach.once import Mark, StepPenalty
 
 
 @dataclass(frozen=True)
@@ -473,69 +473,3 @@ class ModelBuckets:
         self.buckets, self._warm = None, warm
         if self._traced:
             self._bound()
-
-
-class LoadResult(NamedTuple):
-    """Names missing from a loaded state_dict, and names in it that were not used."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class Loaded(NamedTuple):
-    """Vectors of a loaded state_dict by name of the matrix, and the names that did not match."""
-
-    vectors: dict[str, torch.Tensor]
-    left: dict[str, torch.Tensor]
-    result: LoadResult
-
-
-NOTHING_LOADED = Loaded({}, {}, LoadResult([], []))
-
-
-def vectors_of(state: Mapping[str, Any], matrices: Sequence[Matrix]) -> Loaded:
-    """Return orthonormal vectors [r, N] and left vectors [r, M] by matrix name.
-
-    Raises:
-        TypeError: not a dict with "vectors".
-        ValueError: vectors of the wrong shape, or zero, or not finite.
-    """
-    if not isinstance(state, Mapping) or not isinstance(state.get("vectors"), Mapping):
-        raise TypeError('state: accepted is the dict that state_dict() returns, with "vectors"')
-    by_name = {matrix.name: matrix for matrix in matrices}
-    right, left = (state.get(key, {}) for key in ("vectors", "left"))
-    given = list(dict.fromkeys((*right, *left)))
-    # Right vectors fit a matrix that has got other rows, left ones then do not.
-    left = {n: v for n, v in left.items() if n not in right or _fits(by_name.get(n), v)}
-    found, found_left = (
-        {name: _checked(by_name[name], v, side) for name, v in own.items() if name in by_name}
-        for own, side in ((right, 1), (left, 0))
-    )
-    missing = [name for name in by_name if name not in found and name not in found_left]
-    unexpected = [name for name in given if name not in by_name]
-    return Loaded(found, found_left, LoadResult(missing, unexpected))
-
-
-def _fits(matrix: Matrix | None, left) -> bool:
-    """Return whether left vectors [r, M] have as many elements as ``matrix`` has rows."""
-    return matrix is None or tuple(getattr(left, "shape", ()))[1:] == (matrix.shape_now()[0],)
-
-
-def _checked(matrix: Matrix, v, side: int) -> torch.Tensor:
-    """Return right (``side`` 1) or left vectors (0) of ``matrix``, orthonormal."""
-    sizes = matrix.shape_now()
-    shape, n = tuple(getattr(v, "shape", ())), sizes[side]
-    if not isinstance(v, torch.Tensor) or len(shape) != 2 or shape[0] < 1 or shape[1] != n:
-        kind = "vectors" if side else "left vectors"
-        raise ValueError(
-            f"state: the {kind} of {matrix.name!r} have shape {shape}; accepted is (1, {n}), "
-            f"or one row per vector, for this matrix of {sizes[0]} x {sizes[1]}"
-        )
-    found = v.detach().to(torch.promote_types(v.dtype, torch.float32))
-    norms = torch.linalg.vector_norm(wide(found), dim=1)
-    if not torch.isfinite(norms).all() or (norms[0] == 0 and v.numel()):
-        raise ValueError(f"state: the vectors of {matrix.name!r} have norms {norms.tolist()}")
-    # Vectors that are already orthonormal keep their bits; those beyond N are zero.
-    gram = wide(found) @ wide(found).mT
-    off = (gram - torch.diag((norms > 0).to(gram))).abs().max()
-    return found.clone() if off < 2e-6 else orthonormal(found)

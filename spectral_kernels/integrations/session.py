@@ -11,8 +11,7 @@ from torch import nn
 
 from ..backends.base import Backend
 from ..backends.choice import BackendName
-from ..engine.attach import Attachment
-from ..engine.optimizers import unwrapped
+from ..engine.attach import Attachment, unwrapped
 from ..optim.base import SpectralOptimizer
 from ..regularizer import SpectralRegularizer, Strength, Target
 from ..selection.options import StartOptions

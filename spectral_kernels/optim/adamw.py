@@ -14,7 +14,8 @@ from ..backends.choice import BackendName
 from ..regularizer import Strength, Target
 from ..selection.arguments import check_scalar, known_keywords, shown
 from ..selection.options import StartOptions
-from .base import Params, SpectralOptimizer
+from .base import SpectralOptimizer
+from .groups import Params
 from .update import ADAMW
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,33 +15,28 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
 from ..engine.assignable import Assignable
+from ..engine.attach import in_steps_of
 from ..engine.bucket import Bucket
 from ..engine.coefficients import checked_initial
-from ..engine.model_buckets import ModelBuckets, iterations_of, vectors_of
-from ..engine.once import in_steps_of
+from ..engine.loading import vectors_of
+from ..engine.model_buckets import ModelBuckets, iterations_of
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer
 from ..selection.arguments import (
     as_dict,
     check_flag,
-    check_number,
     check_pattern_list,
     check_scalar,
     shown,
 )
 from ..selection.matrices import listing
-from ..selection.parameters import parameter_refs
 from ..sharding import shards
 from ..tables import device as device_tables
+from .groups import items_of, not_in, source_and_groups
+from .states import check_state
 from .update import Rule, Update, check_dtype
 
 Loss = TypeVar("Loss")
-Params = (
-    nn.Module
-    | Iterable[torch.Tensor]
-    | Iterable[tuple[str, torch.Tensor]]
-    | Iterable[Mapping[str, Any]]
-)
 
 
 class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
@@ -66,12 +60,12 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")
         iterations_of(n_power_iterations, is_in_optimizer=True)
-        source, groups = _source_and_groups(params, model)
+        source, groups = source_and_groups(params, model)
         self._names = WeakTensorKeyDictionary()  # of the parameters that it was built with
         if isinstance(source, nn.Module):
             self._names.update((p, name) for name, p in source.named_parameters())
             left_out = check_pattern_list("exclude", options.get("exclude")) or []
-            options["exclude"] = [*left_out, *_not_in(groups, source)]
+            options["exclude"] = [*left_out, *not_in(groups, source)]
         self.regularizer = SpectralRegularizer(
             source, strength, exponent, target, n_power_iterations, n_vectors=n_vectors,
             backend=backend, **options,
@@ -329,7 +323,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
                 f'param_group: got {shown(param_group)}; accepted is a dict with "params"'
             )
         group = self._checked_options(group)
-        group["params"] = _items(group["params"])
+        group["params"] = items_of(group["params"])
         names = WeakTensorKeyDictionary()
         names.update((x[1], x[0]) for x in group["params"] if isinstance(x, tuple))
         for item in group["params"]:
@@ -477,99 +471,6 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             self._names = WeakTensorKeyDictionary()
             for names, group in zip(by_place, self.param_groups, strict=True):
                 self._names.update(zip(group["params"], names, strict=True))
-
-
-def _source_and_groups(params, model: nn.Module | None):
-    """Return what to select from, and parameter groups as torch.optim takes them."""
-    if isinstance(params, nn.Module):
-        return params, [{"params": list(params.parameters())}]
-    accepted = "accepted are a module, its parameters or groups of them"
-    if isinstance(params, torch.Tensor | str | Mapping) or not isinstance(params, Iterable):
-        raise TypeError(f"params: got {shown(params)}; {accepted}")
-    given = list(params)
-    if not given:
-        raise ValueError(f"params: got no parameters; {accepted}")
-    if all(as_dict(group) is None for group in given):
-        given = [{"params": given}]
-    groups = []
-    for group in map(as_dict, given):
-        if group is None or "params" not in group:
-            raise TypeError('params: got groups and parameters; accepted are dicts with "params"')
-        groups.append({**group, "params": _items(group["params"])})
-    items = [item for group in groups for item in group["params"]]
-    named = [isinstance(item, tuple) for item in items]
-    if any(named) and not all(named):
-        raise ValueError("params: some have names and others have none; accepted are names for all")
-    if model is None and not all(named):
-        raise TypeError(
-            "params: got parameters without names; pass the module or model.named_parameters(), "
-            "or the module as model= beside them"
-        )
-    return model if model is not None else items, groups
-
-
-def _items(params) -> list[torch.Tensor | tuple[str, torch.Tensor]]:
-    """Return the parameters of a group, or its (name, parameter) pairs, as a list."""
-    if isinstance(params, set):
-        raise TypeError("params: got a set; accepted are lists, whose order is the same every time")
-    items = [params] if isinstance(params, torch.Tensor) else list(params)
-    for item in items:
-        name, p = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
-        if not isinstance(name, str) or not isinstance(p, torch.Tensor):
-            raise TypeError(
-                f"params: got an item {shown(item)}; accepted are parameters and "
-                "(name, parameter) pairs"
-            )
-    return items
-
-
-def _not_in(groups, model: nn.Module) -> list[str]:
-    """Return patterns that match the parameters of ``model`` which no group holds."""
-    given = [item for group in groups for item in group["params"]]
-    held = {id(item[1] if isinstance(item, tuple) else item) for item in given}
-    aliases = [refs for refs in parameter_refs(model) if not refs[0].computed]
-    absent = [refs for refs in aliases if id(refs[0].get()) not in held]
-    if len(absent) == len(aliases):
-        raise ValueError(
-            "params: none of them is a parameter of model; accepted are parameters as they are in "
-            "the model now (after sharding, or after a move that replaces them)"
-        )
-    return [glob.escape(ref.name) for refs in absent for ref in refs]
-
-
-def check_state(name: str, p: torch.Tensor, state: Mapping[str, Any], moments: Sequence[str]):
-    """Check moments and step count of a loaded state of parameter ``p``, called ``name``.
-
-    Raises:
-        TypeError: one that is not a tensor or, for the step count, a number.
-        ValueError: another shape than the parameter's, or values that no optimizer has written.
-    """
-    for key in moments:
-        kept = state.get(key)
-        if kept is None:
-            continue
-        what = f"state_dict: {key} of parameter {name!r}"
-        if not isinstance(kept, torch.Tensor):
-            raise TypeError(f"{what} is a {type(kept).__name__}; accepted is a tensor")
-        if kept.shape != p.shape:
-            raise ValueError(
-                f"{what} has shape {tuple(kept.shape)}; accepted is that of the parameter, "
-                f"{tuple(p.shape)}"
-            )
-        values = shards.local_of(kept)
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"{what} has values that are not finite; accepted are finite ones")
-        if key == "exp_avg_sq" and bool((values < 0).any()):
-            raise ValueError(f"{what} has values below 0; accepted are means of squares")
-    step = state.get("step")
-    if step is not None:
-        is_number = isinstance(step, int | float) and not isinstance(step, bool)
-        if not is_number and not (isinstance(step, torch.Tensor) and step.numel() == 1):
-            raise TypeError(
-                f"state_dict: step of parameter {name!r} is a {type(step).__name__}; accepted is a "
-                "number"
-            )
-        check_number(f"state_dict: step of parameter {name!r}", float(step))
 
 
 def _same(now: list, before: list) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
-from spectral_kernels.engine.decoupled import matrix_strength
+from spectral_kernels.engine.attach.decoupled import matrix_strength
 
 from ..support.models import batch, close, mixed
 

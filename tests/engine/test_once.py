@@ -417,7 +417,7 @@ def test_a_step_without_marks_looks_at_no_parameter(monkeypatch):
     zero_gradients(other)
     for each in (optimizer, inside):
         each.step()
-    from spectral_kernels.engine.once import StepPenalty
+    from spectral_kernels.engine.attach.once import StepPenalty
 
     def refuse(*_):
         raise AssertionError("a step without a mark compares two numbers")

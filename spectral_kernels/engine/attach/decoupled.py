@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..backends.formulas import gain_gradient
-from ..tables import device as device_tables
-from ..tables.plan import Plan
-from ..tables.state import State
-from .bucket import Bucket
+from ...backends.formulas import gain_gradient
+from ...tables import device as device_tables
+from ...tables.plan import Plan
+from ...tables.state import State
+from ..bucket import Bucket
 from .optimizers import groups_of, learning_rates
 
 

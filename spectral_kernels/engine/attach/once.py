@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from .model_buckets import ModelBuckets
+from ..model_buckets import ModelBuckets
 
 _LOCK = threading.Lock()
 _last = 0  # number of the last event: a mark, or another optimizer whose steps add a penalty

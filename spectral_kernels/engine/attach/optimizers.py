@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..selection.parameters import ParameterRef
-from .model_buckets import ModelBuckets
+from ...selection.parameters import ParameterRef
+from ..model_buckets import ModelBuckets
 
 # Attributes in which wrappers keep the optimizer that they drive, some of them properties.
 _INNER = "optimizer", "_optimizer", "optim", "base_optimizer", "base"

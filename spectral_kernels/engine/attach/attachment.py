@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ..model_buckets import ModelBuckets
+from ..untraced import untraced
 from .decoupled import Decoupled
-from .model_buckets import ModelBuckets
 from .once import StepPenalty, names_of, others_with
 from .optimizers import (
     check_directions,
@@ -23,7 +24,6 @@ from .optimizers import (
     to_attach_to,
     warn_if_orthogonalized,
 )
-from .untraced import untraced
 
 # The code of the function around step() that runs step hooks, the same for all optimizers.
 _STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__

@@ -1,0 +1,78 @@
+"""Parameter groups as torch.optim takes them, and what a regularizer selects from."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..selection.arguments import as_dict, shown
+from ..selection.parameters import parameter_refs
+
+Params = (
+    nn.Module
+    | Iterable[torch.Tensor]
+    | Iterable[tuple[str, torch.Tensor]]
+    | Iterable[Mapping[str, Any]]
+)
+
+
+def source_and_groups(params, model: nn.Module | None):
+    """Return what to select from, and parameter groups as torch.optim takes them."""
+    if isinstance(params, nn.Module):
+        return params, [{"params": list(params.parameters())}]
+    accepted = "accepted are a module, its parameters or groups of them"
+    if isinstance(params, torch.Tensor | str | Mapping) or not isinstance(params, Iterable):
+        raise TypeError(f"params: got {shown(params)}; {accepted}")
+    given = list(params)
+    if not given:
+        raise ValueError(f"params: got no parameters; {accepted}")
+    if all(as_dict(group) is None for group in given):
+        given = [{"params": given}]
+    groups = []
+    for group in map(as_dict, given):
+        if group is None or "params" not in group:
+            raise TypeError('params: got groups and parameters; accepted are dicts with "params"')
+        groups.append({**group, "params": items_of(group["params"])})
+    items = [item for group in groups for item in group["params"]]
+    named = [isinstance(item, tuple) for item in items]
+    if any(named) and not all(named):
+        raise ValueError("params: some have names and others have none; accepted are names for all")
+    if model is None and not all(named):
+        raise TypeError(
+            "params: got parameters without names; pass the module or model.named_parameters(), "
+            "or the module as model= beside them"
+        )
+    return model if model is not None else items, groups
+
+
+def items_of(params) -> list[torch.Tensor | tuple[str, torch.Tensor]]:
+    """Return the parameters of a group, or its (name, parameter) pairs, as a list."""
+    if isinstance(params, set):
+        raise TypeError("params: got a set; accepted are lists, whose order is the same every time")
+    items = [params] if isinstance(params, torch.Tensor) else list(params)
+    for item in items:
+        name, p = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
+        if not isinstance(name, str) or not isinstance(p, torch.Tensor):
+            raise TypeError(
+                f"params: got an item {shown(item)}; accepted are parameters and "
+                "(name, parameter) pairs"
+            )
+    return items
+
+
+def not_in(groups, model: nn.Module) -> list[str]:
+    """Return patterns that match the parameters of ``model`` which no group holds."""
+    given = [item for group in groups for item in group["params"]]
+    held = {id(item[1] if isinstance(item, tuple) else item) for item in given}
+    aliases = [refs for refs in parameter_refs(model) if not refs[0].computed]
+    absent = [refs for refs in aliases if id(refs[0].get()) not in held]
+    if len(absent) == len(aliases):
+        raise ValueError(
+            "params: none of them is a parameter of model; accepted are parameters as they are in "
+            "the model now (after sharding, or after a move that replaces them)"
+        )
+    return [glob.escape(ref.name) for refs in absent for ref in refs]
