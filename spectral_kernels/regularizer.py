@@ -120,7 +120,8 @@ class SpectralRegularizer(Readings):
 
         The gradient is exact given the vectors, which count as constants. Double backward works,
         and several calls may precede one backward. Gradient clipping includes the penalty. Under
-        ``torch.no_grad()`` the penalty is only evaluated: the vectors do not change.
+        ``torch.no_grad()`` the penalty is only evaluated: the vectors do not change. Not with
+        :meth:`attach`, whose steps refuse gradients that contain the penalty.
 
         Returns:
             A 0-d tensor on the first parameter's device; float32 (float64 for float64 weights).
@@ -142,8 +143,9 @@ class SpectralRegularizer(Readings):
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
         Call it once per optimizer step, after ``backward``, and before gradient clipping if that
-        is to include the penalty. A parameter without ``.grad`` gets one. A CUDA graph can capture
-        this after an eager step; gradients created in the capture start from zero in each replay.
+        is to include the penalty; not with :meth:`attach`, whose steps refuse gradients that
+        contain it. A parameter without ``.grad`` gets one. A CUDA graph can capture this after an
+        eager step; gradients created in the capture start from zero in each replay.
 
         Args:
             grad_scale: the loss scale that ``.grad`` still contains: ``scaler.get_scale()`` if
