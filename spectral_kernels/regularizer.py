@@ -127,7 +127,8 @@ class SpectralRegularizer(Assignable, Readings):
 
         The gradient is exact given the vectors, which count as constants. Double backward works,
         and several calls may precede one backward. Gradient clipping includes the penalty. Under
-        ``torch.no_grad()`` the penalty is only evaluated: the vectors do not change.
+        ``torch.no_grad()`` the penalty is only evaluated: the vectors do not change. Not with
+        :meth:`attach`, whose steps refuse gradients that contain the penalty.
 
         Transforms of ``torch.func`` (``grad``, ``jvp``, ``hessian``, ``vmap`` over inputs) and
         forward-mode autograd differentiate it, too, by operations of PyTorch. It is a function of
@@ -169,9 +170,10 @@ class SpectralRegularizer(Assignable, Readings):
         """Run the power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
         Call it once per optimizer step, after ``backward``, and before gradient clipping if that
-        is to include the penalty. A parameter without ``.grad`` gets one, unless its strength is
-        the number 0. A CUDA graph can capture this after an eager step; gradients created in the
-        capture start from zero in each replay.
+        is to include the penalty; not with :meth:`attach`, whose steps refuse gradients that
+        contain it. A parameter without ``.grad`` gets one, unless its strength is the number 0. A
+        CUDA graph can capture this after an eager step; gradients created in the capture start from
+        zero in each replay.
 
         Args:
             grad_scale: the loss scale that ``.grad`` still contains: ``scaler.get_scale()`` if

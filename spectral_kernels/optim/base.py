@@ -96,7 +96,8 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            RuntimeError: a parameter that was replaced or is on the meta device.
+            RuntimeError: a parameter that was replaced or is on the meta device, or whose ``.grad``
+                contains the penalty already.
             ValueError: a parameter, gradient or hyperparameter that cannot be used; no parameter is
                 changed then.
         """

@@ -162,10 +162,12 @@ def test_a_copy_that_is_attached_anew_says_nothing(copied):
     optimizer.step()
 
 
-def test_a_shallow_copy_is_the_same_regularizer():
-    original = agent()
-    twin = copy.copy(original["reg"])
-    assert len(original["optimizers"][0]._optimizer_step_pre_hooks) == 1
+def test_shallow_copies_add_no_penalty():
+    original, other = agent(), agent()
+    other["model"].load_state_dict(original["model"].state_dict())
+    twin, handle = copy.copy(original["reg"]), copy.copy(original["handle"])
+    assert not handle.active
+    close(train(original), train(other), rtol=0, atol=0)
     twin.penalty()
     original["handle"].remove()
     original["reg"].load_state_dict(original["reg"].state_dict())

@@ -80,6 +80,18 @@ def test_so_they_are_in_every_layout_of_layers():
     close(found, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_sixteen_bits_are_rounded_once(dtype):
+    model = net(dtype)
+    wide = copy.deepcopy(model).float()
+    for own in (model, wide):
+        optimizer = torch.optim.SGD(own.parameters(), 0.5)
+        SpectralRegularizer(own, 0.2, warmup=50).attach(optimizer, decoupled=True)
+        optimizer.step()
+    for p, w in zip(model.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(p, w.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("number", [float, lambda x: torch.tensor(x, dtype=torch.float64)])
 def test_groups_have_their_own_learning_rates_which_may_change(number):
     model = net(torch.float64)

@@ -120,6 +120,10 @@ def test_shared_parameters_may_have_two_penalties():
     assert penalties_per_step(model, optimizer) == pytest.approx(2)
     with pytest.raises(RuntimeError, match="attached to it already"):
         reg.attach(optimizer, shared=True)
+    model, optimizers = net(), []
+    for shared in (True, False):
+        optimizers.append(sgd(model))
+        SpectralRegularizer(model, 0.1).attach(optimizers[-1], shared=shared)
 
 
 def test_optimizers_with_the_penalty_in_their_step_are_no_optimizers_to_attach_to():
@@ -300,9 +304,11 @@ def test_gradients_that_were_put_away_are_free_of_it(way):
     reg, optimizer = attached(model)
     zero_gradients(model)
     way(reg)
+    kept = [p.grad for p in model.parameters()]
     optimizer.zero_grad()
     model(torch.randn(4, 6)).sum().backward()
     optimizer.step()
+    assert kept[0].any()
 
 
 @ways
@@ -440,10 +446,9 @@ class Quiet(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = super().step(closure)
         if self.fails:
-            raise ArithmeticError("after the step")
-        return loss
+            raise ArithmeticError("before the step of the base class")
+        return super().step(closure)
 
 
 def test_a_step_that_calls_that_of_its_base_class_has_one_penalty():

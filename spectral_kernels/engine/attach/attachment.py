@@ -101,7 +101,8 @@ class Attachment:
         for part, ref in enumerate(self._optimizers):
             optimizer = ref()
             indices = [i for i, own in enumerate(self._parts) if own == part]
-            if optimizer is None or not indices:
+            known = any(x.is_active and x.optimizer is optimizer for x in buckets.in_steps)
+            if optimizer is None or not indices or known:  # known: this is a shallow copy
                 continue
             step = StepPenalty(buckets, optimizer, indices, self, self._shared)
             own = part if several else None
