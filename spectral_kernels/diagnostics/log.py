@@ -98,8 +98,8 @@ class Log:
         sigma, residual = values.tolist()
         text = self._line(step, sigma, residual)
         with self._open() as file:
-            is_empty = file.seek(0, io.SEEK_END) == 0
-            _append(file, ((self._header() if is_empty else "") + text).encode(), self.path)
+            *_, size = self._left
+            _append(file, size, (text if size else self._header() + text).encode(), self.path)
             self._left = _identity(file)
 
     @property
@@ -122,18 +122,23 @@ class Log:
 
     def _open(self) -> io.FileIO:
         """Open the file to append; if it is not as this object left it, look at what it holds."""
-        with contextlib.suppress(FileNotFoundError):
-            if (kind := irregular(self.path)) is not None:
-                raise ValueError(f"path: got {self._shown}, {kind}; accepted are regular files")
-        file = self.path.open("a+b", buffering=0)
+        if self._left is None:
+            self._refuse_irregular()  # before it is opened, which may wait
+        file = io.FileIO(self.path, "a+")
         try:
             if _identity(file) != self._left:
+                self._refuse_irregular()
                 self._continue(file)
                 self._left = _identity(file)
         except BaseException:
             file.close()
             raise
         return file
+
+    def _refuse_irregular(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if (kind := irregular(self.path)) is not None:
+                raise ValueError(f"path: got {self._shown}, {kind}; accepted are regular files")
 
     def _continue(self, file: io.FileIO) -> None:
         """Check that the file is empty or a log of these matrices; remove a half last line."""
@@ -309,9 +314,9 @@ def _identity(file: io.FileIO) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size
 
 
-def _append(file: io.FileIO, data: bytes, path: Path) -> None:
+def _append(file: io.FileIO, end: int, data: bytes, path: Path) -> None:
     """Write all of ``data`` at the end of a file, or raise OSError with the file as it was."""
-    end, rest = file.seek(0, io.SEEK_END), memoryview(data)
+    rest = memoryview(data)
     try:
         while rest:  # a full disk takes a part of it, and the next write says why
             written = file.write(rest)
@@ -319,7 +324,7 @@ def _append(file: io.FileIO, data: bytes, path: Path) -> None:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             rest = rest[written:]
     except BaseException as error:
-        with contextlib.suppress(OSError):  # otherwise the next line begins with this
+        with contextlib.suppress(OSError):  # if it fails, the next call removes the half line
             file.truncate(end)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None

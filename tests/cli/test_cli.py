@@ -131,6 +131,39 @@ def test_a_failing_arm_is_an_exit_code(extras, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "demo.png").exists()
 
 
+def test_the_traceback_of_an_arm_keeps_its_lines(extras, capsys, monkeypatch, tmp_path):
+    from spectral_kernels.cli.demo import experiment
+
+    def fail(*_):
+        raise experiment.WorkerError("the 'L2' arm failed:\nTraceback\n  \x1b[2J")
+
+    monkeypatch.setattr(experiment, "run", fail)
+    assert cli.main(["demo", "--out", str(tmp_path / "demo.png")]) == 1
+    expected = "spectral-kernels: the 'L2' arm failed:\nTraceback\n  \\x1b[2J\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_demo_whose_picture_cannot_be_written_shows_its_table(
+    extras, capsys, monkeypatch, tmp_path
+):
+    from spectral_kernels.cli.demo import experiment
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    done = [experiment.TaskResult(0.5, (1.0,) * 4, 1.0)]
+
+    def run(*_):
+        folder.rmdir()
+        return experiment.Results(1, 1, 0, {"none": done})
+
+    monkeypatch.setattr(experiment, "run", run)
+    assert cli.main(["demo", "--out", str(folder / "demo.png")]) == 1
+    out, err = capsys.readouterr()
+    assert "0.500" in out
+    assert "picture" not in out
+    assert err == f"spectral-kernels: {folder / 'demo.png'}: No such file or directory\n"
+
+
 def test_ctrl_c_before_any_task_is_finished(extras, tmp_path, capsys, monkeypatch):
     from spectral_kernels.cli.demo import experiment
 
