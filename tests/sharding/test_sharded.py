@@ -177,7 +177,7 @@ def test_metrics_are_those_of_whole_matrices_and_the_first_rank_logs(ranks, tmp_
 
 @pytest.mark.takes_seconds
 def test_check_ranks_finds_what_has_come_apart(ranks):
-    for what in ("replicas", "replicas of shards", "vectors"):
+    for what in ("replicas", "replicas of shards", "vectors", "strength", "target"):
         said = ranks(4).call(sharded_runs.come_apart, what)
         assert [before for before, _ in said] == [""] * 4
         assert "'inputs.weight'" in said[3][1]

@@ -309,6 +309,8 @@ def come_apart(what):
             elif what == "vectors":
                 bucket = reg._buckets.buckets[0]
                 bucket.state.columns(0, bucket.state.v_next)[0, 0] += 0.1
+            elif what in ("strength", "target"):
+                setattr(reg, what, 0.5)
         try:
             if what != "vectors" and what != "names":
                 reg.accumulate_grad_()

@@ -8,7 +8,7 @@ there is a new one in the process; otherwise it compares two numbers.
 
 from __future__ import annotations
 
-import threading
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -16,15 +16,14 @@ import torch
 
 from ..model_buckets import ModelBuckets
 
-_LOCK = threading.Lock()
+_events = itertools.count(1)
 _last = 0  # number of the last event: a mark, or another optimizer whose steps add a penalty
 
 
 def _next_event() -> int:
     global _last
-    with _LOCK:
-        _last += 1
-        return _last
+    _last = event = next(_events)
+    return event
 
 
 class Mark:
