@@ -317,7 +317,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             self._check_options(group)
         super().load_state_dict(state_dict)
-        self._copy_state(state_dict)
+        self._own(state_dict)
         # torch has converted moments to the parameter's dtype; with state_dtype restore float32.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
@@ -343,13 +343,15 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         self.regularizer.load_state_dict({"vectors": vectors, "initial": initial})
         self._updates = None
 
-    def _copy_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy what torch has taken over from ``state_dict``, which may be another optimizer's."""
+    def _own(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy tensors that torch has taken over from ``state_dict``, and normalize options."""
         theirs = {id(x) for state in state_dict["state"].values() if isinstance(state, Mapping)
                   for x in state.values() if isinstance(x, torch.Tensor)}  # fmt: skip
         for state in self.state.values():
             if isinstance(state, dict):
                 state.update({name: x.clone() for name, x in state.items() if id(x) in theirs})
+        for group in self.param_groups:
+            group.update(self._checked_options(group))
 
     def _matrices(self) -> Iterable[tuple[str, torch.Tensor, str]]:
         """Yield name, parameter, and the name's suffix after the parameter's, of every matrix."""
