@@ -52,7 +52,8 @@ class SpectralAdamW(SpectralOptimizer):
             are given are kept in the groups as "param_names".
         lr: learning rate, a number or a 0-d tensor. A tensor on the GPU is read there, and may
             change between replays of a CUDA graph, as ``strength`` may.
-        betas: decay rates of the two moments, two numbers or two tensors.
+        betas: decay rates of the two moments, two numbers or two tensors; tensors are read at every
+            step, for which the host waits.
         eps: added to the root of the second moment.
         weight_decay: decoupled, as in torch.
         strength: factor of R, see :class:`SpectralRegularizer`.

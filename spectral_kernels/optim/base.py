@@ -421,6 +421,8 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
                         self.state[p][name] = kept.to(p.device, self._state_dtype, copy=True)
                     elif isinstance(kept, torch.Tensor) and self.state[p].get(name) is kept:
                         self.state[p][name] = kept.clone()  # state_dict keeps its own
+            for group in self.param_groups:
+                group.update(self._checked_options(group))  # Python's own numbers
             self.regularizer._load(loaded, initial)
             self._updates = None
         if not loaded.vectors and not loaded.left and any(states):

@@ -116,16 +116,17 @@ def check_flag(argument: str, value) -> bool:
 # ------------------------------------------------------------------------------------- keywords
 
 
-def keywords_of(function: Callable[..., Any]) -> list[str]:
+@functools.cache
+def keywords_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names of a function's parameters, those of an Unpack[TypedDict] included."""
-    names = []
+    names: list[str] = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             names.append(name)
             continue
         (options,) = get_args(get_type_hints(function)[name])
         names += get_type_hints(options)
-    return [name for name in names if name != "self"]
+    return tuple(name for name in names if name != "self")
 
 
 def check_keywords(owner: str, given: Iterable[str], accepted: Sequence[str]) -> None:
@@ -142,15 +143,13 @@ def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
     The error names the function, or the class that is called if the function is ``__init__``.
     """
-    names: list[str] = []
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if kwargs:
-            names[:] = names or keywords_of(function)
             is_method = function.__name__ == "__init__" and args
             owner = type(args[0]).__name__ if is_method else function.__name__
-            check_keywords(owner, kwargs, names)
+            check_keywords(owner, kwargs, keywords_of(function))
         return function(*args, **kwargs)
 
     return run

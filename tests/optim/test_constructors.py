@@ -467,6 +467,20 @@ def test_a_loaded_state_is_a_copy(kind):
     assert all(torch.equal(x, y) for x, y in zip(kept, now, strict=True))
 
 
+def test_options_of_a_loaded_state_become_pythons_own():
+    """Such as those of a checkpoint of torch's, whose learning rate was set to a numpy number."""
+    model = net()
+    other = torch.optim.AdamW(model.parameters(), lr=0.25)
+    other.param_groups[0].update(lr=np.float64(0.5), betas=[np.float64(0.5), 0.75])
+    optimizer = SpectralAdamW(model)
+    optimizer.load_state_dict(other.state_dict())
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    saved.seek(0)
+    (group,) = torch.load(saved, weights_only=True)["param_groups"]
+    assert (group["lr"], group["betas"]) == (0.5, (0.5, 0.75))
+
+
 def test_constructors_do_not_change_what_they_are_given():
     model = net()
     group = {"params": list(model.named_parameters()), "lr": np.float32(0.5)}
