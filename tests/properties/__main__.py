@@ -1,7 +1,7 @@
 """Draw examples of both properties: ``python -m tests.properties --examples N``.
 
 A failure is printed with the smallest example that hypothesis finds. ``--rules resize,load`` limits
-the surgery between steps, ``--each`` tries every kind by itself and prints a table.
+the surgery between steps. ``--each`` draws nothing: it does every kind of surgery by itself.
 """
 
 import argparse
@@ -12,11 +12,12 @@ import hypothesis
 from hypothesis.stateful import run_state_machine_as_test
 
 from ..support.surgery.operations import Surgery
+from ..support.surgery.subject import BACKENDS
+from . import singles
 from .machine import OPERATIONS, Machine
 from .shapes import Shapes, penalties_are_right
 
 STEPS = 12  # rules per example of the state machine, at most
-NEEDS = {"load": ("save",)}  # operations that mean little without others
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the examples; default: always the same ones")
     parser.add_argument("--rules", help="kinds of surgery, separated by commas; default: all")
     parser.add_argument("--ways", help="optimizers, separated by semicolons; default: all")
-    parser.add_argument("--each", action="store_true", help="every kind of surgery by itself")
+    parser.add_argument("--each", action="store_true", help="every kind by itself instead")
     parser.add_argument("--no-shrink", action="store_true", help="print a failure as it was found")
     given = parser.parse_args()
     Machine.ways = given.ways.split(";") if given.ways else Machine.ways
@@ -42,9 +43,7 @@ def main() -> int:
         passed = [] if given.only == "surgery" or rules else [shapes_pass(given)]
         passed += [] if given.only == "shapes" else [surgery_passes(given, rules)]
         return int(not all(passed))
-    passed = {n: surgery_passes(given, [*NEEDS.get(n, ()), n]) for n in rules or OPERATIONS}
-    print(*(f"{'passed' if ok else 'FAILED':8}{name}" for name, ok in passed.items()), sep="\n")
-    return int(not all(passed.values()))
+    return int(not singles.report(Machine.ways, rules or OPERATIONS, BACKENDS))
 
 
 def surgery_passes(given: argparse.Namespace, rules: list[str] | None) -> bool:

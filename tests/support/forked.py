@@ -51,7 +51,8 @@ class Forked:
         self._stack.seek(0)
         code = os.waitstatus_to_exitcode(status)
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"{reason}\n{self._stack.read()}"
+        stack = self._stack.read().partition(__file__)[0]  # down to _serve
+        return f"{reason}\n{stack.rpartition(chr(10))[0]}"
 
     def close(self) -> None:
         """End the process."""

@@ -229,7 +229,7 @@ class OnState:
         if not any(name in str(error) for name in misfits):
             raise Failed(f"load_state_dict was refused, but no parameter that does not fit "
                          f"({misfits}) is named: {said}")  # fmt: skip
-        if not subject.is_attached and (changes := bits.changes()):
+        if not subject.is_attached and (changes := bits.changes(False)):
             raise Failed(f"load_state_dict was refused after changes: {changes}\n{said}")
 
     def _misfits(self, found) -> set[str]:

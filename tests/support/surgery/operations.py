@@ -61,7 +61,9 @@ class Surgery(OnParameters, OnState):
                     group["params"] = [x for x in group["params"] if x is not p and x is not old]
                 subject.optimizer.param_groups[0]["params"].append(p)
                 subject.held[name] = p
-            p.data = subject.values(p.shape, p.dtype, size=0.5)
+            is_like_first = p.dim() == len(subject.shapes[name])
+            shape = p.shape if is_like_first else subject.shapes[name]
+            p.data = subject.values(shape, p.dtype, size=0.5)
             subject.optimizer.state.pop(p, None)
         for p in subject.tracked().values():
             p.grad = None

@@ -79,7 +79,7 @@ class Before:
         self.groups = [dict(g) for g in subject.optimizer.param_groups]
         self.states = {n: _state(subject, p) for n, p in self.parameters.items()}
         # Copies on which torch steps, and what they are made from.
-        weights, grads, moments = {}, {}, {}
+        weights, moments = {}, {}
         self.unreadable = [
             n for n, p in self.parameters.items()
             if not all(is_readable(x) for x in (p, p.grad, *subject.moments(p).values())
@@ -90,13 +90,13 @@ class Before:
         for share in (True, False):
             mirror = Mirror(share)
             weights[share] = {n: mirror.of(p) for n, p in self.parameters.items()}
-            grads[share] = {
-                n: mirror.of(p.grad) for n, p in self.parameters.items() if p.grad is not None
-            }
             moments[share] = {
                 n: {key: mirror.of(m) for key, m in subject.moments(p).items()}
                 for n, p in self.parameters.items()
             }
+            if share:
+                grads = {n: mirror.of(p.grad) for n, p in self.parameters.items()
+                         if p.grad is not None}  # fmt: skip
         self.weights, self.grads, self.moments = weights, grads, moments
 
     def choices(self, name: str) -> list[tuple[bool, bool]]:
@@ -174,7 +174,7 @@ class Expected:
             takes_step, with_penalty = self.acts[name]
             if not takes_step:
                 continue
-            grad = before.grads[True].get(name)
+            grad = before.grads.get(name)
             grad = torch.zeros_like(twin) if grad is None else again.of(grad)
             penalty = self.penalties[name]
             if with_penalty and not decoupled and penalty is not None:
@@ -229,7 +229,7 @@ class ExpectedGradients:
     def __init__(self, before: Before, penalties, choice: int = 0):
         again, self.grads = Mirror(), {}
         for name in before.parameters:
-            grad = before.grads[True].get(name)
+            grad = before.grads.get(name)
             self.grads[name] = None if grad is None else again.of(grad)
         for name in before.parameters:
             takes_step, with_penalty = before.choices(name)[choice]

@@ -20,6 +20,8 @@ def reasons(subject: Subject) -> dict[str, list[str]]:
             found[name] = own
     for name in NAMES:
         p = subject.get(name)
+        if KINDS[name] is not None and p.dim() != len(subject.shapes[name]):
+            found.setdefault(name, []).append("weight: another number of dimensions")
         if p is not subject.first[name] or p is not tracked.get(name):
             found.setdefault(name, []).append(REPLACED)
             found[name] += [*_of_weight(name, p), *_of_grad(p)]

@@ -23,34 +23,33 @@ class Bits:
     def __init__(self, subject: Subject):
         self.subject = subject
         self.kept = [(where, t, _copy(t)) for where, t in self._tensors()]
-        self.states = {
-            id(p): {n: x for n, x in state.items() if not n.startswith("spectral_")}
-            for p, state in subject.optimizer.state.items()
-        }
         self.groups = _settings(subject.optimizer)
 
     def _tensors(self):
-        tracked = self.subject.tracked()
-        for name, p in {**tracked, **{f"module's {n}": self.subject.get(n) for n in NAMES}}.items():
-            yield f"{name}", p
+        own = self.subject.tracked()
+        own |= {f"module's {n}": p for n in NAMES if (p := self.subject.get(n)) is not own.get(n)}
+        for name, p in own.items():
+            yield name, p
             if p.grad is not None:
                 yield f"gradient of {name}", p.grad
             for key, x in self.subject.optimizer.state.get(p, {}).items():
                 if isinstance(x, torch.Tensor) and not key.startswith("spectral_"):
                     yield f"{key} of {name}", x
 
-    def changes(self) -> list[str]:
-        """Return what is no longer as it was."""
-        found = [f"{where} has other values" for where, t, copy in self.kept if not _same(t, copy)]
+    def changes(self, same_objects: bool = True) -> list[str]:
+        """Return what is no longer as it was; with ``same_objects``, tensors by identity too."""
         now = dict(self._tensors())
-        found += [f"{w} is another tensor" for w, t, _ in self.kept if now.get(w) is not t]
+        found = [f"{where} has other values" for where, t, copy in self.kept
+                 if not _same(t if same_objects else now.get(where), copy)]  # fmt: skip
+        if same_objects:
+            found += [f"{w} is another tensor" for w, t, _ in self.kept if now.get(w) is not t]
         known = {where for where, _, _ in self.kept}
         # A step may have made moments at rest before it looks at other parameters.
         found += [f"{w} is new" for w, t in now.items()
                   if w not in known and (not is_readable(t) or bool((t != 0).any()))]  # fmt: skip
         if _settings(self.subject.optimizer) != self.groups:
             found.append("the parameter groups have changed")
-        return found
+        return found[:6]
 
 
 def _settings(optimizer) -> list:
@@ -64,12 +63,15 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor.detach().clone() if is_readable(tensor) else None
 
 
-def _same(tensor: torch.Tensor, copy: torch.Tensor | None) -> bool:
+def _same(tensor: torch.Tensor | None, copy: torch.Tensor | None) -> bool:
+    if tensor is None:
+        return False
     if copy is None or not is_readable(tensor):
         return copy is None and not is_readable(tensor)
     if tensor.shape != copy.shape or tensor.dtype != copy.dtype:
         return False
-    return torch.equal(tensor.detach().nan_to_num(1e30), copy.nan_to_num(1e30))
+    now = tensor.detach()
+    return torch.equal(now, copy) or torch.equal(now.nan_to_num(1e30), copy.nan_to_num(1e30))
 
 
 def take(subject: Subject) -> str:
@@ -239,7 +241,7 @@ def penalize(subject: Subject, between, cut: bool) -> None:
         return
     penalties = before.penalties()
     for name, p in before.parameters.items():
-        truth = before.grads[True].get(name)
+        truth = before.grads.get(name)
         if KINDS.get(name) is not None and p.requires_grad:
             penalty = penalties[name][0]
             truth = penalty if truth is None else truth + penalty

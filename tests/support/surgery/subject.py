@@ -142,6 +142,7 @@ class Subject:
             p.data = self.values(p.shape, DTYPES[setting.dtype], size=1.5 / p.shape[-1] ** 0.5)
         self.held = {name: self.get(name) for name in NAMES}
         self.first = dict(self.held)
+        self.shapes = {name: p.shape for name, p in self.held.items()}
         self.strength: float | dict[str, float] = setting.strength
         self.recorder = recording(setting.backend)
         kind, options = WAYS[setting.way]
