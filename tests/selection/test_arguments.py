@@ -71,7 +71,7 @@ def test_a_string_is_one_pattern():
 
 @pytest.mark.parametrize(
     "sizes", [2, np.int64(2), np.array(2), [3, 3], (3, 3), np.array([3, 3]), iter([3, 3]),
-              collections.UserList([np.int32(3), 3])], ids=repr,
+              collections.UserList([np.int32(3), 3])], ids=lambda x: type(x).__name__,
 )  # fmt: skip
 def test_parts_and_sizes_of_splits(sizes):
     made = collections.UserDict({"2.weight": sizes})
