@@ -136,8 +136,8 @@ def log_ticks(low: float, high: float, most: int = 9) -> tuple[list[float], list
     first = max(math.floor(math.log10(low)), _LEAST_EXPONENT)
     exponents = range(first, min(math.ceil(math.log10(high)), _MOST_EXPONENT) + 1)
 
-    def within(factors: Sequence[int], every: int = 1) -> list[float]:
-        found = [m * 10.0**e for e in exponents if e % every == 0 for m in factors]
+    def within(factors: Sequence[int]) -> list[float]:
+        found = [m * 10.0**e for e in exponents for m in factors]
         return [x for x in found if low <= x <= high]
 
     if high / 1e3 >= low:
