@@ -339,12 +339,13 @@ class ModelBuckets:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses and buffers; copies and pickles carry the vectors."""
+        warm = self._warm if self.buckets is None else self.is_warm
         return {"arguments": (self.selection, self.settings, self.coefficients),
-                "vectors": self.vectors()}  # fmt: skip
+                "vectors": self.vectors(), "warm": warm}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])
-        self.start_vectors = state["vectors"]
+        self.start_vectors, self._warm = state["vectors"], state["warm"]
 
     def restart(self, vectors: Mapping[str, torch.Tensor], warm: bool) -> None:
         """Start from ``vectors`` at the next use, with a warm-up unless ``warm``."""
