@@ -458,12 +458,14 @@ class ModelBuckets:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses and buffers; copies and pickles carry the vectors."""
         with self.lock:
-            return {"arguments": (self.selection, self.settings, self.coefficients),
+            warm = self._warm if self.buckets is None else self.is_warm
+            return {"arguments": (self.selection, self.settings, self.coefficients), "warm": warm,
                     "vectors": self.vectors(), "left": self.left_vectors()}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])
         self.start_vectors, self.start_left = state["vectors"], state["left"]
+        self._warm = state["warm"]
 
     def restart(self, loaded: Loaded, warm: bool) -> None:
         """Start from the vectors ``loaded`` at the next use, with a warm-up unless ``warm``."""

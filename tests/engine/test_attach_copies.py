@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spectral_kernels import SpectralRegularizer, SpectralSGD
+from spectral_kernels.engine.model_buckets import ModelBuckets
 
 from ..support.models import close
 
@@ -160,6 +161,17 @@ def test_a_copy_that_is_attached_anew_says_nothing(copied):
     for p in twin["model"].parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
+
+
+@pytest.mark.parametrize("built_at_once", [False, True])
+@copies
+def test_a_copy_made_before_the_first_step_warms_its_vectors_up_too(
+    copied, built_at_once, monkeypatch
+):
+    monkeypatch.setattr(ModelBuckets, "_some_traced", built_at_once)
+    original = agent()
+    twin = copied(original)
+    close(train(twin), train(original), rtol=0, atol=0)
 
 
 def test_shallow_copies_add_no_penalty():

@@ -2,22 +2,24 @@
 
 A parameter would count twice if the steps of two optimizers added its penalty, or if a gradient of
 the penalty were in ``.grad`` already, from ``penalty()`` or ``accumulate_grad_()``, when a step
-adds it. Such a gradient leaves a mark at its regularizer's buckets. A step looks at marks only if
-there is a new one in the process; otherwise it compares two numbers.
+adds it. Such a gradient leaves a mark at its regularizer's buckets, in a process where steps add
+penalties at all. A step looks at marks only if there is a new one; otherwise it compares two
+numbers.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 
 import torch
+from torch.autograd.graph import _get_grad_fn_or_grad_acc
 
 from ..model_buckets import ModelBuckets
 
-_events = itertools.count(1)
-_last = 0  # number of the last event: a mark, or another optimizer whose steps add a penalty
+_events = count(1)
+_last = 0  # number of the last event: a mark, or an optimizer whose steps add a penalty from now on
 
 
 def _next_event() -> int:
@@ -31,15 +33,16 @@ class Mark:
 
     Args:
         way: the call that did it, for messages.
-        parameter: one whose ``.grad`` contains it.
+        parameter: one of the parameters.
+        grad: its gradient, which contains that of the penalty.
     """
 
-    __slots__ = "_grad", "_parameter", "event", "version", "way"
+    __slots__ = "_grad", "_parameter", "event", "refused", "way"
 
-    def __init__(self, way: str, parameter: torch.Tensor):
+    def __init__(self, way: str, parameter: torch.Tensor, grad: torch.Tensor):
         self.way = way
-        self._parameter, self._grad = weakref.ref(parameter), weakref.ref(parameter.grad)
-        self.version = parameter.grad._version
+        self.refused: int | None = None  # the version of the gradient that a step has refused
+        self._parameter, self._grad = weakref.ref(parameter), weakref.ref(grad)
         self.event = _next_event()
 
     def grad(self) -> torch.Tensor | None:
@@ -55,31 +58,46 @@ class Mark:
 
 def mark_accumulated(buckets: ModelBuckets) -> None:
     """Leave a mark: ``accumulate_grad_()`` has been called directly."""
+    if not _last:  # no steps add penalties
+        return
     for bucket in buckets.buckets:
         for parameter in bucket.parameters:
-            if parameter.grad is not None:
-                buckets.mark = Mark("accumulate_grad_()", parameter)
+            if (grad := parameter.grad) is not None:
+                buckets.mark = Mark("accumulate_grad_()", parameter, grad)
                 return
 
 
-def mark_backward(buckets: ModelBuckets, parameters: Iterable[torch.Tensor]) -> None:
-    """Leave a mark at the end of the running backward pass if it changes ``.grad``.
+def mark_backward(buckets: ModelBuckets, parameters: Sequence[torch.Tensor]) -> None:
+    """Leave a mark at the end of the running backward pass, unless it changes no ``.grad``.
 
-    It does not if it is that of ``torch.autograd.grad``.
+    That of ``torch.autograd.grad`` does not.
     """
-    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+    # No steps add penalties, or no backward pass is running.
+    if not _last or torch._C._current_graph_task_id() == -1:
         return
-    before = [(p, p.grad, p.grad is not None and p.grad._version)
-              for p in parameters if p.is_leaf]  # fmt: skip
+    engine = torch.autograd.Variable._execution_engine
+    leaves = (p for p in parameters if p.requires_grad and p.is_leaf)
+    # "valid" is a pass that is not about given inputs: all parameters get a gradient.
+    changed = next(leaves, None) if engine.is_checkpoint_valid() else _accumulating(leaves)
+    if changed is None:
+        return
 
     def at_its_end() -> None:
-        for p, grad, version in before:
-            now = p.grad
-            if now is not None and (now is not grad or now._version != version):
-                buckets.mark = Mark("penalty()", p)
-                return
+        if (grad := changed.grad) is not None:
+            buckets.mark = Mark("penalty()", changed, grad)
 
-    torch.autograd.Variable._execution_engine.queue_callback(at_its_end)
+    engine.queue_callback(at_its_end)
+
+
+def _accumulating(parameters: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """Return a parameter whose ``.grad`` the running backward pass changes, or None."""
+    for p in parameters:
+        try:
+            if torch._C._will_engine_execute_node(_get_grad_fn_or_grad_acc(p)):
+                return p
+        except RuntimeError:  # that of torch.autograd.grad
+            return None
+    return None
 
 
 class StepPenalty:
@@ -104,8 +122,7 @@ class StepPenalty:
         self._buckets, self._optimizer = weakref.ref(buckets), weakref.ref(optimizer)
         self._indices, self.shared = indices, shared
         self._attachment = None if attachment is None else weakref.ref(attachment)
-        self._ended = False
-        self._seen, self._since = 0, _next_event()
+        self._ended, self._seen = False, _next_event() - 1  # the first step looks
         buckets.in_steps = [*(x for x in buckets.in_steps if x.is_active), self]
 
     @property
@@ -156,13 +173,12 @@ class StepPenalty:
             mark = buckets.mark
             if mark is None or mark.event <= self._seen or (grad := mark.grad()) is None:
                 continue
-            if mark.event <= self._since and mark.version != grad._version:
-                continue  # it has changed since then, and may have been zeroed
+            if mark.refused is not None and mark.refused != grad._version:
+                continue  # it has changed since then: it was zeroed in place
             parameter = _first_with_grad(buckets, own)
             if parameter is None:
                 continue
-            # Refused again only as long as nobody changes the gradient.
-            self._since, mark.version = last, grad._version
+            mark.refused = grad._version
             adds = f"the step of {name} adds" if self._attachment is None else (
                 f"the regularizer attached to {name} adds")  # fmt: skip
             raise RuntimeError(
