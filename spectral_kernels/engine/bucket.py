@@ -154,7 +154,11 @@ class Bucket:
 
     def _products(self) -> None:
         self.state.swap()
-        self.backend.gram_matvec(self.plan, self.state)
+        try:
+            self.backend.gram_matvec(self.plan, self.state)
+        except BaseException:
+            self.state.swap()
+            raise
         self.measured = True
 
     def _catch_up(self) -> None:
@@ -167,13 +171,15 @@ class Bucket:
             return
         state = self.state
         state.set_tolerance(TOLERANCE)
-        for _ in range(self.extra_iterations):
-            on_host = self.plan.device.type == "cpu"
-            if on_host and not bool((state.residual > TOLERANCE * state.sigma).any()):
-                break
-            self.backend.gram_matvec(self.plan, state)
-            self.backend.normalize(self.plan, state)
-        state.set_tolerance(0)
+        try:
+            for _ in range(self.extra_iterations):
+                on_host = self.plan.device.type == "cpu"
+                if on_host and not bool((state.residual > TOLERANCE * state.sigma).any()):
+                    break
+                self.backend.gram_matvec(self.plan, state)
+                self.backend.normalize(self.plan, state)
+        finally:
+            state.set_tolerance(0)
 
     def look_ahead(self, changed: bool) -> None:
         """Bring s, sigma and v_next up to date with the weights.

@@ -263,11 +263,15 @@ class Update:
         placed = *self.tables.addresses, *self.group_table.addresses
         if placed != self._placed:
             self.header[_TABLES] = self._placed = placed
-        if self.found_inf is None:
-            self.steps += self._acting
-        else:
-            self.steps += self._acting * (self.found_inf <= 0)
-        self.backend.update(self.as_step())
+        counted = self._acting
+        if self.found_inf is not None:
+            counted = counted * (self.found_inf <= 0)
+        self.steps += counted
+        try:
+            self.backend.update(self.as_step())
+        except MemoryError:  # nothing has been written
+            self.steps -= counted
+            raise
         if self.bucket is not None:
             self.bucket.after_update()
         torch.autograd.graph.increment_version(self.weights)  # kernels write to addresses
