@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-try:
-    from .._native import describe as _describe
-except ImportError:  # backends/choice.py says why
-    _describe = None
+from .native import native_module
+
+
+def _native_describe() -> Callable | None:
+    try:
+        return native_module().describe
+    except ImportError:  # backends/choice.py says why
+        return None
+
+
+_describe = _native_describe()
 
 
 class Memory(NamedTuple):
