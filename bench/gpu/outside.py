@@ -38,7 +38,7 @@ def run(command, variables=None) -> int:
 
 def build_variables() -> dict[str, str]:
     """Return environment variables for a build for this machine's device only."""
-    device, found = cuda_device(), {}
+    device, found = cuda_device(), {"SPECTRAL_KERNELS_NATIVE": "1"}
     if device is not None:
         found["CUDAARCHS"] = device.capability.replace(".", "") + "-real"
     if shutil.which("nvcc") is None and (CUDA / "nvcc").exists():

@@ -1,9 +1,10 @@
 #include "backend.h"
 
-#include <memory>
+#include <algorithm>
 #include <stdexcept>
 
 #include "isa.h"
+#include "scratch.h"
 
 namespace spectral {
 namespace cpu {
@@ -49,26 +50,65 @@ int useful_threads(int64_t n_bytes, int threads) {
   return n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
 }
 
-// Runs one parallel region over all tiles and all elementwise parameters, then `after`.
-template <class OnTile, class OnElementwise>
-void for_each_task(const Header& header, int64_t n_bytes, int threads, OnTile on_tile,
-                   OnElementwise on_elementwise, int64_t n_others = 0) {
-  const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
-  const int64_t n_tasks = header.n_tiles + header.n_elementwise + n_others;
-  const int useful = useful_threads(n_bytes, threads);
-#pragma omp parallel num_threads(useful)
+// Runs body(i, scratch) for i < n_tasks in one parallel region. Only the first n_users of them use
+// the scratch. Throws NoScratch before any of them has run; bodies throw nothing.
+template <class Body>
+void in_parallel(int64_t n_tasks, int threads, const ScratchBytes& bytes, int64_t n_users,
+                 Body body) {
+  ScratchBlock block(bytes, std::min<int64_t>(n_users, threads));
+#pragma omp parallel num_threads(threads)
   {
-    const std::unique_ptr<double[]> scratch(
-        new double[scratch_rows(header.r) * header.scratch_size]);
-#pragma omp for schedule(dynamic, 1)
+    Scratch scratch{};
+    bool has_scratch = false;
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < n_tasks; ++i) {
-      if (i < header.n_tiles)
-        on_tile(tiles[i], i + useful < header.n_tiles ? &tiles[i + useful] : nullptr,
-                scratch.get());
-      else
-        on_elementwise(i - header.n_tiles);
+      if (i < n_users && !has_scratch) {
+        scratch = block.take();
+        has_scratch = true;
+      }
+      body(i, scratch);
     }
   }
+}
+
+// Runs all tiles and all elementwise parameters, then `n_others` more of the latter.
+template <class OnTile, class OnElementwise>
+void for_each_task(const Header& header, int64_t n_bytes, int threads, const ScratchBytes& bytes,
+                   OnTile on_tile, OnElementwise on_elementwise, int64_t n_others = 0) {
+  const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
+  const int64_t n_tiles = header.n_tiles;
+  const int useful = useful_threads(n_bytes, threads);
+  in_parallel(n_tiles + header.n_elementwise + n_others, useful, bytes, n_tiles,
+              [&](int64_t i, const Scratch& scratch) {
+                if (i < n_tiles)
+                  on_tile(tiles[i], i + useful < n_tiles ? &tiles[i + useful] : nullptr, scratch);
+                else
+                  on_elementwise(i - n_tiles);
+              });
+}
+
+// Returns the columns of the widest matrix that a condition holds for; 0: there is none.
+template <class Condition>
+int64_t widest(const Header& header, Condition condition) {
+  const Matrix* matrices = reinterpret_cast<const Matrix*>(header.matrices);
+  int64_t most = 0;
+  for (int64_t i = 0; i < header.n_matrices; ++i)
+    if (condition(matrices[i])) most = std::max(most, matrices[i].outer * matrices[i].inner);
+  return most;
+}
+
+int64_t size_of(int64_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+bool any(const Matrix&) { return true; }
+
+// Returns what the products of the weights need.
+ScratchBytes bytes_for_products(const Header& header) {
+  ScratchBytes bytes;
+  bytes.rows = kMaxRows * size_of(header.weight_dtype) *
+               widest(header, [](const Matrix& m) { return m.outer != 1; });
+  if (splits(header.weight_dtype))
+    bytes.v = header.r * (int64_t)sizeof(float) * widest(header, any);
+  return bytes;
 }
 
 }  // namespace
@@ -104,8 +144,8 @@ bool has_openmp() {
 void gram_matvec(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
   for_each_task(
-      header, header.n_bytes, threads,
-      [&](const Tile& tile, const Tile* next, double* scratch) {
+      header, header.n_bytes, threads, bytes_for_products(header),
+      [&](const Tile& tile, const Tile* next, const Scratch& scratch) {
         kernels.gram_matvec(header, tile, next, scratch);
       },
       [&](int64_t index) { kernels.elementwise_norm(header, index); });
@@ -115,9 +155,11 @@ void transposed(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
   Header now = header;
   now.n_elementwise = 0;
+  ScratchBytes bytes = bytes_for_products(header);
+  bytes.v = 0;  // s is given
   for_each_task(
-      now, header.n_bytes, threads,
-      [&](const Tile& tile, const Tile*, double* scratch) {
+      now, header.n_bytes, threads, bytes,
+      [&](const Tile& tile, const Tile*, const Scratch& scratch) {
         kernels.transposed(header, tile, scratch);
       },
       [](int64_t) {});
@@ -125,22 +167,27 @@ void transposed(const Header& header, int threads) {
 
 void collect(const Header& header, int64_t t, int64_t gram, int threads) {
   const CpuKernels& kernels = *current->kernels;
-  const int64_t n_tasks = header.n_tiles + header.n_matrices;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header.n_bytes, threads))
-  for (int64_t i = 0; i < n_tasks; ++i) kernels.collect(header, i, t, gram);
+  in_parallel(header.n_tiles + header.n_matrices, useful_threads(header.n_bytes, threads), {}, 0,
+              [&](int64_t i, const Scratch&) { kernels.collect(header, i, t, gram); });
 }
 
 void normalize(const Header& header, int threads) {
   const CpuKernels& kernels = *current->kernels;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(header.n_bytes, threads))
-  for (int64_t i = 0; i < header.n_matrices; ++i) kernels.normalize(header, i);
+  ScratchBytes bytes;
+  if (header.r > 1) bytes.ritz = kRitzBytes;
+  in_parallel(header.n_matrices, useful_threads(header.n_bytes, threads), bytes, header.n_matrices,
+              [&](int64_t i, const Scratch& scratch) { kernels.normalize(header, i, scratch); });
 }
 
 void rank_one(const Header& header, bool accumulate, int threads) {
   const CpuKernels& kernels = *current->kernels;
+  ScratchBytes bytes;
+  bytes.gradient_v = (int64_t)sizeof(float) * widest(header, [](const Matrix& m) {
+                       return m.grad != 0 && splits(m.grad_dtype);
+                     });
   for_each_task(
-      header, header.n_bytes, threads,
-      [&](const Tile& tile, const Tile*, double* scratch) {
+      header, header.n_bytes, threads, bytes,
+      [&](const Tile& tile, const Tile*, const Scratch& scratch) {
         kernels.rank_one(header, tile, accumulate, scratch);
       },
       [&](int64_t index) { kernels.elementwise_gradient(header, index, accumulate); });
@@ -153,9 +200,12 @@ void update(const Header& header, const Update& update, int threads) {
   for (int64_t i = 0; i < update.n_others; ++i)
     n_others += reinterpret_cast<const Elementwise*>(update.others)[i].size;
   const int64_t n_bytes = kArrays * (header.n_bytes + n_others * (int64_t)sizeof(float));
+  ScratchBytes bytes = bytes_for_products(header);
+  if (splits(header.weight_dtype) && update.moment_dtype == header.weight_dtype)
+    bytes.gradient_v = (int64_t)sizeof(float) * widest(header, any);
   for_each_task(
-      header, n_bytes, threads,
-      [&](const Tile& tile, const Tile* next, double* scratch) {
+      header, n_bytes, threads, bytes,
+      [&](const Tile& tile, const Tile* next, const Scratch& scratch) {
         kernels.update_tile(header, update, tile, next, scratch);
       },
       [&](int64_t index) { kernels.update_elementwise(header, update, index); }, update.n_others);

@@ -33,15 +33,16 @@ void next_vector(const Header& header, const Matrix& m, double squares, Estimate
 
 // Rotates v and s to the Ritz vectors; the next v is an orthonormal basis of the rotated t.
 template <class S>
-void next_vectors(const Header& header, const Matrix& m, Small& products, double scale,
+void next_vectors(const Header& header, const Matrix& m, double scale, Ritz& ritz,
                   Estimates& found) {
   const int64_t n = m.outer * m.inner;
   const int r = (int)header.r;
   double trace = 0, squares[kMaxVectors];
-  for (int i = 0; i < r; ++i) trace += products[i][i];
+  for (int i = 0; i < r; ++i) trace += ritz.products[i][i];
   const bool finite = is_finite(trace);
-  Small q;
-  if (finite) eigen(products, r, squares, q);
+  Small& q = ritz.q;
+  q.set_zero(r);
+  if (finite) eigen(ritz.products, r, squares, q);
   for (int i = 0; i < r; ++i) {
     if (!finite) squares[i] = trace, q[i][i] = 1;
     const bool is_rounding = finite && squares[i] <= kZero * squares[0];
@@ -52,33 +53,32 @@ void next_vectors(const Header& header, const Matrix& m, Small& products, double
   S* v = reinterpret_cast<S*>(header.v) + m.v_offset;
   S* v_next = reinterpret_cast<S*>(header.v_next) + m.v_offset;
   for (int j = 0; j < r; ++j) reduce_tiles(header, m, j * n, v_next + j * n, n);
-  Small gram, none, ct, cv;
-  gram_of(v_next, n, r, gram);
+  gram_of(v_next, n, r, ritz);
   bool good = finite;
   for (int j = 0; j < r; ++j) {
     double square = 0;
     for (int i = 0; i < r; ++i)
-      for (int k = 0; k < r; ++k) square += q[j][i] * gram[i][k] * q[j][k];
+      for (int k = 0; k < r; ++k) square += q[j][i] * ritz.gram[i][k] * q[j][k];
     found.t_norm[j] = square > 0 ? __builtin_sqrt(square) : square <= 0 ? 0 : square;
     good = good && is_finite(square);
   }
   good = good && found.t_norm[0] > 0;
   if (finite) {
     S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
-    combine<S>(q, v, none, nullptr, n, r, v);
-    combine<S>(q, s, none, nullptr, m.rows, r, s);
+    combine<S>(q, v, q, nullptr, n, r, v, ritz.block);
+    combine<S>(q, s, q, nullptr, m.rows, r, s, ritz.block);
   }
   if (good) {
-    new_basis(q, squares, gram, found.t_norm, scale, r, ct, cv);
-    combine<S>(ct, v_next, cv, v, n, r, v_next);
-    orthonormalize(v_next, n, r);
+    new_basis(squares, found.t_norm, scale, r, ritz);
+    combine<S>(ritz.ct, v_next, ritz.cv, v, n, r, v_next, ritz.block);
+    orthonormalize(v_next, n, r, ritz);
   } else {
     for (int64_t c = 0; c < r * n; ++c) v_next[c] = v[c];
   }
 }
 
 template <class S>
-void normalize_matrix(const Header& header, int64_t index) {
+void normalize_matrix(const Header& header, int64_t index, const Scratch& scratch) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[index];
   const int64_t r = header.r;
   S* sigmas = reinterpret_cast<S*>(header.sigmas) + index;
@@ -90,18 +90,22 @@ void normalize_matrix(const Header& header, int64_t index) {
     const S* v_next = reinterpret_cast<const S*>(header.v_next) + m.v_offset;
     for (int64_t c = 0; c < size; ++c) v[c] = v_next[c];
   }
-  Small products;
-  for (int64_t i = 0; i < m.n_tiles; ++i)
-    for (int64_t j = 0; j < r * r; ++j)
-      products[j / r][j % r] +=
-          reinterpret_cast<const double*>(header.gram_partial)[(m.first_tile + i) * r * r + j];
+  const double* partial =
+      reinterpret_cast<const double*>(header.gram_partial) + m.first_tile * r * r;
   const double scale = inverse_power_of_two(sigmas[0]);
   const double target = reinterpret_cast<const S*>(header.target)[index];
   Estimates found;
-  if (r == 1)
-    next_vector<S>(header, m, products[0][0], found);
-  else
-    next_vectors<S>(header, m, products, scale, found);
+  if (r == 1) {
+    double squares = 0;
+    for (int64_t i = 0; i < m.n_tiles; ++i) squares += partial[i];
+    next_vector<S>(header, m, squares, found);
+  } else {
+    Ritz& ritz = *reinterpret_cast<Ritz*>(scratch.ritz);
+    ritz.products.set_zero((int)r);
+    for (int64_t i = 0; i < m.n_tiles; ++i)
+      for (int64_t j = 0; j < r * r; ++j) ritz.products[j / r][j % r] += partial[i * r * r + j];
+    next_vectors<S>(header, m, scale, ritz, found);
+  }
   reinterpret_cast<S*>(header.raw_penalty)[index] =
       (S)raw_penalty_of(found.sigma[0], target, header.exponent);
   for (int64_t j = 0; j < r; ++j) {
@@ -112,7 +116,8 @@ void normalize_matrix(const Header& header, int64_t index) {
 }
 
 template <class T, class S = typename Simd<T>::Accumulator>
-void gram_matvec_tile(const Header& header, const Tile& tile, const Tile* next, double* scratch) {
+void gram_matvec_tile(const Header& header, const Tile& tile, const Tile* next,
+                      const Scratch& scratch) {
   if (!takes_part<S>(header, tile.matrix)) return;
   const int64_t v = header.tolerance > 0 ? header.v_next : header.v;
   tile_products<T>(header, tile, next, reinterpret_cast<const S*>(v), scratch, [](int64_t) {});
@@ -120,19 +125,20 @@ void gram_matvec_tile(const Header& header, const Tile& tile, const Tile* next, 
 
 }  // namespace
 
-void gram_matvec(const Header& header, const Tile& tile, const Tile* next, double* scratch) {
+void gram_matvec(const Header& header, const Tile& tile, const Tile* next,
+                 const Scratch& scratch) noexcept {
   with_dtype(header.weight_dtype,
              [&](auto t) { gram_matvec_tile<decltype(t)>(header, tile, next, scratch); });
 }
 
-void normalize(const Header& header, int64_t matrix) {
+void normalize(const Header& header, int64_t matrix, const Scratch& scratch) noexcept {
   if (header.weight_dtype == kFloat64)
-    normalize_matrix<double>(header, matrix);
+    normalize_matrix<double>(header, matrix, scratch);
   else
-    normalize_matrix<float>(header, matrix);
+    normalize_matrix<float>(header, matrix, scratch);
 }
 
-void elementwise_norm(const Header& header, int64_t index) {
+void elementwise_norm(const Header& header, int64_t index) noexcept {
   with_dtype(header.weight_dtype, [&](auto t) { elementwise_norm_of<decltype(t)>(header, index); });
 }
 

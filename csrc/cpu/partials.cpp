@@ -16,12 +16,11 @@ struct Given {
   const int64_t n, r;
   const double scale;
   const S* s;    // [r, rows]
-  S* t;          // [r, n]; null: only gram is wanted
+  S* t;          // [r, n], in split order until the end; null: only gram is wanted
   double* gram;  // [r, r]
-  T* rows;       // scratch for kMaxRows rows
-  S* split_t;    // t in split order
+  T* gathered;   // scratch for kMaxRows rows
 
-  Given(const Header& header, const Tile& tile, double* scratch)
+  Given(const Header& header, const Tile& tile, const Scratch& scratch)
       : m(reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix]),
         tile(tile),
         n(m.outer * m.inner),
@@ -31,19 +30,17 @@ struct Given {
         t(header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset),
         gram(reinterpret_cast<double*>(header.gram_partial) +
              (&tile - reinterpret_cast<const Tile*>(header.tiles)) * r * r),
-        rows(reinterpret_cast<T*>(scratch)),
-        split_t(Simd<T>::kSplits && t != nullptr ? reinterpret_cast<S*>(scratch + kMaxRows * n)
-                                                 : t) {}
+        gathered(reinterpret_cast<T*>(scratch.rows)) {}
 
   // The i-th of a few rows together.
   SPECTRAL_INLINE const T* row(int64_t row, int i) const {
     return m.outer == 1 ? reinterpret_cast<const T*>(m.weight) + row * m.row_stride
-                        : gather_row(m, row, rows + i * n);
+                        : gather_row(m, row, gathered + i * n);
   }
 
   void end() const {
-    if (split_t != t)
-      for (int64_t j = 0; j < r; ++j) memory_order<T>(split_t + j * n, t + j * n, n);
+    if (Simd<T>::kSplits && t != nullptr)
+      for (int64_t j = 0; j < r; ++j) memory_order<T>(t + j * n, n);
   }
 };
 
@@ -59,11 +56,11 @@ SPECTRAL_INLINE void add_few(const Given<T, S>& given, int64_t row) {
     if (given.t != nullptr) w[i] = given.row(row + i, i);
   }
   const bool first = row == given.tile.row_begin;
-  if (given.t != nullptr) add_rows<R, false>(w, factor, given.n, given.split_t, first, w);
+  if (given.t != nullptr) add_rows<R, false>(w, factor, given.n, given.t, first, w);
 }
 
 template <class T>
-void transposed_of_one(const Header& header, const Tile& tile, double* scratch) {
+void transposed_of_one(const Header& header, const Tile& tile, const Scratch& scratch) {
   const Given<T> given(header, tile, scratch);
   *given.gram = 0;
   int64_t row = tile.row_begin;
@@ -85,7 +82,7 @@ SPECTRAL_INLINE void add_group(const Given<T, S>& given, const T* const* w,
       const auto a = [&](int i) {
         return reinterpret_cast<const S(*)[kMaxVectors]>(&factor[i][j]);
       };
-      S* t = given.split_t + j * n;
+      S* t = given.t + j * n;
       int i = 0;
       for (; i + kRegisterRows <= count; i += kRegisterRows)
         add_block<kRegisterRows, NV, false>(w + i, w, a(i), n, c, width, t, first && i == 0);
@@ -96,7 +93,7 @@ SPECTRAL_INLINE void add_group(const Given<T, S>& given, const T* const* w,
 }
 
 template <int NV, class T, class S = typename Simd<T>::Accumulator>
-void transposed_of_several(const Header& header, const Tile& tile, double* scratch) {
+void transposed_of_several(const Header& header, const Tile& tile, const Scratch& scratch) {
   const Given<T> given(header, tile, scratch);
   const int r = (int)given.r;
   const int64_t most = given.m.outer == 1 ? kGroupRows : kMaxRows;
@@ -157,7 +154,7 @@ void collect_one(const Header& header, int64_t index, S* t, double* gram) {
 
 }  // namespace
 
-void transposed(const Header& header, const Tile& tile, double* scratch) {
+void transposed(const Header& header, const Tile& tile, const Scratch& scratch) noexcept {
   with_dtype(header.weight_dtype, [&](auto type) {
     using T = decltype(type);
     if (!takes_part<typename Simd<T>::Accumulator>(header, tile.matrix)) return;
@@ -170,7 +167,7 @@ void transposed(const Header& header, const Tile& tile, double* scratch) {
   });
 }
 
-void collect(const Header& header, int64_t index, int64_t t, int64_t gram) {
+void collect(const Header& header, int64_t index, int64_t t, int64_t gram) noexcept {
   double* products = reinterpret_cast<double*>(gram);
   if (header.weight_dtype == kFloat64)
     collect_one(header, index, reinterpret_cast<double*>(t), products);

@@ -40,16 +40,15 @@ SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
 }
 
 template <bool kAccumulate, class G, class S = typename Simd<G>::Accumulator>
-void rank_one_tile(const Header& header, const Tile& tile, double* scratch) {
+void rank_one_tile(const Header& header, const Tile& tile, const Scratch& scratch) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   const double factor = gradient_factor<S>(header, tile.matrix);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
-  if (Simd<G>::kSplits) {
-    S* split_v = reinterpret_cast<S*>(scratch);
+  if constexpr (Simd<G>::kSplits) {
     for (int64_t o = 0; o < m.outer; ++o)
-      split_order<G>(v + o * m.inner, split_v + o * m.inner, m.inner);
-    v = split_v;
+      split_order<G>(v + o * m.inner, scratch.gradient_v + o * m.inner, m.inner);
+    v = scratch.gradient_v;
   }
   for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
     G* grad = reinterpret_cast<G*>(m.grad) + row * m.grad_row_stride;
@@ -92,7 +91,8 @@ SPECTRAL_INLINE void with_grad_dtype(int64_t dtype, Function function) {
 
 }  // namespace
 
-void rank_one(const Header& header, const Tile& tile, bool accumulate, double* scratch) {
+void rank_one(const Header& header, const Tile& tile, bool accumulate,
+              const Scratch& scratch) noexcept {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   if (m.grad == 0) return;
   with_dtype(m.grad_dtype, [&](auto g) {
@@ -103,7 +103,7 @@ void rank_one(const Header& header, const Tile& tile, bool accumulate, double* s
   });
 }
 
-void elementwise_gradient(const Header& header, int64_t index, bool accumulate) {
+void elementwise_gradient(const Header& header, int64_t index, bool accumulate) noexcept {
   const Elementwise& entry = reinterpret_cast<const Elementwise*>(header.elementwise)[index];
   if (entry.grad == 0) return;
   with_dtype(header.weight_dtype, [&](auto t) {

@@ -256,17 +256,18 @@ SPECTRAL_INLINE void split_order(const S* x, S* out, int64_t n) {
   for (; c < n; ++c) out[c] = x[c];
 }
 
-// Undoes split_order.
+// Undoes split_order, in place.
 template <class T, class S>
-SPECTRAL_INLINE void memory_order(const S* x, S* out, int64_t n) {
+SPECTRAL_INLINE void memory_order(S* x, int64_t n) {
   constexpr int kLanes = Simd<T>::kLanes;
-  int64_t c = 0;
-  for (; c + 2 * kLanes <= n; c += 2 * kLanes)
+  for (int64_t c = 0; c + 2 * kLanes <= n; c += 2 * kLanes) {
+    S pair[2 * kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      out[c + 2 * i] = x[c + i];
-      out[c + 2 * i + 1] = x[c + kLanes + i];
+      pair[2 * i] = x[c + i];
+      pair[2 * i + 1] = x[c + kLanes + i];
     }
-  for (; c < n; ++c) out[c] = x[c];
+    for (int i = 0; i < 2 * kLanes; ++i) x[c + i] = pair[i];
+  }
 }
 
 // Moves the upper half of the lanes down; the lanes above are unspecified.

@@ -130,10 +130,10 @@ struct SubspaceTask {
   const int64_t n;
   const int r;
   const double scale;
-  const S* v;  // [r, n], in split order if the type needs it
-  S* s;        // [r, rows]
-  S* t;        // [r, n] as v; null: only s is wanted
-  T* rows_scratch;
+  const S* v;     // [r, n], in split order if the type needs it
+  S* s;           // [r, rows]
+  S* t;           // [r, n] as v; null: only s is wanted
+  T* gathered;    // scratch for kMaxRows rows
   const T* next;  // what this thread will probably read next; null: unknown
   double* gram;   // [r, r]
   RowFunction before;
@@ -153,8 +153,8 @@ struct SubspaceTask {
     const T* base = reinterpret_cast<const T*>(m.weight);
     for (int i = 0; i < count; ++i) {
       before(row + i);
-      w[i] = m.outer == 1 ? base + (row + i) * m.row_stride
-                          : gather_row(m, row + i, rows_scratch + i * n);
+      w[i] =
+          m.outer == 1 ? base + (row + i) * m.row_stride : gather_row(m, row + i, gathered + i * n);
       const int64_t beyond = row + count + i - tile.row_end;
       if (beyond < 0 && m.outer == 1)
         later[i] = w[i] + count * m.row_stride;
@@ -216,7 +216,7 @@ struct SubspaceTask {
 // header.
 template <int NV, class T, bool kPrefetch, class S>
 void subspace_products(const Header& header, const Tile& tile, const T* next, const S* v,
-                       double* scratch, RowFunction before) {
+                       const Scratch& scratch, RowFunction before) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   const int64_t n = m.outer * m.inner, r = header.r;
   const double sigma = reinterpret_cast<const S*>(header.sigmas)[tile.matrix];
@@ -225,13 +225,10 @@ void subspace_products(const Header& header, const Tile& tile, const T* next, co
   const int64_t index = &tile - reinterpret_cast<const Tile*>(header.tiles);
   double* gram = reinterpret_cast<double*>(header.gram_partial) + index * r * r;
   for (int64_t i = 0; i < r * r; ++i) gram[i] = 0;
-  S* own_t = t;
   v += m.v_offset;
-  if (Simd<T>::kSplits) {
-    S* split_v = reinterpret_cast<S*>(scratch + kMaxRows * n);
-    for (int64_t j = 0; j < r; ++j) split_order<T>(v + j * n, split_v + j * n, n);
-    v = split_v;
-    if (t != nullptr) own_t = split_v + r * n;
+  if constexpr (Simd<T>::kSplits) {
+    for (int64_t j = 0; j < r; ++j) split_order<T>(v + j * n, scratch.v + j * n, n);
+    v = scratch.v;
   }
   SubspaceTask<NV, T, kPrefetch, S> task{m,
                                          tile,
@@ -240,14 +237,14 @@ void subspace_products(const Header& header, const Tile& tile, const T* next, co
                                          inverse_power_of_two(sigma),
                                          v,
                                          s,
-                                         own_t,
-                                         reinterpret_cast<T*>(scratch),
+                                         t,
+                                         reinterpret_cast<T*>(scratch.rows),
                                          next,
                                          gram,
                                          before};
   task.run();
-  if (own_t != t)
-    for (int64_t j = 0; j < r; ++j) memory_order<T>(own_t + j * n, t + j * n, n);
+  if (Simd<T>::kSplits && t != nullptr)
+    for (int64_t j = 0; j < r; ++j) memory_order<T>(t + j * n, n);
 }
 
 }  // namespace

@@ -87,8 +87,8 @@ struct TileTask {
   const double scale;
   const S* v;  // in split order if the type needs it
   S* s;
-  S* t;  // the same; null: only s is wanted
-  T* rows_scratch;
+  S* t;           // the same; null: only s is wanted
+  T* gathered;    // scratch for kMaxRows rows
   const T* next;  // what this thread will probably read next; null: unknown
   Before before;
   double sum_of_squares = 0;
@@ -101,8 +101,8 @@ struct TileTask {
     const T* later[R];
     for (int r = 0; r < R; ++r) {
       before(row + r);
-      w[r] = m.outer == 1 ? base + (row + r) * m.row_stride
-                          : gather_row(m, row + r, rows_scratch + r * n);
+      w[r] =
+          m.outer == 1 ? base + (row + r) * m.row_stride : gather_row(m, row + r, gathered + r * n);
       const int64_t beyond = row + ahead + r - tile.row_end;
       if (beyond < 0 && m.outer == 1)
         later[r] = w[r] + ahead * m.row_stride;
@@ -131,8 +131,8 @@ struct TileTask {
 // Separate, so that the code for one vector is optimized on its own.
 template <class T, bool kPrefetch, class S>
 __attribute__((noinline)) void products_of_several(const Header& header, const Tile& tile,
-                                                   const T* next, const S* v, double* scratch,
-                                                   RowFunction before) {
+                                                   const T* next, const S* v,
+                                                   const Scratch& scratch, RowFunction before) {
   if (header.r == 2)
     subspace_products<2, T, kPrefetch>(header, tile, next, v, scratch, before);
   else
@@ -142,7 +142,7 @@ __attribute__((noinline)) void products_of_several(const Header& header, const T
 // Writes s, the partial t and the partial Gram matrix of a tile; v is v or v_next of the header.
 template <class T, bool kPrefetch = true, class S, class Before>
 SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const Tile* next,
-                                   const S* v, double* scratch, Before before) {
+                                   const S* v, const Scratch& scratch, Before before) {
   const Matrix* matrices = reinterpret_cast<const Matrix*>(header.matrices);
   const Matrix& m = matrices[tile.matrix];
   const T* following = nullptr;
@@ -158,17 +158,15 @@ SPECTRAL_INLINE void tile_products(const Header& header, const Tile& tile, const
   v += m.v_offset;
   S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
   S* t = header.t_partial == 0 ? nullptr : reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
-  TileTask<T, kPrefetch, S, Before> task{m,         tile,  n, inverse_power_of_two(sigma),
-                                         v,         s,     t, reinterpret_cast<T*>(scratch),
-                                         following, before};
-  if (Simd<T>::kSplits) {
-    S* split_v = reinterpret_cast<S*>(scratch + kMaxRows * n);
-    split_order<T>(v, split_v, n);
-    task.v = split_v;
-    if (t != nullptr) task.t = split_v + n;
+  if constexpr (Simd<T>::kSplits) {
+    split_order<T>(v, scratch.v, n);
+    v = scratch.v;
   }
+  TileTask<T, kPrefetch, S, Before> task{m,         tile,  n, inverse_power_of_two(sigma),
+                                         v,         s,     t, reinterpret_cast<T*>(scratch.rows),
+                                         following, before};
   task.run();
-  if (task.t != t) memory_order<T>(task.t, t, n);
+  if (Simd<T>::kSplits && t != nullptr) memory_order<T>(t, n);
   const int64_t index = &tile - reinterpret_cast<const Tile*>(header.tiles);
   reinterpret_cast<double*>(header.gram_partial)[index] = task.sum_of_squares;
 }

@@ -199,7 +199,7 @@ SPECTRAL_INLINE void put_penalty(Any& stretch, const Update& update, const Group
 
 template <template <class, class> class RuleOf, class T, class M>
 void update_tile(const Header& header, const Update& update, const Tile& tile, const Tile* next,
-                 double* scratch) {
+                 const Scratch& scratch) {
   using S = typename Simd<T>::Accumulator;
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   const Moment& moment = reinterpret_cast<const Moment*>(update.matrix_moments)[tile.matrix];
@@ -214,11 +214,10 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<RuleOf<S, Lanes>, T, M, S>;
-  if (Piece::kSplits) {
-    S* split_v = reinterpret_cast<S*>(scratch + product_rows(header.r) * m.outer * m.inner);
+  if constexpr (Piece::kSplits) {
     for (int64_t o = 0; o < m.outer; ++o)
-      split_order<T>(v + o * m.inner, split_v + o * m.inner, m.inner);
-    v = split_v;
+      split_order<T>(v + o * m.inner, scratch.gradient_v + o * m.inner, m.inner);
+    v = scratch.gradient_v;
   }
   const Piece whole = stretch_of<RuleOf<S, Lanes>, T, M, S>(update, m.weight, m.grad, moment);
   const auto update_row = [&](int64_t row) __attribute__((always_inline)) {
@@ -270,7 +269,7 @@ SPECTRAL_INLINE void with_dtypes(const Header& header, const Update& update, Fun
 }  // namespace
 
 void update_tile(const Header& header, const Update& update, const Tile& tile, const Tile* next,
-                 double* scratch) {
+                 const Scratch& scratch) noexcept {
   with_dtypes(header, update, [&](auto t, auto m) {
     if (update.rule == kAdamW)
       update_tile<AdamW, decltype(t), decltype(m)>(header, update, tile, next, scratch);
@@ -279,7 +278,7 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   });
 }
 
-void update_elementwise(const Header& header, const Update& update, int64_t index) {
+void update_elementwise(const Header& header, const Update& update, int64_t index) noexcept {
   const bool other = index >= header.n_elementwise;
   const int64_t i = other ? index - header.n_elementwise : index;
   const Elementwise& entry =

@@ -9,8 +9,9 @@ from typing import Literal
 
 import torch
 
+from ..tables.native import installation_failure, native_module
 from .base import Backend, Reference
-from .native import Cpu, Cuda, native_module
+from .native import Cpu, Cuda
 from .selfcheck import disagreement
 
 NAMES = ("triton", "cuda", "cpu", "reference")
@@ -33,18 +34,14 @@ def unavailable(name: str) -> str | None:
     if name in ("cpu", "cuda"):
         try:
             native = native_module()
-        except ModuleNotFoundError:
-            return (
-                "the compiled module is missing: spectral_kernels was installed without a C++ "
-                "compiler, or not at all; install g++ or clang++, then reinstall spectral_kernels"
-            )
         except ImportError as error:
-            return f"the compiled module cannot be used: {error}"
+            return str(error)
         if name == "cuda" and not hasattr(native, "cuda"):
-            return (
-                "the compiled module has no CUDA kernels: no nvcc was found when the package was "
-                "installed; put it on the PATH and reinstall spectral_kernels"
+            why = installation_failure() or (
+                "no nvcc was found when the package was installed; put it on the PATH and "
+                "reinstall spectral_kernels"
             )
+            return f"the compiled module has no CUDA kernels: {why}"
     if name in ("triton", "cuda") and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return None

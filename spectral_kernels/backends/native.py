@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
-from ..tables.schema import offsets
 from .base import Backend
 
 
@@ -100,11 +97,3 @@ class Cuda(Backend):
 def _stream(device: torch.device) -> tuple[int, int]:
     stream = torch.cuda.current_stream(device)
     return stream.device_index, stream.cuda_stream
-
-
-def native_module():
-    """Import the compiled module; raise ImportError if it is missing or of another version."""
-    native = importlib.import_module("spectral_kernels._native")
-    if getattr(native, "tables", None) != offsets():
-        raise ImportError("it was built from another version of the package; reinstall it")
-    return native

@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..backends import choice
-from ..backends.native import native_module
+from ..tables.native import native_module
 from .console import tell
 
 

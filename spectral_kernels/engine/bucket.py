@@ -168,7 +168,11 @@ class Bucket:
         if self.state.tolerance:  # extra iterations were interrupted
             self.state.set_tolerance(0)
         self.state.swap()
-        self.backend.gram_matvec(self.plan, self.state)
+        try:
+            self.backend.gram_matvec(self.plan, self.state)
+        except BaseException:
+            self.state.swap()
+            raise
         self.measured = True
 
     def _catch_up(self) -> None:

@@ -78,7 +78,7 @@ def power_iteration(
     """
     bucket, buffers = _bucket(number, index, weights), (v, v_next, s, scalars)
     if strength is not None:
-        fill(State(bucket.plan, *buffers, bucket.state.exponent).strength, strength)
+        fill(State(bucket.plan, *buffers, bucket.state.exponent).check_sizes().strength, strength)
     if not bucket.warm:
         _iterate(bucket, buffers, ModelBuckets.by_number[number].settings.warmup)
         bucket.warm = True
@@ -97,7 +97,7 @@ def _iterate(bucket: Bucket, buffers: tuple[Tensor, ...], n: int) -> Tensor:
         v.copy_(v_next)
         v, v_next = v_next, v
     own = bucket.state
-    bucket.state = State(bucket.plan, v, v_next, *others, own.exponent)
+    bucket.state = State(bucket.plan, v, v_next, *others, own.exponent).check_sizes()
     try:
         bucket.iterate(n)
         return bucket.value(bucket.state)
@@ -117,7 +117,7 @@ def evaluate(
     bucket = _bucket(number, index, weights)
     v, v_next = torch.empty_like(v_next), v_next.clone()
     s, scalars = torch.empty_like(bucket.state.s), scalars.clone()
-    state = State(bucket.plan, v, v_next, s, scalars, bucket.state.exponent)
+    state = State(bucket.plan, v, v_next, s, scalars, bucket.state.exponent).check_sizes()
     if strength is not None:
         fill(state.strength, strength)
     if not bucket.warm:
@@ -152,7 +152,7 @@ def penalty_backward(
     bucket = _bucket(number, index, weights)
     buckets = ModelBuckets.by_number[number]
     mark_backward(buckets, buckets.tensors())  # a graph may pass other objects for the parameters
-    state = State(bucket.plan, v, None, s, scalars, bucket.state.exponent)
+    state = State(bucket.plan, v, None, s, scalars, bucket.state.exponent).check_sizes()
     grads = [torch.empty_like(w) if x else None for w, x in zip(weights, wanted, strict=True)]
     state.set_scale(upstream)
     bucket.plan.bind_grads(grads)

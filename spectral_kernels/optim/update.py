@@ -316,6 +316,10 @@ class Update:
         try:
             self._count(1)
             done = self.backend.update(step) is None
+        except MemoryError:  # nothing has been written
+            if self.bucket is not None:
+                self.bucket.is_ahead = True
+            raise
         finally:
             if done:
                 torch.autograd.graph.increment_version(self.weights)  # kernels write to addresses

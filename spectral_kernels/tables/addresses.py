@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .native import native_module
+
 _WHY = {
     "freed": "no memory of its own, or less than its shape needs (freed, resized, meta or fake)",
     "negative": "its negative bit set (torch.resolve_neg copies it without)",
@@ -111,10 +113,9 @@ class Column:
 def _native():
     """Return the compiled module, or None; backends/choice.py says why there is none."""
     try:
-        from .. import _native
+        return native_module()
     except ImportError:
         return None
-    return _native
 
 
 @functools.cache

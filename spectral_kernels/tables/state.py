@@ -34,15 +34,6 @@ class State:
         self.header = plan.header.copy()
         self.address = address(self.header)
         self.set_exponent(exponent)
-        for name, buffer, n in (
-            ("v", v, plan.v_size), ("v_next", v_next, plan.v_size), ("s", s, plan.s_size),
-            ("scalars", scalars, sum(plan.scalar_sizes)),
-        ):  # fmt: skip
-            if buffer is not None and buffer.numel() != n:
-                raise RuntimeError(
-                    f"the buffer {name} of the state has {buffer.numel()} elements; accepted for "
-                    f"these parameters are {n}"
-                )
         first, size = scalars.data_ptr(), scalars.element_size()
         self.header[_ADDRESSES] = (
             v.data_ptr(), 0 if v_next is None else v_next.data_ptr(), s.data_ptr(),
@@ -88,6 +79,23 @@ class State:
     def set_tolerance(self, tolerance: float) -> None:
         """Restrict calls to matrices with residual / sigma above ``tolerance`` (0: process all)."""
         self.tolerance = self.header.view(np.float64)[SLOT["tolerance"]] = tolerance
+
+    def check_sizes(self) -> State:
+        """Return this state, if kernels stay within its buffers.
+
+        Raises:
+            RuntimeError: a buffer with another number of elements than the plan needs.
+        """
+        plan, n_scalars = self.plan, sum(self.plan.scalar_sizes)
+        sizes = plan.v_size, plan.v_size, plan.s_size, n_scalars
+        for name, n in zip(("v", "v_next", "s", "scalars"), sizes, strict=True):
+            buffer = getattr(self, name)
+            if buffer is not None and buffer.numel() != n:
+                raise RuntimeError(
+                    f"the buffer {name} of the state has {buffer.numel()} elements; accepted for "
+                    f"these parameters are {n}"
+                )
+        return self
 
     def swap(self) -> None:
         """Exchange ``v`` and ``v_next``: the next iteration reads ``v``."""

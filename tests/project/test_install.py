@@ -1,35 +1,92 @@
 """Builds and installations of the source tree."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from tests import ROOT
 
+REPORT = "spectral_kernels/_native_failed.txt"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+WITHOUT = "spectral_kernels is installed without"
 
-def build_wheel(tmp_path, environment):
-    """Build a wheel from a copy of the sources and return pip's output and the wheel's files."""
-    source = tmp_path / "source"
-    source.mkdir()
+# In place of CMake. FAILS says what fails: nothing, "cxx" or "nvcc".
+CMAKE = f"""#!{sys.executable}
+import os, pathlib, sys
+cuda, fails = os.environ["SPECTRAL_KERNELS_CUDA"], os.environ["FAILS"]
+if "-S" in sys.argv:
+    folder = sys.argv[sys.argv.index("-B") + 1]
+    (target,) = [x.partition("=")[2] for x in sys.argv if "LIBRARY_OUTPUT_DIRECTORY" in x]
+    pathlib.Path(folder, "target").write_text(target)
+    if cuda != "0":
+        print("-- spectral_kernels: CUDA kernels for architectures 90")
+elif fails == "cxx" or (fails == "nvcc" and cuda != "0"):
+    sys.exit("the compiler's words")
+else:
+    target = pathlib.Path(sys.argv[sys.argv.index("--build") + 1], "target").read_text()
+    pathlib.Path(target).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(target, "_native{SUFFIX}").write_text(cuda)
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the sources of the package."""
+    folder = tmp_path / "source"
+    folder.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / name, folder)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "_native_failed.txt")
     for name in ("csrc", "spectral_kernels"):
-        shutil.copytree(
-            ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
-        )
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+def environment_of(**variables):
+    """The environment without what changes a build, but for ``variables``."""
+    ours = ("CXX", "CXXFLAGS", "CUDACXX", "SPECTRAL_KERNELS_NATIVE", "SPECTRAL_KERNELS_CUDA")
+    return {**{k: v for k, v in os.environ.items() if k not in ours}, **variables}
+
+
+@pytest.fixture
+def cmake(tmp_path):
+    """Environment variables with which CMAKE is found as cmake, beside a compiler."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name, text in (("cmake", CMAKE), ("c++", "#!/bin/sh\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def pip_wheel(source, **variables):
+    """Let pip build a wheel of ``source``; return its exit code, its output and the wheel's files.
+
+    The files are a mapping from names to bytes, empty if there is no wheel.
+    """
+    out = Path(tempfile.mkdtemp(dir=source.parent))
     result = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation",
-         "-w", str(tmp_path / "out"), str(source)],
-        env=environment, capture_output=True, text=True, check=False,
+         "-w", str(out), str(source)],
+        env=environment_of(**variables), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, output
-    (wheel,) = (tmp_path / "out").glob("*.whl")
-    return output, zipfile.ZipFile(wheel).namelist()
+    files = {}
+    for wheel in out.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+    return result.returncode, result.stdout + result.stderr, files
+
+
+def has_module(files):
+    return f"spectral_kernels/_native{SUFFIX}" in files
 
 
 @pytest.fixture
@@ -39,17 +96,115 @@ def build_tools():
 
 
 @pytest.mark.takes_seconds
-def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, build_tools):
-    empty = tmp_path / "bin"
-    empty.mkdir()
-    environment = {**os.environ, "PATH": str(empty)}
-    environment.pop("CXX", None)
-    output, files = build_wheel(tmp_path, environment)
-    assert "no C++ compiler was found" in output
-    assert "spectral_kernels/regularizer.py" in files
-    assert "spectral_kernels/integrations/transformers.py" in files
-    assert "spectral_kernels/py.typed" in files
+def test_without_a_compiler_the_install_succeeds_and_says_so(tmp_path, source, build_tools):
+    (tmp_path / "empty").mkdir()
+    code, output, files = pip_wheel(source, PATH=str(tmp_path / "empty"))
+    assert code == 0, output
+    assert output.count(f"{WITHOUT} the compiled module: no C++ compiler was found") == 1
+    assert {
+        "spectral_kernels/regularizer.py", "spectral_kernels/integrations/transformers.py",
+        "spectral_kernels/py.typed",
+    } <= set(files)  # fmt: skip
     assert not any(name.endswith(".so") for name in files)
+    assert files[REPORT].decode().splitlines() == [
+        "no C++ compiler was found when spectral_kernels was installed; install g++ or clang++, "
+        "then reinstall it"
+    ]
+
+
+FAILING = {"a compiler that does nothing": {"CXX": shutil.which("false") or "false"},
+           "headers that are missing": {"CXXFLAGS": "-nostdinc"},
+           "a compiler that is not there": {"CXX": "no-such-c++"}}  # fmt: skip
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("what", FAILING)
+def test_with_a_failing_compiler_the_install_succeeds_and_keeps_its_output(
+    source, build_tools, what
+):
+    if shutil.which("c++") is None or shutil.which("cmake") is None:
+        pytest.skip("no C++ compiler or no CMake on this machine")
+    code, output, files = pip_wheel(source, SPECTRAL_KERNELS_CUDA="0", **FAILING[what])
+    assert code == 0, output
+    assert not any(name.endswith(".so") for name in files)
+    reason, _, kept = files[REPORT].decode().partition("\n")
+    assert reason.startswith("CMake or the compiler")
+    assert output.count(f"{WITHOUT} the compiled module: {reason}") == 1
+    (where,) = re.findall(r"The output is in (\S+),", output)
+    assert Path(where).read_bytes() == files[REPORT]
+    last = [line for line in kept.splitlines() if line.strip()][-1]
+    assert last in output[output.index(WITHOUT) :]
+    assert {"a compiler that does nothing": "FAILED", "headers that are missing": "fatal error",
+            "a compiler that is not there": "no-such-c++"}[what] in kept  # fmt: skip
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("demand", ["SPECTRAL_KERNELS_NATIVE", "SPECTRAL_KERNELS_CUDA"])
+def test_a_build_that_is_demanded_fails_where_the_compiler_does(source, cmake, build_tools, demand):
+    variables = {**cmake, "FAILS": "cxx", demand: "1"}
+    code, output, files = pip_wheel(source, **variables)
+    assert code != 0
+    assert "the compiler's words" in output
+    assert "error: CMake or the compiler c++ failed when" in output
+    assert WITHOUT not in output
+    assert files == {}
+    code, _, files = pip_wheel(source, **{**variables, "FAILS": ""})
+    assert code == 0
+    assert has_module(files)
+
+
+@pytest.mark.takes_seconds
+def test_a_build_that_is_demanded_fails_without_a_compiler(tmp_path, source, build_tools):
+    (tmp_path / "empty").mkdir()
+    variables = {"PATH": str(tmp_path / "empty"), "SPECTRAL_KERNELS_NATIVE": "1"}
+    code, output, _ = pip_wheel(source, **variables)
+    assert code != 0
+    assert "error: no C++ compiler was found" in output
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [("SPECTRAL_KERNELS_NATIVE", "auto, 1"), ("SPECTRAL_KERNELS_CUDA", "auto, 0, 1")],
+)
+def test_an_unknown_value_of_a_variable_is_an_error(source, cmake, build_tools, name, accepted):
+    code, output, _ = pip_wheel(source, **{**cmake, "FAILS": "", name: "yes"})
+    assert code != 0
+    assert f"{name}: got 'yes'; accepted are {accepted}" in output
+
+
+@pytest.mark.takes_seconds
+def test_an_nvcc_that_fails_costs_the_cuda_kernels_alone(source, cmake, build_tools):
+    code, output, files = pip_wheel(source, **cmake, FAILS="nvcc")
+    assert code == 0
+    assert files[f"spectral_kernels/_native{SUFFIX}"] == b"0"  # SPECTRAL_KERNELS_CUDA
+    reason, _, kept = files[REPORT].decode().partition("\n")
+    assert reason.startswith("nvcc failed when")
+    assert "the compiler's words" in kept
+    assert f"{WITHOUT} its CUDA kernels: {reason}" in output
+
+
+@pytest.mark.takes_seconds
+def test_nothing_of_an_earlier_build_gets_into_a_wheel(source, cmake, build_tools):
+    for fails in ("", "cxx", "nvcc", "cxx", ""):
+        code, output, files = pip_wheel(source, **cmake, FAILS=fails)
+        assert code == 0, output
+        assert has_module(files) == (fails != "cxx")
+        assert (REPORT in files) == (fails != "")
+
+
+@pytest.mark.takes_seconds
+def test_nothing_of_an_earlier_build_stays_beside_the_sources(source, cmake, build_tools):
+    for fails in ("", "cxx", ""):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=source, env=environment_of(**cmake, FAILS=fails),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (WITHOUT in done.stderr) == bool(fails)
+        assert (source / "spectral_kernels" / f"_native{SUFFIX}").exists() == (not fails)
+        assert (source / REPORT).exists() == bool(fails)
 
 
 def configured(tmp_path, value):

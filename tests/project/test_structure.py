@@ -10,6 +10,7 @@ import pytest
 
 import spectral_kernels
 from spectral_kernels.backends import choice
+from spectral_kernels.tables import native as native_module
 from tests import ROOT
 from tests.support import processes
 
@@ -27,6 +28,15 @@ CONSTANTS = {
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.AnnAssign) and "constexpr(" in ast.unparse(node)
 }
+
+# Two steps of a regularizer in a process of its own.
+STEPS = (
+    "import torch\n"
+    "from spectral_kernels import SpectralRegularizer\n"
+    "model = torch.nn.Linear(3, 4)\n"
+    "for _ in range(2): SpectralRegularizer(model).penalty().backward()\n"
+    "print(model.weight.grad.norm() > 0)\n"
+)
 
 
 def imported(path):
@@ -156,7 +166,7 @@ def test_one_openmp_runtime_is_mapped():
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc/self/maps")
     result = processes.run(
-        "import torch, spectral_kernels.backends.native as b; n = b.native_module();"
+        "import torch, spectral_kernels.tables.native as t; n = t.native_module();"
         "print(n.cpu.openmp); print(open('/proc/self/maps').read())"
     )
     assert result.returncode == 0, result.stderr
@@ -169,12 +179,8 @@ def test_one_openmp_runtime_is_mapped():
 def test_without_the_compiled_module_the_reference_serves_and_says_so_once():
     result = processes.run(
         "import sys; sys.modules['spectral_kernels._native'] = None\n"
-        "import torch, warnings\n"
-        "from spectral_kernels import SpectralRegularizer\n"
-        "model = torch.nn.Linear(3, 4)\n"
-        "for _ in range(2): SpectralRegularizer(model).penalty().backward()\n"
-        "print(model.weight.grad.norm() > 0)\n"
-        "try: SpectralRegularizer(model, backend='cpu')\n"
+        + STEPS
+        + "try: SpectralRegularizer(model, backend='cpu')\n"
         "except RuntimeError as error: print(error)\n"
     )
     assert result.returncode == 0, result.stderr
@@ -182,6 +188,53 @@ def test_without_the_compiled_module_the_reference_serves_and_says_so_once():
     assert "the compiled module is missing" in result.stdout
     assert result.stderr.count("UserWarning") == 1
     assert "PyTorch reference" in result.stderr
+
+
+@pytest.mark.takes_seconds
+def test_a_broken_module_is_not_used_by_half_and_is_reported_once():
+    result = processes.run(
+        "import sys, types\n"
+        "native = types.ModuleType('spectral_kernels._native')\n"
+        "native.tables, native.describe = {}, lambda *tensors: sys.exit('it was used')\n"
+        "sys.modules['spectral_kernels._native'] = native\n" + STEPS
+    )
+    assert result.returncode == 0, result.stderr
+    assert "tensor(True)" in result.stdout
+    assert result.stderr.count("UserWarning") == 1
+    assert result.stderr.count("built from another version") == 1
+
+
+@pytest.mark.takes_seconds
+def test_what_failed_at_the_installation_is_said_where_the_module_is_missing(tmp_path):
+    report = tmp_path / "report.txt"
+    report.write_text("CMake failed; fix that\nfatal error: no Python.h\n")
+    result = processes.run(
+        "import sys, pathlib\n"
+        "sys.modules['spectral_kernels._native'] = None\n"
+        "import torch\n"
+        "from spectral_kernels.tables import native\n"
+        f"native.FAILURE = pathlib.Path({str(report)!r})\n"
+        "from spectral_kernels import cli\n"
+        "cli.main(['env'])\n" + STEPS
+    )
+    assert result.returncode == 0, result.stderr
+    why = f"the compiled module is missing: CMake failed; fix that; the output is in {report}\n"
+    rows = dict(line.split("  ", 1) for line in result.stdout.splitlines() if "  " in line)
+    assert rows["backend cpu"].strip() == f"no: {why}".strip()
+    assert f"uses its PyTorch reference: {why}" in result.stderr
+
+
+def test_a_failing_nvcc_is_the_reason_for_a_module_without_cuda_kernels(tmp_path, monkeypatch):
+    if (reason := choice.unavailable("cpu")) is not None:
+        pytest.skip(reason)
+    native = choice.native_module()
+    monkeypatch.delattr(native, "cuda", raising=False)
+    monkeypatch.setattr(native_module, "FAILURE", tmp_path / "report.txt")
+    assert "no nvcc was found" in choice.unavailable("cuda")
+    native_module.FAILURE.write_text("nvcc failed; fix that\nits words\n")
+    said = f"no CUDA kernels: nvcc failed; fix that; the output is in {native_module.FAILURE}"
+    assert choice.unavailable("cuda").endswith(said)
+    assert choice.unavailable("cpu") is None
 
 
 def test_a_module_built_from_other_tables_is_refused(monkeypatch):

@@ -91,7 +91,8 @@ def built(folder: Path) -> tuple[Path, Path]:
         shutil.rmtree(scratch)  # what setuptools finds there it puts into a wheel
     for kind in ("--sdist", "--wheel"):
         run(sys.executable, "-m", "build", kind, "--no-isolation", "--outdir", str(folder),
-            str(ROOT), cwd=folder, SPECTRAL_KERNELS_CUDA="0")  # fmt: skip
+            str(ROOT), cwd=folder, SPECTRAL_KERNELS_CUDA="0",
+            SPECTRAL_KERNELS_NATIVE="1")  # fmt: skip
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     print(contents(wheel), flush=True)
     names = set(zipfile.ZipFile(wheel).namelist())

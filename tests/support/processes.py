@@ -19,11 +19,15 @@ def command(*arguments):
     return [sys.executable, "-m", "spectral_kernels", *map(str, arguments)]
 
 
-def run(code):
-    """Run Python code in a process of its own; return that with its output."""
+def run(code, *arguments, **variables):
+    """Run Python code in a process of its own; return that with its output.
+
+    ``arguments`` are those of the program, ``variables`` are added to its environment.
+    """
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
+        [sys.executable, "-c", code, *map(str, arguments)], env={**os.environ, **variables},
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
 
 
 def run_without(package, *arguments):
