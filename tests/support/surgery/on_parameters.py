@@ -113,7 +113,7 @@ class OnParameters:
         b.data = buffer[start : start + b.numel()].view(b.shape)
 
     def free_storage(self, name: str, offset: int, keep: bool) -> None:
-        """Free the storage behind a parameter, or a part of it.
+        """Free the storage behind a parameter that our code reads, or a part of it.
 
         Args:
             name: of the parameter.
@@ -121,8 +121,8 @@ class OnParameters:
             keep: whether half of its elements stay.
         """
         p = self.subject.get(name)
-        if p.numel() == 0 or (self.subject.is_attached and KINDS[name] is None):
-            return  # the latter only torch's own step touches
+        if p.numel() == 0 or self._is_only_torchs(name):
+            return
         buffer = torch.randn(offset + p.numel()).to(p.dtype)
         p.data = buffer[offset:].view(p.shape)
         n = offset + p.numel() // 2 if keep else 0
@@ -146,6 +146,8 @@ class OnParameters:
                 "shared" (one memory with the gradient of another parameter).
         """
         subject, p = self.subject, self.subject.get(name)
+        if how == "freed" and self._is_only_torchs(name):
+            return
         p.grad = None
         if how == "dtype":
             p.grad_dtype = None  # which allows any
@@ -161,6 +163,10 @@ class OnParameters:
                 for each, x in ((name, p), (other, q)):
                     x.grad = buffer[: x.numel()].view(x.shape)
                     self.given.add(each)
+
+    def _is_only_torchs(self, name: str) -> bool:
+        """Return whether torch alone uses a parameter: it crashes if the memory is freed."""
+        return self.subject.is_attached and KINDS[name] is None
 
     def _gradient_like(self, p, how: str) -> torch.Tensor:
         subject = self.subject

@@ -6,7 +6,7 @@ from ..forked import Failed
 from . import steps
 from .on_parameters import OnParameters
 from .on_state import OnState
-from .refusals import reasons
+from .refusals import REPLACED, reasons
 from .subject import NAMES, Setting, Subject
 
 
@@ -48,27 +48,35 @@ class Surgery(OnParameters, OnState):
         return outcome
 
     def _repair(self) -> None:
-        """Do what a refusal asks for: plain parameters, no gradients, moments that fit."""
+        """Do what a refusal asks for: plain parameters and gradients, moments that fit."""
         subject = self.subject
-        for name in [*reasons(subject)]:
-            if name not in NAMES:
-                continue
-            p = subject.first[name]
+        for _ in range(3):  # a weight of another shape makes moments that do not fit
+            for name, found in reasons(subject).items():
+                if name in NAMES:
+                    self._repair_one(name, " ".join(found))
+                elif "gradient" in " ".join(found):
+                    subject.tracked()[name].grad = None
+        if left := reasons(subject):
+            raise AssertionError(f"not repaired: {left}")
+
+    def _repair_one(self, name: str, found: str) -> None:
+        subject, p = self.subject, self.subject.first[name]
+        if REPLACED in found:
             subject.put(name, p)
+            held = subject.held[name]
             if subject.tracked().get(name) is not p:
-                old = subject.held[name]
                 for group in subject.optimizer.param_groups:
-                    group["params"] = [x for x in group["params"] if x is not p and x is not old]
+                    group["params"] = [x for x in group["params"] if x is not p and x is not held]
                 subject.optimizer.param_groups[0]["params"].append(p)
                 subject.held[name] = p
+        if "weight" in found:
             is_like_first = p.dim() == len(subject.shapes[name])
             shape = p.shape if is_like_first else subject.shapes[name]
             p.data = subject.values(shape, p.dtype, size=0.5)
-            subject.optimizer.state.pop(p, None)
-        for p in subject.tracked().values():
+        if "gradient" in found:
             p.grad = None
-        if left := reasons(subject):
-            raise AssertionError(f"not repaired: {left}")
+        if any(word in found for word in ("exp_avg", "momentum_buffer", "step is")):
+            subject.optimizer.state.pop(p, None)
 
     def _keep_small(self) -> None:
         """Bring weights that the penalty or the steps have made large back."""

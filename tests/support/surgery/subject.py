@@ -9,7 +9,8 @@ from torch import nn
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
 from spectral_kernels.backends import choice
 from spectral_kernels.backends.base import Reference
-from spectral_kernels.backends.native import Cpu, native_module
+from spectral_kernels.backends.native import Cpu
+from spectral_kernels.tables.native import native_module
 
 from .. import guarded
 
