@@ -10,7 +10,6 @@ from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
@@ -61,9 +60,11 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")
         iterations_of(n_power_iterations, is_in_optimizer=True)
         source, groups = source_and_groups(params, model)
-        self._names = WeakTensorKeyDictionary()  # of the parameters that it was built with
+        # Of the parameters that it was built with, by id, which they keep as long as they are here.
+        # torch.utils.swap_tensors refuses tensors that have weak references.
+        self._names: dict[int, tuple[torch.Tensor, str]] = {}
         if isinstance(source, nn.Module):
-            self._names.update((p, name) for name, p in source.named_parameters())
+            self._names = {id(p): (p, name) for name, p in source.named_parameters()}
             left_out = check_pattern_list("exclude", options.get("exclude")) or []
             options["exclude"] = [*left_out, *not_in(groups, source)]
         self.regularizer = SpectralRegularizer(
@@ -300,7 +301,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         return torch.float32 if dtype.itemsize == 2 and self._state_dtype else dtype
 
     def _name_of(self, p: torch.Tensor, unknown: str = "?") -> str:
-        return self._names.get(p, unknown)
+        return self._names[id(p)][1] if id(p) in self._names else unknown
 
     def _keeps_moments(self) -> bool:
         return True
@@ -325,12 +326,11 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             )
         group = self._checked_options(group)
         group["params"] = items_of(group["params"])
-        names = WeakTensorKeyDictionary()
-        names.update((x[1], x[0]) for x in group["params"] if isinstance(x, tuple))
+        names = {id(x[1]): (x[1], x[0]) for x in group["params"] if isinstance(x, tuple)}
         for item in group["params"]:
             p = item[1] if isinstance(item, tuple) else item
             if p.requires_grad:
-                check_dtype(names.get(p, self._name_of(p)), p.dtype)
+                check_dtype(names[id(p)][1] if id(p) in names else self._name_of(p), p.dtype)
         super().add_param_group(group)
         self._names.update(names)
         self._updates = None
@@ -471,9 +471,11 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         super().__setstate__(state)
         if (by_place := self.__dict__.pop("_by_place", None)) is not None:
             self._updates, self._regularized = None, []
-            self._names = WeakTensorKeyDictionary()
-            for names, group in zip(by_place, self.param_groups, strict=True):
-                self._names.update(zip(group["params"], names, strict=True))
+            self._names = {
+                id(p): (p, name)
+                for names, group in zip(by_place, self.param_groups, strict=True)
+                for p, name in zip(group["params"], names, strict=True)
+            }
 
 
 def _same(now: list, before: list) -> bool:

@@ -172,8 +172,7 @@ def _look(written: list[torch.Tensor | None], read: list[torch.Tensor | None]) -
             problem = "negative", i, i
         elif t.numel():
             end = (t.storage_offset() + _extent(t)) * t.element_size()
-            storage = t.untyped_storage()
-            if end > storage.nbytes() or storage.data_ptr() == 0:
+            if end > t.untyped_storage().nbytes() or t.data_ptr() == 0:
                 problem = "freed", i, i
     if problem is None and written:
         problem = _overlap(tensors, len(written))

@@ -102,7 +102,7 @@ def test_spectra_of_a_model_are_those_of_its_matrices():
     some = diagnostics.spectra([("w", torch.tensor([[1.0, math.inf]])), ("e", torch.ones(0, 4))])
     assert all(map(math.isnan, some["w"]))
     assert some["e"] == (0, 0, 0, 0, 0)
-    with pytest.raises(TypeError, match=r"spectra\(\) got an unexpected argument 'biases'"):
+    with pytest.raises(TypeError, match=r"spectra: unknown keyword 'biases'"):
         diagnostics.spectra(model, biases=True)
 
 

@@ -233,7 +233,9 @@ def test_training_resumes_with_the_same_bits_whatever_the_layout(kind, r, way):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(4):
             for p in layer.parameters():
-                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+                p.grad = torch.empty_like(p).copy_(
+                    torch.randn(p.shape, generator=generator, device="cpu")
+                )
             optimizer.step()
 
     layer, optimizer, reg = start()

@@ -29,7 +29,11 @@ def net():
 def give_gradients(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator).to(p) if p.requires_grad else p.grad
+        p.grad = (
+            torch.randn(p.shape, generator=generator, device="cpu").to(p)
+            if p.requires_grad
+            else p.grad
+        )
 
 
 def stepped(kind, ours=True, backend="auto", n=3, **changes):

@@ -44,7 +44,8 @@ def results(model, reg, steps=3):
     for _ in range(steps):
         model.zero_grad()
         reg.accumulate_grad_()
-        found += [p.grad.clone() for p in model.parameters()] + [reg.singular_values]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found += [grad.clone() for grad in grads] + [reg.singular_values]
     with torch.no_grad():
         found.append(reg.penalty())
     return found

@@ -44,7 +44,7 @@ class Weight:
     def is_cut(self) -> bool:
         """Whether it is more than one matrix: splits need an even number of rows."""
         if self.cut == "stacked":
-            return len(self.shape) > 2
+            return len(self.shape) > 2 and self.shape[0] > 0
         return (
             self.cut == "splits" and len(self.shape) > 1 and self.shape[0] % 2 == 0 != self.shape[0]
         )
