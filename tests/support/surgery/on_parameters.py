@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .subject import DTYPES, KINDS, Subject
+from .subject import DTYPES, KINDS, Subject, is_readable
 
 
 class OnParameters:
@@ -26,6 +26,8 @@ class OnParameters:
             dtype: a key of DTYPES.
             replace: whether the parameters then move to memory regions of their own.
         """
+        if not all(is_readable(self.subject.get(name)) for name in KINDS):
+            return  # torch would read freed memory
         subject = self.subject
         module = subject.model
         if name is not None:
@@ -165,8 +167,10 @@ class OnParameters:
                     self.given.add(each)
 
     def _is_only_torchs(self, name: str) -> bool:
-        """Return whether torch alone uses a parameter: it crashes if the memory is freed."""
-        return self.subject.is_attached and KINDS[name] is None
+        """Return whether no step of ours uses a parameter; torch crashes if its memory is freed."""
+        p = self.subject.get(name)
+        is_stepped = p.requires_grad or p.grad is not None
+        return KINDS[name] is None and (self.subject.is_attached or not is_stepped)
 
     def _gradient_like(self, p, how: str) -> torch.Tensor:
         subject = self.subject

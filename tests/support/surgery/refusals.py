@@ -32,7 +32,8 @@ def reasons(subject: Subject) -> dict[str, list[str]]:
 
 def must(subject: Subject, found: dict[str, list[str]]) -> list[str]:
     """Return the reasons for which a step must be refused, whatever torch does."""
-    has = [f"{n}: {r}" for n, own in found.items() for r in own if r.endswith(FREED)]
+    has = [f"{n}: {r}" for n, own in found.items() if _is_used(subject, n)
+           for r in own if r.endswith(FREED)]  # fmt: skip
     if subject.is_attached:
         # The gradient is written before torch's step sees it.
         return has + [f"{n}: {r}" for n, own in found.items() if KINDS[n] is not None
@@ -42,6 +43,12 @@ def must(subject: Subject, found: dict[str, list[str]]) -> list[str]:
         f"{n}: {REPLACED}" for n in NAMES
         if KINDS[n] is not None and subject.get(n) is not tracked.get(n, subject.get(n))
     ]  # fmt: skip
+
+
+def _is_used(subject: Subject, name: str) -> bool:
+    """Return whether a step has to do with a parameter: not with a frozen one of no penalty."""
+    p = subject.get(name)
+    return KINDS[name] is not None or p.requires_grad or p.grad is not None
 
 
 def _of_tensor(tensor: torch.Tensor, what: str) -> list[str]:
