@@ -158,14 +158,16 @@ class _Hook:
     ):
         self._attachment, self._regularizer, self._step = attachment, regularizer, step
         self._part, self._decoupled = part, decoupled
-        self._inside = False  # a step has begun, and has not ended or raised an error
+        self._inside = False  # a step has begun and not ended; it may have raised an error
+        self._nested = 0  # steps inside of it, of a base class, for which torch runs hooks too
 
     @untraced
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]):
         """Add the penalty; with a closure, after its evaluation."""
         if self._inside and _steps_under_way(optimizer) > 1:
-            return None  # a step() that calls that of its base class runs hooks twice
-        self._inside = True
+            self._nested += 1
+            return None
+        self._inside, self._nested = True, 0
         # args starts with the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -189,6 +191,9 @@ class _Hook:
     @untraced
     def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         """End the step."""
+        if self._nested:
+            self._nested -= 1
+            return
         self._inside = False
         if self._decoupled is not None:
             self._decoupled.apply(optimizer)
