@@ -228,11 +228,6 @@ def names_of(buckets: ModelBuckets, indices: Sequence[int] | None = None) -> dic
     return {id(tensor): name for name, tensor in _present(buckets, indices)}
 
 
-def _living() -> list[ModelBuckets]:
-    refs = ModelBuckets.by_number.valuerefs()
-    return [buckets for ref in refs if (buckets := ref()) is not None]
-
-
 def _present(
     buckets: ModelBuckets, indices: Sequence[int] | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
