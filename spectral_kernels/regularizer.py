@@ -16,6 +16,7 @@ from .engine.attach import Attachment, attach
 from .engine.bucket import MAX_EXTRA_ITERATIONS
 from .engine.coefficients import Coefficients, Strength, Target
 from .engine.model_buckets import LoadResult, ModelBuckets, Settings, vectors_of
+from .engine.stability import StabilityWatch
 from .engine.untraced import outside, untraced
 from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number
@@ -110,6 +111,7 @@ class SpectralRegularizer(Readings):
         self._coefficients = Coefficients(self._selection, strength, target, backend)
         self._buckets = ModelBuckets(self._selection, settings, self._coefficients)
         self._attached: list[Attachment] = []
+        self._watch = StabilityWatch()
         if not any(ref.get().is_meta for ref in self._buckets.refs):
             self._coefficients.measure_initial()
         self._buckets.ready_for_graphs()
@@ -176,7 +178,8 @@ class SpectralRegularizer(Readings):
         """
         if torch.compiler.is_compiling():
             return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
-        transforms.check_inactive("accumulate_grad_()", "penalty()")
+        if transforms.current() is not None:
+            transforms.check_inactive("accumulate_grad_()", "penalty()")
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
             grad_scale = check_number("grad_scale", grad_scale)
         self._buckets.accumulate_gradients(self._iterations, grad_scale)
@@ -203,7 +206,15 @@ class SpectralRegularizer(Readings):
         """
         self._buckets.check_in_place()
         self._attached = [a for a in self._attached if a.active]
-        attachment = attach(self.accumulate_grad_, optimizer, self._buckets.refs, self._attached)
+        watch = None
+        if type(optimizer) is torch.optim.SGD:
+
+            def watch() -> None:
+                self._watch.step(self._buckets.buckets, optimizer.param_groups)
+
+        attachment = attach(
+            self.accumulate_grad_, optimizer, self._buckets.refs, self._attached, watch
+        )
         self._attached.append(attachment)
         return attachment
 
@@ -219,6 +230,7 @@ class SpectralRegularizer(Readings):
     def strength(self, strength: Strength) -> None:
         self._coefficients.strength = strength
         self._buckets.fill_strength()
+        self._watch.restart()
 
     @property
     def target(self) -> Target:
@@ -282,6 +294,10 @@ class SpectralRegularizer(Readings):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out attachments; copies and pickles carry the vectors."""
         return {**self.__dict__, "_attached": []}
+
+    def _sgd_groups(self) -> list[Mapping[str, Any]]:
+        optimizers = [a.optimizer for a in self._attached if a.active]
+        return [g for o in optimizers if type(o) is torch.optim.SGD for g in o.param_groups]
 
     @property
     def _iterations(self) -> int:

@@ -150,7 +150,7 @@ template <class T, class S>
 struct ElementwiseFactor {
   using V = typename Simd<T>::V;
   const T* p;
-  const ElementwiseGradient& gradient;
+  const CappedGradient& gradient;
 
   SPECTRAL_INLINE V of(V x) const {
     for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = plain_nan((S)gradient.of(x[i]));
@@ -172,6 +172,11 @@ struct NoFactor {
   SPECTRAL_INLINE V one(int64_t) const { return V{}; }
   SPECTRAL_INLINE V part(int64_t, int64_t) const { return V{}; }
 };
+
+// The learning rate for which the penalty's gradient is capped; 0: it is not.
+double capping_lr(const Update& update, const Group& group) {
+  return update.decoupled ? group.lr : 0;
+}
 
 template <class S>
 double steps_of(const Update& update, const Moment& moment) {
@@ -210,7 +215,10 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   const RuleOf<S, Lanes> rule(group, steps_of<S>(update, moment));
-  const double factor = gradient_factor<S>(header, tile.matrix);
+  const double factor = capped_factor_of(gradient_factor<S>(header, tile.matrix),
+                                         reinterpret_cast<const S*>(header.sigmas)[tile.matrix],
+                                         reinterpret_cast<const S*>(header.target)[tile.matrix],
+                                         capping_lr(update, group));
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<RuleOf<S, Lanes>, T, M, S>;
@@ -250,7 +258,8 @@ void update_elements(const Header& header, const Update& update, const Elementwi
     stretch.run(rule, entry.size, NoFactor<typename Simd<T>::V>{});
     return;
   }
-  const ElementwiseGradient gradient = elementwise_gradient_of<S>(header, entry, index);
+  const CappedGradient gradient(elementwise_gradient_of<S>(header, entry, index),
+                                capping_lr(update, group));
   put_penalty(stretch, update, group, (S)1);
   stretch.run(rule, entry.size, ElementwiseFactor<T, S>{stretch.p, gradient});
 }

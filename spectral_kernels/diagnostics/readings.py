@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..engine.bucket import Bucket
 from ..engine.model_buckets import ModelBuckets
+from ..engine.stability import StabilityWatch
 from ..engine.untraced import untraced
 from .log import Log
 
@@ -28,6 +29,11 @@ class Readings:
     """Readings of the matrices, which SpectralRegularizer and the optimizers share."""
 
     _buckets: ModelBuckets
+    _watch: StabilityWatch
+
+    def _sgd_groups(self) -> list[Mapping[str, Any]]:
+        """Return the parameter groups whose steps are those of SGD with the penalty in them."""
+        return []
 
     @property
     def names(self) -> list[str]:
@@ -86,7 +92,8 @@ class Readings:
         Args:
             per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix.
         """
-        return metrics(self._buckets.bound(), self.names, per_layer)
+        buckets, groups = self._buckets.bound(), self._sgd_groups()
+        return metrics(buckets, self.names, per_layer, self._watch, groups)
 
     @untraced
     def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
@@ -116,13 +123,23 @@ def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch
     return torch.stack([by_name[n].to(device=first.device, dtype=dtype) for n in names])
 
 
-def metrics(buckets: Sequence[Bucket], names: Sequence[str], per_layer: bool) -> dict[str, float]:
-    """See ``Readings.metrics``; ``names`` is the order of the matrices."""
+def metrics(
+    buckets: Sequence[Bucket],
+    names: Sequence[str],
+    per_layer: bool,
+    watch: StabilityWatch,
+    groups: Sequence[Mapping[str, Any]],
+) -> dict[str, float]:
+    """See ``Readings.metrics``; ``names`` is the order of the matrices.
+
+    ``watch`` looks at the sigmas, if there are ``groups`` of SGD.
+    """
     parts = []
     for bucket in buckets:
         bucket.measure()
-        state = bucket.state
-        parts += [state.sigma, state.residual, state.target, bucket.value(state).view(1)]
+        state, n = bucket.state, len(bucket.plan.matrices)
+        parts += [state.sigma, state.residual, state.target, state.strength[:n],
+                  bucket.value(state).view(1)]  # fmt: skip
     devices = [bucket.plan.device for bucket in buckets]
     device = next((d for d in devices if d.type != "cpu"), devices[0])
     dtype = _dtype(parts)
@@ -131,11 +148,13 @@ def metrics(buckets: Sequence[Bucket], names: Sequence[str], per_layer: bool) ->
     penalty, by_name = 0.0, {}
     for bucket in buckets:
         n = len(bucket.plan.matrices)
-        columns = (numbers[:n], numbers[n : 2 * n], numbers[2 * n : 3 * n])
-        for matrix, *values in zip(bucket.plan.matrices, *columns, strict=True):
+        sigma, residual, target, strength = np.array(numbers[: 4 * n]).reshape(4, n)
+        if groups:
+            watch.look(bucket, groups, sigma, target, strength)
+        for matrix, *values in zip(bucket.plan.matrices, sigma, residual, target, strict=True):
             by_name[matrix.name] = values
-        penalty += numbers[3 * n]
-        numbers = numbers[3 * n + 1 :]
+        penalty += numbers[4 * n]
+        numbers = numbers[4 * n + 1 :]
     found = {"spectral/penalty": penalty, "spectral/above_target": 0.0}
     if names:
         sigma, residual, target = np.array([by_name[name] for name in names]).T
@@ -149,8 +168,8 @@ def metrics(buckets: Sequence[Bucket], names: Sequence[str], per_layer: bool) ->
                 "spectral/above_target": float((sigma - residual > target).sum()),
             }
     if per_layer:
-        found |= {f"spectral/sigma/{name}": by_name[name][0] for name in names}
-        found |= {f"spectral/residual/{name}": by_name[name][1] for name in names}
+        found |= {f"spectral/sigma/{name}": float(by_name[name][0]) for name in names}
+        found |= {f"spectral/residual/{name}": float(by_name[name][1]) for name in names}
     return found
 
 

@@ -28,8 +28,12 @@ def attach(
     optimizer: torch.optim.Optimizer,
     refs: Sequence[ParameterRef],
     others: Sequence[Attachment],
+    afterwards: Callable[[], None] | None,
 ) -> Attachment:
-    """Call ``accumulate_grad(grad_scale)`` in every step; see SpectralRegularizer.attach."""
+    """Call ``accumulate_grad(grad_scale)``, then ``afterwards()``, at the start of every step.
+
+    See ``SpectralRegularizer.attach``.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer: got {type(optimizer).__name__}; accepted is a torch.optim.Optimizer"
@@ -53,6 +57,8 @@ def attach(
     def accumulate() -> None:
         # GradScaler leaves the gradients of a fused optimizer scaled, and sets this attribute.
         accumulate_grad(getattr(optimizer, "grad_scale", None))
+        if afterwards is not None:
+            afterwards()
 
     def hook(_, args, kwargs):
         # args starts with the optimizer itself.

@@ -125,8 +125,7 @@ class ModelBuckets:
         buckets = self._bound(values)
         for bucket in buckets:
             if not bucket.warm:
-                bucket.iterate(self.settings.warmup)
-                bucket.warm = True
+                bucket.warm_up()
         if self.coefficients.strength_tensor is not None:  # its value may have changed
             self.fill_strength()
         return buckets
@@ -163,25 +162,26 @@ class ModelBuckets:
         """Return the buckets, with tables that point at the parameters, or at ``values``."""
         tensors = self.tensors() if values is None else values
         try:
-            return self._bound_to(tensors)
+            for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
+                is_all = len(self.buckets) == 1  # in the order of the refs
+                if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
+                    self._rebuild(tensors)
+                    break
+            if self.buckets is None:
+                self._build(tensors)
         except RuntimeError:
             for ref, tensor in zip(self.refs, tensors, strict=True):
                 transforms.check_plain(f"parameter {ref.name!r}", tensor, "there is penalty()")
             raise
-
-    def _bound_to(self, tensors: Sequence[torch.Tensor]) -> list[Bucket]:
-        if self.buckets is not None:
-            for bucket, indices in zip(self.buckets, self._indices, strict=True):
-                is_all = len(self.buckets) == 1  # in the order of the refs
-                if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
-                    self._warm = self.is_warm
-                    self.start_vectors, self.buckets = self.vectors(), None
-                    break
-        if self.buckets is None:
-            # The state outlives an inference mode that is active here.
-            with torch.inference_mode(False):
-                self._build(tensors)
         return self.buckets
+
+    def _rebuild(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Build new buckets for parameters of other shapes, layouts or dtypes."""
+        self._warm = self.is_warm
+        self.start_vectors, self.buckets = self.vectors(), None
+        self._build(tensors)
+        for bucket in self.buckets:
+            bucket.expect_jumps()
 
     @property
     def is_warm(self) -> bool:
@@ -217,7 +217,8 @@ class ModelBuckets:
         for bucket, indices in zip(self.buckets, self._indices, strict=True):
             yield bucket, [tensors[i] for i in indices]
 
-    def _build(self, tensors: list[torch.Tensor]) -> None:
+    @torch.inference_mode(False)  # the state outlives an inference mode that is active here
+    def _build(self, tensors: Sequence[torch.Tensor]) -> None:
         place = {ref: i for i, ref in enumerate(self.refs)}
         groups: dict[tuple, list[int]] = {}
         for i, (ref, tensor) in enumerate(zip(self.refs, tensors, strict=True)):
@@ -237,7 +238,7 @@ class ModelBuckets:
             own = [tensors[i] for i in order]
             bucket = Bucket.of(
                 matrices, elementwise, own, backend, settings.exponent, settings.n_vectors,
-                settings.extra_iterations,
+                settings.extra_iterations, settings.warmup,
             )  # fmt: skip
             bucket.warm = self._start(bucket) and self._warm
             if bucket.is_sharded:

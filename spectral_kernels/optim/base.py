@@ -15,6 +15,7 @@ from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
 from ..engine.bucket import Bucket
 from ..engine.model_buckets import ModelBuckets
+from ..engine.stability import StabilityWatch
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer, Strength
 from ..sharding import shards
@@ -94,6 +95,8 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
             update.set_scaling(grad_scale, found_inf)
             update.look_ahead(self._changed)
         self._changed = False
+        if groups := self._sgd_groups():
+            self._watch.step(self._buckets.buckets, groups)
         for update in updates:
             update.run()
         return loss
@@ -245,6 +248,10 @@ class SpectralOptimizer(Readings, torch.optim.Optimizer):
     @property
     def _buckets(self) -> ModelBuckets:
         return self.regularizer._buckets
+
+    @property
+    def _watch(self) -> StabilityWatch:
+        return self.regularizer._watch
 
     def state_dict(self) -> dict[str, Any]:
         """Return a state_dict that torch's counterpart can load, with "spectral_..." entries added.

@@ -82,6 +82,9 @@ class SpectralSGD(SpectralOptimizer):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov: got True; accepted with momentum > 0 and dampening 0")
 
+    def _sgd_groups(self) -> list[Mapping[str, Any]]:
+        return [] if self._decoupled else self.param_groups
+
     def _keeps_moments(self) -> bool:
         return any(group["momentum"] != 0 for group in self.param_groups)
 
