@@ -19,7 +19,9 @@ class SpectralSGD(SpectralOptimizer):
 
     A step is, up to rounding, that of ``torch.optim.SGD`` with :class:`SpectralRegularizer`
     attached. With ``decoupled=True`` the penalty bypasses the momentum and acts on the weights:
-    ``W <- W - lr * strength * dR/dW`` beside SGD's own step.
+    ``W <- W - lr * strength * dR/dW`` beside SGD's own step, where sigma is carried to its target
+    at most. Otherwise there is one RuntimeWarning where lr * strength is too large for sigma; see
+    :meth:`SpectralRegularizer.attach`.
 
     Args:
         params: see :class:`SpectralAdamW`.
@@ -34,7 +36,7 @@ class SpectralSGD(SpectralOptimizer):
         model: see :class:`SpectralAdamW`.
         n_power_iterations: see :class:`SpectralAdamW`.
         n_vectors: see :class:`SpectralAdamW`.
-        decoupled: let the penalty act on the weights directly.
+        decoupled: let the penalty act on the weights directly, at most up to the target.
         state_dtype: torch.float32 for float32 momentum of 16-bit parameters.
         backend: see :class:`SpectralAdamW`.
         selection: see :class:`SpectralAdamW`.
