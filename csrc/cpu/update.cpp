@@ -146,11 +146,11 @@ struct RowFactor {
 };
 
 // x of a bias, shift or gain: the gradient itself.
-template <class T, class S>
+template <class T, class S, class Gradient>
 struct ElementwiseFactor {
   using V = typename Simd<T>::V;
   const T* p;
-  const CappedGradient& gradient;
+  const Gradient& gradient;
 
   SPECTRAL_INLINE V of(V x) const {
     for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = plain_nan((S)gradient.of(x[i]));
@@ -172,11 +172,6 @@ struct NoFactor {
   SPECTRAL_INLINE V one(int64_t) const { return V{}; }
   SPECTRAL_INLINE V part(int64_t, int64_t) const { return V{}; }
 };
-
-// The learning rate for which the penalty's gradient is capped; 0: it is not.
-double capping_lr(const Update& update, const Group& group) {
-  return update.decoupled ? group.lr : 0;
-}
 
 template <class S>
 double steps_of(const Update& update, const Moment& moment) {
@@ -215,10 +210,10 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   const RuleOf<S, Lanes> rule(group, steps_of<S>(update, moment));
-  const double factor = capped_factor_of(gradient_factor<S>(header, tile.matrix),
-                                         reinterpret_cast<const S*>(header.sigmas)[tile.matrix],
-                                         reinterpret_cast<const S*>(header.target)[tile.matrix],
-                                         capping_lr(update, group));
+  double factor = gradient_factor<S>(header, tile.matrix);
+  if (update.decoupled)
+    factor = capped_factor_of(factor, reinterpret_cast<const S*>(header.sigmas)[tile.matrix],
+                              reinterpret_cast<const S*>(header.target)[tile.matrix], group.lr);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<RuleOf<S, Lanes>, T, M, S>;
@@ -258,10 +253,44 @@ void update_elements(const Header& header, const Update& update, const Elementwi
     stretch.run(rule, entry.size, NoFactor<typename Simd<T>::V>{});
     return;
   }
-  const CappedGradient gradient(elementwise_gradient_of<S>(header, entry, index),
-                                capping_lr(update, group));
+  const ElementwiseGradient gradient = elementwise_gradient_of<S>(header, entry, index);
   put_penalty(stretch, update, group, (S)1);
-  stretch.run(rule, entry.size, ElementwiseFactor<T, S>{stretch.p, gradient});
+  stretch.run(rule, entry.size, ElementwiseFactor<T, S, ElementwiseGradient>{stretch.p, gradient});
+}
+
+// Returns whether the penalty would carry an element past its target in the decoupled form.
+template <class T, class S = typename Simd<T>::Accumulator>
+__attribute__((noinline)) bool goes_too_far(const Header& header, const Update& update,
+                                            const Elementwise& entry, const Moment& moment,
+                                            int64_t index) {
+  if (!update.decoupled || moment.group < 0) return false;
+  const double lr = reinterpret_cast<const Group*>(update.groups)[moment.group].lr;
+  const ElementwiseGradient plain = elementwise_gradient_of<S>(header, entry, index);
+  const CappedGradient capped(plain, lr);
+  if (plain.is_shift) return capped.gradient.shift_factor != plain.shift_factor;
+  const T* x = reinterpret_cast<const T*>(entry.weight);
+  for (int64_t i = 0; i < entry.size; i += Simd<T>::kLanes) {
+    const int64_t left = entry.size - i;
+    const auto lanes = left >= Simd<T>::kLanes ? Simd<T>::load(x + i) : load_part(x + i, left);
+    for (int j = 0; j < Simd<T>::kLanes && j < left; ++j)
+      if (capped.of(lanes[j]) != plain.of(lanes[j])) return true;
+  }
+  return false;
+}
+
+// The step of such a parameter. It is a function of its own because what stands around a rule
+// decides which of its products the compiler fuses with a sum, and with that the last bit.
+template <template <class, class> class RuleOf, class T, class M>
+__attribute__((noinline)) void update_capped(const Header& header, const Update& update,
+                                             const Elementwise& entry, const Moment& moment,
+                                             int64_t index) {
+  using S = typename Simd<T>::Accumulator;
+  const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
+  const RuleOf<S, Lanes> rule(group, steps_of<S>(update, moment));
+  auto stretch = stretch_of<RuleOf<S, Lanes>, T, M, S>(update, entry.weight, entry.grad, moment);
+  const CappedGradient gradient(elementwise_gradient_of<S>(header, entry, index), group.lr);
+  put_penalty(stretch, update, group, (S)1);
+  stretch.run(rule, entry.size, ElementwiseFactor<T, S, CappedGradient>{stretch.p, gradient});
 }
 
 // Calls function(T{}, M{}) with the types of weights and moments.
@@ -295,6 +324,20 @@ void update_elementwise(const Header& header, const Update& update, int64_t inde
       reinterpret_cast<const Elementwise*>(other ? update.others : header.elementwise)[i];
   const Moment& moment =
       reinterpret_cast<const Moment*>(other ? update.other_moments : update.elementwise_moments)[i];
+  bool capped = false;
+  if (!other) with_dtype(header.weight_dtype, [&](auto t) {
+      capped = goes_too_far<decltype(t)>(header, update, entry, moment, i);
+    });
+  if (capped) {
+    with_dtypes(header, update, [&](auto t, auto m) {
+      if (update.rule == kAdamW)
+        update_capped<AdamW, decltype(t), decltype(m)>(header, update, entry, moment, i);
+      else
+        update_capped<Sgd, decltype(t), decltype(m)>(header, update, entry, moment, i);
+      elementwise_norm_of<decltype(t)>(header, i);
+    });
+    return;
+  }
   with_dtypes(header, update, [&](auto t, auto m) {
     if (update.rule == kAdamW)
       update_elements<AdamW, decltype(t), decltype(m)>(header, update, entry, moment,
