@@ -215,6 +215,12 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("header"), py::arg("accumulate"), py::arg("threads"));
   cpu.def(
+      "jumps",
+      [](int64_t header, int64_t ratios, double least, double factor) {
+        return spectral::cpu::jumps(header_at(header), ratios, least, factor);
+      },
+      py::arg("header"), py::arg("ratios"), py::arg("least"), py::arg("factor"));
+  cpu.def(
       "update",
       [](int64_t header, int64_t update, int threads) {
         py::gil_scoped_release unlocked;

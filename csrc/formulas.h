@@ -82,6 +82,33 @@ struct ElementwiseGradient {
   }
 };
 
+// Returns value, or with its sign the largest one for which lr * |value| is not above most.
+SPECTRAL_FORMULA double capped(double value, double most, double lr) {
+  if (!(lr * abs_of(value) > most)) return value;
+  return (value > 0 ? most : -most) / lr;
+}
+
+// gradient_factor_of, capped: W - lr * (factor * s) v^T has sigma carried to the target at most.
+SPECTRAL_FORMULA double capped_factor_of(double factor, double sigma, double target, double lr) {
+  return capped(factor, abs_of(sigma - target) / sigma, lr);
+}
+
+// ElementwiseGradient, capped: x - lr * of(x) is carried to 0, or to the gain 1 or -1, at most.
+struct CappedGradient {
+  ElementwiseGradient gradient;
+  double lr;
+
+  SPECTRAL_FORMULA CappedGradient(const ElementwiseGradient& plain, double lr)
+      : gradient(plain), lr(lr) {
+    gradient.shift_factor = capped(gradient.shift_factor, 1, lr);
+  }
+
+  SPECTRAL_FORMULA double of(double x) const {
+    if (gradient.is_shift) return gradient.of(x);
+    return capped(gradient.of(x), abs_of(abs_of(x) - 1), lr);
+  }
+};
+
 // The rules as in torch.optim: change p and the moments m1, m2 by the gradient g. V is a number or
 // several side by side; Math has the processor's square root and quotient.
 

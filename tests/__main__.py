@@ -9,6 +9,8 @@ instruction-set level. For use while working.
 
 ``python -m tests --fuzz N``: N new examples of each property in tests/properties; figures and seed
 are printed at the end. ``python -m tests.properties --seed S`` repeats them.
+
+``python -m tests --sanitize``: the C++ kernels under GCC's sanitizers (tests/project/sanitize.py).
 """
 
 import argparse
@@ -40,13 +42,17 @@ INTERPRETED = [
 def main() -> int:
     """Run the checks in order; the exit code is that of the first one that fails."""
     parser = argparse.ArgumentParser(prog="python -m tests", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="style and what takes no second")
-    parser.add_argument("--fuzz", type=int, metavar="N", help="N new examples of each property")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="style and what takes no second")
+    which.add_argument("--fuzz", type=int, metavar="N", help="N new examples of each property")
+    which.add_argument("--sanitize", action="store_true", help="the C++ kernels under sanitizers")
     start, given = time.monotonic(), parser.parse_args()
     commands = quick() if given.quick else everything()
     if given.fuzz is not None:
         seed = str(random.randrange(2**32))
         commands = [["tests.properties", "--examples", str(given.fuzz), "--seed", seed]]
+    elif given.sanitize:
+        commands = [["tests.project.sanitize"]]
     for arguments in commands:
         # Threads that wait by spinning would keep another process of the tests from its core.
         is_spread = "-n" in arguments or "tests.properties" in arguments

@@ -111,6 +111,19 @@ ScratchBytes bytes_for_products(const Header& header) {
   return bytes;
 }
 
+template <class S>
+bool jumps_of(const Header& header, double* ratios, double least, double factor) {
+  const S* sigmas = reinterpret_cast<const S*>(header.sigmas);
+  const S* residuals = reinterpret_cast<const S*>(header.residuals);
+  const auto ratio_of = [&](int64_t i) {
+    return sigmas[i] == 0 ? 0 : (double)residuals[i] / (double)sigmas[i];
+  };
+  for (int64_t i = 0; i < header.n_matrices; ++i)
+    if (ratio_of(i) > least && ratio_of(i) > factor * ratios[i]) return true;
+  for (int64_t i = 0; i < header.n_matrices; ++i) ratios[i] = ratio_of(i);
+  return false;
+}
+
 }  // namespace
 
 std::vector<std::string> levels() {
@@ -191,6 +204,12 @@ void rank_one(const Header& header, bool accumulate, int threads) {
         kernels.rank_one(header, tile, accumulate, scratch);
       },
       [&](int64_t index) { kernels.elementwise_gradient(header, index, accumulate); });
+}
+
+bool jumps(const Header& header, int64_t ratios, double least, double factor) {
+  double* known = reinterpret_cast<double*>(ratios);
+  return header.weight_dtype == kFloat64 ? jumps_of<double>(header, known, least, factor)
+                                         : jumps_of<float>(header, known, least, factor);
 }
 
 void update(const Header& header, const Update& update, int threads) {

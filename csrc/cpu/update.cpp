@@ -146,11 +146,11 @@ struct RowFactor {
 };
 
 // x of a bias, shift or gain: the gradient itself.
-template <class T, class S>
+template <class T, class S, class Gradient>
 struct ElementwiseFactor {
   using V = typename Simd<T>::V;
   const T* p;
-  const ElementwiseGradient& gradient;
+  const Gradient& gradient;
 
   SPECTRAL_INLINE V of(V x) const {
     for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = plain_nan((S)gradient.of(x[i]));
@@ -210,7 +210,10 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   const RuleOf<S, Lanes> rule(group, steps_of<S>(update, moment));
-  const double factor = gradient_factor<S>(header, tile.matrix);
+  double factor = gradient_factor<S>(header, tile.matrix);
+  if (update.decoupled)
+    factor = capped_factor_of(factor, reinterpret_cast<const S*>(header.sigmas)[tile.matrix],
+                              reinterpret_cast<const S*>(header.target)[tile.matrix], group.lr);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<RuleOf<S, Lanes>, T, M, S>;
@@ -251,7 +254,13 @@ void update_elements(const Header& header, const Update& update, const Elementwi
   }
   const ElementwiseGradient gradient = elementwise_gradient_of<S>(header, entry, index);
   put_penalty(stretch, update, group, (S)1);
-  stretch.run(rule, entry.size, ElementwiseFactor<T, S>{stretch.p, gradient});
+  if (update.decoupled) {
+    const CappedGradient capped(gradient, group.lr);
+    stretch.run(rule, entry.size, ElementwiseFactor<T, S, CappedGradient>{stretch.p, capped});
+  } else {
+    stretch.run(rule, entry.size,
+                ElementwiseFactor<T, S, ElementwiseGradient>{stretch.p, gradient});
+  }
 }
 
 // Calls function(T{}, M{}) with the types of weights and moments.

@@ -50,6 +50,12 @@ struct Change {
   float inverse_scale, in_gradient, beside_it;
 };
 
+// The learning rate for which the penalty's gradient is capped; 0: it is not.
+__device__ __forceinline__ double capping_lr(const Update& update, const Moment& moment) {
+  if (!update.decoupled || moment.group < 0) return 0;
+  return at<const Group>(update.groups)[moment.group].lr;
+}
+
 __device__ __forceinline__ bool is_skipped(const Update& update) {
   return update.found_inf != 0 && *at<const float>(update.found_inf) > 0;
 }
@@ -262,8 +268,12 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
   const Matrix& m = at<const Matrix>(header.matrices)[tile.matrix];
   const Moment moment = at<const Moment>(update.matrix_moments)[tile.matrix];
   __shared__ double factor;
-  if (threadIdx.x == kThreads - 1)
-    factor = gradient_factor(header, tile.matrix, at<const float>(header.sigmas)[tile.matrix]);
+  if (threadIdx.x == kThreads - 1) {
+    const double sigma = at<const float>(header.sigmas)[tile.matrix];
+    factor =
+        capped_factor_of(gradient_factor(header, tile.matrix, sigma), sigma,
+                         at<const float>(header.target)[tile.matrix], capping_lr(update, moment));
+  }
   const Change<Rule, T, M>& change = change_of<Rule, T, M>(
       update, moment, arrays_at<T, M>(m.weight, m.grad, moment, tile.row_begin * m.row_stride));
   // A step that is skipped leaves the state as it is: the products with v again, which the caller
@@ -308,7 +318,8 @@ __device__ __forceinline__ void update_elementwise(const Header& header, const U
   const Change<Rule, T, M>& change =
       change_of<Rule, T, M>(update, moment, arrays_at<T, M>(entry.weight, entry.grad, moment, 0));
   if (change.acts) {
-    const ElementwiseGradient gradient = elementwise_gradient_of(header, entry, index);
+    const CappedGradient gradient(elementwise_gradient_of(header, entry, index),
+                                  capping_lr(update, moment));
     update_elements<1>(change, 0, entry.size, [&](float p) { return (float)gradient.of(p); });
   }
   elementwise_norm<T>(header, index);  // whose threads read what they have written

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..tables.device import DeviceTables
 from ..tables.plan import Plan, Tables
-from ..tables.state import State
+from ..tables.state import Ratios, State
 from . import reference
 
 
@@ -182,6 +182,14 @@ class Backend(ABC):
         change, ``v`` is copied to ``v_next``, and the products are taken with it.
         """
         reference.update(step)
+
+    def jumps(self, state: State, ratios: Ratios, least: float, factor: float) -> bool:
+        """Return whether residual / sigma of a matrix has jumped; called for weights on a CPU.
+
+        A jump is to above ``least`` and above ``factor`` times the number in ``ratios``. Without
+        one, the new numbers are written there; that of a zero matrix is 0.
+        """
+        return reference.jumps(state, ratios, least, factor)
 
 
 class Reference(Backend):

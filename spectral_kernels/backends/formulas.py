@@ -205,6 +205,16 @@ def gain_gradient(g: Tensor, exponent: float) -> Tensor:
     return 2 * k * (g.abs() ** k - 1) * g.abs() ** (k - 1) * g.sign()
 
 
+def capped(value: Tensor, most: Tensor, lr: float) -> Tensor:
+    """Return ``value``, or with its sign the largest one for which lr * |value| <= ``most``.
+
+    In the decoupled form of an optimizer ``value`` is the penalty's gradient, or its factor, and
+    ``most`` the distance to the target in the same unit: a step ends at the target at most.
+    """
+    largest = torch.where(value > 0, most, -most) / (lr or 1.0)
+    return torch.where(lr * value.abs() > most, largest, value)
+
+
 # --------------------------------------------------------------------------------- optimizers
 
 

@@ -19,6 +19,7 @@ class Cpu(Backend):
         self._normalize = native.normalize
         self._rank_one = native.rank_one
         self._update = native.update
+        self._jumps = native.jumps
 
     def gram_matvec(self, plan, state) -> None:
         """See :meth:`Backend.gram_matvec`."""
@@ -44,6 +45,10 @@ class Cpu(Backend):
     def update(self, step) -> None:
         """See :meth:`Backend.update`; one pass over weights, gradients and moments."""
         self._update(step.header_address, step.address, torch.get_num_threads())
+
+    def jumps(self, state, ratios, least: float, factor: float) -> bool:
+        """See :meth:`Backend.jumps`."""
+        return self._jumps(state.address, ratios.address, least, factor)
 
 
 class Cuda(Backend):

@@ -122,8 +122,11 @@ def normalize(plan, state) -> None:
         _put(state.raw_penalty[i], raw_penalty, stale[i])
 
 
-def rank_one(plan, state, grads, accumulate: bool) -> None:
-    """See :meth:`base.Backend.rank_one`; ``plan`` need not be bound to ``grads``."""
+def rank_one(plan, state, grads, accumulate: bool, lrs=None) -> None:
+    """See :meth:`base.Backend.rank_one`; ``plan`` need not be bound to ``grads``.
+
+    With ``lrs``, learning rates [n_refs], gradients are capped: see ``formulas.capped``.
+    """
     k, n = state.exponent, len(plan.matrices)
     strength = wide(state.strength)
     if state.scale is not None:
@@ -133,19 +136,23 @@ def rank_one(plan, state, grads, accumulate: bool) -> None:
     for i, ref in enumerate(plan.matrix_ref):
         if grads[ref] is None:
             continue
-        s, v = state.rows(i)[0], state.columns(i, state.v)[0]
+        s, v, factor = state.rows(i)[0], state.columns(i, state.v)[0], factors[i]
+        if lrs is not None:
+            factor = formulas.capped(factor, (sigma[i] - target[i]).abs() / sigma[i], lrs[ref])
         view = stored(plan, i, grads[ref].detach())
-        value = formulas.penalty_gradient(s, v, factors[i]).reshape(view.shape)
+        value = formulas.penalty_gradient(s, v, factor).reshape(view.shape)
         _put_gradient(view, value, accumulate)
     for i, ref in enumerate(plan.elementwise_ref):
         if grads[ref] is None:
             continue
         x = wide(plan.tensors[ref].detach())
         if plan.elementwise[i].kind == "gain":
-            value = formulas.gain_gradient(x, k)
+            value, most = strength[n + i] * formulas.gain_gradient(x, k), (x.abs() - 1).abs()
         else:
-            value = formulas.shift_gradient(x, norm[i], k)
-        _put_gradient(grads[ref].detach(), strength[n + i] * value, accumulate)
+            value, most = strength[n + i] * formulas.shift_gradient(x, norm[i], k), x.abs()
+        if lrs is not None:
+            value = formulas.capped(value, most, lrs[ref])
+        _put_gradient(grads[ref].detach(), value, accumulate)
 
 
 def _put_gradient(grad: Tensor, value: Tensor, accumulate: bool) -> None:
@@ -155,13 +162,34 @@ def _put_gradient(grad: Tensor, value: Tensor, accumulate: bool) -> None:
         grad.copy_(value)
 
 
+def ratios_of(state) -> Tensor:
+    """Return residual / sigma of every matrix, [n_matrices] wide; 0 for a zero matrix."""
+    sigma = wide(state.sigma)
+    return torch.where(sigma == 0, torch.zeros_like(sigma), wide(state.residual) / sigma)
+
+
+def jumped(ratios: Tensor, before: Tensor, least: float, factor: float) -> Tensor:
+    """Return for every matrix whether residual / sigma has jumped; see ``base.Backend.jumps``."""
+    return (ratios > least) & (ratios > factor * before)
+
+
+def jumps(state, ratios: Tensor, least: float, factor: float) -> bool:
+    """See :meth:`base.Backend.jumps`."""
+    now = ratios_of(state)
+    if bool(jumped(now, ratios.values, least, factor).any()):
+        return True
+    ratios.values.copy_(now)
+    return False
+
+
 def update(step) -> None:
     """See :meth:`Backend.update`."""
     plan, state = step.plan, step.state
     penalty: list[Tensor] = []
     if plan is not None:
         penalty = [torch.zeros_like(t, dtype=plan.state_dtype) for t in plan.tensors]
-        rank_one(plan, state, penalty, accumulate=False)
+        lrs = [float(step.groups[step.group_of[i]]["lr"]) for i in range(len(penalty))]
+        rank_one(plan, state, penalty, False, lrs if step.decoupled else None)
     for i, (weight, grad) in enumerate(zip(step.weights, step.grads, strict=True)):
         if not step.acts[i]:
             continue

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ class Readings:
     """Readings of the matrices, which SpectralRegularizer and the optimizers share."""
 
     _buckets: ModelBuckets
+
+    def _sgd_groups(self) -> list[Mapping[str, Any]]:
+        """Return the parameter groups whose steps are those of SGD with the penalty in them."""
+        return []
 
     @property
     def names(self) -> list[str]:
@@ -98,7 +102,7 @@ class Readings:
         if not isinstance(prefix, str):
             raise TypeError(f"prefix: got {shown(prefix)}; accepted is a string")
         with self._buckets.lock:
-            found = metrics(self._buckets.bound(), self.names, per_layer)
+            found = metrics(self._buckets, self.names, per_layer, self._sgd_groups())
         return {f"{prefix}/{name}": value for name, value in found.items()}
 
     @untraced
@@ -133,13 +137,23 @@ def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch
     return torch.stack([by_name[n].to(device=first.device, dtype=dtype) for n in names])
 
 
-def metrics(buckets: Sequence[Bucket], names: Sequence[str], per_layer: bool) -> dict[str, float]:
-    """See ``Readings.metrics``; ``names`` is the order of the matrices. Without a prefix."""
+def metrics(
+    model_buckets: ModelBuckets,
+    names: Sequence[str],
+    per_layer: bool,
+    groups: Sequence[Mapping[str, Any]],
+) -> dict[str, float]:
+    """See ``Readings.metrics``; ``names`` is the order of the matrices. Without a prefix.
+
+    The watch for unstable steps looks at the sigmas, if there are ``groups`` of SGD.
+    """
+    buckets = model_buckets.bound()
     parts = []
     for bucket in buckets:
         bucket.measure()
-        state = bucket.state
-        parts += [state.sigma, state.residual, state.target, bucket.value(state).view(1)]
+        state, n = bucket.state, len(bucket.plan.matrices)
+        parts += [state.sigma, state.residual, state.target, state.strength[:n],
+                  bucket.value(state).view(1)]  # fmt: skip
     devices = [bucket.plan.device for bucket in buckets]
     device = next((d for d in devices if d.type != "cpu"), devices[0])
     dtype = _dtype(parts)
@@ -148,24 +162,26 @@ def metrics(buckets: Sequence[Bucket], names: Sequence[str], per_layer: bool) ->
     penalty, by_name = 0.0, {}
     for bucket in buckets:
         n = len(bucket.plan.matrices)
-        columns = (numbers[:n], numbers[n : 2 * n], numbers[2 * n : 3 * n])
-        for matrix, *values in zip(bucket.plan.matrices, *columns, strict=True):
+        sigma, residual, target, strength = np.array(numbers[: 4 * n]).reshape(4, n)
+        if groups:
+            model_buckets.watch.look(bucket, groups, sigma, target, strength)
+        for matrix, *values in zip(bucket.plan.matrices, sigma, residual, target, strict=True):
             by_name[matrix.name] = values
-        penalty += numbers[3 * n]
-        numbers = numbers[3 * n + 1 :]
+        penalty += numbers[4 * n]
+        numbers = numbers[4 * n + 1 :]
     found = {"penalty": penalty, "above_target": 0.0}
     if not names:
         return found
     sigma, residual, target = np.array([by_name[name] for name in names]).T
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(residual == 0, 0, residual / sigma)
-    found |= {
-        "sigma_max": float(sigma.max()),
-        "sigma_median": float(np.median(sigma)),
-        "sigma_min": float(sigma.min()),
-        "residual_max": float(ratio.max()),
-        "above_target": float((sigma - residual > target).sum()),
-    }
+        found |= {
+            "sigma_max": float(sigma.max()),
+            "sigma_median": float(np.median(sigma)),
+            "sigma_min": float(sigma.min()),
+            "residual_max": float(ratio.max()),
+            "above_target": float((sigma - residual > target).sum()),
+        }
     if per_layer:
         for start, values in (("sigma", sigma), ("residual", ratio)):
             found |= {f"{start}/{n}": float(x) for n, x in zip(names, values, strict=True)}

@@ -34,6 +34,7 @@ class Assignable:
         with self._buckets.lock:
             self._buckets.coefficients.strength = strength
             self._buckets.fill_strength()
+            self._buckets.watch.restart()
 
     @property
     def target(self) -> Target:

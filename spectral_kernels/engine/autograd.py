@@ -32,7 +32,7 @@ class SpectralPenalty(torch.autograd.Function):
         total = None
         ctx.parts, ctx.buckets = [], buckets
         for bucket in buckets.buckets:
-            bucket.iterate(iterations)
+            bucket.advance(iterations)
             state = bucket.state.snapshot()
             ctx.parts.append((bucket, state))
             value = bucket.value(state)
@@ -137,7 +137,7 @@ def _transformed(model_buckets: ModelBuckets, iterations: int) -> torch.Tensor:
             _check_unsharded(bucket, "transforms of torch.func", "penalty() outside of them")
         for bucket in buckets:
             if iterates:
-                bucket.iterate(iterations)
+                bucket.advance(iterations)
                 parts.append(bucket.state.snapshot())
                 bucket.settle(iterations)
             else:

@@ -6,28 +6,38 @@ from collections.abc import Sequence
 
 import torch
 
+from ..backends.reference import jumped, ratios_of
 from ..selection.matrices import Elementwise, Matrix, refs_of
 from ..sharding import shards
 from ..sharding.backend import ShardedBackend, check_ranks
 from ..tables import device as device_tables
 from ..tables.plan import Plan
-from ..tables.state import State
+from ..tables.state import Ratios, State
 
 # With n_power_iterations="auto", stale matrices (residual / sigma above TOLERANCE) get up to
 # MAX_EXTRA_ITERATIONS per step. An estimate that is 1 % off has a residual / sigma of 1 to 3 %.
 TOLERANCE, MAX_EXTRA_ITERATIONS = 0.01, 8
+# A matrix whose residual / sigma is above JUMP, and JUMP_FACTOR times what it was in the step
+# before, has been replaced: its vectors are those of other weights, and they are warmed up again.
+# Optimizers' steps of usual sizes do not get there (Adam up to lr = 0.01: at most twice that of the
+# step before, where it is above 0.3); a matrix [M, N] initialized again has about sqrt(N / M).
+JUMP, JUMP_FACTOR = 0.3, 3.0
 
 
 class Bucket:
     """The parameters of one device and dtype: a plan with its state and backend.
 
     For sharded parameters the plan describes this rank's shards, and the state has the vectors of
-    whole matrices. ``extra_iterations`` is the limit for stale matrices. ``idle`` has the indices
-    of the parameters whose strength is the number 0: without a gradient they are left alone.
+    whole matrices. ``extra_iterations`` is the limit for stale matrices; ``warmup`` is the number
+    of iterations for vectors that do not fit their matrix. ``idle`` has the indices of the
+    parameters whose strength is the number 0: without a gradient they are left alone.
     """
 
-    def __init__(self, plan: Plan, backend, exponent: float, extra_iterations: int = 0):
+    def __init__(
+        self, plan: Plan, backend, exponent: float, extra_iterations: int = 0, warmup: int = 0
+    ):
         self.plan, self.backend, self.extra_iterations = plan, backend, extra_iterations
+        self.warmup = warmup
         self.is_sharded = isinstance(backend, ShardedBackend)
         self.state = State.allocate(backend.reduced if self.is_sharded else plan, exponent)
         self._parameters: list[torch.Tensor] | None = None
@@ -35,6 +45,10 @@ class Bucket:
         self.warm = self.measured = self._captured = False
         self.idle: frozenset[int] = frozenset()
         self.is_ahead = False  # v, s and v_next are already those of the next step
+        # Whether the host can read sigmas without waiting for a GPU.
+        self.on_host = plan.device.type == "cpu" and not backend.scalars_on_device
+        self._was_edited = False  # whether the weights had been edited before the last step
+        self._ratios = Ratios(len(plan.matrices))
 
     @classmethod
     def of(
@@ -46,12 +60,12 @@ class Bucket:
         exponent: float,
         r: int = 1,
         extra_iterations: int = 0,
+        warmup: int = 0,
     ) -> Bucket:
         """Return the bucket of ``parameters``, one per ref, all with the same shard axes."""
         if not any(map(shards.is_sharded, parameters)):
-            return cls(
-                Plan(matrices, elementwise, parameters, r), backend, exponent, extra_iterations
-            )
+            plan = Plan(matrices, elementwise, parameters, r)
+            return cls(plan, backend, exponent, extra_iterations, warmup)
         by_ref = dict(zip(refs_of(matrices, elementwise), parameters, strict=True))
         own = [shards.matrix_shard(matrix, by_ref[matrix.ref]) for matrix in matrices]
         if own:
@@ -60,7 +74,8 @@ class Bucket:
             axes = shards.elementwise_axes(elementwise[0], by_ref[elementwise[0].ref])
         local = [shards.local_of(p) for p in parameters]
         plan = Plan([one.local for one in own], elementwise, local, r)
-        found = cls(plan, ShardedBackend(backend, plan, own, axes), exponent, extra_iterations)
+        backend = ShardedBackend(backend, plan, own, axes)
+        found = cls(plan, backend, exponent, extra_iterations, warmup)
         found._parameters = list(parameters)
         found._placements = [shards.placement(p) for p in parameters]
         return found
@@ -98,12 +113,32 @@ class Bucket:
         """Return the sum of ``x`` over the ranks that hold other rows."""
         return self.backend.sum_rows(x) if self.is_sharded else x
 
+    @property
+    def _sees_jumps(self) -> bool:
+        return self.on_host and self.warmup > 0 and not self.extra_iterations
+
     def iterate(self, n: int) -> None:
         """Run ``n`` power iterations; ``state`` then holds v, s and sigma of the last one."""
         for _ in range(n):
             self._products()
             self.backend.normalize(self.plan, self.state)
         self._catch_up()
+
+    def warm_up(self) -> None:
+        """Run the iterations of the warm-up."""
+        self.iterate(self.warmup)
+        self.warm = True
+        if self._sees_jumps:
+            self._ratios.values.copy_(ratios_of(self.state))
+
+    def expect_jumps(self) -> None:
+        """Warm up matrices with a large residual at the next step: they may have been replaced."""
+        self._ratios.values.zero_()
+
+    def advance(self, n: int) -> None:
+        """Run the ``n`` power iterations of a step, and more for matrices that were replaced."""
+        self.iterate(n)
+        self.recover()
 
     def grads(self) -> list[torch.Tensor | None]:
         """Return this rank's shard of every parameter's ``.grad``."""
@@ -138,7 +173,11 @@ class Bucket:
 
     def finish(self, n: int, grads) -> None:
         """Complete the ``n`` iterations of :meth:`begin`, and add their gradient to ``grads``."""
-        if self.extra_iterations:
+        if self._sees_jumps:
+            self.backend.normalize(self.plan, self.state)
+            self.recover()
+            self.backend.rank_one(self.plan, self.state, grads, True)
+        elif self.extra_iterations:
             self.add_gradient(self.state, grads, accumulate=True)
         else:
             self.backend.finish(self.plan, self.state, grads, accumulate=True)
@@ -181,13 +220,15 @@ class Bucket:
         On a GPU the kernels decide which these are, and all calls are made, so that the host does
         not wait.
         """
-        if not self.extra_iterations:
-            return
-        state = self.state
+        if self.extra_iterations:
+            self._iterate_stale(self.extra_iterations)
+
+    def _iterate_stale(self, most: int) -> None:
+        state, device = self.state, self.plan.device
+        on_host = device.type == "cpu" and device_tables.shares_memory(device)
         try:
             state.set_tolerance(TOLERANCE)
-            for _ in range(self.extra_iterations):
-                on_host = self.plan.device.type == "cpu"
+            for _ in range(most):
                 if on_host and not bool((state.residual > TOLERANCE * state.sigma).any()):
                     break
                 self.backend.gram_matvec(self.plan, state)
@@ -195,18 +236,46 @@ class Bucket:
         finally:
             state.set_tolerance(0)
 
+    def recover(self) -> None:
+        """Warm up the vectors of matrices whose residual has jumped."""
+        if not self._sees_jumps:
+            return
+        if self.backend.jumps(self.state, self._ratios, JUMP, JUMP_FACTOR):
+            self._warm_up_again(self._ratios.values)
+            self._ratios.values.copy_(ratios_of(self.state))
+
+    def _warm_up_again(self, before: torch.Tensor) -> None:
+        """Run the warm-up for matrices whose residual / sigma has jumped from ``before``."""
+        residual = self.state.residual
+        is_new, kept = jumped(ratios_of(self.state), before, JUMP, JUMP_FACTOR), residual.clone()
+        residual.masked_fill_(~is_new, 0)  # the others are not stale
+        self._iterate_stale(self.warmup)
+        residual.copy_(torch.where(is_new, residual, kept))
+
     def look_ahead(self, changed: bool) -> None:
         """Bring s, sigma and v_next up to date with the weights.
+
+        Matrices that were replaced are warmed up; on a GPU, where the host does not know whether
+        there are any, that is left out if the weights had been edited before the last step, too.
 
         Args:
             changed: whether the weights have changed since the last step.
         """
         if not self.is_ahead:
-            self.iterate(1)
+            self.advance(1)
             self.is_ahead = True
         elif changed:
+            before = ratios_of(self.state)
             self.backend.gram_matvec(self.plan, self.state)
             self.backend.normalize(self.plan, self.state)
+            if not self.extra_iterations and self.warmup and self._may_be_new(before):
+                self._warm_up_again(before)
+        self._was_edited = changed
+
+    def _may_be_new(self, before: torch.Tensor) -> bool:
+        if self._sees_jumps:
+            return bool(jumped(ratios_of(self.state), before, JUMP, JUMP_FACTOR).any())
+        return not (self._was_edited or self._is_in_graphs())
 
     def after_update(self) -> None:
         """Finish the iteration whose products an optimizer's step has computed with ``v_next``."""
@@ -214,6 +283,7 @@ class Bucket:
         state.swap()
         self.backend.normalize(self.plan, state)
         self._catch_up()
+        self.recover()
         if self._is_in_graphs():  # as in settle
             own = state.v.clone()
             state.v.copy_(state.v_next)

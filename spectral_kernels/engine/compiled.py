@@ -99,7 +99,7 @@ def _iterate(bucket: Bucket, buffers: tuple[Tensor, ...], n: int) -> Tensor:
     own = bucket.state
     bucket.state = State(bucket.plan, v, v_next, *others, own.exponent).check_sizes()
     try:
-        bucket.iterate(n)
+        bucket.advance(n)
         return bucket.value(bucket.state)
     finally:
         bucket.state = own

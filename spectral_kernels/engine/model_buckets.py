@@ -28,6 +28,7 @@ from ..tables.layout import Layout
 from .bucket import MAX_EXTRA_ITERATIONS, Bucket
 from .coefficients import Coefficients, Target
 from .loading import NOTHING_LOADED, Loaded
+from .stability import StabilityWatch
 
 if TYPE_CHECKING:
     from .attach.once import Mark, StepPenalty
@@ -98,6 +99,7 @@ class ModelBuckets:
         self._traced = False  # whether it is in a compiled graph
         self.mark: Mark | None = None  # the last gradient of the penalty outside of a step
         self.in_steps: list[StepPenalty] = []  # which optimizers' steps add the penalty
+        self.watch = StabilityWatch()
         self.at_next_build: Callable[[ModelBuckets], None] | None = None
         self.buckets: list[Bucket] | None = None
         self._indices: list[list[int]] = []  # indices into refs of each bucket's parameters
@@ -165,8 +167,7 @@ class ModelBuckets:
         buckets = self._bound(values)
         for bucket in buckets:
             if not bucket.warm:
-                bucket.iterate(self.settings.warmup)
-                bucket.warm = True
+                bucket.warm_up()
         if self.coefficients.strength_tensor is not None:  # its value may have changed
             self.fill_strength()
         return buckets
@@ -260,26 +261,27 @@ class ModelBuckets:
         """Return the buckets, with tables that point at the parameters, or at ``values``."""
         tensors = self.tensors() if values is None else values
         try:
-            return self._bound_to(tensors)
+            for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
+                is_all = len(self.buckets) == 1  # in the order of the refs
+                if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
+                    self._rebuild(tensors)
+                    break
+            if self.buckets is None:
+                self._build(tensors)
         except RuntimeError:
             for ref, tensor in zip(self.refs, tensors, strict=True):
                 transforms.check_plain(f"parameter {ref.name!r}", tensor, "there is penalty()")
             raise
-
-    def _bound_to(self, tensors: Sequence[torch.Tensor]) -> list[Bucket]:
-        if self.buckets is not None:
-            for bucket, indices in zip(self.buckets, self._indices, strict=True):
-                is_all = len(self.buckets) == 1  # in the order of the refs
-                if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
-                    warm, vectors, left = self.is_warm, self.vectors(), self.left_vectors()
-                    self._warm, self.start_vectors, self.start_left = warm, vectors, left
-                    self.buckets = None
-                    break
-        if self.buckets is None:
-            # The state outlives an inference mode that is active here.
-            with torch.inference_mode(False):
-                self._build(tensors)
         return self.buckets
+
+    def _rebuild(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Build new buckets for parameters of other shapes, layouts or dtypes."""
+        warm, vectors, left = self.is_warm, self.vectors(), self.left_vectors()
+        self._warm, self.start_vectors, self.start_left = warm, vectors, left
+        self.buckets = None
+        self._build(tensors)
+        for bucket in self.buckets:
+            bucket.expect_jumps()
 
     @property
     def is_warm(self) -> bool:
@@ -316,7 +318,8 @@ class ModelBuckets:
         for bucket, indices in zip(self.buckets, self._indices, strict=True):
             yield bucket, [tensors[i] for i in indices]
 
-    def _build(self, tensors: list[torch.Tensor]) -> None:
+    @torch.inference_mode(False)  # the state outlives an inference mode that is active here
+    def _build(self, tensors: Sequence[torch.Tensor]) -> None:
         place = {ref: i for i, ref in enumerate(self.refs)}
         groups: dict[tuple, list[int]] = {}
         for i, (ref, tensor) in enumerate(zip(self.refs, tensors, strict=True)):
@@ -338,7 +341,7 @@ class ModelBuckets:
             own = [tensors[i] for i in order]
             bucket = Bucket.of(
                 matrices, elementwise, own, backend, settings.exponent, settings.n_vectors,
-                settings.extra_iterations,
+                settings.extra_iterations, settings.warmup,
             )  # fmt: skip
             bucket.warm = self._start(bucket) and self._warm
             if bucket.is_sharded:

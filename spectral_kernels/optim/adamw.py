@@ -39,6 +39,9 @@ class SpectralAdamW(SpectralOptimizer):
 
         W <- (1 - lr * weight_decay) W - lr * strength * dR/dW - lr * AdamW's direction of g
 
+    The penalty's part then carries sigma to its target at most, a gain to 1 or -1, a bias to 0,
+    however large lr * strength is.
+
     ``sigma`` and ``residual`` are those of the weights after the last step. ``strength``,
     ``target``, ``exponent``, ``n_power_iterations`` and ``n_vectors`` may be assigned later.
 
@@ -64,7 +67,7 @@ class SpectralAdamW(SpectralOptimizer):
         n_power_iterations: 1 or "auto", see :class:`SpectralRegularizer`; extra iterations run
             after the step.
         n_vectors: singular vectors iterated per matrix, see :class:`SpectralRegularizer`.
-        decoupled: let the penalty act on the weights directly.
+        decoupled: let the penalty act on the weights directly, at most up to the target.
         state_dtype: torch.float32 for float32 moments of 16-bit parameters; None: the parameter's
             dtype, as in torch.
         backend: see :class:`SpectralRegularizer`.

@@ -126,6 +126,8 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             update.set_scaling(grad_scale, found_inf)
             update.look_ahead(self._changed)
         self._changed = False
+        if groups := self._sgd_groups():
+            self._buckets.watch.step(self._buckets.buckets, groups)
         for update in updates:
             update.run()
 

@@ -34,7 +34,9 @@ class SpectralSGD(SpectralOptimizer):
 
     A step is, up to rounding, that of ``torch.optim.SGD`` with :class:`SpectralRegularizer`
     attached. With ``decoupled=True`` the penalty bypasses the momentum and acts on the weights:
-    ``W <- W - lr * strength * dR/dW`` beside SGD's own step.
+    ``W <- W - lr * strength * dR/dW`` beside SGD's own step, where sigma is carried to its target
+    at most. Otherwise there is one RuntimeWarning where lr * strength is too large for sigma; see
+    :meth:`SpectralRegularizer.attach`.
 
     Attributes:
         regularizer: see :class:`SpectralAdamW`.
@@ -52,7 +54,7 @@ class SpectralSGD(SpectralOptimizer):
         model: see :class:`SpectralAdamW`.
         n_power_iterations: see :class:`SpectralAdamW`.
         n_vectors: see :class:`SpectralAdamW`.
-        decoupled: let the penalty act on the weights directly.
+        decoupled: let the penalty act on the weights directly, at most up to the target.
         state_dtype: torch.float32 for float32 momentum of 16-bit parameters.
         backend: see :class:`SpectralAdamW`.
         options: see :class:`SpectralAdamW`; as ``torch.optim.SGD`` this has neither ``amsgrad`` nor
@@ -109,6 +111,9 @@ class SpectralSGD(SpectralOptimizer):
         if both["nesterov"] and (both["momentum"] <= 0 or both["dampening"] != 0):
             raise ValueError("nesterov: got True; accepted with momentum > 0 and dampening 0")
         return found
+
+    def _sgd_groups(self) -> list[Mapping[str, Any]]:
+        return [] if self._decoupled else self.param_groups
 
     def _keeps_moments(self) -> bool:
         return any(group["momentum"] != 0 for group in self.param_groups)

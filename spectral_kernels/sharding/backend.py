@@ -25,7 +25,7 @@ from ..backends.base import Backend, Step
 from ..tables import device as device_tables
 from ..tables.layout import Layout
 from ..tables.plan import Plan, Tables
-from ..tables.state import State
+from ..tables.state import Ratios, State
 from .shards import Axis, MatrixShard, ShardAxes
 
 
@@ -130,6 +130,10 @@ class ShardedBackend(Backend):
             self._columns.sum_in_place(self.shard_axes.columns, state)
             self.inner.transposed(plan, local)
         self._sum(plan, local)
+
+    def jumps(self, state: State, ratios: Ratios, least: float, factor: float) -> bool:
+        """See :meth:`Backend.jumps`; the same on all ranks, whose sigmas have the same bits."""
+        return self.inner.jumps(state, ratios, least, factor)
 
     # ------------------------------------------------------------------ local states, collectives
 

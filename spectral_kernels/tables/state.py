@@ -14,6 +14,17 @@ from .schema import SCALARS, SLOT, address
 _ADDRESSES = slice(SLOT["v"], SLOT["target"] + 1)
 
 
+class Ratios:
+    """Residual / sigma of every matrix in the last step, [n_matrices] float64, on the host.
+
+    ``address`` is that of ``values``. They are infinite until a step has been.
+    """
+
+    def __init__(self, n_matrices: int):
+        self.values = torch.full((n_matrices,), math.inf, dtype=torch.float64, device="cpu")
+        self.address = self.values.data_ptr()
+
+
 class State:
     """Vectors and scalars of one plan, with the header through which kernels find them.
 

@@ -116,7 +116,7 @@ for dtype in torch.float32, torch.float64, torch.bfloat16, torch.float16:
     for r in N_VECTORS:
         print(dtype, r, flush=True)
         weights = [torch.randn(70, 150).to(dtype) for _ in range(40)]
-        bucket = bucket_of([*weights, weights[0][0]], "cpu", r=r)
+        bucket = bucket_of([*weights, torch.randn(150).to(dtype)], "cpu", r=r)
         plan, state, kernels = bucket.plan, bucket.state, bucket.backend
         gram = torch.empty(len(plan.matrices) * r * r, dtype=torch.float64)
         parameters = [(name, torch.nn.Parameter(x)) for name, x in named_weights(plan.tensors)]

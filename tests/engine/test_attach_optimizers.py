@@ -108,18 +108,33 @@ def test_a_wrapper_takes_the_steps_of_the_optimizer_inside(wrap):
     close(train(model, wrapper), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_sharded_optimizer_adds_the_penalty_once():
+@pytest.fixture
+def process_group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = net()
-        expected = expected_of(model, sgd)
-        optimizer = ZeroRedundancyOptimizer(
-            model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9
-        )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_sharded_optimizer_adds_the_penalty_once(decoupled):
+    model = net()
+    twin = copy.deepcopy(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    plain = sgd(twin.parameters())
+    for own, one in ((model, optimizer), (twin, plain)):
+        SpectralRegularizer(own, 0.5).attach(one, decoupled=decoupled)
+    close(train(model, optimizer), train(twin, plain), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_an_optimizer_that_acts_in_the_backward_pass_is_refused():
+    model = net()
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), torch.optim.SGD, lr=0.1, overlap_with_ddp=True
+    )
+    with pytest.raises(TypeError, match=r"in the backward pass.*overlap_with_ddp=False"):
         SpectralRegularizer(model, 0.5).attach(optimizer)
-        close(train(model, optimizer), expected, rtol=1e-4, atol=1e-6)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_wrapper_around_other_parameters_is_refused_by_the_name_of_what_is_inside():
@@ -335,7 +350,7 @@ def test_muon_loses_the_size_of_the_penalty_unless_it_is_decoupled():
                 p.grad = torch.zeros_like(p)
             before = model[0].weight.detach().clone()
             muon.step()
-            moved[decoupled, strength] = float((model[0].weight - before).norm())
+            moved[decoupled, strength] = float((model[0].weight.detach() - before).norm())
     assert moved[False, 0.02] == pytest.approx(moved[False, 0.01], rel=1e-2)
     assert moved[True, 0.02] == pytest.approx(2 * moved[True, 0.01], rel=1e-3)
 

@@ -1,5 +1,6 @@
 """A parameter gets one penalty per step, and a step that would add another one says so."""
 
+import copy
 import gc
 import weakref
 
@@ -440,34 +441,41 @@ def test_a_step_without_marks_looks_at_no_parameter(monkeypatch):
 # ------------------------------------------------------------------------------- steps in steps
 
 
-class Quiet(torch.optim.SGD):
-    """A step() that calls that of its base class: torch runs step hooks for both."""
+class Twice(torch.optim.SGD):
+    """Its step() calls that of its base class, twice: torch runs step hooks for all three."""
 
     fails = False
 
-    @torch.no_grad()
     def step(self, closure=None):
         if self.fails:
-            raise ArithmeticError("before the step of the base class")
-        return super().step(closure)
+            raise ArithmeticError("before the steps of the base class")
+        super().step(closure)
+        return super().step()
 
 
-def test_a_step_that_calls_that_of_its_base_class_has_one_penalty():
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_step_that_calls_those_of_its_base_class_has_one_penalty(decoupled):
     model = net()
-    plain = sgd(model)  # torch now runs hooks around SGD.step
+    plain = sgd(net())  # torch now runs hooks around SGD.step
+    twin = copy.deepcopy(model)
     calls = []
-    optimizer = Quiet(model.parameters(), 0.0)
+    optimizer = Twice(model.parameters(), 1.0)
     optimizer.register_step_pre_hook(lambda *_: calls.append(1))
-    SpectralRegularizer(model, 0.1).attach(optimizer)
-    assert penalties_per_step(model, optimizer) == pytest.approx(1)
-    assert len(calls) == 2
+    for own, one in ((model, optimizer), (twin, sgd(twin))):
+        SpectralRegularizer(own, 0.1).attach(one, decoupled=decoupled)
+        zero_gradients(own)
+    expected = moved_by(optimizer.step, model)
+    assert len(calls) == 3
+    once = moved_by(one.step, twin)
+    factor = 1 if decoupled else 2  # the base class goes along the same gradient twice
+    close(expected, [factor * x for x in once], rtol=1e-4, atol=1e-6)
     assert plain is not None
 
 
 def test_a_step_after_one_that_failed_has_its_penalty():
     model = net()
     zero_gradients(model)
-    optimizer = Quiet(model.parameters(), 1.0)
+    optimizer = Twice(model.parameters(), 1.0)
     SpectralRegularizer(model, 0.1).attach(optimizer)
     optimizer.fails = True
     with pytest.raises(ArithmeticError):

@@ -195,7 +195,6 @@ def test_the_penalty_of_a_trainer_may_be_decoupled(hf, tmp_path):
         trainer = trainer_of(hf, tmp_path, gpt2(hf), tokens(), [callback], max_steps=3)
         trainer.train()
         moved[decoupled] = trainer.model.transformer.h[0].mlp.c_fc.weight.detach()
-        assert float(callback.regularizer.sigma.max()) > 0.05
     assert not torch.equal(moved[False], moved[True])
 
 

@@ -50,7 +50,7 @@ def shift_factor(norm, strength, k, integer):
 
 @triton.jit
 def elementwise_gradient(value, gain, factor, strength, k, integer):
-    """Return the gradient at elements ``value`` (float64) of a gain, or of a shift."""
+    """Return the gradient at elements ``value`` of a gain, or of a shift, float64."""
     result = factor * value
     if gain:
         magnitude = tl.abs(value)
@@ -58,7 +58,22 @@ def elementwise_gradient(value, gain, factor, strength, k, integer):
         slope = slope * power(magnitude, k - 1, integer - 1)
         pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
         result = tl.where(value == 0, 0.0, pull)
-    return result.to(tl.float32)
+    return result
+
+
+@triton.jit
+def capped(value, most, lr):
+    """Return ``value``, or with its sign the largest one for which lr * |value| <= ``most``."""
+    is_over = lr * tl.abs(value) > most
+    largest = tl.where(value > 0, most, -most) / tl.where(is_over, lr, 1.0)
+    return tl.where(is_over, largest, value)
+
+
+@triton.jit
+def capped_factor(factor, sigma, target, lr):
+    """Return :func:`matrix_factor` so that a step of ``lr`` carries sigma to the target at most."""
+    sigma, target = sigma.to(tl.float64), target.to(tl.float64)
+    return capped(factor, tl.abs(sigma - target) / tl.where(sigma == 0, 1.0, sigma), lr)
 
 
 @triton.jit

@@ -166,7 +166,7 @@ def _elementwise_gradient(
     for first in range(0, size, BN):
         c = first + tl.arange(0, BN)
         value = tl.load(x + c, mask=c < size, other=0.0).to(tl.float64)
-        result = elementwise_gradient(value, gain, factor, strength, k, integer)
+        result = elementwise_gradient(value, gain, factor, strength, k, integer).to(tl.float32)
         if ACCUMULATE:
             result += tl.load(grad + c, mask=c < size, other=0.0).to(tl.float32)
         tl.store(grad + c, result.to(GRAD_TYPE), mask=c < size)

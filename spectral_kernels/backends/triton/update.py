@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 
 from .gram_matvec import add_long_rows
-from .penalty import elementwise_gradient, matrix_factor, shift_factor, store_norm
+from .penalty import (
+    capped,
+    capped_factor,
+    elementwise_gradient,
+    matrix_factor,
+    shift_factor,
+    store_norm,
+)
 from .tables import (
     ADAMW,
     ALIGNED,
@@ -60,6 +67,12 @@ from .tables import (
     targets_of,
     whole_loads,
 )
+
+
+@triton.jit
+def _lr(moment, groups):
+    """Return the learning rate of a parameter's group, float64."""
+    return tl.load(groups + tl.maximum(tl.load(moment + GROUP), 0) * GROUP_FIELDS + LR)
 
 
 @triton.jit
@@ -206,6 +219,7 @@ def _elements(
     squares = tl.zeros([BN], tl.float64)
     excesses = tl.zeros([BN], tl.float64)
     if WITH_PENALTY:
+        lr = _lr(moment, groups)
         factor = shift_factor(tl.load(norm), strength, k, integer)
     for begin in range(0, size, BN):
         c = begin + tl.arange(0, BN)
@@ -213,7 +227,11 @@ def _elements(
         x = tl.zeros([BN], tl.float32)
         if WITH_PENALTY:
             value = tl.load(weight + c, mask=mask, other=0.0).to(tl.float64)
-            x = elementwise_gradient(value, gain, factor, strength, k, integer)
+            pull = elementwise_gradient(value, gain, factor, strength, k, integer)
+            if DECOUPLED:
+                magnitude = tl.abs(value)
+                pull = capped(pull, tl.where(gain, tl.abs(magnitude - 1), magnitude), lr)
+            x = pull.to(tl.float32)
         new = _next(weight, grad, first, second, c, mask, acts, has_grad, x, inverse_scale,
                     options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
         if WITH_PENALTY:
@@ -298,7 +316,10 @@ def update(
         sigma = tl.load(scalars + index)
         scale_of_t = inverse_power_of_two(sigma)
         strength = multiplier * tl.load(strengths + index).to(tl.float64)
-        factor = matrix_factor(sigma, tl.load(targets + index), strength, k, integer)
+        target = tl.load(targets + index)
+        factor = matrix_factor(sigma, target, strength, k, integer)
+        if DECOUPLED:
+            factor = capped_factor(factor, sigma, target, _lr(moment, groups))
         outer = tl.load(m + OUTER)
         n = outer * tl.load(m + INNER)
         x = v_next

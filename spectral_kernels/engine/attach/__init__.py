@@ -1,6 +1,6 @@
 """attach(): an optimizer's step contains the penalty, once, through .grad or beside it."""
 
-from .attachment import Attachment, attach, attachments_of, resume
+from .attachment import Attachment, attach, attachments_of, resume, sgd_groups
 from .once import in_steps_of, mark_accumulated, mark_backward
 from .optimizers import unwrapped
 
@@ -12,5 +12,6 @@ __all__ = [
     "mark_accumulated",
     "mark_backward",
     "resume",
+    "sgd_groups",
     "unwrapped",
 ]

@@ -49,6 +49,7 @@ class Attachment:
         shared: whether other optimizers' steps may add a penalty of these parameters too.
 
     Attributes:
+        decoupled: as given.
         kinds: the optimizers' classes.
     """
 
@@ -106,7 +107,7 @@ class Attachment:
                 continue
             step = StepPenalty(buckets, optimizer, indices, self, self._shared)
             own = part if several else None
-            hook = _Hook(self, regularizer, step, own, Decoupled() if self._decoupled else None)
+            hook = _Hook(self, regularizer, step, own, Decoupled() if self.decoupled else None)
             self._steps.append(step)
             self._handles += [
                 optimizer.register_step_pre_hook(hook.before),
@@ -117,14 +118,14 @@ class Attachment:
         regularizer = self.regularizer if self.active else None
         optimizers = [] if regularizer is None else [ref() for ref in self._optimizers]
         return {"regularizer": regularizer, "optimizers": optimizers, "parts": self._parts,
-                "decoupled": self._decoupled, "shared": self._shared}  # fmt: skip
+                "decoupled": self.decoupled, "shared": self._shared}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         regularizer, optimizers = state["regularizer"], state["optimizers"]
         self._regularizer = None if regularizer is None else weakref.ref(regularizer)
         self._optimizers = [_reference(optimizer) for optimizer in optimizers]
         self._parts = list(state["parts"])
-        self._decoupled, self._shared = state["decoupled"], state["shared"]
+        self.decoupled, self._shared = state["decoupled"], state["shared"]
         self.kinds = " and ".join(type(x).__name__ for x in optimizers if x is not None)
         self._handles: list[RemovableHandle] = []
         self._steps: list[StepPenalty] = []
@@ -157,14 +158,16 @@ class _Hook:
     ):
         self._attachment, self._regularizer, self._step = attachment, regularizer, step
         self._part, self._decoupled = part, decoupled
-        self._inside = False  # a step has begun, and has not ended or raised an error
+        self._inside = False  # a step has begun and not ended; it may have raised an error
+        self._nested = 0  # steps inside of it, of a base class, for which torch runs hooks too
 
     @untraced
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]):
         """Add the penalty; with a closure, after its evaluation."""
         if self._inside and _steps_under_way(optimizer) > 1:
-            return None  # a step() that calls that of its base class runs hooks twice
-        self._inside = True
+            self._nested += 1
+            return None
+        self._inside, self._nested = True, 0
         # args starts with the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -188,6 +191,9 @@ class _Hook:
     @untraced
     def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         """End the step."""
+        if self._nested:
+            self._nested -= 1
+            return
         self._inside = False
         if self._decoupled is not None:
             with self._regularizer._buckets.lock:
@@ -203,6 +209,8 @@ class _Hook:
         # GradScaler leaves the gradients of a fused optimizer scaled, and sets this attribute.
         scale, buckets = getattr(optimizer, "grad_scale", None), self._regularizer._buckets
         buckets.accumulate_gradients(buckets.iterations, scale, self._part)
+        if isinstance(optimizer, torch.optim.SGD):
+            buckets.watch.step(buckets.buckets, optimizer.param_groups)
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         buckets = self._regularizer._buckets
@@ -301,6 +309,12 @@ def attachments_of(buckets: ModelBuckets) -> list[Attachment]:
     """Return the active attachments of a regularizer."""
     active = [step.attachment for step in buckets.in_steps if step.is_active]
     return list(dict.fromkeys(found for found in active if found is not None))
+
+
+def sgd_groups(buckets: ModelBuckets) -> list[dict[str, Any]]:
+    """Return the parameter groups of SGD in whose gradients an attachment puts the penalty."""
+    optimizers = [o for a in attachments_of(buckets) if not a.decoupled for o in a.optimizers]
+    return [g for o in optimizers if isinstance(o, torch.optim.SGD) for g in o.param_groups]
 
 
 def resume(regularizer: Regularizer, attachments: Sequence[Attachment]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,8 +48,9 @@ class Decoupled:
         for bucket in buckets:
             if not bucket.extra_iterations:
                 bucket.backend.normalize(bucket.plan, bucket.state)
+                bucket.recover()
             if bucket.plan not in self._entries:
-                self._entries[bucket.plan] = _Entries(bucket.plan)
+                self._entries[bucket.plan] = _Entries(bucket)
             entries = self._entries[bucket.plan]
             rate = entries.rate(rates, optimizer, bucket)
             self._changes.append(_Change(bucket, n_iterations, entries, rate))
@@ -63,9 +65,19 @@ class Decoupled:
 
 
 class _Entries:
-    """The entries of a plan: the group of each, and the elementwise ones laid end to end."""
+    """The entries of a plan: the group of each, and the elementwise ones laid end to end.
 
-    def __init__(self, plan: Plan):
+    Attributes:
+        state: one with exponent 1, for the kernels that add.
+        is_matrix: whether each parameter consists of matrices.
+        elementwise: biases and shifts, gains; those that there are.
+    """
+
+    def __init__(self, bucket: Bucket):
+        plan, own = bucket.plan, bucket.state
+        scalars = torch.empty_like(own.scalars)
+        self.state = State(own.plan, own.v, own.v_next, own.s, scalars, 1.0)
+        self.is_matrix = np.isin(np.arange(len(plan.refs)), plan.matrix_ref).tolist()
         self._refs = [*plan.matrix_ref.tolist(), *plan.elementwise_ref.tolist()]
         self._sizes_seen: list[int] = []  # of the groups
         self._groups: list[int] = []  # of each entry, the index of its group
@@ -93,61 +105,67 @@ class _Entries:
 
 
 class _Flat:
-    """The elementwise parameters of one kind, laid end to end."""
+    """The elementwise parameters of one kind, laid end to end: ``sizes`` elements each."""
 
     def __init__(self, plan: Plan, kind: str):
         entries = [i for i, entry in enumerate(plan.elementwise) if entry.kind == kind]
         self.kind, self.refs = kind, [int(plan.elementwise_ref[i]) for i in entries]
-        sizes = [plan.tensors[ref].numel() for ref in self.refs]
-        index, counts = torch.tensor([entries, sizes], dtype=torch.int64, device="cpu")
+        self.sizes = [plan.tensors[ref].numel() for ref in self.refs]
+        index, counts = torch.tensor([entries, self.sizes], dtype=torch.int64, device="cpu")
         self.entry_of = index.repeat_interleave(counts).to(plan.device)  # of every element
+
+    def elements(self, plan: Plan) -> Tensor:
+        """Return the present elements, a copy, in the dtype of the state."""
+        tensors = [plan.tensors[ref] for ref in self.refs]
+        flat = torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])
+        return flat.to(plan.state_dtype)
 
 
 class _Change:
-    """What a step subtracts from the parameters of a bucket.
+    """What a step adds to the parameters of a bucket.
 
-    Kernels subtract c u v^T with an exponent of 1: its factor, 2 strength (sigma - target), then is
-    c for a strength of at most 1/2, and stays finite where sigma^k would not.
+    Kernels add c u v^T with an exponent of 1: its factor, 2 strength (sigma - target), then is c
+    for a strength of at most 1/2, and stays finite where sigma^k would not.
     """
 
     def __init__(self, bucket: Bucket, n_iterations: int, entries: _Entries, rate: float | Tensor):
-        state, n = bucket.state, len(bucket.plan.matrices)
-        self._bucket, self._n_iterations = bucket, n_iterations
-        strength = state.strength * rate
-        scalars = state.scalars.clone()
-        self._state = State(state.plan, state.v, state.v_next, state.s, scalars, 1.0)
-        own = matrix_strength(state.sigma, state.target, strength[:n], state.exponent)
-        self._strength = self._state.strength[:n].copy_(own).neg_()
+        own, n, state = bucket.state, len(bucket.plan.matrices), entries.state
+        self._bucket, self._n_iterations, self._entries = bucket, n_iterations, entries
+        strength, k = own.strength * -rate, own.exponent
+        state.use(own.v, own.v_next)
+        state.scalars.copy_(own.scalars)
+        found = matrix_strength(own.sigma, own.target, strength[:n], k)
+        state.strength[:n].copy_(found)
         self._values = [
-            (flat.refs, _flat_change(bucket.plan, flat, state.norm, strength[n:], state.exponent))
+            _CHANGES[flat.kind](flat.elements(bucket.plan), flat, own.norm, strength[n:], k)
             for flat in entries.elementwise
         ]
 
     def apply(self, found_inf: Tensor | None) -> None:
-        """Subtract it, if ``found_inf`` is not above 0."""
-        bucket, plan = self._bucket, self._bucket.plan
+        """Add it, if ``found_inf`` is not above 0."""
+        bucket, plan, state = self._bucket, self._bucket.plan, self._entries.state
         if found_inf is not None:
             if device_tables.shares_memory(plan.device):
                 if float(found_inf) > 0:
                     return
             else:
                 goes = device_tables.number_on(plan.device, torch.float32, found_inf) <= 0
-                self._strength.mul_(goes)
-                self._values = [(refs, value * goes) for refs, value in self._values]
+                state.strength.mul_(goes)
+                self._values = [values * goes for values in self._values]
         free = [p.requires_grad for p in bucket.parameters]
-        for refs, values in self._values:
-            values = values.split([plan.tensors[ref].numel() for ref in refs])
-            pairs = [
-                (plan.tensors[ref].detach(), value)
-                for ref, value in zip(refs, values, strict=True)
-                if free[ref]
-            ]
+        for flat, values in zip(self._entries.elementwise, self._values, strict=True):
+            parts = zip(flat.refs, values.split_with_sizes(flat.sizes), strict=True)
+            pairs = [(plan.tensors[ref], part) for ref, part in parts if free[ref]]
             if pairs:
-                torch._foreach_sub_([x for x, _ in pairs], [v.view(x.shape) for x, v in pairs])
-        flat = {ref for refs, _ in self._values for ref in refs}
-        weights = [t if free[i] and i not in flat else None for i, t in enumerate(plan.tensors)]
+                shaped = [y if x.dim() == 1 else y.view_as(x) for x, y in pairs]
+                torch._foreach_add_([x for x, _ in pairs], shaped)
+        weights = [
+            weight if is_matrix and is_free else None
+            for weight, is_matrix, is_free
+            in zip(plan.tensors, self._entries.is_matrix, free, strict=True)
+        ]  # fmt: skip
         plan.bind_grads(weights)
-        bucket.add_gradient(self._state, weights, accumulate=True)
+        bucket.add_gradient(state, weights, accumulate=True)
         bucket.settle(self._n_iterations)
         # Kernels write to addresses.
         torch.autograd.graph.increment_version([t for t in weights if t is not None])
@@ -159,36 +177,34 @@ def matrix_strength(sigma: Tensor, target: Tensor, strength: Tensor, k: float) -
     strength 2 k (sigma^k - tau^k) sigma^(k-1), at most |sigma - tau|, over 2 (sigma - tau).
     """
     if k == 2:
-        quotient = sigma + target
+        value = (sigma + target) * sigma
     else:
         gap = sigma - target
         slope = k * target ** (k - 1)
         quotient = torch.where(gap == 0, slope, (sigma**k - target**k) / gap)
-    return _times(strength, k * quotient * sigma ** (k - 1)).clamp(-0.5, 0.5)
+        value = quotient * sigma ** (k - 1)
+    return (strength * _finite(value)).mul_(k).clamp_(-0.5, 0.5)
 
 
-def _shift_change(b: Tensor, norm: Tensor, strength: Tensor, k: float) -> Tensor:
-    return _times(strength, 2 * k * norm ** (2 * k - 2)).clamp(-1, 1) * b
+def _shift_change(b: Tensor, flat: _Flat, norm: Tensor, strength: Tensor, k: float) -> Tensor:
+    factor = (strength * _finite(norm ** (2 * k - 2))).mul_(2 * k).clamp_(-1, 1)
+    return factor.index_select(0, flat.entry_of).mul_(b)
 
 
-def _gain_change(g: Tensor, _: Tensor, strength: Tensor, k: float) -> Tensor:
+def _gain_change(g: Tensor, flat: _Flat, _: Tensor, strength: Tensor, k: float) -> Tensor:
     most = (g.abs() - 1).abs()
-    return torch.minimum(torch.maximum(_times(strength, gain_gradient(g, k)), -most), most)
+    change = strength.index_select(0, flat.entry_of).mul_(_finite(gain_gradient(g, k)))
+    return torch.minimum(torch.maximum(change, -most), most)
 
 
+# What is added to each element of a flat vector, by kind; strength contains -lr.
 _CHANGES = {"shift": _shift_change, "gain": _gain_change}
 
 
-def _times(strength: Tensor, x: Tensor) -> Tensor:
-    """Return strength * x, and 0 for strength 0 even where x overflows."""
-    return torch.where(strength == 0, strength, strength * x)
-
-
-def _flat_change(plan: Plan, flat: _Flat, norm: Tensor, strength: Tensor, k: float) -> Tensor:
-    """Return what is subtracted from every element of ``flat``; ``strength`` includes lr."""
-    x = torch.cat([plan.tensors[ref].detach().reshape(-1) for ref in flat.refs])
-    of = flat.entry_of
-    return _CHANGES[flat.kind](x.to(plan.state_dtype), norm[of], strength[of], k)
+def _finite(x: Tensor) -> Tensor:
+    """Return ``x``, where it has overflowed the largest number: 0 times that is 0."""
+    most = torch.finfo(x.dtype).max
+    return x.clamp(-most, most)
 
 
 def _on_device(plan: Plan, number: float | Tensor) -> Tensor:

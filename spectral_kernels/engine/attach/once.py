@@ -15,6 +15,7 @@ from itertools import count
 
 import torch
 from torch.autograd.graph import _get_grad_fn_or_grad_acc
+from torch.utils.weak import TensorWeakRef
 
 from ..model_buckets import ModelBuckets
 
@@ -42,18 +43,13 @@ class Mark:
     def __init__(self, way: str, parameter: torch.Tensor, grad: torch.Tensor):
         self.way = way
         self.refused: int | None = None  # the version of the gradient that a step has refused
-        self._parameter, self._grad = weakref.ref(parameter), weakref.ref(grad)
+        self._parameter, self._grad = TensorWeakRef(parameter), TensorWeakRef(grad)
         self.event = _next_event()
 
     def grad(self) -> torch.Tensor | None:
         """Return the gradient if it is still the parameter's: zero_grad() puts it away."""
         parameter, grad = self._parameter(), self._grad()
-        if parameter is None or grad is None:
-            return None
-        # torch asks for this where a weak reference to a tensor has been followed.
-        parameter._fix_weakref()
-        grad._fix_weakref()
-        return grad if parameter.grad is grad else None
+        return grad if parameter is not None and parameter.grad is grad else None
 
 
 def mark_accumulated(buckets: ModelBuckets) -> None:
@@ -179,12 +175,11 @@ class StepPenalty:
             if parameter is None:
                 continue
             mark.refused = grad._version
-            adds = f"the step of {name} adds" if self._attachment is None else (
-                f"the regularizer attached to {name} adds")  # fmt: skip
+            adds = "the step of" if self._attachment is None else "the regularizer attached to"
             raise RuntimeError(
                 f"parameter {parameter!r}: {mark.way} has put the gradient of its penalty into "
-                f".grad, and {adds} it again; leave out {mark.way}, and clear the gradients with "
-                "zero_grad() before you go on"
+                f".grad, and {adds} {name} adds it again; leave out {mark.way}, and clear the "
+                "gradients with zero_grad() before you go on"
             )
         self._seen = last
 

@@ -55,6 +55,11 @@ def to_attach_to(optimizer) -> torch.optim.Optimizer:
             f"optimizer: got {given}, which needs the loss and the gradient of the same function; "
             "add penalty() to the loss in its closure instead of attach()"
         )
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise TypeError(
+            f"optimizer: got {given}, which updates parameters in the backward pass and not in "
+            "step(); accepted is overlap_with_ddp=False"
+        )
     if _runs_hooks(optimizer):
         return optimizer
     inner = " and ".join(type(x).__name__ for x in _inside(optimizer))

@@ -38,26 +38,33 @@ class Mirror:
 
 def penalty_gradient(
     kind: str, w: torch.Tensor, setting, strength: float, vector
-) -> tuple[torch.Tensor, float]:
-    """Return strength * dR/dW of a float64 ``w``, and the size of the terms that cancel in it."""
+) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Return strength * dR/dW of a float64 ``w``, and the size of the terms that cancel in it.
+
+    And the distance of every element from where it has no penalty, along the gradient: a decoupled
+    step goes no farther.
+    """
     k, target = setting.exponent, setting.tau
     if kind == "shift":
         gradient = strength * 2 * k * float((w * w).sum()) ** (k - 1) * w
-        return gradient, _largest(gradient)
+        return gradient, _largest(gradient), w.abs()
     if kind == "gain":
         size = w.abs() ** (k - 1)
         gradient = strength * 2 * k * (w.abs() ** k - 1) * size * w.sign()
-        return gradient, strength * 2 * k * _largest((w.abs() ** k + 1) * size)
+        terms = strength * 2 * k * _largest((w.abs() ** k + 1) * size)
+        return gradient, terms, (w.abs() - 1).abs()
     v, is_left = vector
     matrix = w.flatten(1).mT if is_left else w.flatten(1)
     s = matrix @ v
     sigma = float(s.norm())
     if sigma == 0:
-        return torch.zeros_like(w), 0.0
+        return torch.zeros_like(w), 0.0, torch.zeros_like(w)
     factor = strength * 2 * k * sigma ** (k - 1) / sigma
-    gradient = factor * (sigma**k - target**k) * torch.outer(s, v)
+    outer = torch.outer(s, v)
+    outer = (outer.mT if is_left else outer).reshape(w.shape)
     terms = factor * (sigma**k + target**k) * sigma
-    return (gradient.mT if is_left else gradient).reshape(w.shape), terms
+    gradient = factor * (sigma**k - target**k) * outer
+    return gradient, terms, abs(sigma - target) / sigma * outer.abs()
 
 
 def _largest(x: torch.Tensor) -> float:
@@ -111,7 +118,7 @@ class Before:
             return [(True, True), (False, False)]
         return [(True, True)]
 
-    def penalties(self) -> dict[str, tuple[torch.Tensor, float]]:
+    def penalties(self) -> dict[str, tuple[torch.Tensor, float, torch.Tensor]]:
         """Return the penalty's gradient of every parameter, for the recorded vectors."""
         vectors, found = self.subject.recorder.vectors, {}
         for name in NAMES:
@@ -130,7 +137,7 @@ class Before:
                     )
             found[name] = (
                 penalty_gradient(KINDS[name], w, self.setting, self.strengths[name], vector)
-                if w.numel() else (torch.zeros_like(w), 0.0)
+                if w.numel() else (torch.zeros_like(w), 0.0, torch.zeros_like(w))
             )  # fmt: skip
         return found
 
@@ -196,7 +203,8 @@ class Expected:
                 for twin in group["params"]:
                     name = next(n for n, t in self.twins.items() if t is twin)
                     if self.acts[name][1] and self.penalties[name] is not None:
-                        twin.data.sub_(group["lr"] * self.penalties[name][0])
+                        gradient, _, most = self.penalties[name]
+                        twin.data.sub_((group["lr"] * gradient).clamp(-most, most))
 
     def _fill_state(self, name: str, again: Mirror, copied_moments: bool) -> None:
         state = self.before.states[name]
