@@ -9,8 +9,9 @@ from torch import nn
 
 from ..selection.matrices import refs_of
 from ..selection.rules import select
+from ..tables import device as device_tables
 from ..tables.plan import Plan
-from ..tables.state import State
+from ..tables.state import Ratios, State
 from . import formulas
 from .base import Backend, Reference
 
@@ -110,6 +111,13 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     if r == 1:
         made["the collected t"] = t
     backend.normalize(plan, state)
+    if device_tables.shares_memory(plan.device) and not backend.scalars_on_device:
+        ratios = Ratios(len(plan.matrices))
+        found = [backend.jumps(state, ratios, 0.0, 1.0)]
+        made["the ratios"] = ratios.values.clone()
+        ratios.values[-1] /= 2
+        found.append(backend.jumps(state, ratios, 0.0, 1.0))
+        made["what jumps"] = torch.tensor(found, dtype=torch.float32, device="cpu")
     return {**made, "the next sigmas": state.sigmas}  # do not depend on the basis v_next
 
 
@@ -141,7 +149,8 @@ def step_disagreement(
 
 def _optimizer_steps(optimizer: type, backend, device, dtype, r) -> dict[str, torch.Tensor]:
     model = small_model(device, dtype).requires_grad_(True)
-    own = optimizer(model, LR, strength=STRENGTH, backend=backend, n_vectors=r)
+    # Without a warm-up: that of replaced matrices would mend wrong products.
+    own = optimizer(model, LR, strength=STRENGTH, backend=backend, n_vectors=r, warmup=0)
     for group in own.param_groups:
         group.update({"eps": EPS} if "eps" in group else {"momentum": 0.9})
     for p in model.parameters():

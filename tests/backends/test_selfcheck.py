@@ -119,7 +119,7 @@ def test_a_bug_in_a_step_is_found_and_named(bug, message):
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize(
     "method",
-    ["gram_matvec", "normalize", "rank_one", "finish", "transposed", "collect", "update"],
+    ["gram_matvec", "normalize", "rank_one", "finish", "transposed", "collect", "update", "jumps"],
 )
 @pytest.mark.parametrize("r", [1, 4])
 def test_a_method_that_does_nothing_is_found(method, r):
@@ -134,7 +134,7 @@ def test_a_method_that_does_nothing_is_found(method, r):
 def test_the_methods_of_a_backend_are_those():
     methods = {name for name, x in vars(Backend).items() if callable(x) and name[0] != "_"}
     assert methods == {"gram_matvec", "normalize", "rank_one", "finish", "transposed", "collect",
-                       "update"}  # fmt: skip
+                       "update", "jumps"}  # fmt: skip
     assert Backend.__abstractmethods__ == {"gram_matvec", "normalize", "rank_one"}
 
 
