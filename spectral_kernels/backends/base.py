@@ -179,7 +179,8 @@ class Backend(ABC):
 
         Then multiply the new weights by ``v_next``, as ``gram_matvec`` does with ``v``; the caller
         swaps the two afterwards. Where ``step.found_inf`` is above zero, weights and moments do not
-        change, ``v`` is copied to ``v_next``, and the products are taken with it.
+        change, ``v`` is copied to ``v_next``, and the products are taken with it. In the decoupled
+        form the penalty carries sigma to the target at most, a gain to 1 or -1, a shift to 0.
         """
         reference.update(step)
 
