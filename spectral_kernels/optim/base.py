@@ -31,6 +31,7 @@ from ..selection.arguments import (
 from ..selection.matrices import listing
 from ..sharding import shards
 from ..tables import device as device_tables
+from ..tables.layout import same_strides
 from .groups import items_of, not_in, source_and_groups
 from .states import check_state
 from .update import Rule, Update, check_dtype
@@ -292,7 +293,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
                 f"parameter's shape {tuple(like.shape)} (after a change of shape, remove "
                 "optimizer.state[parameter] to begin anew)"
             )
-        fits = kept.dtype == like.dtype and kept.stride() == like.stride()
+        fits = kept.dtype == like.dtype and same_strides(kept, like)
         same = type(kept) is type(like) and fits and kept.device == like.device
         return kept if same else like.copy_(kept)
 

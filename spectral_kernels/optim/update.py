@@ -19,6 +19,7 @@ from ..engine.bucket import Bucket
 from ..sharding import shards
 from ..tables.addresses import Column, Look, entries, look
 from ..tables.device import DeviceTables, fill, number_on
+from ..tables.layout import same_strides
 from ..tables.schema import (
     DTYPES,
     ELEMENTWISE,
@@ -235,7 +236,7 @@ class Update:
     def _check(self, weights, grads) -> None:
         moments = self.moments or [()] * len(weights)
         for name, weight, grad, own in zip(self.names, weights, grads, moments, strict=True):
-            if torch.empty_like(weight, device="meta").stride() != weight.stride():
+            if not same_strides(torch.empty_like(weight, device="meta"), weight):
                 raise ValueError(
                     f"parameter {name!r} has strides {tuple(weight.stride())}; accepted are "
                     "parameters without gaps between their elements"
@@ -258,7 +259,7 @@ class Update:
                             f"the {what} of parameter {name!r} has {field} "
                             f"{getattr(tensor, field)}; accepted is {value}"
                         )
-                if tensor.stride() != weight.stride() and tensor.numel():
+                if not same_strides(tensor, weight) and tensor.numel():
                     raise ValueError(
                         f"the {what} of parameter {name!r} has strides {tuple(tensor.stride())}; "
                         f"accepted are those of the parameter, {tuple(weight.stride())}"

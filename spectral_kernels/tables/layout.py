@@ -10,6 +10,17 @@ import torch
 from ..selection.matrices import Matrix
 
 
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors of one shape have their elements in the same places.
+
+    Strides of dimensions of size 1 do not count: a slice of an activation has any.
+    """
+    if a.stride() == b.stride():
+        return True
+    steps = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(x == y for size, x, y in steps if size != 1)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Memory layout of one matrix: [rows, outer * inner], inner elements contiguous.

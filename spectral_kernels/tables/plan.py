@@ -11,7 +11,7 @@ import torch
 from ..selection.matrices import Elementwise, Matrix, refs_of
 from .addresses import Column, Memory, look
 from .device import DeviceTables, wide_dtype
-from .layout import Layout, layout_of
+from .layout import Layout, layout_of, same_strides
 from .schema import (
     CHUNK,
     CHUNK_COLUMNS,
@@ -334,7 +334,7 @@ class Plan(Tables):
         offsets, strides = self.offsets.copy(), self._strides.copy()
         for i, ref in enumerate(() if usual else self.matrix_ref):
             grad = grads[ref]
-            if grad is not None and grad.stride() != self.tensors[ref].stride():
+            if grad is not None and not same_strides(grad, self.tensors[ref]):
                 layout = self._grad_layout(i, grad)
                 offsets[i], strides[i] = layout.offset, layout.strides
         self.table["grad_dtype"] = dtypes[self.matrix_ref]
@@ -376,7 +376,7 @@ class Plan(Tables):
             return f"dtype {grad.dtype}; accepted for a weight of {self.dtype}: {accepted}"
         if grad.shape != weight.shape:
             return f"shape {tuple(grad.shape)}; accepted is {tuple(weight.shape)}"
-        if grad.stride() != weight.stride():
+        if not same_strides(grad, weight):
             owned = np.flatnonzero(self.matrix_ref == ref)
             same = all(self._grad_layout(i, grad) is not None for i in owned)
             if not same or (ref in self.elementwise_ref and not grad.is_contiguous()):

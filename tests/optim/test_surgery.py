@@ -60,6 +60,34 @@ def everything(model, optimizer):
 # ------------------------------------------------------------------------------------- followed
 
 
+@backends
+@every_kind
+@pytest.mark.parametrize("strength", [0, 0.1])
+def test_strides_of_dimensions_of_size_1_do_not_count(kind, backend, strength):
+    """As those of the gradient of a class token, a slice of an activation's."""
+    theirs, mine, options = KINDS[kind]
+    shapes = {"token": (1, 1, 8), "row.weight": (1, 8), "column.weight": (5, 1), "norm": (1, 4, 1)}
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        named = [(name, nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
+        if ours:
+            optimizer = mine(named, strength=strength, backend=backend, **options)
+        else:
+            optimizer = theirs([p for _, p in named], **options)
+            if strength:
+                SpectralRegularizer(named, strength, backend=backend).attach(optimizer)
+        for step in range(3):
+            for _, p in named:
+                strides = [31 if size == 1 else old
+                           for size, old in zip(p.shape, p.stride(), strict=True)]  # fmt: skip
+                p.grad = torch.randn(p.numel()).as_strided(p.shape, strides if step else p.stride())
+            optimizer.step()
+        found.append([p.detach() for _, p in named])
+    for own, truth in zip(*found, strict=True):
+        torch.testing.assert_close(own, truth, rtol=1e-5, atol=1e-6)
+
+
 def clear(model, optimizer):
     optimizer.state.clear()
 
