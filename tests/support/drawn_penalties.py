@@ -271,7 +271,8 @@ def _sigma_problem(weight: Weight, matrix: torch.Tensor, sigmas, residual) -> st
     allowed = {"separated": 1e-4, "rank one": 1e-4, "repeated": 1e-4}.get(weight.content, 1.0)
     if weight.content == "repeated" and weight.dtype.endswith("16"):
         allowed = 0.1
-    if weight.is_cut and weight.content != "rank one":
+    # Rows of a matrix of rank one have rank one; matrices along its dim 0 are any.
+    if weight.is_cut and (weight.cut == "stacked" or weight.content != "rank one"):
         allowed = 1.0
     if not float(sigmas[0]) >= (1 - allowed) * float(values[0]):
         return f"sigma is {float(sigmas[0])} after {ITERATIONS} iterations, SVD {float(values[0])}"

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 
-HANGS = 60  # seconds; a call takes milliseconds
+from .. import TIMEOUT
 
 
 class Failed(AssertionError):
@@ -35,9 +35,9 @@ class Forked:
         """Call a method; raise Failed if it raised or the process died."""
         try:
             self._ours.send((method, args, kwargs))
-            if not self._ours.poll(HANGS):
-                os.kill(self._pid, signal.SIGKILL)
-                raise Failed(f"{method} did not return within {HANGS} s")
+            if not self._ours.poll(TIMEOUT):
+                os.kill(self._pid, signal.SIGABRT)  # which prints where it is
+                raise Failed(f"{method} did not return within {TIMEOUT} s: {self._death()}")
             ok, result = self._ours.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise Failed(f"the process died in {method}: {self._death()}") from None
