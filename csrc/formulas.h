@@ -152,8 +152,12 @@ struct Sgd {
   template <class V>
   SPECTRAL_FORMULA void operator()(V& p, V g, V& m1, V&) const {
     g += weight_decay * p;
-    m1 = momentum * m1 + weight * g;
-    p -= lr * (nesterov ? g + momentum * m1 : m1);
+    V direction = g;
+    if (momentum != 0) {  // without it an earlier buffer stays as it is
+      m1 = momentum * m1 + weight * g;
+      direction = nesterov ? g + momentum * m1 : m1;
+    }
+    p -= lr * direction;
   }
 };
 

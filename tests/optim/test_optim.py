@@ -188,6 +188,31 @@ def test_decoupled_penalty_acts_beside_the_rule(backend, kind):
     assert distance(a, b) < 1e-12
 
 
+def test_a_group_without_momentum_leaves_its_buffers_as_they_are(backend):
+    """Others have one; later it goes on from them, as in torch."""
+    a, b = Net(), Net()
+    options = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.3}
+
+    def groups(model):
+        own = list(model.parameters())
+        return [{"params": own[:5]}, {"params": own[5:]}]
+
+    first = torch.optim.SGD(groups(a), **options)
+    SpectralRegularizer(a, 0.02, backend=backend).attach(first)
+    second = SpectralSGD(groups(b), **options, model=b, strength=0.02, backend=backend)
+    for step, momentum in enumerate((0.9, 0.9, 0.0, 0.0, 0.9)):
+        for optimizer, model in ((first, a), (second, b)):
+            optimizer.param_groups[1]["momentum"] = momentum
+            backward(model, step)
+            optimizer.step()
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            if p.grad is None:
+                continue
+            own, truth = second.state[q]["momentum_buffer"], first.state[p]["momentum_buffer"]
+            torch.testing.assert_close(own, truth, rtol=1e-3, atol=1e-5)
+    assert distance(a, b) < 1e-4
+
+
 def test_groups_schedulers_and_closures(backend):
     a, b = Net(), Net()
     parts = [

@@ -128,9 +128,11 @@ def _next(
         g += weight_decay * old
         direction = g
         if WITH_MOMENT:
-            m1 = tl.load(first + offsets, mask=active, other=0.0).to(tl.float32)
+            # A group without momentum leaves an earlier buffer as it is.
+            kept = tl.where(momentum != 0, active, False)
+            m1 = tl.load(first + offsets, mask=kept, other=0.0).to(tl.float32)
             m1 = momentum * m1 + undamped * g
-            tl.store(first + offsets, m1.to(first.dtype.element_ty), mask=active)
+            tl.store(first + offsets, m1.to(first.dtype.element_ty), mask=kept)
             direction = tl.where(nesterov != 0, g + momentum * m1, m1)
         new = old - lr * direction
     if DECOUPLED:

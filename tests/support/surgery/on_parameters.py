@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from .subject import DTYPES, KINDS, Subject, is_readable
+from .refusals import reasons
+from .subject import DTYPES, KINDS, Subject
 
 
 class OnParameters:
@@ -26,9 +27,9 @@ class OnParameters:
             dtype: a key of DTYPES.
             replace: whether the parameters then move to memory regions of their own.
         """
-        if not all(is_readable(self.subject.get(name)) for name in KINDS):
-            return  # torch would read freed memory
         subject = self.subject
+        if subject.has_freed():
+            return
         module = subject.model
         if name is not None:
             module = module.get_submodule(name.rpartition(".")[0])
@@ -133,6 +134,8 @@ class OnParameters:
     def edit(self, name: str, tracked: bool) -> None:
         """Change the values of a parameter, so that torch knows, or through ``.data``."""
         p = self.subject.get(name)
+        if name in reasons(self.subject):
+            return
         with torch.no_grad():
             (p if tracked else p.data).copy_(self.subject.values(p.shape, p.dtype, size=0.4))
         if not tracked and not self.subject.is_attached:
@@ -150,10 +153,10 @@ class OnParameters:
         subject, p = self.subject, self.subject.get(name)
         if how == "freed" and self._is_only_torchs(name):
             return
-        p.grad = None
-        if how == "dtype":
-            p.grad_dtype = None  # which allows any
         p.grad = self._gradient_like(p, how)
+        if how == "dtype":
+            other = torch.float64 if p.dtype == torch.float32 else torch.float32
+            p.grad.data = subject.values(p.shape, other)
         self.given.add(name)
         if how == "shared":
             fitting = [n for n in subject.held if n != name and subject.get(n).requires_grad
@@ -167,10 +170,8 @@ class OnParameters:
                     self.given.add(each)
 
     def _is_only_torchs(self, name: str) -> bool:
-        """Return whether no step of ours uses a parameter; torch crashes if its memory is freed."""
-        p = self.subject.get(name)
-        is_stepped = p.requires_grad or p.grad is not None
-        return KINDS[name] is None and (self.subject.is_attached or not is_stepped)
+        """Return whether torch alone uses a parameter: it crashes if the memory is freed."""
+        return self.subject.is_attached and KINDS[name] is None
 
     def _gradient_like(self, p, how: str) -> torch.Tensor:
         subject = self.subject
@@ -180,9 +181,6 @@ class OnParameters:
             return subject.values((1,) * p.dim(), p.dtype).expand(p.shape)
         if how == "negative":
             return torch._neg_view(subject.values(p.shape, p.dtype, p.stride()))
-        if how == "dtype":
-            other = torch.float64 if p.dtype == torch.float32 else torch.float32
-            return subject.values(p.shape, other)
         if how == "weight":
             return p.detach().view_as(p)
         if how == "freed":

@@ -1,17 +1,17 @@
 """Surgery on the optimizer's state and groups."""
 
 import copy
+import math
 import warnings
 from collections import defaultdict
 
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralSGD
-
 from ..forked import Failed
+from .refusals import reasons
 from .steps import Bits
-from .subject import WAYS, Subject
+from .subject import WAYS, Subject, is_readable
 
 
 class OnState:
@@ -45,7 +45,7 @@ class OnState:
         """
         subject, p = self.subject, self.subject.held[name]
         kept = subject.moments(p)
-        if not kept:
+        if not kept or (how == "freed" and subject.is_attached):  # which torch alone reads
             return
         keys = sorted(kept)
         key = keys[which % len(keys)]
@@ -53,6 +53,8 @@ class OnState:
             del subject.optimizer.state[p][key]
             return
         other = kept[keys[(which + 1) % len(keys)]] if how == "moment" else kept[key]
+        if not is_readable(other):
+            return
         subject.optimizer.state[p][key] = self._other_moment(p, other, how)
 
     def _other_moment(self, p, old, how: str) -> torch.Tensor:
@@ -81,14 +83,13 @@ class OnState:
         return old if how == "moment" else p.detach().view_as(p)
 
     def change_step(self, name: str, how: str) -> None:
-        """Delete the step count of a parameter ("gone"), or replace it: "zero", "late" (1000)."""
-        optimizer = self.subject.optimizer
-        state = optimizer.state.get(self.subject.held[name], {})
-        if "step" not in state or isinstance(optimizer, SpectralSGD):
-            return  # torch.optim.SGD counts no steps; ours tells a first step by them
+        """Delete the step count of a parameter ("gone"), or replace AdamW's: "zero", "late"."""
+        state = self.subject.optimizer.state.get(self.subject.held[name], {})
+        if "step" not in state:
+            return
         if how == "gone":
             del state["step"]
-        else:
+        elif "Adam" in self.subject.setting.way:  # torch's SGD has none
             state["step"] = torch.tensor(0.0 if how == "zero" else 1000.0)
 
     def change_options(self, group: int, lr: float, strength, as_tensor: bool) -> None:
@@ -142,9 +143,13 @@ class OnState:
         elif how == "remove":
             for group in groups:
                 group["params"] = [p for p in group["params"] if p is not a]
+            subject.optimizer.state.pop(a, None)  # which torch's state_dict would not expect
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Call the optimizer's ``zero_grad``."""
+        if not set_to_none and any("gradient" in r for own in reasons(self.subject).values()
+                                   for r in own):  # fmt: skip
+            return  # torch cannot write to all of them
         self.subject.optimizer.zero_grad(set_to_none=set_to_none)
 
     # -------------------------------------------------------------------------------- checkpoints
@@ -152,6 +157,8 @@ class OnState:
     def save(self) -> None:
         """Save the states of the optimizer and the regularizer."""
         subject = self.subject
+        if subject.has_freed():
+            return
         self.saved = copy.deepcopy(
             (subject.optimizer.state_dict(), subject.regularizer.state_dict())
         )
@@ -164,6 +171,8 @@ class OnState:
                 or the "vectors" of a parameter in another shape.
         """
         subject = self.subject
+        if subject.has_freed():
+            return
         if which == "own":
             if self.saved is None:
                 return
@@ -241,7 +250,7 @@ class OnState:
                 if key in ("exp_avg", "exp_avg_sq", "momentum_buffer") and x is not None:
                     misfits |= {name} if p is not None and x.shape != p.shape else set()
                 if key.startswith("spectral_vectors") and p is not None:
-                    n = p[0].numel() if len(p) else 0
+                    n = math.prod(p.shape[1:])
                     misfits |= {name} if x.shape[-1] != n else set()
         return misfits
 

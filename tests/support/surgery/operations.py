@@ -41,8 +41,7 @@ class Surgery(OnParameters, OnState):
                 raise Failed(f"refused once ({outcome}), and then {again}")
             self._repair()
         for name in self.given:
-            p = subject.get(name)
-            p.grad, p.grad_dtype = None, p.dtype
+            subject.get(name).grad = None
         self.given.clear()
         self._keep_small()
         return outcome
@@ -67,6 +66,7 @@ class Surgery(OnParameters, OnState):
             if subject.tracked().get(name) is not p:
                 for group in subject.optimizer.param_groups:
                     group["params"] = [x for x in group["params"] if x is not p and x is not held]
+                subject.optimizer.state.pop(held, None)
                 subject.optimizer.param_groups[0]["params"].append(p)
                 subject.held[name] = p
         if "weight" in found:

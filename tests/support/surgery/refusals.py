@@ -24,6 +24,7 @@ def reasons(subject: Subject) -> dict[str, list[str]]:
             found.setdefault(name, []).append("weight: another number of dimensions")
         if p is not subject.first[name] or p is not tracked.get(name):
             found.setdefault(name, []).append(REPLACED)
+        if p is not tracked.get(name):
             found[name] += [*_of_weight(name, p), *_of_grad(p)]
     for name, reason in _shared(subject, tracked):
         found.setdefault(name, []).append(reason)
@@ -32,11 +33,12 @@ def reasons(subject: Subject) -> dict[str, list[str]]:
 
 def must(subject: Subject, found: dict[str, list[str]]) -> list[str]:
     """Return the reasons for which a step must be refused, whatever torch does."""
-    has = [f"{n}: {r}" for n, own in found.items() if _is_used(subject, n)
+    has = [f"{n}: {r}" for n, own in found.items() if _acts(subject, n)
            for r in own if r.endswith(FREED)]  # fmt: skip
     if subject.is_attached:
         # The gradient is written before torch's step sees it.
-        return has + [f"{n}: {r}" for n, own in found.items() if KINDS[n] is not None
+        return has + [f"{n}: {r}" for n, own in found.items()
+                      if KINDS.get(n) is not None and subject.get(n).requires_grad
                       for r in own if r == "gradient: another shape"]  # fmt: skip
     tracked = subject.tracked()
     return has + [
@@ -45,10 +47,23 @@ def must(subject: Subject, found: dict[str, list[str]]) -> list[str]:
     ]  # fmt: skip
 
 
-def _is_used(subject: Subject, name: str) -> bool:
-    """Return whether a step has to do with a parameter: not with a frozen one of no penalty."""
-    p = subject.get(name)
-    return KINDS[name] is not None or p.requires_grad or p.grad is not None
+def is_named(error: Exception, found: dict[str, list[str]]) -> bool:
+    """Return whether an error names a parameter that has a reason.
+
+    The optimizers know no name of a parameter that they were not built with, and say "?".
+    """
+    return any(
+        name in str(error) or ((name not in KINDS or REPLACED in own) and "?" in str(error))
+        for name, own in found.items()
+    )
+
+
+def _acts(subject: Subject, name: str) -> bool:
+    """Return whether a step changes a parameter."""
+    p = subject.stepped().get(name)
+    if p is None:
+        return False
+    return p.grad is not None or (KINDS.get(name) is not None and p.requires_grad)
 
 
 def _of_tensor(tensor: torch.Tensor, what: str) -> list[str]:

@@ -10,7 +10,7 @@ import spectral_kernels
 from .. import guarded
 from ..forked import Failed
 from .oracle import Before, Expected, ExpectedGradients
-from .refusals import must, reasons
+from .refusals import is_named, must, reasons
 from .subject import KINDS, NAMES, Subject, is_readable
 from .tolerance import RELATIVE, Noise, apart
 
@@ -132,7 +132,7 @@ def check_refusal(found: dict[str, list[str]], error: Exception) -> None:
     if not isinstance(error, ValueError | RuntimeError):
         raise Failed(f"refused by another error than a ValueError or RuntimeError: {said}\n"
                      f"because of {because}\n{stack}")  # fmt: skip
-    if not any((name if name in KINDS else "?") in str(error) for name in found):
+    if not is_named(error, found):
         raise Failed(f"the refusal names no parameter that has a reason: {said}\n"
                      f"because of {because}\n{stack}")  # fmt: skip
 

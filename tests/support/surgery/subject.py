@@ -219,6 +219,14 @@ class Subject:
         state = self.optimizer.state.get(p, {})
         return {n: state[n] for n in names if isinstance(state.get(n), torch.Tensor)}
 
+    def has_freed(self) -> bool:
+        """Return whether a weight, gradient or moment cannot be read: torch crashes at it."""
+        every = (*self.tracked().values(), *(self.get(name) for name in NAMES))
+        return not all(
+            is_readable(x) for p in every for x in (p, p.grad, *self.moments(p).values())
+            if x is not None
+        )  # fmt: skip
+
     def tensors(self) -> list[torch.Tensor]:
         """Return every weight, gradient and moment that can be read."""
         found = {}
