@@ -163,7 +163,7 @@ PYBIND11_MODULE(_native, m) {
                                                        FIELD(Header, arrivals)});
   m.attr("tables") = tables;
 
-  py::class_<spectral::TensorReader>(m, "TensorReader",
+  py::class_<spectral::TensorReader>(m, "TensorReader", py::module_local(),
                                      "Addresses and layouts of tensors; see csrc/tensors.h.")
       .def(py::init<py::handle, int64_t, int64_t>(), py::arg("type"), py::arg("storage_size"),
            py::arg("storage_offset"))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .refusals import reasons
-from .subject import DTYPES, KINDS, Subject
+from .subject import DTYPES, KINDS, Subject, is_readable
 
 
 class OnParameters:
@@ -134,7 +134,7 @@ class OnParameters:
     def edit(self, name: str, tracked: bool) -> None:
         """Change the values of a parameter, so that torch knows, or through ``.data``."""
         p = self.subject.get(name)
-        if name in reasons(self.subject):
+        if not is_readable(p) or name in reasons(self.subject):
             return
         with torch.no_grad():
             (p if tracked else p.data).copy_(self.subject.values(p.shape, p.dtype, size=0.4))

@@ -191,7 +191,7 @@ class OnState:
                 if subject.is_attached:
                     subject.regularizer.load_state_dict(vectors)
         except Exception as error:
-            self._check_refused_load(found, wrong, bits, error)
+            self._check_refused_load(found, vectors, wrong, bits, error)
             return
         if wrong is not None and which == "vectors":
             raise Failed(f"vectors of {wrong} in another shape were loaded without an error")
@@ -227,7 +227,7 @@ class OnState:
                     return names.get(i, "?")
         return None
 
-    def _check_refused_load(self, found, wrong, bits: Bits, error: Exception) -> None:
+    def _check_refused_load(self, found, vectors, wrong, bits: Bits, error: Exception) -> None:
         subject, said = self.subject, f"{type(error).__name__}: {error}"
         sizes = [len(g["params"]) for g in found["param_groups"]]
         if sizes != [len(g["params"]) for g in subject.optimizer.param_groups]:
@@ -235,6 +235,9 @@ class OnState:
         if not isinstance(error, ValueError | RuntimeError):
             raise Failed(f"load_state_dict failed: {said}") from error
         misfits = {wrong, *self._misfits(found)} - {None}
+        if subject.is_attached:  # whose vectors may be those of the shapes in the last step
+            misfits |= {name for name, v in vectors["vectors"].items()
+                        if v.shape[-1] != math.prod(subject.get(name).shape[1:])}  # fmt: skip
         if not any(name in str(error) for name in misfits):
             raise Failed(f"load_state_dict was refused, but no parameter that does not fit "
                          f"({misfits}) is named: {said}")  # fmt: skip

@@ -7,7 +7,7 @@ from . import steps
 from .on_parameters import OnParameters
 from .on_state import OnState
 from .refusals import REPLACED, reasons
-from .subject import NAMES, Setting, Subject
+from .subject import NAMES, Setting, Subject, is_readable
 
 
 class Surgery(OnParameters, OnState):
@@ -82,7 +82,7 @@ class Surgery(OnParameters, OnState):
         """Bring weights that the penalty or the steps have made large back."""
         subject = self.subject
         for p in subject.tracked().values():
-            if p.numel() and not float(p.detach().abs().max()) < 20:
+            if p.numel() and is_readable(p) and not float(p.detach().abs().max()) < 20:
                 with torch.no_grad():
                     p.copy_(subject.values(p.shape, p.dtype, size=0.3))
 
