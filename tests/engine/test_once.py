@@ -483,3 +483,29 @@ def test_a_step_after_one_that_failed_has_its_penalty():
     optimizer.fails = False
     zero_gradients(model)
     assert moved_by(optimizer.step, model)[0].any()
+
+
+@pytest.mark.parametrize("way", ["penalty", "accumulate_grad_"])
+def test_tensors_can_be_swapped_after_a_gradient_of_the_penalty(way):
+    """As ``module.to()`` does with ``torch.__future__.set_swap_module_params_on_conversion``."""
+    model, other = net(), net()
+    reg = SpectralRegularizer(model, 0.1)
+    reg.attach(sgd(model))
+    if way == "penalty":
+        reg.penalty().backward()
+    else:
+        reg.accumulate_grad_()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        p.grad = None
+        torch.utils.swap_tensors(p, q)
+
+
+def test_a_gradient_with_the_penalty_in_it_can_be_saved(tmp_path):
+    model = net()
+    reg = SpectralRegularizer(model, 0.1)
+    reg.attach(sgd(model))
+    reg.accumulate_grad_()
+    found = [p.grad for p in model.parameters()]
+    torch.save(found, tmp_path / "grads.pt")
+    loaded = torch.load(tmp_path / "grads.pt", weights_only=True)
+    assert all(map(torch.equal, loaded, found))

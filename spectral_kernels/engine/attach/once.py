@@ -15,7 +15,6 @@ from itertools import count
 
 import torch
 from torch.autograd.graph import _get_grad_fn_or_grad_acc
-from torch.utils.weak import TensorWeakRef
 
 from ..model_buckets import ModelBuckets
 
@@ -32,24 +31,25 @@ def _next_event() -> int:
 class Mark:
     """That a gradient of a penalty has gone into ``.grad`` outside of an optimizer's step.
 
+    The gradient carries the number of the event. A weak reference to it or to its parameter would
+    do, if torch.utils.swap_tensors did not refuse tensors that have one.
+
     Args:
         way: the call that did it, for messages.
-        parameter: one of the parameters.
-        grad: its gradient, which contains that of the penalty.
+        grad: the gradient of one of the parameters, which contains that of the penalty.
     """
 
-    __slots__ = "_grad", "_parameter", "event", "refused", "way"
+    __slots__ = "event", "refused", "way"
 
-    def __init__(self, way: str, parameter: torch.Tensor, grad: torch.Tensor):
+    def __init__(self, way: str, grad: torch.Tensor):
         self.way = way
         self.refused: int | None = None  # the version of the gradient that a step has refused
-        self._parameter, self._grad = TensorWeakRef(parameter), TensorWeakRef(grad)
-        self.event = _next_event()
+        self.event = grad._spectral_event = _next_event()
 
-    def grad(self) -> torch.Tensor | None:
-        """Return the gradient if it is still the parameter's: zero_grad() puts it away."""
-        parameter, grad = self._parameter(), self._grad()
-        return grad if parameter is not None and parameter.grad is grad else None
+    def grad(self, buckets: ModelBuckets) -> torch.Tensor | None:
+        """Return the gradient if it is still that of a parameter: zero_grad() puts it away."""
+        grads = (tensor.grad for _, tensor in _present(buckets, None))
+        return next((g for g in grads if getattr(g, "_spectral_event", 0) == self.event), None)
 
 
 def mark_accumulated(buckets: ModelBuckets) -> None:
@@ -59,7 +59,7 @@ def mark_accumulated(buckets: ModelBuckets) -> None:
     for bucket in buckets.buckets:
         for parameter in bucket.parameters:
             if (grad := parameter.grad) is not None:
-                buckets.mark = Mark("accumulate_grad_()", parameter, grad)
+                buckets.mark = Mark("accumulate_grad_()", grad)
                 return
 
 
@@ -80,7 +80,7 @@ def mark_backward(buckets: ModelBuckets, parameters: Sequence[torch.Tensor]) -> 
 
     def at_its_end() -> None:
         if (grad := changed.grad) is not None:
-            buckets.mark = Mark("penalty()", changed, grad)
+            buckets.mark = Mark("penalty()", grad)
 
     engine.queue_callback(at_its_end)
 
@@ -167,7 +167,7 @@ class StepPenalty:
                 )
         for buckets in _living():
             mark = buckets.mark
-            if mark is None or mark.event <= self._seen or (grad := mark.grad()) is None:
+            if mark is None or mark.event <= self._seen or (grad := mark.grad(buckets)) is None:
                 continue
             if mark.refused is not None and mark.refused != grad._version:
                 continue  # it has changed since then: it was zeroed in place
