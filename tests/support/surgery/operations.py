@@ -53,8 +53,11 @@ class Surgery(OnParameters, OnState):
             for name, found in reasons(subject).items():
                 if name in NAMES:
                     self._repair_one(name, " ".join(found))
-                elif "gradient" in " ".join(found):
+                    continue
+                if "gradient" in " ".join(found):
                     subject.tracked()[name].grad = None
+                if any(reason.startswith(("exp_avg", "momentum_buffer")) for reason in found):
+                    subject.optimizer.state.pop(subject.tracked()[name], None)
         if left := reasons(subject):
             raise AssertionError(f"not repaired: {left}")
 
