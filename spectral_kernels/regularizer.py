@@ -189,8 +189,7 @@ class SpectralRegularizer(Assignable, Readings):
         """
         if torch.compiler.is_compiling():
             return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
-        if transforms.current() is not None:
-            transforms.check_inactive("accumulate_grad_()", "penalty()")
+        transforms.check_inactive("accumulate_grad_()", "penalty()")
         if grad_scale is not None and not isinstance(grad_scale, torch.Tensor):
             grad_scale = check_number("grad_scale", grad_scale)
         self._buckets.accumulate_gradients(self._buckets.iterations, grad_scale)

@@ -82,6 +82,21 @@ def _cmake(folder: Path, target: Path, variables, only_configure: bool = False) 
     if importlib.util.find_spec("pybind11") is None:
         print("pybind11 is not installed", flush=True)
         return 1
+    configure, compile_ = cmake_commands(folder, target)
+    code = run(configure, variables)
+    if code or only_configure:
+        return code
+    return run(compile_, variables)
+
+
+def cmake_commands(folder: Path, target: Path, *options: str) -> tuple[list[str], list[str]]:
+    """Return the commands that configure and compile the module.
+
+    Args:
+        folder: of the objects; it is created.
+        target: the folder that the module goes to.
+        options: further ones of the first command.
+    """
     import pybind11
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,11 +106,9 @@ def _cmake(folder: Path, target: Path, variables, only_configure: bool = False) 
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+        *options,
     ]
-    code = run(configure, variables)
-    if code or only_configure:
-        return code
-    return run(["cmake", "--build", str(folder)], variables)
+    return configure, ["cmake", "--build", str(folder)]
 
 
 # ------------------------------------------------------------------------------------- the tests

@@ -265,16 +265,18 @@ class Bucket:
             self.advance(1)
             self.is_ahead = True
         elif changed:
-            before = ratios_of(self.state)
+            before = ratios_of(self.state) if self._warms_up_unseen() else None
             self.backend.gram_matvec(self.plan, self.state)
             self.backend.normalize(self.plan, self.state)
-            if not self.extra_iterations and self.warmup and self._may_be_new(before):
+            self.recover()
+            if before is not None:
                 self._warm_up_again(before)
         self._was_edited = changed
 
-    def _may_be_new(self, before: torch.Tensor) -> bool:
-        if self._sees_jumps:
-            return bool(jumped(ratios_of(self.state), before, JUMP, JUMP_FACTOR).any())
+    def _warms_up_unseen(self) -> bool:
+        """Return whether kernels on a GPU are to look for matrices that an edit has replaced."""
+        if self.on_host or self.extra_iterations or not self.warmup:
+            return False
         return not (self._was_edited or self._is_in_graphs())
 
     def after_update(self) -> None:

@@ -14,13 +14,10 @@ import torch
 from torch._C import _functorch as wrappers
 from torch.autograd import forward_ad
 
-# Returns a transform of torch.func that is active, or None; for use where microseconds count.
-current = wrappers.peek_interpreter_stack
-
 
 def check_inactive(what: str, accepted: str) -> None:
     """Raise RuntimeError if a transform of torch.func is active; say what is accepted there."""
-    if current() is not None:
+    if wrappers.peek_interpreter_stack() is not None:
         raise RuntimeError(
             f"{what} cannot run in a transform of torch.func (grad, vmap, jvp, ...); accepted "
             f"there is {accepted}"
@@ -29,7 +26,7 @@ def check_inactive(what: str, accepted: str) -> None:
 
 def is_active() -> bool:
     """Return whether a transform or forward-mode autograd is active."""
-    return current() is not None or forward_ad._current_level >= 0
+    return wrappers.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_differentiated(tensor: torch.Tensor) -> bool:

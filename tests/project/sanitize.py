@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.gpu.outside import cmake_commands
 from tests import ROOT
 
 # Tests that reach the accesses of the kernels and of the bindings; others that do belong here too.
@@ -74,21 +75,9 @@ def copy_sources() -> Path:
 
 def build(package: Path) -> None:
     """Compile what has changed since the last time, into ``package``."""
-    import pybind11
-
-    objects = FOLDER / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
-    configure = [
-        *("cmake", "-S", str(ROOT / "csrc"), "-B", str(objects), "-G", "Ninja"),
-        "-DCMAKE_BUILD_TYPE=Release",
-        f"-DCMAKE_CXX_COMPILER={compiler()}",
-        f"-DCMAKE_CXX_FLAGS={FLAGS}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
-        "-DSPECTRAL_KERNELS_CUDA=0",
-    ]
-    for command in (configure, ["cmake", "--build", str(objects)]):
+    options = (f"-DCMAKE_CXX_COMPILER={compiler()}", f"-DCMAKE_CXX_FLAGS={FLAGS}",
+               "-DSPECTRAL_KERNELS_CUDA=0")  # fmt: skip
+    for command in cmake_commands(FOLDER / "objects", package, *options):
         subprocess.run(command, check=True)
 
 
