@@ -192,13 +192,14 @@ def test_files_are_utf_8_in_any_locale(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------- files
 
 
-def special(path, kind):
+def special(path, kind, monkeypatch):
     """Make a file that no reader should open."""
     if kind == "a FIFO":
         os.mkfifo(path)
     elif kind == "a socket":
-        with socket.socket(socket.AF_UNIX) as opened:
-            opened.bind(os.path.relpath(path))  # a path of a socket is short
+        with socket.socket(socket.AF_UNIX) as opened, monkeypatch.context() as context:
+            context.chdir(path.parent)  # the path of a socket has at most 107 bytes
+            opened.bind(path.name)
     else:
         path.symlink_to("/dev/zero")
 
@@ -209,23 +210,25 @@ KINDS = ["a FIFO", "a socket", "a device"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", ["safetensors", "pt", "safetensors.index.json"])
 @pytest.mark.parametrize("is_link", [False, True])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, capsys, kind, suffix, is_link):
+def test_what_is_no_regular_file_is_refused_at_once(
+    tmp_path, capsys, monkeypatch, kind, suffix, is_link
+):
     path = tmp_path / f"model.{suffix}"
     if is_link:
-        special(tmp_path / "target", kind)
+        special(tmp_path / "target", kind, monkeypatch)
         path.symlink_to("target")
     else:
-        special(path, kind)
+        special(path, kind, monkeypatch)
     said = f"spectral-kernels: {path}: it is {kind}; accepted are regular files\n"
     assert error_of(path, capsys) == said
     assert error_of(tmp_path, capsys) == said
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_special_file_that_an_index_names_is_refused_at_once(tmp_path, capsys, kind):
+def test_a_special_file_that_an_index_names_is_refused_at_once(tmp_path, capsys, monkeypatch, kind):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "w.safetensors"}}))
-    special(tmp_path / "w.safetensors", kind)
+    special(tmp_path / "w.safetensors", kind, monkeypatch)
     for path in (index, tmp_path):
         assert f"w.safetensors: it is {kind}" in error_of(path, capsys)
 
