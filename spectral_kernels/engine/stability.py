@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..backends import formulas
 from .bucket import Bucket
 
 FIRST, EVERY = 10, 100  # on a CPU: the first steps are looked at, and every EVERY-th after them
@@ -64,8 +66,10 @@ class StabilityWatch:
         plan, k = bucket.plan, bucket.state.exponent
         lr = np.array([lrs.get(id(bucket.parameters[ref]), 0.0) for ref in plan.matrix_ref])
         sigma, target, strength = (x.astype(np.float64) for x in (sigma, target, strength))
+        at, to = torch.from_numpy(sigma), torch.from_numpy(target)
+        factor = formulas.gradient_factor(at, torch.from_numpy(strength), k, to).numpy()
         with np.errstate(all="ignore"):  # sigma may be nan or huge
-            step = lr * strength * 2 * k * np.abs(sigma**k - target**k) * sigma ** (k - 1)
+            step = lr * np.abs(factor) * sigma
             is_unstable = np.isfinite(sigma) & (step > 2 * np.abs(sigma - target))
         if not is_unstable.any():
             return

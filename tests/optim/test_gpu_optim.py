@@ -1,6 +1,6 @@
 """Optimizers on a CUDA device: streams, graphs, synchronization, numbers that stay on the device.
 
-The tests of tests/optim/test_optim.py run on the device too, by their fixture.
+The tests of test_optim.py and test_changes.py run on the device too, by their fixture.
 """
 
 import copy

@@ -21,8 +21,8 @@ from tests import ROOT
 SUITE = (
     "tables/test_layout.py", "tables/test_plan.py", "tables/test_addresses.py",
     "backends/test_backends.py", "backends/test_subspace.py", "backends/test_partials.py",
-    "optim/test_optim.py", "optim/test_surgery.py", "optim/test_large_steps.py",
-    "regularizer/test_replaced_weights.py",
+    "optim/test_optim.py", "optim/test_changes.py", "optim/test_surgery.py",
+    "optim/test_large_steps.py", "regularizer/test_replaced_weights.py",
 )  # fmt: skip
 # The kernel begins in the second row of a weight, and reads a row that the weight does not have.
 PLANTED = """
