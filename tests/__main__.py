@@ -7,8 +7,9 @@ an interpreter runs the kernels on the CPU.
 ``python -m tests --quick``: style, and every test that takes less than a second, with one
 instruction-set level. For use while working.
 
-``python -m tests --fuzz N``: N new examples of each property in tests/properties; figures and seed
-are printed at the end. ``python -m tests.properties --seed S`` repeats them.
+``python -m tests --fuzz N``: N new examples of each property in tests/properties, shared by as many
+processes as there are cores; each prints its figures and its seed at the end, with which
+``python -m tests.properties --seed S --examples M`` repeats them.
 
 ``python -m tests --sanitize``: the C++ kernels under GCC's sanitizers (tests/project/sanitize.py).
 """
@@ -51,7 +52,8 @@ def main() -> int:
     commands = quick() if given.quick else everything()
     if given.fuzz is not None:
         seed = str(random.randrange(2**32))
-        commands = [["tests.properties", "--examples", str(given.fuzz), "--seed", seed]]
+        examples = "--examples", str(given.fuzz), "--seed", seed, "--jobs", str(os.cpu_count())
+        commands = [["tests.properties", *examples]]
     elif given.sanitize:
         commands = [["tests.project.sanitize"]]
     for arguments in commands:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 
+from ..selection.warn import warn
 from ..tables.native import installation_failure, native_module
 from .base import Backend, Reference
 from .native import Cpu, Cuda
@@ -176,4 +176,4 @@ def _say(reason: str, instead: str) -> None:
     if reason not in _said:
         _said.add(reason)
         serves = "PyTorch reference" if instead == "reference" else f"{instead!r} backend"
-        warnings.warn(f"spectral_kernels uses its {serves}: {reason}", stacklevel=3)
+        warn(f"spectral_kernels uses its {serves}: {reason}")

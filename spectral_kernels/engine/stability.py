@@ -8,7 +8,6 @@ take no such steps, and in the decoupled form a step ends at the target.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from ..backends import formulas
+from ..selection.warn import warn
 from .bucket import Bucket
 
 FIRST, EVERY = 10, 100  # on a CPU: the first steps are looked at, and every EVERY-th after them
@@ -75,12 +75,11 @@ class StabilityWatch:
             return
         self._has_warned = True
         i = int(np.argmax(np.where(is_unstable, sigma, -1)))
-        warnings.warn(
+        warn(
             f"the penalty makes the step of SGD unstable for {plan.matrices[i].name!r}: with lr "
             f"{lr[i]:g} and strength {strength[i]:g} it moves sigma by {step[i]:.3g} from "
             f"{sigma[i]:.3g}, past its target {target[i]:.3g} and farther away from it than "
             "before; use a smaller strength or lr, or decoupled=True, with which a step ends at "
             "the target at most",
             RuntimeWarning,
-            stacklevel=2,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing_extensions import Unpack
 
 from ..regularizer import SpectralRegularizer
 from ..selection.arguments import known_keywords
+from ..selection.warn import warn
 from .session import RegularizerOptions, Session
 
 if TYPE_CHECKING:
@@ -78,10 +78,9 @@ class SpectralCallback(TrainerCallback):
         files = [Path(folder) / FILE for folder in folders if isinstance(folder, str | PathLike)]
         found = next((file for file in files if file.is_file()), None)
         if found is None:
-            warnings.warn(
+            warn(
                 f"SpectralCallback: no {FILE} in {_folder(args, state)}; the vectors of the power "
                 "iteration are warmed up (resume_from= names another folder)",
-                stacklevel=2,
             )
             return
         regularizer.load_state_dict(torch.load(found, map_location="cpu", weights_only=True))
@@ -103,9 +102,7 @@ class SpectralCallback(TrainerCallback):
         if not args.should_save:
             return
         if not folder.is_dir():  # a hyperparameter search saves in other folders
-            warnings.warn(
-                f"SpectralCallback: no folder {folder}; its state is not saved", stacklevel=2
-            )
+            warn(f"SpectralCallback: no folder {folder}; its state is not saved")
             return
         torch.save(found, folder / FILE)
 

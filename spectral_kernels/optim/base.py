@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, overload
@@ -29,6 +28,7 @@ from ..selection.arguments import (
     shown,
 )
 from ..selection.matrices import listing
+from ..selection.warn import warn
 from ..sharding import shards
 from ..tables import device as device_tables
 from ..tables.layout import same_strides
@@ -429,10 +429,9 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             self.regularizer._load(loaded, initial)
             self._updates = None
         if not loaded.vectors and not loaded.left and any(states):
-            warnings.warn(
+            warn(
                 f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty; "
                 "they are warmed up",
-                stacklevel=2,
             )
 
     def _matrices(self) -> Iterable[tuple[str, torch.Tensor, str]]:

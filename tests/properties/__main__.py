@@ -1,12 +1,15 @@
 """Draw examples of both properties: ``python -m tests.properties --examples N``.
 
 A failure is printed with the smallest example that hypothesis finds. ``--rules resize,load`` limits
-the surgery between steps. ``--each`` draws nothing: it does every kind of surgery by itself.
+the surgery between steps. ``--each`` draws nothing: it does every kind of surgery by itself. With
+``--jobs J`` as many processes share the examples, with seeds from ``--seed`` on.
 """
 
 import argparse
+import subprocess
 import sys
 import time
+import warnings
 
 import hypothesis
 from hypothesis.stateful import run_state_machine_as_test
@@ -30,7 +33,13 @@ def main() -> int:
     parser.add_argument("--ways", help="optimizers, separated by semicolons; default: all")
     parser.add_argument("--each", action="store_true", help="every kind by itself instead")
     parser.add_argument("--no-shrink", action="store_true", help="print a failure as it was found")
+    parser.add_argument("--jobs", type=int, default=1, help="processes to share the examples")
     given = parser.parse_args()
+    if given.jobs > 1:
+        if given.seed is None or given.each:
+            parser.error("--jobs: it shares examples that are drawn with --seed")
+        return share(given)
+    warnings.filterwarnings("ignore", "the penalty makes the step of SGD unstable", RuntimeWarning)
     Machine.ways = given.ways.split(";") if given.ways else Machine.ways
     rules = given.rules.split(",") if given.rules else None
     if unknown := set(rules or ()) - set(OPERATIONS):
@@ -44,6 +53,17 @@ def main() -> int:
         passed += [] if given.only == "shapes" else [surgery_passes(given, rules)]
         return int(not all(passed))
     return int(not singles.report(Machine.ways, rules or OPERATIONS, BACKENDS))
+
+
+def share(given: argparse.Namespace) -> int:
+    """Run this program ``given.jobs`` times with an equal part of the examples each."""
+    jobs, arguments = [], sys.argv[1:]
+    for i in range(given.jobs):
+        own = ["--jobs", "1", "--seed", str(given.seed + i)]
+        own += ["--examples", str(-(-given.examples // given.jobs))]
+        command = [sys.executable, "-m", "tests.properties", *arguments, *own]
+        jobs.append(subprocess.Popen(command))
+    return int(any([job.wait() for job in jobs]))
 
 
 def surgery_passes(given: argparse.Namespace, rules: list[str] | None) -> bool:

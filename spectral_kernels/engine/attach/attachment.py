@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ...selection.warn import warn
 from ..model_buckets import ModelBuckets
 from ..untraced import untraced
 from .decoupled import Decoupled
@@ -329,9 +329,8 @@ def resume(regularizer: Regularizer, attachments: Sequence[Attachment]) -> None:
 
 def _warn_if_lost(attachments: Sequence[Attachment], buckets: ModelBuckets) -> None:
     if not attachments_of(buckets):
-        warnings.warn(
+        warn(
             "this copy of a SpectralRegularizer is not attached: the optimizer to which the "
             f"original is, {attachments[0].kinds}, was not copied together with it, or is gone; "
             "attach(optimizer) attaches the copy",
-            stacklevel=2,
         )

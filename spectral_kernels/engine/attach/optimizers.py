@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...selection.parameters import ParameterRef
+from ...selection.warn import warn
 from ..model_buckets import ModelBuckets
 
 # Attributes in which wrappers keep the optimizer that they drive, some of them properties.
@@ -145,10 +145,9 @@ def warn_if_orthogonalized(optimizer: torch.optim.Optimizer) -> None:
     """Warn that the steps of Muon make nothing of the penalty's size."""
     name = type(optimizer).__name__
     if isinstance(optimizer, getattr(torch.optim, "Muon", ())) or "muon" in name.lower():
-        warnings.warn(
+        warn(
             f"{name} orthogonalizes gradients, the penalty's with them: the size of its step, and "
             "with it strength, is lost; attach(optimizer, decoupled=True) keeps it",
-            stacklevel=5,
         )
 
 
