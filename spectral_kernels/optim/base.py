@@ -137,8 +137,9 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     def refresh(self) -> None:
         """Recompute sigma at the next step, after an edit of weights that torch does not track.
 
-        Edits through torch (``copy_``, ``load_state_dict``, clipping) are noticed without it; those
-        through ``.data`` or numpy are not.
+        Edits through torch (``copy_``, ``load_state_dict``, clipping) are noticed without it, and
+        so is ``p.data = x`` that gives a parameter another address; others through ``.data`` or
+        numpy are not.
         """
         self._changed = True
 

@@ -1,7 +1,7 @@
 """Tensors in memory regions of their own, between pages that may not be touched.
 
 An access beyond the region ends the process with SIGSEGV, and so does one to a region whose tensors
-are all gone: it is given back to the system at once. The rest of a region's pages holds CANARY.
+are all gone: its addresses are never used again. The rest of a region's pages holds CANARY.
 """
 
 import ctypes
@@ -15,16 +15,24 @@ import torch
 CANARY = 0xA5
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
-_regions: list[weakref.ref] = []
+# What a region's tensors hold, and its pages, which stay mapped when those are gone.
+_regions: list[tuple[weakref.ref, mmap.mmap]] = []
+_gone: list[mmap.mmap] = []
 
 
 def _address(pages: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(pages))
 
 
-def _forbid(address: int) -> None:
-    if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(_PAGE), 0) != 0:
+def _forbid(address: int, n_bytes: int = _PAGE) -> None:
+    if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes), 0) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def _retire(pages: mmap.mmap) -> None:
+    pages.madvise(mmap.MADV_DONTNEED)
+    _forbid(_address(pages), len(pages))
+    _gone.append(pages)
 
 
 def flat(n: int, dtype: torch.dtype, at_end: bool) -> torch.Tensor:
@@ -32,14 +40,15 @@ def flat(n: int, dtype: torch.dtype, at_end: bool) -> torch.Tensor:
     if n == 0:  # torch makes no tensor of an empty buffer
         return torch.empty(0, dtype=dtype)
     inner = _PAGE * -(-n * dtype.itemsize // _PAGE)
-    pages = mmap.mmap(-1, inner + 2 * _PAGE)
+    pages = mmap.mmap(-1, inner + 2 * _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = _address(pages)
     _forbid(address)
     _forbid(address + _PAGE + inner)
     _inside(pages)[:] = CANARY
-    _regions.append(weakref.ref(pages))
+    held = memoryview(pages)
+    _regions.append((weakref.ref(held, lambda _: _retire(pages)), pages))
     start = _PAGE + (inner - n * dtype.itemsize if at_end else 0)
-    return torch.frombuffer(pages, dtype=dtype, count=n, offset=start)
+    return torch.frombuffer(held, dtype=dtype, count=n, offset=start)
 
 
 def empty(shape, strides, dtype: torch.dtype, at_end: bool) -> torch.Tensor:
@@ -63,15 +72,15 @@ class Bytes:
     """A copy of the bytes of all regions."""
 
     def __init__(self):
-        alive = [(ref, ref()) for ref in _regions]
-        _regions[:] = [ref for ref, pages in alive if pages is not None]
-        self._kept = [(ref, _inside(pages).copy()) for ref, pages in alive if pages is not None]
+        alive = [(ref, ref(), pages) for ref, pages in _regions]
+        _regions[:] = [(ref, pages) for ref, held, pages in alive if held is not None]
+        self._kept = [(ref, pages, _inside(pages).copy()) for ref, pages in _regions]
 
     def written_outside(self, tensors) -> str | None:
         """Return where bytes have changed since that belong to none of ``tensors``, or None."""
-        for ref, before in self._kept:
-            pages = ref()
-            if pages is None:
+        for ref, pages, before in self._kept:
+            held = ref()
+            if held is None:
                 continue
             now = _inside(pages)
             changed = now != before
