@@ -177,13 +177,16 @@ def _difference(subject, before, bits, expected, penalties, name, p) -> str | No
         return f"it takes no step (no gradient), but {changed}" if changed else None
     if p.shape != twin.shape:
         return f"has shape {tuple(p.shape)} after the step, {tuple(twin.shape)} before"
+    if not expected.acts[name][0]:
+        # It shares memory with one that takes a step, where the two are compared.
+        stays = twin == before.weights[True][name]
+        is_same = torch.equal(p.detach().double()[stays], twin[stays])
+        return None if is_same else "it takes no step, but has changed where it has its own memory"
     noise = Noise(expected, penalties, name, p)
     step = float(expected.group(name)["lr"])
     problem = apart(p.detach(), twin, noise.weight, before.weights[True][name], step)
     if problem:
         return f"the weight {problem}"
-    if not expected.acts[name][0]:
-        return None
     return _state_differs(subject, expected, noise, name, p)
 
 
