@@ -10,7 +10,7 @@ from torch import nn
 
 from ..forked import Failed
 from .refusals import reasons
-from .steps import Bits
+from .steps import Bits, check_refusal
 from .subject import WAYS, Subject, is_readable
 
 
@@ -156,12 +156,19 @@ class OnState:
 
     def save(self) -> None:
         """Save the states of the optimizer and the regularizer."""
+        self.saved = self._states() or self.saved
+
+    def _states(self) -> tuple[dict, dict] | None:
+        """Return copies of both states, or None where there is a reason to refuse it."""
         subject = self.subject
         if subject.has_freed():
-            return
-        self.saved = copy.deepcopy(
-            (subject.optimizer.state_dict(), subject.regularizer.state_dict())
-        )
+            return None
+        try:
+            states = subject.optimizer.state_dict(), subject.regularizer.state_dict()
+        except (ValueError, RuntimeError) as error:
+            check_refusal(reasons(subject), error)
+            return None
+        return copy.deepcopy(states)
 
     def load(self, which: str) -> None:
         """Load a checkpoint.
@@ -177,9 +184,10 @@ class OnState:
             if self.saved is None:
                 return
             found, vectors = copy.deepcopy(self.saved)
+        elif (states := self._states()) is not None:
+            found, vectors = states
         else:
-            found = copy.deepcopy(subject.optimizer.state_dict())
-            vectors = copy.deepcopy(subject.regularizer.state_dict())
+            return
         if which == "torch":
             found = self._of_torch()
         wrong = self._cut(found, vectors, which) if which in ("moment", "vectors") else None
