@@ -13,6 +13,7 @@ from spectral_kernels import SpectralRegularizer, SpectralSGD
 from spectral_kernels.engine.model_buckets import ModelBuckets
 
 from ..support.models import close
+from ..support.small_nets import zero_gradients
 
 
 def by_torch(thing):
@@ -122,12 +123,10 @@ def test_an_optimizer_with_the_penalty_inside_is_copied_as_ever(copied):
     model = nn.Linear(4, 3)
     optimizer = SpectralSGD(model, 0.1, strength=0.5)
     original = {"model": model, "optimizers": [optimizer]}
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(model)
     optimizer.step()
     twin = copied(original)
-    for p in twin["model"].parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(twin["model"])
     for each in (optimizer, twin["optimizers"][0]):
         each.step()
     close([p.detach() for p in twin["model"].parameters()],
@@ -158,8 +157,7 @@ def test_a_copy_that_is_attached_anew_says_nothing(copied):
     twin = copied({"model": original["model"], "reg": original["reg"]})
     optimizer = torch.optim.SGD(twin["model"].parameters(), 0.1)
     twin["reg"].attach(optimizer)
-    for p in twin["model"].parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(twin["model"])
     optimizer.step()
 
 

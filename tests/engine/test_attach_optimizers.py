@@ -12,6 +12,7 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 from spectral_kernels import SpectralRegularizer, SpectralSGD
 
 from ..support.models import close
+from ..support.small_nets import zero_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -194,8 +195,7 @@ def test_optimizers_with_two_steps_are_refused_with_what_to_do():
     with pytest.raises(TypeError, match="Plain with SAM inside"):
         reg.attach(Plain(optimizer))
     weight = model[0].weight.detach().clone()  # the advice is good
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(model)
     optimizer.first_step()
     reg.accumulate_grad_()
     optimizer.second_step()
@@ -270,8 +270,7 @@ def test_each_adds_its_part_once_per_step_of_its_own():
     for optimizer in (first, second):
         optimizer.param_groups[0]["lr"] = 0.0
     SpectralRegularizer(model, 0.5).attach([first, second])
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(model)
     first.step()
     assert all(bool(p.grad.any()) == (p.dim() > 1) for p in model.parameters())
     seen = [p.grad.clone() for p in model.parameters()]
@@ -346,8 +345,7 @@ def test_muon_loses_the_size_of_the_penalty_unless_it_is_decoupled():
                     reg.attach(muon)
                 assert len(w) == 1
                 assert w[0].filename == __file__
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
+            zero_gradients(model)
             before = model[0].weight.detach().clone()
             muon.step()
             moved[decoupled, strength] = float((model[0].weight.detach() - before).norm())

@@ -10,6 +10,7 @@ from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
 from spectral_kernels.engine.attach.decoupled import matrix_strength
 
 from ..support.models import batch, close, mixed
+from ..support.small_nets import zero_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +118,7 @@ def test_a_learning_rate_of_one_tensor_is_read_in_every_step():
     lr = torch.tensor(0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr)
     SpectralRegularizer(model, 0.2).attach(optimizer, decoupled=True)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(model)
     before = model[0].weight.detach().clone()
     optimizer.step()
     assert torch.equal(model[0].weight, before)
@@ -131,8 +131,7 @@ def test_gradients_and_moments_do_not_see_the_penalty():
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     SpectralRegularizer(model, 10.0).attach(optimizer, decoupled=True)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(model)
     before = model[0].weight.detach().clone()
     optimizer.step()
     assert not any(p.grad.any() for p in model.parameters())
@@ -168,8 +167,7 @@ def test_an_optimizers_own_rule_sees_the_weights_without_the_penalty():
     start = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), 0.5, weight_decay=2.0)
     SpectralRegularizer(model, 0.01).attach(optimizer, decoupled=True)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(model)
     optimizer.step()
     reg = SpectralRegularizer(start, 0.01)
     penalty = torch.autograd.grad(reg.penalty(), list(start.parameters()))

@@ -12,6 +12,8 @@ from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
 from spectral_kernels.backends import choice
 from spectral_kernels.engine.stability import EVERY, FIRST
 
+from ..support.small_nets import zero_gradients
+
 
 def layer(sigma):
     torch.manual_seed(0)
@@ -26,8 +28,7 @@ def warnings_of(step, model, n=1):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         for _ in range(n):
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
+            zero_gradients(model)
             step()
     return [str(w.message) for w in found if w.category is RuntimeWarning]
 

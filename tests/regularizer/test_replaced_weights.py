@@ -11,6 +11,8 @@ from spectral_kernels.backends.native import Cpu
 from spectral_kernels.engine.bucket import JUMP, JUMP_FACTOR
 from spectral_kernels.tables.state import Ratios
 
+from ..support.small_nets import zero_gradients
+
 NAMES = ("reference", "cpu")
 
 
@@ -76,8 +78,7 @@ every_way = pytest.mark.parametrize("make", [*BEFORE, sgd, adamw])
 
 def stepped(model, step, n=1):
     for _ in range(n):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
+        zero_gradients(model)
         step()
 
 
@@ -276,8 +277,7 @@ def test_on_a_gpu_an_edited_optimizer_recovers_without_a_wait(gpu_like):
     stepped(model, step, 30)
     truth = []
     with gpu_like.without_waits():
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
+        zero_gradients(model)
         with torch.no_grad():
             model[0].weight.normal_()
         step()

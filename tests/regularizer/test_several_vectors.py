@@ -13,6 +13,7 @@ from spectral_kernels.backends import formulas
 from spectral_kernels.engine import bucket
 
 from ..support import models
+from ..support.small_nets import zero_gradients
 
 pytestmark = pytest.mark.usefixtures("seeded")
 WIDTHS = (100, 64, 10)
@@ -227,8 +228,7 @@ def steps(model, way, n_vectors, backend, iterations="auto"):
     common = {"n_vectors": n_vectors, "n_power_iterations": iterations, "backend": backend}
     if way == "SpectralAdamW":
         optimizer = SpectralAdamW(model, lr=0.0, weight_decay=0.0, **common)
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
+        zero_gradients(model)
         return optimizer.step, optimizer
     reg = SpectralRegularizer(model, **common)
     return (reg.penalty if way == "penalty" else reg.accumulate_grad_), reg

@@ -79,7 +79,7 @@ class Bytes:
     def written_outside(self, tensors) -> str | None:
         """Return where bytes have changed since that belong to none of ``tensors``, or None."""
         for ref, pages, before in self._kept:
-            held = ref()
+            held = ref()  # kept until its bytes are compared
             if held is None:
                 continue
             now = _inside(pages)
