@@ -5,8 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 from .diagnostics import spectral_norms
 from .optim import SpectralAdamW, SpectralSGD
 from .regularizer import SpectralRegularizer
+from .selection.layers import register_layer
 
-__all__ = ["SpectralAdamW", "SpectralRegularizer", "SpectralSGD", "__version__", "spectral_norms"]
+__all__ = [
+    "SpectralAdamW", "SpectralRegularizer", "SpectralSGD", "__version__", "register_layer",
+    "spectral_norms",
+]  # fmt: skip
 
 try:
     __version__ = version("spectral_kernels")  # the repository's tag when the package was built

@@ -21,8 +21,8 @@ from .engine.model_buckets import ModelBuckets, Settings, iterations_of
 from .engine.untraced import outside, untraced
 from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number, known_keywords
-from .selection.matrices import listing
-from .selection.options import Patterns, Source, Splits
+from .selection.listing import listing
+from .selection.options import Patterns, Roles, Source, Splits
 from .selection.rules import select
 from .tables.schema import N_VECTORS
 
@@ -45,8 +45,8 @@ class SpectralRegularizer(Assignable, Readings):
 
     Args:
         model: a module, or an iterable of (name, parameter). An iterable does not identify
-            embeddings, norms, gates and transposed convolutions: a parameter with two or more
-            dimensions is a matrix, a 1-D one named as a bias is a bias, the rest is skipped.
+            embeddings, norms, gates, stacks and convolutions: names and shapes alone decide, and a
+            parameter with three or more dimensions is flattened unless its name has "experts".
         strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
             (the first matching pattern counts). The value of a tensor is checked once, here. With
             the number 0, a parameter without ``.grad`` is left alone, as if it were excluded.
@@ -63,11 +63,16 @@ class SpectralRegularizer(Assignable, Readings):
             ``norms``.
         norms: regularize the gains and shifts of normalization layers.
         include: a glob pattern or several; if given, only parameters whose name matches one are
-            selected, embedding tables included.
+            selected, and of these also what is left out by default: embedding tables, tokens,
+            positions, scales and others with two or more dimensions, as matrices.
         exclude: a glob pattern or several, of names to leave out.
         splits: pattern -> number of equal parts or their sizes along the output dimension, for
             fused projections such as ``{"*.qkv.weight": 3}``.
-        stacked: a pattern or several, of parameters (E, out, in) that are stacks of E matrices.
+        stacked: a pattern or several, of parameters (E, out, in) that are stacks of E matrices,
+            and of their biases (E, out); short for the role "stack".
+        roles: pattern -> what the parameter is, where the default is not right: "matrix" (dim 0,
+            rest), "stack" (E matrices along dim 0), "bias" (pulled to 0), "gain" (each element
+            pulled to 1) or "skip". :func:`register_layer` says it for a class of layers.
         warmup: power iterations at first use, so that the first sigma is meaningful; and on a CPU
             for every matrix whose residual jumps between two steps (above 0.3 sigma and three
             times what it was), as that of a layer that is initialized again. On a GPU, where a
@@ -98,6 +103,7 @@ class SpectralRegularizer(Assignable, Readings):
         exclude: Patterns | None = (),
         splits: Splits | None = None,
         stacked: Patterns | None = (),
+        roles: Roles | None = None,
         warmup: int = 10,
         backend: BackendName | Backend = "auto",
         seed: int = 0,
@@ -115,7 +121,7 @@ class SpectralRegularizer(Assignable, Readings):
         )
         self._selection = select(
             model, biases=biases, norms=norms, include=include, exclude=exclude,
-            splits=splits, stacked=stacked,
+            splits=splits, stacked=stacked, roles=roles,
         )  # fmt: skip
         self._coefficients = Coefficients(self._selection, strength, target, backend)
         self._buckets = ModelBuckets(self._selection, settings, self._coefficients)

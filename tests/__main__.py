@@ -11,6 +11,9 @@ instruction-set level. For use while working.
 processes as there are cores; each prints its figures and its seed at the end, with which
 ``python -m tests.properties --seed S --examples M`` repeats them.
 
+``python -m tests --zoo``: what the parameters of some 90 architectures of public libraries are
+taken for; with the extra zoo. It takes a minute.
+
 ``python -m tests --sanitize``: the C++ kernels under GCC's sanitizers (tests/project/sanitize.py).
 """
 
@@ -47,6 +50,7 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="style and what takes no second")
     which.add_argument("--fuzz", type=int, metavar="N", help="N new examples of each property")
+    which.add_argument("--zoo", action="store_true", help="architectures of public libraries")
     which.add_argument("--sanitize", action="store_true", help="the C++ kernels under sanitizers")
     start, given = time.monotonic(), parser.parse_args()
     commands = quick() if given.quick else everything()
@@ -54,6 +58,8 @@ def main() -> int:
         seed = str(random.randrange(2**32))
         examples = "--examples", str(given.fuzz), "--seed", seed, "--jobs", str(os.cpu_count())
         commands = [["tests.properties", *examples]]
+    elif given.zoo:
+        commands = [["pytest", "-n", "auto", "-q", "--zoo", "tests/zoo"]]
     elif given.sanitize:
         commands = [["tests.project.sanitize"]]
     for arguments in commands:

@@ -13,11 +13,17 @@ LEVELS = ("baseline", "v3", "v4")
 
 
 def pytest_addoption(parser):
-    """Add --quick."""
+    """Add --quick and --zoo."""
     parser.addoption(
         "--quick", action="store_true",
         help="only tests that take less than a second, with one instruction-set level, on a CPU",
     )  # fmt: skip
+    parser.addoption("--zoo", action="store_true", help="with tests/zoo, for the extra zoo")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out the tests that need many libraries, unless they are asked for."""
+    return True if collection_path.name == "zoo" and not config.getoption("--zoo") else None
 
 
 def pytest_configure(config):

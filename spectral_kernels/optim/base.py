@@ -27,7 +27,8 @@ from ..selection.arguments import (
     check_scalar,
     shown,
 )
-from ..selection.matrices import listing
+from ..selection.listing import listing
+from ..selection.parameters import named_parameters
 from ..selection.warn import warn
 from ..sharding import shards
 from ..tables import device as device_tables
@@ -65,7 +66,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         # torch.utils.swap_tensors refuses tensors that have weak references.
         self._names: dict[int, tuple[torch.Tensor, str]] = {}
         if isinstance(source, nn.Module):
-            self._names = {id(p): (p, name) for name, p in source.named_parameters()}
+            self._names = {id(p): (p, name) for name, p in named_parameters(source)}
             left_out = check_pattern_list("exclude", options.get("exclude")) or []
             options["exclude"] = [*left_out, *not_in(groups, source)]
         self.regularizer = SpectralRegularizer(

@@ -165,11 +165,6 @@ def as_dict(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def match(name: str, patterns: Iterable[str]) -> str | None:
-    """Return the first glob pattern that ``name`` matches, or None."""
-    return match_any([name], patterns)
-
-
 def match_any(names: Sequence[str], patterns: Iterable[str]) -> str | None:
     """Return the first glob pattern that one of the ``names`` of a tensor matches, or None."""
     return next((p for p in patterns if any(fnmatch.fnmatchcase(n, p) for n in names)), None)
@@ -211,6 +206,34 @@ def check_splits(splits) -> dict[str, Any]:
             'number of parts or their sizes, such as {"*.qkv.weight": 3}'
         )
     return {str(pattern): _sizes(value) for pattern, value in found.items()}
+
+
+ROLES = ("matrix", "stack", "bias", "gain", "skip")
+
+
+def check_role(argument: str, role) -> str:
+    """Return ``role`` if it is one of ROLES; TypeError or ValueError if not."""
+    listed = ", ".join(map(repr, ROLES))
+    if not isinstance(role, str):
+        raise TypeError(f"{argument}: got {shown(role)}; accepted are {listed}")
+    if role not in ROLES:
+        near = difflib.get_close_matches(role, ROLES, 1)
+        said = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{argument}: got {role!r}{said}; accepted are {listed}")
+    return str(role)
+
+
+def check_roles(roles) -> dict[str, str]:
+    """Return ``roles`` as a dict from patterns to roles; TypeError or ValueError if it is none."""
+    if roles is None:
+        return {}
+    found = as_dict(roles)
+    if found is None or not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(
+            f"roles: got {shown(roles)}; accepted is a mapping from name patterns to roles, such "
+            'as {"*.scale": "gain"}'
+        )
+    return {str(p): check_role(f"roles[{p!r}]", role) for p, role in found.items()}
 
 
 def _sizes(value: Any) -> Any:
@@ -266,14 +289,15 @@ def by_name(
     entries = [*selection.matrices, *selection.elementwise]
     if not isinstance(value, Mapping):
         return {entry.name: value for entry in entries}
-    owned = [entry.ref.name for entry in entries]
-    check_patterns(argument, value, [*owned, *(name for name, _ in selection.skipped)])
+    owned = dict.fromkeys(entry.ref.name for entry in entries)
+    names = {name: selection.names_of(name) for name in (*owned, *dict(selection.skipped))}
+    check_patterns(argument, value, [alias for own in names.values() for alias in own])
     found = {}
-    for entry, name in zip(entries, owned, strict=True):
-        pattern = match(name, value)
+    for name in owned:
+        pattern = match_any(names[name], value)
         if pattern is None:
             raise ValueError(
                 f"{argument}: no pattern matches {name!r}; end the mapping with a '*' entry"
             )
-        found[entry.name] = value[pattern]
-    return found
+        found[name] = value[pattern]
+    return {entry.name: found[entry.ref.name] for entry in entries}

@@ -1,23 +1,17 @@
-"""The matrices and elementwise parameters of a model, and their listing as text."""
+"""The matrices and elementwise parameters of a model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from .arguments import match_any
+from .layers import GATES, RECURRENT, TRANSPOSED, is_hf_conv1d
 from .parameters import ParameterRef
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_GATES = {
-    nn.LSTM: ("i", "f", "g", "o"), nn.LSTMCell: ("i", "f", "g", "o"),
-    nn.GRU: ("r", "z", "n"), nn.GRUCell: ("r", "z", "n"),
-}  # fmt: skip
-_RECURRENT = (nn.RNN, nn.RNNCell, *_GATES)
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,8 @@ class Matrix:
     """One matrix: the 2-D view (rows, everything else) of a parameter or of a part of it.
 
     ``index`` selects one matrix of a stack along dim 0; ``part = (start, length)`` a range of the
-    output dimension ``row_dim`` (counted after ``index``). ``whole`` is the shape of the parameter.
+    output dimension ``row_dim`` (counted after ``index``), or of ``part_dim`` if that is given.
+    ``whole`` is the shape of the parameter.
     A rank's shard is a matrix of the local tensor: ``side`` is then the required side of its layout
     (see ``tables.layout.Layout``), and ``absent`` the shape of a shard that is empty on this rank.
     """
@@ -40,6 +35,7 @@ class Matrix:
     part: tuple[int, int] | None = None
     side: str | None = None
     absent: tuple[int, ...] | None = None
+    part_dim: int | None = None
 
     def shape_now(self) -> tuple[int, int]:
         """Return the current (M, N); ``shape`` is that at selection."""
@@ -54,17 +50,26 @@ class Matrix:
         if self.index is not None:
             tensor = tensor.select(0, self.index)
         if self.part is not None:
-            tensor = tensor.narrow(self.row_dim, *self.part)
+            dim = self.row_dim if self.part_dim is None else self.part_dim
+            tensor = tensor.narrow(dim, *self.part)
         return tensor
 
 
 @dataclass(frozen=True)
 class Elementwise:
-    """A bias or a norm's shift (``kind="shift"``), or a norm's gain (``kind="gain"``)."""
+    """A parameter of which not a matrix, but elements or rows are regularized.
+
+    ``kind`` is "shift" (a bias or a norm's shift, pulled to 0), "gain" (each element pulled to 1),
+    or "rows": vectors of ``length`` elements, each one a matrix with one row, whose singular value
+    is its norm. Rows are pulled to the target of matrices, or to ``target`` if that is given.
+    """
 
     name: str
     ref: ParameterRef
     kind: str
+    length: int = 1
+    target: float | None = None
+    view: str = ""
 
 
 def refs_of(matrices: Sequence[Matrix], elementwise: Sequence[Elementwise]) -> list[ParameterRef]:
@@ -74,12 +79,20 @@ def refs_of(matrices: Sequence[Matrix], elementwise: Sequence[Elementwise]) -> l
 
 @dataclass
 class Selection:
-    """The regularized parameters, and (name, reason) of those that were skipped."""
+    """The regularized parameters, and (name, reason) of those that were skipped.
+
+    ``aliases`` has all names of the tensors that have several.
+    """
 
     matrices: list[Matrix] = field(default_factory=list)
     elementwise: list[Elementwise] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     root: nn.Module | None = None
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """Return all names of the parameter ``name``, which may be tied."""
+        return self.aliases.get(name, (name,))
 
 
 class NothingSelected(ValueError):
@@ -92,93 +105,105 @@ class NothingSelected(ValueError):
 
 
 def matrices_of(
-    ref: ParameterRef, aliases: Sequence[str], tensor: torch.Tensor, splits, stacked
+    ref: ParameterRef, tensor: torch.Tensor, kind: str, splits: tuple[str, Any] | None
 ) -> list[Matrix]:
-    """Return the matrices of a parameter whose names are ``aliases``; see ``rules.select``."""
+    """Return the matrices of a parameter.
+
+    Args:
+        ref: the parameter.
+        tensor: its value; only the shape counts.
+        kind: "matrix", "stack" or "groups", see ``layers.Role``.
+        splits: the pattern that names it and its sizes, if there is one.
+    """
     shape = whole = tuple(tensor.shape)
     view = []
     stack: Sequence[int | None] = (None,)
-    if (pattern := match_any(aliases, stacked)) is not None:
-        if len(shape) < 3:
-            raise ValueError(
-                f"stacked: {pattern!r} matches {ref.name!r} of shape {shape}; accepted are "
-                "stacks with at least three dimensions, (E, out, in)"
-            )
+    if kind == "stack":
         stack, shape = range(shape[0]), shape[1:]
         view.append(f"stack of {len(stack)}")
     transposed = isinstance(ref.module, TRANSPOSED)
-    row_dim = 1 if transposed or _is_hf_conv1d(ref) else 0
-    sizes, labels = _parts(ref, aliases, shape, row_dim, splits)
-    if sizes is None:
-        parts: list[tuple[str, tuple[int, int] | None]] = [("", None)]
-        row_dim = 1 if transposed else 0
+    row_dim = part_dim = 1 if transposed or is_hf_conv1d(ref) else 0
+    if splits is not None:
+        sizes = _split(ref, shape[row_dim], row_dim, *splits)
+        labels: Sequence[str] = [str(i) for i in range(len(sizes))]
+        view.append(f"split {'+'.join(map(str, sizes))}")
+    elif kind == "groups":
+        # The channels of a group follow each other in dim 0, of a transposed convolution too.
+        part_dim, n_groups = 0, ref.module.groups
+        sizes, labels = _equal(shape[0], n_groups), [str(i) for i in range(n_groups)]
+        view.append(f"a matrix for each of {n_groups} groups")
     else:
+        labels = _labels(ref)
+        sizes = _equal(shape[row_dim], len(labels)) if labels else []
+        if labels:
+            view.append(f"split {'+'.join(map(str, sizes))}")
+    parts: list[tuple[str, tuple[int, int] | None]] = [("", None)]
+    if labels:
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         parts = [(label, (a, n)) for label, a, n in zip(labels, starts, sizes, strict=True)]
-        view.append(f"split {'+'.join(map(str, sizes))}")
+    else:  # without parts a matrix and its transpose are the same
+        row_dim = part_dim = 1 if transposed else 0
     if len(shape) > 2 or transposed:
         view.append(f"flattened (dim {row_dim}, rest)")
     matrices = []
     for index in stack:
         for label, part in parts:
-            rows = shape[row_dim] if part is None else part[1]
-            others = [n for d, n in enumerate(shape) if d != row_dim]
-            cols = torch.Size(others).numel()
+            size = list(shape)
+            if part is not None:
+                size[part_dim] = part[1]
+            rows = size.pop(row_dim)
             name = ref.name + ("" if index is None else f"[{index}]") + (label and f"[{label}]")
             matrices.append(
-                Matrix(name, ref, (rows, cols), ", ".join(view), whole, row_dim, index, part)
-            )
+                Matrix(
+                    name, ref, (rows, math.prod(size)), ", ".join(view), whole, row_dim, index,
+                    part, part_dim=None if part_dim == row_dim else part_dim,
+                )
+            )  # fmt: skip
     return matrices
 
 
-def _parts(
-    ref: ParameterRef, aliases: Sequence[str], shape, row_dim: int, splits
-) -> tuple[list[int] | None, Sequence[str]]:
-    """Return sizes and labels of the parts along the output dimension; (None, ()) if not split."""
-    total = shape[row_dim]
-    pattern = match_any(aliases, splits)
-    if pattern is not None:
-        wanted = splits[pattern]
-        if isinstance(wanted, int) and not isinstance(wanted, bool):
-            sizes = [total // wanted] * wanted if wanted > 0 and total % wanted == 0 else []
-        else:
-            sizes = list(wanted) if isinstance(wanted, Sequence) else []
-        if not all(isinstance(n, int) and n > 0 for n in sizes) or sum(sizes) != total or not sizes:
-            raise ValueError(
-                f"splits: {pattern!r}: {wanted!r} does not divide the {total} outputs (dim "
-                f"{row_dim}) of {ref.name!r}; accepted are a number of equal parts or sizes "
-                f"that add up to {total}"
-            )
-        return sizes, [str(i) for i in range(len(sizes))]
+def elementwise_of(ref: ParameterRef, tensor: torch.Tensor, kind: str) -> Elementwise | None:
+    """Return the elementwise parameter of a role, or None if the parameter has matrices.
+
+    A convolution whose groups have one output each, or one input and one tap, has rows.
+    """
+    if kind in ("bias", "shift", "gain"):
+        return Elementwise(ref.name, ref, "gain" if kind == "gain" else "shift")
+    if kind == "biases":
+        length = math.prod(tensor.shape[1:])
+        return Elementwise(ref.name, ref, "rows", length, 0.0, "a bias per row, pulled to 0")
+    if kind != "groups":
+        return None
+    rows, cols = matrices_of(ref, tensor, kind, None)[0].shape
+    if rows != 1 and cols != 1:
+        return None
+    view = "a group per row, its norm pulled to the target"
+    return Elementwise(ref.name, ref, "rows", rows * cols, None, view)
+
+
+def _equal(total: int, n: int) -> list[int]:
+    return [total // n] * n
+
+
+def _split(ref: ParameterRef, total: int, row_dim: int, pattern: str, wanted: Any) -> list[int]:
+    """Return the sizes of the parts along the output dimension."""
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        sizes = _equal(total, wanted) if wanted > 0 and total % wanted == 0 else []
+    else:
+        sizes = list(wanted) if isinstance(wanted, Sequence) else []
+    if not all(isinstance(n, int) and n > 0 for n in sizes) or sum(sizes) != total or not sizes:
+        raise ValueError(
+            f"splits: {pattern!r}: {wanted!r} does not divide the {total} outputs (dim "
+            f"{row_dim}) of {ref.name!r}; accepted are a number of equal parts or sizes "
+            f"that add up to {total}"
+        )
+    return sizes
+
+
+def _labels(ref: ParameterRef) -> Sequence[str]:
+    """Return the names of the equal parts of a fused weight that is known, () if it is none."""
     if isinstance(ref.module, nn.MultiheadAttention) and ref.attribute == "in_proj_weight":
-        return [total // 3] * 3, ("q", "k", "v")
-    if isinstance(ref.module, _RECURRENT) and ref.attribute.startswith(("weight_ih", "weight_hh")):
-        gates = next((g for t, g in _GATES.items() if isinstance(ref.module, t)), None)
-        if gates is not None:
-            return [total // len(gates)] * len(gates), gates
-    return None, ()
-
-
-def _is_hf_conv1d(ref: ParameterRef) -> bool:
-    """Return whether ``ref`` is a weight of transformers' Conv1D, which is stored (in, out)."""
-    return type(ref.module).__name__ == "Conv1D" and hasattr(ref.module, "nf")
-
-
-_PULLED = {"shift": "pulled to 0", "gain": "every element pulled to 1"}
-
-
-def listing(selection: Selection) -> list[str]:
-    """Return lines of text with every entry of a selection, and skipped names with reasons."""
-    entries = [*selection.matrices, *selection.elementwise]
-    width = max((len(entry.name) for entry in entries), default=0)
-    lines = [f"{len(selection.matrices)} matrices"]
-    for matrix in selection.matrices:
-        shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
-        lines.append(f"  {matrix.name:{width}}  {shape:>13}  {matrix.view}".rstrip())
-    if selection.elementwise:
-        lines.append(f"{len(selection.elementwise)} elementwise parameters")
-        lines += [f"  {v.name:{width}}  {_PULLED[v.kind]}" for v in selection.elementwise]
-    if selection.skipped:
-        lines.append(f"{len(selection.skipped)} skipped")
-        lines += [f"  {name:{width}}  {why}" for name, why in selection.skipped]
-    return lines
+        return "q", "k", "v"
+    if isinstance(ref.module, RECURRENT) and ref.attribute.startswith(("weight_ih", "weight_hh")):
+        return next((g for t, g in GATES.items() if isinstance(ref.module, t)), ())
+    return ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from typing_extensions import TypedDict
 Source = nn.Module | Iterable[tuple[str, torch.Tensor]]
 Patterns = str | Iterable[str]
 Splits = Mapping[str, int | Iterable[int]]
+Roles = Mapping[str, Literal["matrix", "stack", "bias", "gain", "skip"]]
 
 
 class MatrixOptions(TypedDict, total=False):
@@ -20,6 +22,7 @@ class MatrixOptions(TypedDict, total=False):
     exclude: Patterns | None
     splits: Splits | None
     stacked: Patterns | None
+    roles: Roles | None
 
 
 class SelectionOptions(MatrixOptions, total=False):

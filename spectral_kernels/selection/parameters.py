@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,13 @@ from torch import nn
 
 from .arguments import shown
 
-# Parts that torch.compile and activation checkpointing insert into names.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+# Modules that hold another one as this attribute; its parameters keep the names they have there.
+_WRAPPERS = {
+    "DataParallel": "module", "DistributedDataParallel": "module", "AveragedModel": "module",
+    "DeepSpeedEngine": "module", "OptimizedModule": "_orig_mod", "_FabricModule": "_forward_module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,18 +63,15 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
     """Return the refs of each distinct tensor, in order of appearance."""
     groups: dict[object, list[ParameterRef]] = {}
     if isinstance(source, nn.Module):
-        for prefix, module in unwrapped(source).named_modules(remove_duplicate=False):
+        for prefix, module in named_modules(source):
             _refuse_other_shards(prefix, module)
             for attribute, tensor in module._parameters.items():
                 if tensor is not None:
-                    name = f"{prefix}.{attribute}" if prefix else attribute
-                    for wrapper in _WRAPPERS:
-                        name = name.replace(wrapper, "")
-                    groups.setdefault(id(tensor), []).append(ParameterRef(name, module, attribute))
+                    ref = ParameterRef(prefix + attribute, module, attribute)
+                    groups.setdefault(id(tensor), []).append(ref)
             if nn.utils.parametrize.is_parametrized(module):
                 for attribute in module.parametrizations:
-                    name = f"{prefix}.{attribute}" if prefix else attribute
-                    ref = ParameterRef(name, module, attribute, computed=True)
+                    ref = ParameterRef(prefix + attribute, module, attribute, computed=True)
                     groups.setdefault((id(module), attribute), []).append(ref)
         return list(groups.values())
     if isinstance(source, torch.Tensor | Mapping | str) or not isinstance(source, Iterable):
@@ -103,31 +105,54 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
     return list(groups.values())
 
 
-def _refuse_other_shards(name: str, module: nn.Module) -> None:
+def _refuse_other_shards(prefix: str, module: nn.Module) -> None:
     """Raise ValueError for parameters that are sharded, but not as DTensors."""
+    name = repr(prefix.rstrip(".") or "it")
     instead = "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
     if type(module).__name__ == "FullyShardedDataParallel":
         raise ValueError(
-            f"model: {name or 'it'!r} is a FullyShardedDataParallel (FSDP1), whose flat parameters "
+            f"model: {name} is a FullyShardedDataParallel (FSDP1), whose flat parameters "
             f"are not divided into matrices; {instead}"
         )
     if any(hasattr(p, "ds_id") for p in module._parameters.values()):
         raise ValueError(
-            f"model: {name or 'it'!r} has placeholders of DeepSpeed's ZeRO-3 for parameters, whose "
+            f"model: {name} has placeholders of DeepSpeed's ZeRO-3 for parameters, whose "
             f"shards are not along a dimension; {instead}, or use ZeRO 1 or 2"
         )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+def wrapped_as(module: nn.Module) -> str | None:
+    """Return the attribute under which a wrapper holds another module; None if it is no wrapper."""
+    for cls in type(module).__mro__:
+        key = _WRAPPERS.get(cls.__name__)
+        if key in module._modules:
+            return key
+    return None
+
+
+def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules with the prefix of their parameters' names; shared ones several times.
+
+    Wrappers such as DistributedDataParallel and those of torch.compile leave no trace in names.
+    """
+    yield prefix, module
+    inner = wrapped_as(module)
+    if inner is not None:
+        yield from named_modules(module._modules[inner], prefix)
+        return
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}{key}.")
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every parameter once, with its first name, without what wrappers insert."""
+    seen = set()
+    for prefix, module in named_modules(model):
+        for attribute, tensor in module._parameters.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield prefix + attribute, tensor
 
 
 def made_before_use(ref: ParameterRef) -> str | None:

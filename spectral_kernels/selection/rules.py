@@ -1,32 +1,29 @@
-"""Which parameters of a model are regularized, and how each is viewed as matrices."""
+"""Which parameters of a model are regularized, and how each is viewed."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from . import transforms
-from .arguments import check_flag, check_pattern_list, check_patterns, check_splits, match_any
-from .matrices import CONVOLUTIONS, TRANSPOSED, Elementwise, NothingSelected, Selection, matrices_of
-from .options import Patterns, Source, Splits
+from .arguments import (
+    check_flag,
+    check_pattern_list,
+    check_patterns,
+    check_roles,
+    check_splits,
+    match_any,
+)
+from .layers import is_embedding
+from .matrices import Elementwise, NothingSelected, Selection, elementwise_of, matrices_of
+from .options import Patterns, Roles, Source, Splits
 from .parameters import ParameterRef, made_before_use, parameter_refs
+from .roles import role_of
 
+_FLAGS = {"bias": "biases", "biases": "biases", "shift": "norms", "gain": "norms"}  # by role
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_NORMS = tuple(
-    getattr(nn, name)
-    for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "InstanceNorm1d",
-                 "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "LayerNorm", "RMSNorm")
-)  # fmt: skip
-_GAINS = ("weight", "gamma", "scale", "gain", "g")
-_SHIFTS = ("bias", "beta", "shift", "b")
-# Norms that multiply by (1 + weight): pulling |weight| to one would double their gain.
-_OFFSET_GAINS = (
-    "GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "MiniMaxM3VLRMSNorm",
-    "MuseGlimmerTextCenteredRMSNorm", "MuseSparkTextCenteredRMSNorm",
-    "MuseSparkTextInputScaledRMSNorm", "NemotronLayerNorm1P", "Qwen3NextRMSNorm", "Qwen3_5RMSNorm",
-    "Qwen3_5MoeRMSNorm", "Qwen4ExpTextRMSNorm", "RecurrentGemmaRMSNorm", "Step3p7RMSNorm",
-    "T5GemmaRMSNorm", "T5Gemma2RMSNorm", "VaultGemmaRMSNorm", "VideoPrismLayerNorm",
-)  # fmt: skip
 
 
 def select(
@@ -38,22 +35,29 @@ def select(
     exclude: Patterns | None = (),
     splits: Splits | None = None,
     stacked: Patterns | None = (),
+    roles: Roles | None = None,
     trainable_only: bool = True,
 ) -> Selection:
     """Choose the matrices and elementwise parameters of a model.
 
-    A tensor with several names (tied weights) counts once; a pattern may name it by any of them.
+    A parameter is what its module does with it (see ``layers``); where the module is unknown, its
+    shape and its name decide (see ``roles``). A tensor with several names (tied weights) counts
+    once; a pattern may name it by any of them.
 
     Args:
         source: a module, or an iterable of (name, tensor).
         biases: select biases of layers; the shifts of norms belong to ``norms``.
         norms: select the gains and shifts of normalization layers.
         include: a glob pattern or several; if given, only parameters whose name matches one are
-            selected, embedding tables included.
+            selected, and of these also what is left out by default: embedding tables, tokens,
+            positions, scales and others with two or more dimensions, as matrices.
         exclude: a glob pattern or several, of names to leave out.
         splits: pattern -> number of equal parts, or their sizes, along the output dimension
             (dim 0; dim 1 for transposed convolutions and transformers' ``Conv1D``).
-        stacked: a pattern or several, of parameters (E, out, in) that are stacks of E matrices.
+        stacked: a pattern or several, of parameters (E, out, in) that are stacks of E matrices,
+            and of their biases (E, out); short for the role "stack".
+        roles: pattern -> "matrix" (dim 0, rest), "stack", "bias" (pulled to 0), "gain" (each
+            element pulled to 1) or "skip"; see ``layers.register_layer``.
         trainable_only: leave out parameters that do not require a gradient.
 
     Raises:
@@ -61,46 +65,91 @@ def select(
         ValueError: a pattern without a match, sizes that do not add up, a parameter that cannot be
             regularized, nothing selected.
     """
-    biases, norms = check_flag("biases", biases), check_flag("norms", norms)
+    flags = {"biases": check_flag("biases", biases), "norms": check_flag("norms", norms)}
     include = check_pattern_list("include", include)
     exclude = check_pattern_list("exclude", exclude) or []
     stacked = check_pattern_list("stacked", stacked) or []
-    splits = check_splits(splits)
+    roles, splits = check_roles(roles), check_splits(splits)
     refs = parameter_refs(source)
     names = [ref.name for group in refs for ref in group]
     for argument, patterns in (
-        ("include", include or []), ("exclude", exclude), ("splits", splits), ("stacked", stacked)
+        ("include", include or []), ("exclude", exclude), ("splits", splits),
+        ("stacked", stacked), ("roles", roles),
     ):  # fmt: skip
         check_patterns(argument, patterns, names)
 
     found = Selection(root=source if isinstance(source, nn.Module) else None)
+    gains: list[tuple[Elementwise, torch.Tensor]] = []
+    shapes = _shapes(refs)
     for group in refs:
-        ref = next((o for o in group if not _is_embedding(o)), group[0])
+        ref = next((o for o in group if not is_embedding(o)), group[0])
+        aliases = tuple(dict.fromkeys(o.name for o in group))
+        if len(aliases) > 1:
+            found.aliases[ref.name] = aliases
         with torch.enable_grad():
-            aliases, tensor = [o.name for o in group], ref.get()
+            tensor = ref.get()
         reason = _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only)
-        if reason is None:
-            chosen = include is not None or match_any(aliases, stacked) is not None
-            role = _role(ref, tensor, chosen)
-            if role == "matrix":
-                found.matrices += matrices_of(ref, aliases, tensor, splits, stacked)
-                continue
-            if role in ("bias", "shift", "gain"):
-                wanted, argument = (biases, "biases") if role == "bias" else (norms, "norms")
-                if wanted:
-                    kind = "gain" if role == "gain" else "shift"
-                    found.elementwise.append(Elementwise(ref.name, ref, kind))
-                    continue
-                role = f"{argument}=False"
-            reason = role
-        found.skipped.append((ref.name, reason))
+        if reason is not None:
+            found.skipped.append((ref.name, reason))
+            continue
+        said = _named_by(aliases, roles) or ("stack" if match_any(aliases, stacked) else None)
+        role = role_of(ref, tensor, shapes[id(ref.module)], said, include is not None)
+        flag = _FLAGS.get(role.kind)
+        if role.kind == "skip" or (said is None and flag is not None and not flags[flag]):
+            found.skipped.append((ref.name, role.reason or f"{flag}=False"))
+            continue
+        pattern = match_any(aliases, splits)
+        split = None if pattern is None else (pattern, splits[pattern])
+        entry = elementwise_of(ref, tensor, role.kind) if split is None else None
+        if entry is None:
+            found.matrices += matrices_of(ref, tensor, role.kind, split)
+        else:
+            found.elementwise.append(entry)
+            if role.kind == "gain" and said is None:
+                gains.append((entry, tensor))
+    _leave_out_zeros(found, gains)
     if not found.matrices and not found.elementwise:
         raise NothingSelected(found.skipped)
     return found
 
 
-def _is_embedding(ref: ParameterRef) -> bool:
-    return isinstance(ref.module, (nn.Embedding, nn.EmbeddingBag))
+def _named_by(aliases: Sequence[str], values: Mapping[str, str]) -> str | None:
+    """Return the value of the first pattern that one of the names of a tensor matches, or None."""
+    pattern = match_any(aliases, values)
+    return None if pattern is None else values[pattern]
+
+
+def _shapes(refs: Sequence[Sequence[ParameterRef]]) -> dict[int, dict[str, torch.Size]]:
+    """Return the shapes of the parameters of every module, by id of the module and attribute."""
+    found: dict[int, dict[str, torch.Size]] = {}
+    for ref in (ref for group in refs for ref in group):
+        own = found.setdefault(id(ref.module), {})
+        if ref.module is not None:
+            parameter = ref.module._parameters.get(ref.attribute)
+            if parameter is not None and not _is_lazy(parameter):
+                own[ref.attribute] = parameter.shape
+    return found
+
+
+def _leave_out_zeros(found: Selection, gains: Sequence[tuple[Elementwise, torch.Tensor]]) -> None:
+    """Skip the gains that are zero: stored as distances from one, or meant to begin at zero."""
+    norms = []
+    for entry, tensor in gains:
+        if not tensor.is_meta:
+            with transforms.suspended():
+                value = transforms.value_of(entry.name, tensor)
+                norm = torch.linalg.vector_norm(value.float())
+                norms.append((entry, norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+    by_device: dict[torch.device, list] = {}
+    for entry, norm in norms:
+        by_device.setdefault(norm.device, []).append((entry, norm))
+    zeros = set()
+    for pairs in by_device.values():  # one wait for each device
+        values = torch.stack([norm for _, norm in pairs]).tolist()
+        zeros |= {entry.name for (entry, _), x in zip(pairs, values, strict=True) if x == 0}
+    found.elementwise = [entry for entry in found.elementwise if entry.name not in zeros]
+    reason = 'a gain that is zero: the distance from one, or zero at first (roles: "gain" takes it)'
+    found.skipped += [(entry.name, reason) for entry, _ in gains if entry.name in zeros]
 
 
 def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> str | None:
@@ -112,7 +161,7 @@ def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> s
         return "requires_grad is False"
     if tensor.dtype not in FLOAT_DTYPES:
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if _is_lazy(tensor):
         raise ValueError(
             f"parameter {ref.name!r} is not initialized yet: run the lazy module once before "
             "building the regularizer"
@@ -126,23 +175,5 @@ def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> s
     return None
 
 
-def _role(ref: ParameterRef, tensor: torch.Tensor, chosen: bool) -> str:
-    """Return "matrix", "bias", "gain" or "shift", or else the reason to skip the parameter."""
-    kind = type(ref.module).__name__
-    if isinstance(ref.module, _NORMS) or ("norm" in kind.lower() and tensor.dim() == 1):
-        if ref.attribute in _GAINS:
-            is_offset = kind in _OFFSET_GAINS or getattr(ref.module, "unit_offset", False)
-            return f"a gain of {kind} is stored as its distance from one" if is_offset else "gain"
-        if ref.attribute in _SHIFTS:
-            return "shift"
-    if _is_embedding(ref) and not chosen:
-        return "embedding table (name it in include to regularize it)"
-    if tensor.dim() >= 2:
-        layers = (nn.Linear, nn.Bilinear, *CONVOLUTIONS, *TRANSPOSED)
-        is_weight = ref.attribute.startswith("weight") and isinstance(ref.module, layers)
-        if tensor.dim() >= 3 and tensor.shape[0] == 1 and not (is_weight or chosen):
-            return "additive embedding or token (name it in include to regularize it)"
-        return "matrix"
-    if tensor.dim() == 1 and (ref.attribute.startswith("bias") or ref.attribute.endswith("bias")):
-        return "bias"
-    return f"{tensor.dim()}-D, neither a bias nor a parameter of a norm"
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)

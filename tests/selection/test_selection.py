@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels.selection.arguments import check_patterns, match
+from spectral_kernels.selection.arguments import check_patterns, match_any
 from spectral_kernels.selection.rules import select
 
 from ..support.models import mixed
@@ -99,7 +99,9 @@ def test_positional_embeddings_and_tokens_are_skipped_unless_named():
     reasons = skipped(model)
     assert set(reasons) == {"positions", "token"}
     assert all("include" in reason for reason in reasons.values())
-    assert_matrices(model, {"positions": model.positions.flatten(1)}, include=["pos*"])
+    assert_matrices(model, {"positions[0]": model.positions[0]}, include=["pos*"])
+    flat = {"positions": model.positions.flatten(1)}
+    assert_matrices(model, flat, include=["pos*"], roles={"positions": "matrix"})
 
 
 def test_a_layer_with_one_output_is_not_taken_for_a_token():
@@ -118,10 +120,10 @@ def test_other_vectors_and_scalars_are_skipped():
     model.layer_scale = nn.Parameter(torch.rand(4))
     model.logit_bias = nn.Parameter(torch.tensor(-3.0))
     assert skipped(model) == {
-        "temperature": "0-D, neither a bias nor a parameter of a norm",
-        "layer_scale": "1-D, neither a bias nor a parameter of a norm",
-        "logit_bias": "0-D, neither a bias nor a parameter of a norm",
-        "1.weight": "1-D, neither a bias nor a parameter of a norm",
+        "temperature": "a scale, by its name (roles takes it)",
+        "layer_scale": "a scale, by its name (roles takes it)",
+        "logit_bias": "0-D, neither a bias nor a gain",
+        "1.weight": "a slope",
     }
 
 
@@ -172,7 +174,7 @@ def test_norms_of_other_libraries_are_known_by_their_names(gain, shift):
 def test_other_vectors_of_a_norm_are_not_pulled_anywhere():
     norm = custom("QKNorm", weight=torch.randn(4), temp=torch.randn(4))
     assert kinds_of(norm) == {"weight": "gain"}
-    assert skipped(norm) == {"temp": "1-D, neither a bias nor a parameter of a norm"}
+    assert skipped(norm) == {"temp": "a scale, by its name (roles takes it)"}
     norm = custom("Mine", nn.LayerNorm, 4, alpha=torch.randn(4), mix=torch.randn(4, 4))
     assert kinds_of(norm) == {"weight": "gain", "bias": "shift"}
     assert_matrices(norm, {"mix": norm.mix})
@@ -278,13 +280,13 @@ def test_every_parameter_is_accounted_for_once():
 @pytest.mark.parametrize("kind", [list, tuple, iter, dict.items], ids=str)
 def test_any_iterable_of_names_and_tensors(kind):
     weight, bias, gain = torch.randn(3, 4), torch.randn(3), torch.randn(3)
-    named = {"a.weight": weight, "a.bias": bias, "gain": gain}
+    named = {"a.weight": weight, "a.bias": bias, "ln.weight": gain}
     source = named.items() if kind is dict.items else kind(list(named.items()))
     found = select(source, trainable_only=False)
     assert [m.name for m in found.matrices] == ["a.weight"]
     assert found.matrices[0].ref.get() is weight
     assert [(v.name, v.kind) for v in found.elementwise] == [("a.bias", "shift")]
-    assert [name for name, _ in found.skipped] == ["gain"]
+    assert [name for name, _ in found.skipped] == ["ln.weight"]
 
 
 def test_named_parameters_may_be_tied():
@@ -435,9 +437,9 @@ def test_only_counts_and_sizes_divide(wanted):
 
 
 def test_patterns_are_globs_of_whole_names_in_order():
-    assert match("blocks.3.qkv.weight", ["qkv.*", "*.qkv.weight", "*"]) == "*.qkv.weight"
-    assert match("blocks.3.qkv.weight", ["blocks.[12].*", "qkv"]) is None
-    assert match("Blocks.3", ["blocks.*"]) is None
+    assert match_any(["blocks.3.qkv.weight"], ["qkv.*", "*.qkv.weight", "*"]) == "*.qkv.weight"
+    assert match_any(["blocks.3.qkv.weight"], ["blocks.[12].*", "qkv"]) is None
+    assert match_any(["Blocks.3"], ["blocks.*"]) is None
 
 
 def test_an_unknown_pattern_lists_the_first_names_only():

@@ -27,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("seeded")
     [
         nn.Linear(5, 3), nn.Linear(5, 1), nn.Bilinear(3, 4, 5), nn.Conv1d(4, 6, 3),
         nn.Conv2d(4, 6, 3), nn.Conv3d(4, 6, 2), nn.Conv2d(4, 6, 1), nn.Conv2d(3, 1, 2),
-        nn.Conv1d(4, 6, 3, groups=2), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 6, 3, groups=6),
     ],
     ids=str,
 )  # fmt: skip
@@ -41,7 +40,6 @@ def test_layers_are_flattened_to_outputs_by_rest(layer):
     [
         nn.ConvTranspose1d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3), nn.ConvTranspose3d(4, 6, 2),
         nn.ConvTranspose2d(4, 6, 1), nn.ConvTranspose2d(1, 3, 2), nn.ConvTranspose2d(3, 1, 2),
-        nn.ConvTranspose1d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2),
     ],
     ids=str,
 )  # fmt: skip
@@ -66,9 +64,57 @@ def test_the_view_is_described():
     }
 
 
-def test_any_parameter_of_two_or_more_dimensions_is_a_matrix():
-    module = holding(a=torch.randn(3, 4), b=torch.randn(3, 4, 5))
-    assert_matrices(module, {"a": module.a, "b": module.b.flatten(1)})
+# ---------------------------------------------------------------- convolutions by groups
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv1d(4, 6, 3, groups=2), nn.Conv2d(6, 9, 3, groups=3), nn.Conv2d(4, 8, 1, groups=2),
+     nn.Conv2d(4, 8, 3, groups=4)],
+    ids=str,
+)  # fmt: skip
+def test_a_convolution_by_groups_is_a_matrix_per_group(layer):
+    parts = randomized(layer).weight.chunk(layer.groups)
+    assert_matrices(layer, numbered("weight", [part.flatten(1) for part in parts]))
+    assert kinds_of(layer) == {"bias": "shift"}
+    assert_matrices(layer, {"weight": layer.weight.flatten(1)}, roles={"weight": "matrix"})
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.ConvTranspose1d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 9, 3, groups=3),
+     nn.ConvTranspose2d(6, 4, 1, groups=2)],
+    ids=str,
+)  # fmt: skip
+def test_a_transposed_convolution_by_groups_is_a_matrix_per_group(layer):
+    parts = randomized(layer).weight.chunk(layer.groups)
+    parts = [part.transpose(0, 1).flatten(1) for part in parts]
+    assert_matrices(layer, numbered("weight", parts))
+    whole = layer.weight.transpose(0, 1).flatten(1)
+    assert_matrices(layer, {"weight": whole}, roles={"weight": "matrix"})
+
+
+@pytest.mark.parametrize(
+    ("layer", "length"),
+    [
+        (nn.Conv2d(6, 6, 3, groups=6), 9), (nn.Conv1d(4, 4, 5, groups=4), 5),
+        (nn.Conv2d(3, 6, 1, groups=3), 2), (nn.ConvTranspose2d(6, 6, 2, groups=6), 4),
+        (nn.ConvTranspose1d(3, 6, 1, groups=3), 2), (nn.ConvTranspose2d(6, 3, 1, groups=3), 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_groups_that_are_vectors_are_rows(layer, length):
+    found = select(layer)
+    assert found.matrices == []
+    (rows, bias) = found.elementwise
+    assert (rows.name, rows.kind, rows.length, rows.target) == ("weight", "rows", length, None)
+    assert bias.kind == "shift"
+
+
+def test_groups_can_be_split_by_hand():
+    conv = randomized(nn.Conv2d(6, 6, 3, groups=6))
+    parts = [part.flatten(1) for part in conv.weight.chunk(2)]
+    assert_matrices(conv, numbered("weight", parts), splits={"weight": 2})
 
 
 # ----------------------------------------------------------------------------- fused projections
