@@ -94,7 +94,9 @@ def _guessed_role(
         return Role("skip", f"marked _no_weight_decay by its author ({_what_takes_it(shape)})")
     if holds_table(ref.module):
         return TABLE
-    if n_wide < 2 and not (n_wide == 1 and len(shape) == 3 and is_weight(words)):
+    # Such as the (1, N) of a head with one output; of unknown tensors nothing else is known.
+    is_thin_weight = len(shape) >= 2 and (is_weight(words) or ref.module is None)
+    if n_wide < 2 and not (is_thin_weight and (len(shape) == 2 or shape[:2] != (1, 1))):
         return Role("skip", f"{len(shape)}-D, neither a bias nor a gain ({_what_takes_it(shape)})")
     if len(shape) == 2:
         return MATRIX

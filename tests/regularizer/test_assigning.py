@@ -273,6 +273,6 @@ def test_printing_an_optimizer_shows_the_penalty_and_what_is_selected():
     text = repr(optimizer)
     assert text.startswith("SpectralSGD (\nParameter Group 0\n")
     for part in ("\n    lr: 0.25\n", "\nPenalty\n", "strength: 0.125\n", "exponent: 2\n",
-                 "target: 0.75\n", "decoupled: True\n", "backend: auto\n", "1 matrices\n",
-                 "0.weight         12 x 9", "exclude '2.*'"):  # fmt: skip
+                 "target: 0.75\n", "decoupled: True\n", "backend: auto\n", "1 matrix\n",
+                 "    12 x 9  0.weight", "exclude '2.*'"):  # fmt: skip
         assert part in text, part

@@ -83,6 +83,13 @@ def test_a_bias_has_one_dimension_above_one(name, shape):
     assert kinds_of(module) == {name: "shift"}
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1), (1, 1)])
+def test_a_weight_may_have_one_row_or_column(shape):
+    module = holding(weight=torch.randn(shape))
+    assert_matrices(module, {"weight": module.weight})
+    assert_matrices([("a", module.weight)], {"a": module.weight})
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 5), (2, 1, 5), (1, 4, 5), (2, 4, 1)])
 def test_three_dimensions_of_a_weight_are_a_stack(shape):
     module = holding(weight=torch.randn(shape))
