@@ -60,11 +60,20 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """A bias or a norm's shift (``kind="shift"``), or a norm's gain (``kind="gain"``)."""
+    """A parameter whose singular values are known without an iteration, of one of three kinds.
+
+    "shift": a bias or a norm's shift; its Euclidean norm is pulled to 0. "gain": a norm's gain; its
+    elements are pulled to 1 or -1. "rows": vectors of ``length`` elements, one after the other, the
+    kernels of a depthwise convolution or a stack of biases; each of them is a matrix of one row,
+    whose singular value is its Euclidean norm. ``target`` is what they are pulled to instead; with
+    None rows have the user's target.
+    """
 
     name: str
     ref: ParameterRef
     kind: str
+    length: int = 1
+    target: float | None = None
 
 
 def refs_of(matrices: Sequence[Matrix], elementwise: Sequence[Elementwise]) -> list[ParameterRef]:
