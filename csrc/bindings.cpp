@@ -120,7 +120,8 @@ PYBIND11_MODULE(_native, m) {
   tables["Elementwise"] =
       fields(sizeof(spectral::Elementwise),
              {FIELD(Elementwise, weight), FIELD(Elementwise, grad), FIELD(Elementwise, grad_dtype),
-              FIELD(Elementwise, size), FIELD(Elementwise, kind)});
+              FIELD(Elementwise, size), FIELD(Elementwise, kind), FIELD(Elementwise, length),
+              FIELD(Elementwise, targets)});
   tables["Moment"] =
       fields(sizeof(spectral::Moment), {FIELD(Moment, first), FIELD(Moment, second),
                                         FIELD(Moment, parameter), FIELD(Moment, group)});

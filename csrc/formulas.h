@@ -62,23 +62,54 @@ SPECTRAL_FORMULA double gradient_factor_of(double sigma, double target, double s
   return strength * 2 * k * (power(sigma, k) - power(target, k)) * power(sigma, k - 1) / sigma;
 }
 
+// Returns the larger number; NaN if one of them is.
+SPECTRAL_FORMULA double larger(double x, double y) { return x > y || x != x ? x : y; }
+
+// The targets of an elementwise parameter, in the state's type; null: there are none.
+template <class S>
+SPECTRAL_FORMULA const S* targets_of(const Elementwise& entry) {
+  return reinterpret_cast<const S*>(entry.targets);
+}
+
+// (|x|^k - tau^k)^2 of element i of a gain.
+template <class S>
+SPECTRAL_FORMULA double gain_penalty_of(double x, const S* targets, int64_t i, double k) {
+  const double excess = power(abs_of(x), k) - (targets == nullptr ? 1 : power(targets[i], k));
+  return excess * excess;
+}
+
+// R of a bias or shift, from the sum of its squares.
+template <class S>
+SPECTRAL_FORMULA double shift_penalty_of(double squares, const S* targets, double k) {
+  return targets == nullptr ? power(squares, k) : raw_penalty_of(sqrt_of(squares), *targets, k);
+}
+
 // strength * dR/dx of the elements of a bias, shift or gain, whose Euclidean norm is given.
+template <class S>
 struct ElementwiseGradient {
-  double k, strength, shift_factor;  // strength times 2 k
+  double k, strength, norm, shift_factor;  // strength times 2 k
+  const S* targets;
   bool is_shift;
 
-  SPECTRAL_FORMULA ElementwiseGradient(double k, double strength, double norm, bool is_shift)
+  SPECTRAL_FORMULA ElementwiseGradient(double k, double strength, double norm,
+                                       const Elementwise& entry)
       : k(k),
         strength(strength * 2 * k),
-        shift_factor(strength * 2 * k * power(norm, 2 * k - 2)),
-        is_shift(is_shift) {}
+        norm(norm),
+        targets(targets_of<S>(entry)),
+        is_shift(entry.kind == kShift) {
+    shift_factor = !is_shift || targets == nullptr ? this->strength * power(norm, 2 * k - 2)
+                                                   : gradient_factor_of(norm, *targets, strength, k);
+  }
 
-  SPECTRAL_FORMULA double of(double x) const {
+  // Of element i, x.
+  SPECTRAL_FORMULA double of(double x, int64_t i) const {
     if (is_shift) return shift_factor * x;
     const double magnitude = abs_of(x);
-    return x == 0
-               ? 0
-               : strength * (power(magnitude, k) - 1) * power(magnitude, k - 1) * (x > 0 ? 1 : -1);
+    const double least = targets == nullptr ? 1 : power(targets[i], k);
+    return x == 0 ? 0
+                  : strength * (power(magnitude, k) - least) * power(magnitude, k - 1) *
+                        (x > 0 ? 1 : -1);
   }
 };
 
@@ -93,19 +124,31 @@ SPECTRAL_FORMULA double capped_factor_of(double factor, double sigma, double tar
   return capped(factor, abs_of(sigma - target) / sigma, lr);
 }
 
-// ElementwiseGradient, capped: x - lr * of(x) is carried to 0, or to the gain 1 or -1, at most.
+// What a row is multiplied by, capped; its squares are summed up.
+SPECTRAL_FORMULA double row_factor_of(double squares, double target, double strength, double k,
+                                      double lr) {
+  const double norm = sqrt_of(squares);
+  return capped_factor_of(gradient_factor_of(norm, target, strength, k), norm, target, lr);
+}
+
+// ElementwiseGradient, capped: x - lr * of(x) is carried to the target at most.
+template <class S>
 struct CappedGradient {
-  ElementwiseGradient gradient;
+  ElementwiseGradient<S> gradient;
   double lr;
 
-  SPECTRAL_FORMULA CappedGradient(const ElementwiseGradient& plain, double lr)
+  SPECTRAL_FORMULA CappedGradient(const ElementwiseGradient<S>& plain, double lr)
       : gradient(plain), lr(lr) {
-    gradient.shift_factor = capped(gradient.shift_factor, 1, lr);
+    if (!gradient.is_shift) return;
+    const bool is_default = gradient.targets == nullptr;
+    const double most = is_default ? 1 : abs_of(gradient.norm - *gradient.targets) / gradient.norm;
+    gradient.shift_factor = capped(gradient.shift_factor, most, lr);
   }
 
-  SPECTRAL_FORMULA double of(double x) const {
-    if (gradient.is_shift) return gradient.of(x);
-    return capped(gradient.of(x), abs_of(abs_of(x) - 1), lr);
+  SPECTRAL_FORMULA double of(double x, int64_t i) const {
+    if (gradient.is_shift) return gradient.of(x, i);
+    const double target = gradient.targets == nullptr ? 1 : (double)gradient.targets[i];
+    return capped(gradient.of(x, i), abs_of(abs_of(x) - target), lr);
   }
 };
 

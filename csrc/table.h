@@ -41,15 +41,19 @@ struct Chunk {
 
 constexpr int kChunkColumns = 128;
 
-enum ElementwiseKind : int64_t { kShift = 0, kGain = 1 };
+enum ElementwiseKind : int64_t { kShift = 0, kGain = 1, kRows = 2 };
 
-// A bias, a norm's shift (both pulled to 0) or a norm's gain (each element pulled to 1).
+// A bias or a norm's shift, whose Euclidean norm is pulled to a target; a norm's gain, each element
+// of which is; or rows, one after the other, the norm of each of which is.
 struct Elementwise {
   int64_t weight;
   int64_t grad;
   int64_t grad_dtype;
   int64_t size;
   int64_t kind;
+  int64_t length;   // elements of a row
+  int64_t targets;  // one number for a shift, one per element of a gain, one per row, in the
+                    // state's type; 0: a shift is pulled to 0, a gain to 1 (rows have targets)
 };
 
 enum Rule : int64_t { kAdamW = 0, kSgd = 1 };
@@ -101,7 +105,7 @@ struct Header {
   int64_t s;             // [sum of r M] W v
   int64_t sigmas;        // [r, n_matrices]
   int64_t residuals;     // [r, n_matrices]
-  int64_t norm;          // [n_elementwise] Euclidean norm
+  int64_t norm;          // [n_elementwise] Euclidean norm; of rows the largest
   int64_t raw_penalty;   // [n_matrices + n_elementwise] without strength
   int64_t strength;      // [n_matrices + n_elementwise]
   int64_t target;        // [n_matrices]

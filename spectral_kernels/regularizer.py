@@ -15,8 +15,9 @@ from .diagnostics.readings import LayerReading, Readings
 from .engine import autograd
 from .engine.assignable import Assignable
 from .engine.attach import Attachment, attach, attachments_of, mark_accumulated, resume, sgd_groups
-from .engine.coefficients import Coefficients, Strength, Target, checked_initial
-from .engine.loading import Loaded, LoadResult, vectors_of
+from .engine.coefficients import Coefficients, Strength, Target
+from .engine.initial import Initial, checked_initial, copied
+from .engine.loading import Loaded, LoadResult, vectors_of, with_initial
 from .engine.model_buckets import ModelBuckets, Settings, iterations_of
 from .engine.untraced import outside, untraced
 from .selection import transforms
@@ -51,8 +52,11 @@ class SpectralRegularizer(Assignable, Readings):
             (the first matching pattern counts). The value of a tensor is checked once, here. With
             the number 0, a parameter without ``.grad`` is left alone, as if it were excluded.
         exponent: k, at least 1.
-        target: tau; a number, "initial" (sigma_1 of each matrix when the regularizer is built), or
-            a mapping from name patterns to these.
+        target: tau; a number, "initial", or a mapping from name patterns to these. A number is
+            for the matrices; biases and shifts are pulled to 0 and gains to 1. "initial" holds
+            everything that is selected at what it is when the regularizer is built: sigma_1 of a
+            matrix, the norm of a bias or shift, the absolute value of each element of a gain. The
+            penalty then begins at 0.
         n_power_iterations: power iterations per step; each reads every weight once. "auto": one,
             plus up to 8 extra iterations for stale matrices (residual above 1 % of sigma), so that
             sigma recovers from a sudden change of the weights within a few steps.
@@ -308,7 +312,10 @@ class SpectralRegularizer(Assignable, Readings):
 
     @untraced
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of all vectors, [n_vectors, N], and measured targets, by matrix name.
+        """Return copies of all vectors, [n_vectors, N], and of measured targets, by name.
+
+        "initial" has a float for a matrix, a bias or a shift, and a tensor [n] for a gain or for
+        rows; of whole parameters, also where they are sharded.
 
         Where weights are stored column by column (transposed, or a single column), "left" has the
         left vectors, [n_vectors, M], by which these are iterated.
@@ -317,7 +324,7 @@ class SpectralRegularizer(Assignable, Readings):
         with buckets.lock:
             if not buckets.is_warm and not buckets.start_vectors:
                 buckets.bound()
-            found = {"vectors": buckets.vectors(), "initial": dict(self._coefficients.initial)}
+            found = {"vectors": buckets.vectors(), "initial": copied(self._coefficients.initial)}
             left = buckets.left_vectors()
         return {**found, "left": left} if left else found
 
@@ -329,20 +336,23 @@ class SpectralRegularizer(Assignable, Readings):
         random ones are added and warmed up.
 
         Returns:
-            The names missing from ``state``, and the unexpected names in it.
+            The names missing from ``state``, of vectors or of targets that are "initial" now, and
+            the unexpected names in it.
 
         Raises:
-            TypeError: ``state`` is not such a dict.
+            TypeError: ``state`` is not such a dict, or a target is neither a number nor a tensor.
             ValueError: a vector of the wrong shape, or one that is zero or not finite, or a target
-                that is not a number of at least 0; nothing is changed then.
+                of the wrong shape, not finite or below 0; nothing is changed then.
         """
         found = vectors_of(state, self._selection.matrices)
-        initial = checked_initial(state.get("initial", {}))
+        initial = checked_initial(state.get("initial", {}), self._selection)
         with self._buckets.lock:
             self._load(found, initial)
-        return found.result
+        entries = *self._selection.matrices, *self._selection.elementwise
+        wanted, known = self._coefficients.initial_names(), [entry.name for entry in entries]
+        return with_initial(found.result, initial, wanted, known)
 
-    def _load(self, found: Loaded, initial: Mapping[str, float]) -> None:
+    def _load(self, found: Loaded, initial: Mapping[str, Initial]) -> None:
         """Continue from checked vectors and measured targets."""
         self._coefficients.initial.update(initial)
         self._buckets.restart(found, warm=not found.result.missing_keys)

@@ -1,5 +1,6 @@
 // s = W v and t = W^T s of every tile, and the stage that computes sigma and the next v from them.
 
+#include "elementwise.h"
 #include "isa.h"
 #include "ritz.h"
 #include "scalar_math.h"

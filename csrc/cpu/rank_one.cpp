@@ -1,6 +1,7 @@
 // The penalty's gradient: strength * 2 k (sigma^k - tau^k) sigma^(k-1) u v^T with u = s / sigma
-// for a matrix, and its counterparts for biases, shifts and gains.
+// for a matrix, and its counterparts for elementwise parameters.
 
+#include "elementwise.h"
 #include "isa.h"
 #include "scalar_math.h"
 
@@ -58,16 +59,43 @@ void rank_one_tile(const Header& header, const Tile& tile, const Scratch& scratc
   }
 }
 
+// grad[c] = (accumulate ? grad[c] : 0) + gradient of x[c]
+template <bool kAccumulate, class G, class T>
+SPECTRAL_INLINE void add_row_gradient(G* grad, const T* x, int64_t n,
+                                      const RowGradient<T>& gradient) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    auto value = gradient.of(Simd<T>::load(x + c));
+    if (kAccumulate) value += Simd<G>::load(grad + c);
+    Simd<G>::store(grad + c, value);
+  }
+  if (c == n) return;
+  const Tail<T> tail(n, c);
+  if (kAccumulate)
+    tail.store(grad, tail.load_all(grad) + gradient.of(tail.load(x)));
+  else
+    store_part(grad + c, gradient.of(load_part(x + c, n - c)), n - c);
+}
+
 template <bool kAccumulate, class T, class G, class S = typename Simd<T>::Accumulator>
 void add_elementwise_gradient(const Header& header, const Elementwise& entry, int64_t index) {
-  const ElementwiseGradient gradient = elementwise_gradient_of<S>(header, entry, index);
   const T* x = reinterpret_cast<const T*>(entry.weight);
   G* grad = reinterpret_cast<G*>(entry.grad);
   constexpr int kLanes = Simd<T>::kLanes;
+  if (entry.kind == kRows) {
+    for (int64_t row = 0; row < rows_of(entry); ++row) {
+      const int64_t first = row * entry.length;
+      add_row_gradient<kAccumulate>(grad + first, x + first, entry.length,
+                                    RowGradient<T>(header, entry, index, row, 0));
+    }
+    return;
+  }
+  const ElementwiseGradient<S> gradient = elementwise_gradient_of<S>(header, entry, index);
   for (int64_t i = 0; i < entry.size; i += kLanes) {
     const int64_t width = entry.size - i < kLanes ? entry.size - i : kLanes;
     auto value = width == kLanes ? Simd<T>::load(x + i) : load_part(x + i, width);
-    for (int64_t j = 0; j < width; ++j) value[j] = plain_nan((S)gradient.of(value[j]));
+    for (int64_t j = 0; j < width; ++j) value[j] = plain_nan((S)gradient.of(value[j], i + j));
     if (kAccumulate)
       value += width == kLanes ? Simd<G>::load(grad + i) : load_part(grad + i, width);
     if (width == kLanes)

@@ -4,6 +4,7 @@
 // previous pass; while it is in the cache it is multiplied by v_next to s and into t, for the next
 // step. AdamW and SGD are rules of the same pass.
 
+#include "elementwise.h"
 #include "isa.h"
 #include "scalar_math.h"
 #include "tile_products.h"
@@ -63,6 +64,16 @@ struct Stretch {
   M* first;    // null: not stored
   M* second;
   S inverse_scale, in_gradient, beside_it;
+
+  // The stretch that begins with element i of this one.
+  SPECTRAL_INLINE Stretch from(int64_t i) const {
+    Stretch piece = *this;
+    piece.p += i;
+    if (g != nullptr) piece.g += i;
+    if (first != nullptr) piece.first += i;
+    if (second != nullptr) piece.second += i;
+    return piece;
+  }
 
   // Updates weight and moments.
   SPECTRAL_INLINE void apply(const Rule& rule, V& weight, V gradient, V x, V& m1, V& m2) const {
@@ -152,17 +163,37 @@ struct ElementwiseFactor {
   const T* p;
   const Gradient& gradient;
 
-  SPECTRAL_INLINE V of(V x) const {
-    for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = plain_nan((S)gradient.of(x[i]));
+  // Of n elements, the first of which is c, every `step`-th one.
+  SPECTRAL_INLINE V of(V x, int64_t c, int step, int64_t n) const {
+    for (int i = 0; i < n; ++i) x[i] = plain_nan((S)gradient.of(x[i], c + i * step));
     return x;
   }
   SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
+    constexpr int kLanes = Simd<T>::kLanes, kStep = Simd<T>::kSplits ? 2 : 1;
     Simd<T>::load_pair(p + c, x0, x1);
-    x0 = of(x0);
-    x1 = of(x1);
+    x0 = of(x0, c, kStep, kLanes);
+    x1 = of(x1, c + (Simd<T>::kSplits ? 1 : kLanes), kStep, kLanes);
   }
-  SPECTRAL_INLINE V one(int64_t c) const { return of(Simd<T>::load(p + c)); }
-  SPECTRAL_INLINE V part(int64_t c, int64_t n) const { return of(load_part(p + c, n)); }
+  SPECTRAL_INLINE V one(int64_t c) const {
+    return of(Simd<T>::load(p + c), c, 1, Simd<T>::kLanes);
+  }
+  SPECTRAL_INLINE V part(int64_t c, int64_t n) const { return of(load_part(p + c, n), c, 1, n); }
+};
+
+// x of a row: the gradient itself.
+template <class T>
+struct OneRowFactor {
+  using V = typename Simd<T>::V;
+  const T* p;
+  const RowGradient<T> gradient;
+
+  SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
+    Simd<T>::load_pair(p + c, x0, x1);
+    x0 = gradient.of(x0);
+    x1 = gradient.of(x1);
+  }
+  SPECTRAL_INLINE V one(int64_t c) const { return gradient.of(Simd<T>::load(p + c)); }
+  SPECTRAL_INLINE V part(int64_t c, int64_t n) const { return gradient.of(load_part(p + c, n)); }
 };
 
 // x of a parameter without a penalty.
@@ -252,14 +283,23 @@ void update_elements(const Header& header, const Update& update, const Elementwi
     stretch.run(rule, entry.size, NoFactor<typename Simd<T>::V>{});
     return;
   }
-  const ElementwiseGradient gradient = elementwise_gradient_of<S>(header, entry, index);
   put_penalty(stretch, update, group, (S)1);
+  if (entry.kind == kRows) {
+    const double lr = update.decoupled ? group.lr : 0;
+    for (int64_t row = 0; row < rows_of(entry); ++row) {
+      const auto piece = stretch.from(row * entry.length);
+      piece.run(rule, entry.length,
+                OneRowFactor<T>{piece.p, RowGradient<T>(header, entry, index, row, lr)});
+    }
+    return;
+  }
+  const ElementwiseGradient<S> gradient = elementwise_gradient_of<S>(header, entry, index);
   if (update.decoupled) {
-    const CappedGradient capped(gradient, group.lr);
-    stretch.run(rule, entry.size, ElementwiseFactor<T, S, CappedGradient>{stretch.p, capped});
+    const CappedGradient<S> capped(gradient, group.lr);
+    stretch.run(rule, entry.size, ElementwiseFactor<T, S, CappedGradient<S>>{stretch.p, capped});
   } else {
     stretch.run(rule, entry.size,
-                ElementwiseFactor<T, S, ElementwiseGradient>{stretch.p, gradient});
+                ElementwiseFactor<T, S, ElementwiseGradient<S>>{stretch.p, gradient});
   }
 }
 

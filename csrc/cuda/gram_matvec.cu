@@ -1,7 +1,7 @@
 // s = W v and t = W^T s per tile, norms and penalties of the elementwise: see products.cuh.
 
 #include "backend.h"
-#include "penalty.cuh"
+#include "elementwise.cuh"
 #include "products.cuh"
 #include "subspace.h"
 

@@ -12,8 +12,8 @@
 
 #include "backend.h"
 #include "chunks.cuh"
+#include "elementwise.cuh"
 #include "launch.h"
-#include "penalty.cuh"
 #include "subspace.h"
 
 namespace spectral {
@@ -199,15 +199,27 @@ __device__ __forceinline__ float load_element(int64_t address, int64_t dtype, in
 __device__ __forceinline__ void elementwise_gradient(const Header& header, int64_t index,
                                                      bool accumulate) {
   const Elementwise entry = at<const Elementwise>(header.elementwise)[index];
-  const ElementwiseGradient gradient = elementwise_gradient_of(header, entry, index);
-  for (int64_t i = threadIdx.x; i < entry.size; i += kThreads) {
-    float sum = (float)gradient.of(load_element(entry.weight, header.weight_dtype, i));
+  const auto value = [&](int64_t i) {
+    return (double)load_element(entry.weight, header.weight_dtype, i);
+  };
+  const auto put = [&](int64_t i, float sum) {
     if (accumulate) sum += load_element(entry.grad, entry.grad_dtype, i);
     with_dtype(entry.grad_dtype, [&](auto type) {
       using G = decltype(type);
       at<G>(entry.grad)[i] = from_float<G>(sum);
     });
-  }
+  };
+  if (entry.kind == kRows)
+    return for_rows(entry, value, [&](int64_t row, double squares, int64_t first, int64_t step) {
+      const double factor = row_factor(header, entry, index, row, squares, 0);
+      for (int64_t j = first; j < entry.length; j += step) {
+        const int64_t i = row * entry.length + j;
+        put(i, (float)(factor * value(i)));
+      }
+    });
+  const ElementwiseGradient<float> gradient = elementwise_gradient_of(header, entry, index);
+  for (int64_t i = threadIdx.x; i < entry.size; i += kThreads)
+    put(i, (float)gradient.of(value(i), i));
 }
 
 // gradient: the first n_tiles blocks take a tile each, the n_elementwise after them an elementwise

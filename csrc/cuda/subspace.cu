@@ -5,8 +5,8 @@
 // When the chunk's S is known, its rows are read again: each thread adds them to its columns of T,
 // in memory. Every sum has one order, so that results are the same bits in every run.
 
+#include "elementwise.cuh"
 #include "launch.h"
-#include "penalty.cuh"
 #include "rows.cuh"
 #include "subspace.h"
 

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "backend.h"
-#include "penalty.cuh"
+#include "elementwise.cuh"
 #include "products.cuh"
 
 namespace spectral {
@@ -291,22 +291,22 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
   if (threadIdx.x == 0) at<double>(header.gram_partial)[index] = squares;
 }
 
-// Elements begin to end, less than kWidth beyond which the last piece must not go. The penalty's
-// gradient is x(p).
+// The elements of a thread: kWidth from begin, begin + stride and so on, before end. The penalty's
+// gradient of element i, p, is x(p, i).
 template <int kWidth, class Rule, class T, class M, class X>
 __device__ __forceinline__ void update_elements(const Change<Rule, T, M>& change, int64_t begin,
-                                                int64_t end, X x) {
+                                                int64_t end, int64_t stride, X x) {
   constexpr int kTogether = 2;  // pieces whose loads are in flight
-  constexpr int64_t kStride = kThreads * kWidth;
-  for (int64_t i = begin + threadIdx.x * kWidth; i < end; i += kTogether * kStride) {
+  for (int64_t i = begin; i < end; i += kTogether * stride) {
     Piece<Rule, T, M, kWidth> piece[kTogether];
 #pragma unroll
     for (int r = 0; r < kTogether; ++r)
-      if (i + r * kStride < end) piece[r].load(change, i + r * kStride);
+      if (i + r * stride < end) piece[r].load(change, i + r * stride);
 #pragma unroll
     for (int r = 0; r < kTogether; ++r)
-      if (i + r * kStride < end)
-        piece[r].step(change, i + r * kStride, 1, [&](int, float p) { return x(p); });
+      if (i + r * stride < end)
+        piece[r].step(change, i + r * stride, 1,
+                      [&](int j, float p) { return x(p, i + r * stride + j); });
   }
 }
 
@@ -317,10 +317,21 @@ __device__ __forceinline__ void update_elementwise(const Header& header, const U
   const Moment moment = at<const Moment>(update.elementwise_moments)[index];
   const Change<Rule, T, M>& change =
       change_of<Rule, T, M>(update, moment, arrays_at<T, M>(entry.weight, entry.grad, moment, 0));
-  if (change.acts) {
-    const CappedGradient gradient(elementwise_gradient_of(header, entry, index),
-                                  capping_lr(update, moment));
-    update_elements<1>(change, 0, entry.size, [&](float p) { return (float)gradient.of(p); });
+  if (change.acts && entry.kind == kRows) {
+    for_rows(
+        entry, [&](int64_t i) { return (double)to_float(change.arrays.p[i]); },
+        [&](int64_t row, double squares, int64_t first, int64_t step) {
+          const double factor =
+              row_factor(header, entry, index, row, squares, capping_lr(update, moment));
+          const int64_t begin = row * entry.length;
+          update_elements<1>(change, begin + first, begin + entry.length, step,
+                             [&](float p, int64_t) { return (float)(factor * p); });
+        });
+  } else if (change.acts) {
+    const CappedGradient<float> gradient(elementwise_gradient_of(header, entry, index),
+                                         capping_lr(update, moment));
+    update_elements<1>(change, threadIdx.x, entry.size, kThreads,
+                       [&](float p, int64_t i) { return (float)gradient.of(p, i); });
   }
   elementwise_norm<T>(header, index);  // whose threads read what they have written
 }
@@ -334,9 +345,10 @@ __device__ __forceinline__ void update_other(const Update& update, int64_t index
   if (!change.acts) return;
   const bool aligned = are_aligned(other.weight, other.grad, moment);
   const int64_t wide = aligned ? other.size - other.size % kPerLoad<T> : 0;
-  const auto none = [](float) { return 0.0f; };
-  update_elements<kPerLoad<T>>(change, 0, wide, none);
-  update_elements<1>(change, wide, other.size, none);
+  const auto none = [](float, int64_t) { return 0.0f; };
+  constexpr int kWidth = kPerLoad<T>;
+  update_elements<kWidth>(change, threadIdx.x * kWidth, wide, kThreads * kWidth, none);
+  update_elements<1>(change, wide + threadIdx.x, other.size, kThreads, none);
 }
 
 // Block i < n_tiles takes tile i, the following n_elementwise blocks an elementwise parameter each,

@@ -11,8 +11,10 @@ it is subspace iteration with Rayleigh-Ritz (Golub and Van Loan, "Matrix Computa
 and 8.2): S = V W^T [r, M]; the eigenvectors of S S^T turn the rows of V and S into estimates of the
 r largest singular values and their vectors; the next V is an orthonormal basis of S W.
 
-A bias or shift b has R = ||b||^(2k). A gain g is a diagonal matrix, whose singular values are
-|g_i|: R = sum_i (|g_i|^k - 1)^2. R is the raw penalty; the penalty is strength * R.
+A bias or shift b has R = ||b||^(2k), or with a target (||b||^k - tau^k)^2. A gain g is a diagonal
+matrix, whose singular values are |g_i|: R = sum_i (|g_i|^k - tau_i^k)^2, tau_i = 1 by default. A
+row w_i is a matrix with the one singular value ||w_i||: rows have
+R = sum_i (||w_i||^k - tau_i^k)^2. R is the raw penalty; the penalty is strength * R.
 
 Wide is float64, or float32 on a device that has no float64 (``tables.device.wide_dtype``).
 """
@@ -194,15 +196,27 @@ def shift_gradient(b: Tensor, norm: Tensor, exponent: float) -> Tensor:
     return 2 * exponent * norm ** (2 * exponent - 2) * b
 
 
-def gain_penalty(g: Tensor, exponent: float) -> Tensor:
-    """Return R of a gain ``g`` of any shape: the sum of (|g_i|^k - 1)^2."""
-    return ((g.abs() ** exponent - 1) ** 2).sum()
+def gain_penalty(g: Tensor, exponent: float, target: Tensor | float = 1.0) -> Tensor:
+    """Return R of a gain ``g`` of any shape: the sum of (|g_i|^k - tau_i^k)^2."""
+    return ((g.abs() ** exponent - target**exponent) ** 2).sum()
 
 
-def gain_gradient(g: Tensor, exponent: float) -> Tensor:
+def gain_gradient(g: Tensor, exponent: float, target: Tensor | float = 1.0) -> Tensor:
     """Return dR/dg of a gain ``g`` of any shape."""
     k = exponent
-    return 2 * k * (g.abs() ** k - 1) * g.abs() ** (k - 1) * g.sign()
+    return 2 * k * (g.abs() ** k - target**k) * g.abs() ** (k - 1) * g.sign()
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Return the Euclidean norms [n] of ``rows`` [n, length]; with a gradient of 0 at rows of 0."""
+    squares = (rows * rows).sum(1)
+    is_zero = squares == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squares).sqrt())
+
+
+def rows_penalty(rows: Tensor, exponent: float, target: Tensor | float) -> Tensor:
+    """Return R of ``rows`` [n, length]: the sum of (||w_i||^k - tau_i^k)^2, tau [n]."""
+    return raw_penalty_at(row_norms(rows), exponent, target).sum()
 
 
 def capped(value: Tensor, most: Tensor, lr: float) -> Tensor:

@@ -20,10 +20,23 @@ def matrix(plan, i: int) -> Tensor:
     return stored(plan, i, tensor).reshape(layout.rows, layout.cols).to(plan.state_dtype)
 
 
-def _elementwise_penalty(plan, i: int, x: Tensor, exponent: float) -> Tensor:
+def _rows(plan, i: int, x: Tensor) -> Tensor:
+    """Return elementwise parameter ``i``, ``x``, as its rows [n, length]."""
+    return x.reshape(plan.n_targets(i), -1) if x.numel() else x.reshape(0, 1)
+
+
+def _elementwise_penalty(plan, targets, i: int, x: Tensor, exponent: float) -> Tensor:
     """Return R of elementwise parameter ``i`` at ``x``, by its kind."""
-    is_gain = plan.elementwise[i].kind == "gain"
-    return (formulas.gain_penalty if is_gain else formulas.shift_penalty)(x, exponent)
+    kind, target = plan.elementwise[i].kind, targets[i]
+    target = None if target is None else target.to(x)
+    if kind == "rows":
+        return formulas.rows_penalty(_rows(plan, i, x), exponent, target)
+    if kind == "gain":
+        target = 1.0 if target is None else target.view(x.shape)
+        return formulas.gain_penalty(x, exponent, target)
+    if target is None:
+        return formulas.shift_penalty(x, exponent)
+    return formulas.rows_penalty(x.reshape(1, -1), exponent, target)
 
 
 def _stale(state) -> Tensor:
@@ -76,8 +89,16 @@ def gram_matvec(plan, state) -> None:
         _put_parts(plan, state, i, weight, s, scales[i], stale[i])
     for i, ref in enumerate(plan.elementwise_ref):
         x = plan.tensors[ref].detach().to(plan.state_dtype)
-        state.norm[i] = torch.linalg.vector_norm(wide(x))
-        state.raw_penalty[len(plan.matrices) + i] = _elementwise_penalty(plan, i, x, state.exponent)
+        if plan.elementwise[i].kind == "rows":
+            norms = torch.linalg.vector_norm(_rows(plan, i, wide(x)), dim=1)
+            state.norm[i] = norms.amax() if len(norms) else 0
+        else:
+            state.norm[i] = torch.linalg.vector_norm(wide(x))
+        # Squares of rows may be too large or too small for float32.
+        x = x if plan.targets[i] is None else wide(x)
+        state.raw_penalty[len(plan.matrices) + i] = _elementwise_penalty(
+            plan, plan.targets, i, x, state.exponent
+        )
 
 
 def transposed(plan, state) -> None:
@@ -145,14 +166,31 @@ def rank_one(plan, state, grads, accumulate: bool, lrs=None) -> None:
     for i, ref in enumerate(plan.elementwise_ref):
         if grads[ref] is None:
             continue
-        x = wide(plan.tensors[ref].detach())
-        if plan.elementwise[i].kind == "gain":
-            value, most = strength[n + i] * formulas.gain_gradient(x, k), (x.abs() - 1).abs()
-        else:
-            value, most = strength[n + i] * formulas.shift_gradient(x, norm[i], k), x.abs()
-        if lrs is not None:
-            value = formulas.capped(value, most, lrs[ref])
+        x, lr = wide(plan.tensors[ref].detach()), None if lrs is None else lrs[ref]
+        value = _elementwise_gradient(plan, i, x, norm[i], strength[n + i], k, lr)
         _put_gradient(grads[ref].detach(), value, accumulate)
+
+
+def _elementwise_gradient(plan, i: int, x: Tensor, norm, strength, k: float, lr) -> Tensor:
+    """Return the gradient of elementwise parameter ``i``, ``x`` [any shape], capped for ``lr``.
+
+    With ``lr`` None it is not capped. ``norm`` is that in the state.
+    """
+    kind, target = plan.elementwise[i].kind, plan.targets[i]
+    target = None if target is None else wide(target)
+    if kind == "gain":
+        target = torch.ones_like(x) if target is None else target.view(x.shape)
+        value, most = strength * formulas.gain_gradient(x, k, target), (x.abs() - target).abs()
+        return value if lr is None else formulas.capped(value, most, lr)
+    if target is None:
+        value = strength * formulas.shift_gradient(x, norm, k)
+        return value if lr is None else formulas.capped(value, x.abs(), lr)
+    norm = torch.linalg.vector_norm(_rows(plan, i, x), dim=1) if kind == "rows" else norm[None]
+    factor = formulas.gradient_factor(norm, strength, k, target)
+    if lr is not None:
+        factor = formulas.capped(factor, (norm - target).abs() / norm, lr)
+    rows = _rows(plan, i, x) if kind == "rows" else x.reshape(1, -1)
+    return (factor[:, None] * rows).reshape(x.shape)
 
 
 def _put_gradient(grad: Tensor, value: Tensor, accumulate: bool) -> None:
@@ -230,5 +268,7 @@ def differentiable_penalty(plan, state, weights) -> Tensor:
         total = total + state.strength[i] * value
     for i, ref in enumerate(plan.elementwise_ref):
         x = weights[ref].to(plan.state_dtype)
-        total = total + state.strength[n + i] * _elementwise_penalty(plan, i, x, k)
+        x = x if state.targets[i] is None else wide(x)
+        own = _elementwise_penalty(plan, state.targets, i, x, k).to(total)
+        total = total + state.strength[n + i] * own
     return total

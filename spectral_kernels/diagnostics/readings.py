@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from ..engine.bucket import Bucket
+from ..engine.initial import largest, n_numbers
 from ..engine.model_buckets import ModelBuckets
 from ..engine.untraced import untraced
 from ..selection.arguments import shown
+from ..selection.matrices import Elementwise, Matrix
 from .log import Log
 
 
 class LayerReading(NamedTuple):
-    """One matrix in ``Readings.report``."""
+    """One matrix in ``Readings.report``; of rows ``shape`` is (number, length)."""
 
     name: str
     shape: tuple[int, int]
@@ -26,7 +28,12 @@ class LayerReading(NamedTuple):
 
 
 class Readings:
-    """Readings of the matrices, which SpectralRegularizer and the optimizers share."""
+    """Readings of the matrices, which SpectralRegularizer and the optimizers share.
+
+    A depthwise convolution, whose kernels are rows that are matrices of their own, counts as one
+    matrix, the block-diagonal one of all its rows: sigma_1 is the largest norm of a row, which is
+    exact. It comes after the other matrices; its residual and its other estimates are 0.
+    """
 
     _buckets: ModelBuckets
 
@@ -37,7 +44,11 @@ class Readings:
     @property
     def names(self) -> list[str]:
         """Names of the matrices; parts of a split or stacked parameter carry a suffix."""
-        return [matrix.name for matrix in self._buckets.selection.matrices]
+        return [entry.name for entry in self._listed()]
+
+    def _listed(self) -> list[Matrix | Elementwise]:
+        selection = self._buckets.selection
+        return [*selection.matrices, *filter(is_matrix, selection.elementwise)]
 
     @property
     def sigma(self) -> torch.Tensor:
@@ -75,10 +86,8 @@ class Readings:
         """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
         values = self._sigma_and_residual().tolist()
         return [
-            LayerReading(matrix.name, matrix.shape_now(), sigma, residual)
-            for matrix, sigma, residual in zip(
-                self._buckets.selection.matrices, *values, strict=True
-            )
+            LayerReading(entry.name, shape_of(entry), sigma, residual)
+            for entry, sigma, residual in zip(self._listed(), *values, strict=True)
         ]
 
     @untraced
@@ -87,8 +96,9 @@ class Readings:
 
         "spectral/sigma_max", "spectral/sigma_median" and "spectral/sigma_min" over the matrices,
         "spectral/residual_max", the largest residual / sigma, "spectral/above_target", the number
-        of sigma above their target by more than the residual, and "spectral/penalty",
-        ``strength * R``. Without matrices, those of sigma and residual are left out.
+        of sigma above their target (of rows, the largest one) by more than the residual, and
+        "spectral/penalty", ``strength * R``. Without matrices, those of sigma and residual are left
+        out.
 
         Args:
             per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix; the
@@ -119,6 +129,23 @@ class Readings:
             return torch.stack((self.sigma, self.residual))
 
 
+def is_matrix(entry: Elementwise) -> bool:
+    """Return whether an elementwise parameter is a matrix to a user: rows with their target."""
+    return entry.kind == "rows" and entry.target is None
+
+
+def shape_of(entry: Matrix | Elementwise) -> tuple[int, int]:
+    """Return the current shape; of rows, their number and length."""
+    if isinstance(entry, Elementwise):
+        return n_numbers(entry, entry.ref.get()), entry.length
+    return entry.shape_now()
+
+
+def rows_of(bucket: Bucket) -> list[int]:
+    """Return the indices of the elementwise parameters that are matrices to a user."""
+    return [i for i, entry in enumerate(bucket.plan.elementwise) if is_matrix(entry)]
+
+
 def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch.Tensor:
     """Return "sigmas" or "residuals" of all matrices, [n_matrices, n_vectors], a copy.
 
@@ -128,9 +155,16 @@ def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch
     for bucket in buckets:
         bucket.measure()
         values = getattr(bucket.state, field).view(first.r, -1).mT
+        if rows := rows_of(bucket):
+            own = values.new_zeros(len(rows), first.r)
+            if field == "sigmas":
+                own[:, 0] = bucket.state.norm[rows]
+            values = torch.cat((values, own))
         if len(buckets) == 1:
             return values.clone(memory_format=torch.contiguous_format)
-        by_name.update(zip((m.name for m in bucket.plan.matrices), values.unbind(), strict=True))
+        own_names = [x.name for x in bucket.plan.matrices]
+        own_names += [bucket.plan.elementwise[i].name for i in rows]
+        by_name.update(zip(own_names, values.unbind(), strict=True))
     dtype = _dtype(by_name.values())
     if not names:
         return torch.empty(0, first.r, dtype=dtype, device=first.device)
@@ -153,7 +187,7 @@ def metrics(
         bucket.measure()
         state, n = bucket.state, len(bucket.plan.matrices)
         parts += [state.sigma, state.residual, state.target, state.strength[:n],
-                  bucket.value(state).view(1)]  # fmt: skip
+                  state.norm[rows_of(bucket)], bucket.value(state).view(1)]  # fmt: skip
     devices = [bucket.plan.device for bucket in buckets]
     device = next((d for d in devices if d.type != "cpu"), devices[0])
     dtype = _dtype(parts)
@@ -167,8 +201,17 @@ def metrics(
             model_buckets.watch.look(bucket, groups, sigma, target, strength)
         for matrix, *values in zip(bucket.plan.matrices, sigma, residual, target, strict=True):
             by_name[matrix.name] = values
-        penalty += numbers[4 * n]
-        numbers = numbers[4 * n + 1 :]
+        numbers = numbers[4 * n :]
+        for i in rows_of(bucket):
+            entry, norm = bucket.plan.elementwise[i], numbers.pop(0)
+            most = largest(model_buckets.coefficients.target_of(entry))
+            # Rounded as it is in the buckets.
+            by_name[entry.name] = (
+                norm,
+                0.0,
+                torch.tensor(most, dtype=bucket.state.norm.dtype).item(),
+            )
+        penalty += numbers.pop(0)
     found = {"penalty": penalty, "above_target": 0.0}
     if not names:
         return found

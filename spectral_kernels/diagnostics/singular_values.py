@@ -10,14 +10,16 @@ from typing_extensions import Unpack
 
 from ..backends.base import Backend
 from ..backends.choice import BackendName, check_backend
+from ..engine.initial import row_norms
 from ..engine.lanczos import singular_values
 from ..selection.arguments import check_choice, check_number, known_keywords
-from ..selection.matrices import Matrix
+from ..selection.matrices import Elementwise, Selection
 from ..selection.options import MatrixOptions, Source
 from ..selection.rules import select
 from ..sharding.shards import whole_of
 from ..tables.device import wide
 from ..tables.schema import N_VECTORS
+from .readings import is_matrix
 
 
 @overload
@@ -78,7 +80,8 @@ def spectral_norms(
     Returns:
         name -> sigma_1; with several vectors name -> that many singular values, largest first, each
         within ``rtol`` times the largest, 0 where a matrix has fewer. nan for a matrix with an
-        element that is not finite.
+        element that is not finite. Those of a depthwise convolution, the block-diagonal matrix of
+        its kernels, are the norms of these.
 
     Raises:
         TypeError: an argument of the wrong type, or an unknown keyword.
@@ -89,11 +92,14 @@ def spectral_norms(
     check_backend(backend)
     n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
     rtol = check_number("rtol", rtol)
-    matrices = _matrices(model_or_named_tensors, selection)
+    chosen = _selected(model_or_named_tensors, selection)
     found = {
         matrix.name: singular_values(matrix, matrix.ref.get().detach(), rtol, backend, n_vectors)
-        for matrix in matrices
+        for matrix in chosen.matrices
     }
+    for entry in filter(is_matrix, chosen.elementwise):
+        norms = _row_norms(entry)[:n_vectors].tolist()
+        found[entry.name] = (*norms, *[0.0] * (n_vectors - len(norms)))
     return {name: values[0] for name, values in found.items()} if n_vectors == 1 else found
 
 
@@ -131,22 +137,39 @@ def spectra(
         TypeError: an argument of the wrong type, or an unknown keyword.
         ValueError: a pattern that matches nothing, no matrix.
     """
-    found = {}
-    for matrix in _matrices(model_or_named_tensors, selection):
+    found, chosen = {}, _selected(model_or_named_tensors, selection)
+    for matrix in chosen.matrices:
         part = matrix.of(whole_of(matrix.ref.get().detach()))
         weight = wide(part.movedim(matrix.row_dim, 0).flatten(1))
         if weight.numel() == 0:
-            found[matrix.name] = Spectrum(0.0, 0.0, 0.0, 0.0, 0.0)
+            values = weight.flatten()
         elif not bool(torch.isfinite(weight).all()):
-            found[matrix.name] = Spectrum(*(math.nan,) * 5)
+            values = weight.new_full((1,), math.nan)
         else:
             values = torch.linalg.svdvals(weight)
-            norm, largest = float(torch.linalg.vector_norm(values)), float(values[0])
-            stable = (norm / largest) ** 2 if largest > 0 else 0.0
-            found[matrix.name] = Spectrum(
-                largest, float(values[-1]), stable, float(effective_rank(values)), norm
-            )
+        found[matrix.name] = _summary(values)
+    for entry in filter(is_matrix, chosen.elementwise):
+        found[entry.name] = _summary(_row_norms(entry))
     return found
+
+
+def _summary(values: torch.Tensor) -> Spectrum:
+    """Return the summary of singular values [n], the largest first; nan if one is not finite."""
+    if not len(values):
+        return Spectrum(0.0, 0.0, 0.0, 0.0, 0.0)
+    if not bool(torch.isfinite(values).all()):
+        return Spectrum(*(math.nan,) * 5)
+    norm, largest = float(torch.linalg.vector_norm(values)), float(values[0])
+    stable = (norm / largest) ** 2 if largest > 0 else 0.0
+    return Spectrum(largest, float(values[-1]), stable, float(effective_rank(values)), norm)
+
+
+def _row_norms(entry: Elementwise) -> torch.Tensor:
+    """Return the norms of the rows of ``entry``, the largest first; nan if one is not finite."""
+    norms = row_norms(entry, whole_of(entry.ref.get().detach()))
+    if not bool(torch.isfinite(norms).all()):
+        return torch.full_like(norms, math.nan)
+    return norms.sort(descending=True).values
 
 
 def effective_rank(values: torch.Tensor) -> torch.Tensor:
@@ -167,7 +190,7 @@ def effective_rank(values: torch.Tensor) -> torch.Tensor:
     return torch.where(total[..., 0] > 0, torch.special.entr(p).sum(-1).exp(), total[..., 0])
 
 
-def _matrices(model_or_named_tensors: Source, selection: MatrixOptions) -> list[Matrix]:
+def _selected(model_or_named_tensors: Source, selection: MatrixOptions) -> Selection:
     return select(
         model_or_named_tensors, biases=False, norms=False, trainable_only=False, **selection
-    ).matrices
+    )

@@ -14,8 +14,9 @@ from .untraced import untraced
 class Assignable:
     """Arguments of a penalty: each takes effect at the next step, and a bad value changes nothing.
 
-    Assign them between steps: a backward pass uses the values of its own forward pass, except for
-    ``exponent`` in a compiled graph. A CUDA graph keeps the numbers that it was captured with.
+    Assign them between steps: a backward pass uses the values of its own forward pass, in a
+    compiled graph except for ``exponent`` and for targets of elementwise parameters. A CUDA graph
+    keeps the numbers that it was captured with.
     """
 
     _buckets: ModelBuckets
@@ -40,7 +41,8 @@ class Assignable:
     def target(self) -> Target:
         """Singular value that each matrix is pulled to; assign a number, "initial" or a mapping.
 
-        "initial" is sigma_1 when it was first asked for: at construction or at an assignment.
+        "initial", for elementwise parameters too, is what there was when it was first asked for: at
+        construction or at an assignment.
         """
         return self._buckets.coefficients.target
 

@@ -47,6 +47,7 @@ class Bucket:
         self.is_ahead = False  # v, s and v_next are already those of the next step
         # Whether the host can read sigmas without waiting for a GPU.
         self.on_host = plan.device.type == "cpu" and not backend.scalars_on_device
+        self._kept: list = []  # targets that CUDA graphs read
         self._was_edited = False  # whether the weights had been edited before the last step
         self._ratios = Ratios(len(plan.matrices))
 
@@ -108,6 +109,24 @@ class Bucket:
             return self.plan.bind_weights(parameters)
         self._parameters = list(parameters)
         return self.plan.bind_weights([shards.local_of(p) for p in parameters])
+
+    def set_targets(self, values: Sequence[float | torch.Tensor | None]) -> None:
+        """Replace the targets of elementwise parameters; see ``Plan.set_targets``.
+
+        A tensor has the numbers of the whole parameter.
+        """
+        plan = self.plan
+        if self.is_sharded:
+            values = [
+                shards.local_part(entry.name, self.parameters[ref], value)
+                if isinstance(value, torch.Tensor) else value
+                for entry, ref, value
+                in zip(plan.elementwise, plan.elementwise_ref, values, strict=True)
+            ]  # fmt: skip
+        if self._is_in_graphs():
+            self._kept.append(plan.targets)
+        plan.set_targets(values)
+        self.state.targets = self.state.plan.targets = plan.targets
 
     def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks that hold other rows."""
@@ -309,8 +328,11 @@ class Bucket:
         plan, state = self.plan, self.state
         names = [entry.name for entry in (*plan.matrices, *plan.elementwise)]
         vectors = [state.columns(i, state.v_next) for i in range(len(plan.matrices))]
-        none = state.strength.new_zeros(len(plan.elementwise))
-        coefficients = torch.stack((state.strength, torch.cat((state.target, none))), 1)
+        targets = state.strength.new_zeros(len(plan.elementwise))
+        for i, own in enumerate(() if self.is_sharded else plan.targets):
+            if own is not None:
+                targets[i] = own.sum()
+        coefficients = torch.stack((state.strength, torch.cat((state.target, targets))), 1)
         axes = self.backend.shard_axes.mesh if self.is_sharded else ()
         check_ranks(names, vectors, coefficients, axes)
 
@@ -327,4 +349,5 @@ class Bucket:
 
     def add_gradient(self, state: State, grads, accumulate: bool) -> None:
         """Add the gradient at ``state`` to ``grads``, bound to the plan, or overwrite them."""
-        self.backend.rank_one(self.plan, state, grads, accumulate)
+        with self.plan.pulled_to(state.targets):
+            self.backend.rank_one(self.plan, state, grads, accumulate)

@@ -10,32 +10,14 @@ import torch
 from ..backends.base import Backend
 from ..selection import transforms
 from ..selection.arguments import by_name, check_by_pattern, check_number, shown
-from ..selection.matrices import Selection
+from ..selection.matrices import Elementwise, Selection
 from ..tables import device as device_tables
+from . import initial
 from .bucket import Bucket
-from .lanczos import singular_values
+from .initial import Initial
 
 Strength = float | torch.Tensor | Mapping[str, float]
 Target = float | Literal["initial"] | Mapping[str, float | Literal["initial"]]
-
-
-def checked_initial(initial: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Return measured targets of a loaded state_dict as numbers, by name of the matrix.
-
-    Raises:
-        TypeError: one that is not a number.
-        ValueError: one that is not finite or below 0.
-    """
-    found = {}
-    for name, value in initial.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-            raise TypeError(
-                f"state: the initial target of {name!r} is a {type(value).__name__}; accepted is a "
-                "number"
-            )
-        found[name] = check_number(f"state: the initial target of {name!r}", float(value))
-    return found
 
 
 class Coefficients:
@@ -56,7 +38,8 @@ class Coefficients:
         self, selection: Selection, strength: Strength, target: Target, backend: str | Backend
     ):
         self._selection, self._backend = selection, backend
-        self.initial: dict[str, float] = {}  # measured targets, by name of the matrix
+        self._entries = *selection.matrices, *selection.elementwise
+        self.initial: dict[str, Initial] = {}  # measured targets, by name of the entry
         if isinstance(strength, torch.Tensor):
             _check_tensor(strength, is_read=True)
         self.strength = strength
@@ -93,7 +76,7 @@ class Coefficients:
     def assign_target(self, target: Target) -> None:
         """Replace the target, once all that is needed for it is known."""
         target, targets = self._checked_target(target)
-        if not any(matrix.ref.get().is_meta for matrix in self._selection.matrices):
+        if not any(entry.ref.get().is_meta for entry in self._entries):
             self.initial.update(self._measured(targets))
         self._target, self._targets = target, targets
 
@@ -115,27 +98,49 @@ class Coefficients:
         device_tables.fill(bucket.state.strength, values)
 
     def fill_target(self, bucket: Bucket) -> None:
-        """Write the target of every matrix into a bucket; all initial ones must be measured."""
+        """Write the target of every entry into a bucket; all initial ones must be measured.
+
+        An elementwise parameter that has got another number of elements is measured again.
+        """
+        plan = bucket.plan
         values = [
             self.initial[matrix.name] if target == "initial" else target
-            for matrix, target in ((m, self._targets[m.name]) for m in bucket.plan.matrices)
+            for matrix, target in ((m, self._targets[m.name]) for m in plan.matrices)
         ]
         device_tables.fill(bucket.state.target, values)
+        targets = []
+        for entry, ref in zip(plan.elementwise, plan.elementwise_ref, strict=True):
+            target, parameter = self.target_of(entry), bucket.parameters[ref]
+            is_tensor = isinstance(target, torch.Tensor)
+            if is_tensor and target.numel() != initial.n_numbers(entry, parameter):
+                target = initial.measured(entry, parameter, self._backend)
+                self.initial[entry.name] = target
+            targets.append(target)
+        bucket.set_targets(targets)
+
+    def target_of(self, entry: Elementwise) -> Initial | None:
+        """Return the target of an elementwise parameter; None: that of its kind."""
+        target = self._targets[entry.name]
+        if target == "initial":
+            return self.initial[entry.name]
+        return target if entry.kind == "rows" and entry.target is None else entry.target
+
+    def initial_names(self) -> list[str]:
+        """Return the names of the entries with the target "initial"."""
+        return [x.name for x in self._entries if self._targets[x.name] == "initial"]
 
     def measure_initial(self) -> None:
-        """Measure sigma_1 of the matrices with target "initial" that have not been measured."""
+        """Measure the entries with target "initial" that have not been measured."""
         self.initial.update(self._measured(self._targets))
 
-    def _measured(self, targets: Mapping[str, float | str]) -> dict[str, float]:
+    def _measured(self, targets: Mapping[str, float | str]) -> dict[str, Initial]:
         found = {}
-        for matrix in self._selection.matrices:
-            if targets[matrix.name] == "initial" and matrix.name not in self.initial:
-                tensor = matrix.ref.get()
+        for entry in self._entries:
+            if targets[entry.name] == "initial" and entry.name not in self.initial:
+                tensor = entry.ref.get()
                 with transforms.suspended():
-                    tensor = transforms.value_of(matrix.ref.name, tensor)
-                    (found[matrix.name],) = singular_values(
-                        matrix, tensor, rtol=1e-4, backend=self._backend
-                    )
+                    tensor = transforms.value_of(entry.ref.name, tensor)
+                    found[entry.name] = initial.measured(entry, tensor, self._backend)
         return found
 
 

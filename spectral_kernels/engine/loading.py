@@ -53,6 +53,25 @@ def vectors_of(state: Mapping[str, Any], matrices: Sequence[Matrix]) -> Loaded:
     return Loaded(found, found_left, LoadResult(missing, unexpected))
 
 
+def with_initial(
+    result: LoadResult, initial: Mapping[str, Any], wanted: Sequence[str], known: Sequence[str]
+) -> LoadResult:
+    """Return ``result`` with the names whose initial targets are missing, or were not used.
+
+    Args:
+        result: about the vectors.
+        initial: the loaded initial targets by name.
+        wanted: names of the entries with the target "initial".
+        known: names of all entries.
+    """
+    missing = [name for name in wanted if name not in initial]
+    unexpected = [name for name in initial if name not in known]
+    return LoadResult(
+        list(dict.fromkeys((*result.missing_keys, *missing))),
+        list(dict.fromkeys((*result.unexpected_keys, *unexpected))),
+    )
+
+
 def _fits(matrix: Matrix | None, left) -> bool:
     """Return whether left vectors [r, M] have as many elements as ``matrix`` has rows."""
     return matrix is None or tuple(getattr(left, "shape", ()))[1:] == (matrix.shape_now()[0],)

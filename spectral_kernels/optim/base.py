@@ -15,7 +15,7 @@ from ..diagnostics.readings import Readings
 from ..engine.assignable import Assignable
 from ..engine.attach import in_steps_of
 from ..engine.bucket import Bucket
-from ..engine.coefficients import checked_initial
+from ..engine.initial import checked_initial
 from ..engine.loading import vectors_of
 from ..engine.model_buckets import ModelBuckets, iterations_of
 from ..engine.untraced import untraced
@@ -378,8 +378,9 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return a state_dict that torch's counterpart can load, with "spectral_..." entries added.
 
-        The vectors of a parameter's matrices, [n_vectors, N] each, are in its state, so that
-        torch.distributed.checkpoint finds them by the parameter's name.
+        The vectors of a parameter's matrices, [n_vectors, N] each, and what was measured for the
+        target "initial" are in its state, so that torch.distributed.checkpoint finds them by the
+        parameter's name.
         """
         with self._buckets.lock:
             held = {id(p) for group in self.param_groups for p in group["params"]}
@@ -408,13 +409,16 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         states = [state_dict["state"].get(i, {}) for i in saved]
         by_id = {id(p): state for p, state in zip(own, states, strict=False)}
         vectors = {"vectors": {}, "left": {}, "initial": {}}
-        for matrix, p, name in self._matrices():
+        wanted, missing = set(self._buckets.coefficients.initial_names()), []
+        for entry, p, name in self._entries():
             for kind, found in vectors.items():
                 key = f"spectral_{kind}{name}"
                 if key in by_id.get(id(p), {}):
-                    found[matrix] = by_id[id(p)][key]
+                    found[entry] = by_id[id(p)][key]
+            if entry in wanted and entry not in vectors["initial"] and by_id.get(id(p)):
+                missing.append(entry)
         loaded = vectors_of(vectors, self._buckets.selection.matrices)
-        initial = checked_initial(vectors["initial"])
+        initial = checked_initial(vectors["initial"], self._buckets.selection)
         for p, state in zip(own, states, strict=False):
             check_state(self._name_of(p), p, state, self._rule.moments)
         with self._buckets.lock:
@@ -435,28 +439,30 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
                 f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty; "
                 "they are warmed up",
             )
+        if missing:
+            warn(f"{type(self).__name__}: the checkpoint has no initial targets of "
+                 f"{', '.join(missing)}; those measured here are kept")  # fmt: skip
 
-    def _matrices(self) -> Iterable[tuple[str, torch.Tensor, str]]:
-        """Yield name, parameter, and the name's suffix after the parameter's, of every matrix."""
+    def _entries(self) -> Iterable[tuple[str, torch.Tensor, str]]:
+        """Yield name, parameter, and the name's suffix after the parameter's, of every entry."""
         buckets = self._buckets
         parameters = dict(zip(buckets.refs, buckets.tensors(), strict=True))
-        for matrix in buckets.selection.matrices:
-            ref = matrix.ref
-            yield matrix.name, parameters[ref], matrix.name.removeprefix(ref.name)
+        for entry in (*buckets.selection.matrices, *buckets.selection.elementwise):
+            yield entry.name, parameters[entry.ref], entry.name.removeprefix(entry.ref.name)
 
     def _keep_vectors(self) -> None:
         """Store vectors and measured targets in the state of the parameters that have one."""
         if not self.state:
             return
         known = self.regularizer.state_dict()
-        for matrix, p, name in self._matrices():
+        for entry, p, name in self._entries():
             if p not in self.state:
                 continue
             state = self.state[p]
             for kind in ("vectors", "left", "initial"):
                 state.pop(f"spectral_{kind}{name}", None)
-                value = known.get(kind, {}).get(matrix)
-                if kind == "initial" and value is not None:
+                value = known.get(kind, {}).get(entry)
+                if isinstance(value, float):
                     value = torch.tensor(value, dtype=torch.float64, device="cpu")
                 if value is not None:
                     state[f"spectral_{kind}{name}"] = value

@@ -8,8 +8,10 @@ and the part of s [M] that belongs to its rows:
     sigma = ||s||     if rows are sharded: all-reduce of one number per matrix (r^2 for r vectors)
 
 The s, t and numbers of all matrices are reduced together, so that number and order of the
-collectives do not depend on how many matrices there are or when their gradients are ready. Every
-rank computes the rest, including the next v, from the same numbers, bitwise equal on all ranks.
+collectives do not depend on how many matrices there are or when their gradients are ready. The
+largest norm of a row, of elementwise parameters that have rows, is a maximum over ranks: one more.
+Every rank computes the rest, including the next v, from the same numbers, bitwise equal on all
+ranks.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import torch
 import torch.distributed as dist
 
 from ..backends.base import Backend, Step
+from ..backends.formulas import raw_penalty_at
 from ..tables import device as device_tables
 from ..tables.layout import Layout
-from ..tables.plan import Plan, Tables
+from ..tables.plan import Plan, Tables, Targets
 from ..tables.state import Ratios, State
 from .shards import Axis, MatrixShard, ShardAxes
 
@@ -83,9 +86,15 @@ class ShardedBackend(Backend):
         self.inner, self.name, self.shard_axes = inner, inner.name, shard_axes
         self.scalars_on_device = inner.scalars_on_device
         self.reduced = ReducedTables(plan, [one.whole for one in matrices])
-        self._is_gain = torch.tensor(
-            [v.kind == "gain" for v in plan.elementwise], device=plan.device
-        )
+        kinds = [v.kind for v in plan.elementwise]
+        self._is_shift = torch.tensor([kind == "shift" for kind in kinds], device=plan.device)
+        self._rows = None  # the elementwise parameters of the kind "rows", if there are any
+        if "rows" in kinds:
+            rows = [i for i, kind in enumerate(kinds) if kind == "rows"]
+            self._rows = torch.tensor(rows, device=plan.device)
+            self._largest = torch.zeros_like(self.reduced.squares[: len(rows)])
+        self._targets_seen: Targets | None = None
+        self._shift_targets: tuple[torch.Tensor, torch.Tensor] | None = None
         self._pending: list[tuple] = []  # collectives that normalize waits for
         self._columns = None
         if shard_axes.columns or any(one.columns is not None for one in matrices):
@@ -110,10 +119,33 @@ class ShardedBackend(Backend):
         self.inner.normalize(self.reduced, state)
         if plan.elementwise:
             reduced = self.reduced
-            state.norm.copy_(reduced.squares.sqrt())
+            norms = reduced.squares.sqrt()
             penalties = reduced.squares**state.exponent
-            penalties = torch.where(self._is_gain, reduced.penalties, penalties)
+            if (pulled := self._pulled_shifts(plan)) is not None:
+                is_pulled, target = pulled
+                other = raw_penalty_at(norms, state.exponent, target)
+                penalties = torch.where(is_pulled, other, penalties)
+            penalties = torch.where(self._is_shift, penalties, reduced.penalties)
+            if self._rows is not None:
+                norms[self._rows] = self._largest
+            state.norm.copy_(norms)
             state.raw_penalty[len(plan.matrices) :].copy_(penalties)
+
+    def _pulled_shifts(self, plan: Plan) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return which elementwise parameters are shifts with a target, and the targets.
+
+        None if there are none.
+        """
+        if plan.targets is not self._targets_seen:
+            found = [x if v.kind == "shift" else None
+                     for v, x in zip(plan.elementwise, plan.targets, strict=True)]  # fmt: skip
+            self._targets_seen, self._shift_targets = plan.targets, None
+            if any(x is not None for x in found):
+                is_pulled = torch.tensor([x is not None for x in found], device=plan.device)
+                zero = torch.zeros(1, dtype=plan.state_dtype, device=plan.device)
+                target = torch.cat([zero if x is None else x for x in found])
+                self._shift_targets = is_pulled, device_tables.wide(target)
+        return self._shift_targets
 
     def rank_one(self, plan: Plan, state: State, grads, accumulate: bool) -> None:
         """See :meth:`Backend.rank_one`."""
@@ -179,21 +211,27 @@ class ShardedBackend(Backend):
             # All ranks of a column axis have the same s: count it once.
             products = reduced.gram_partial.view(n, -1)
             products.masked_fill_(~self._columns.counts[:, None], 0)
+        axes = self.shard_axes.columns + self.shard_axes.rows
         for tensor in reduced.to_sum if with_t else [reduced.numbers]:
-            self._start(tensor, self.shard_axes.columns + self.shard_axes.rows)
+            self._start(tensor, axes)
+        if self._rows is not None:
+            norms = local.norm[self._rows]
+            # A maximum over ranks may lose NaN.
+            self._largest.copy_(torch.where(norms.isnan(), torch.inf, norms))
+            self._start(self._largest, axes, dist.ReduceOp.MAX)
 
-    def _start(self, tensor: torch.Tensor, axes: Sequence[Axis]) -> None:
+    def _start(self, tensor: torch.Tensor, axes: Sequence[Axis], op=dist.ReduceOp.SUM) -> None:
         if axes and tensor.numel():
-            work = dist.all_reduce(tensor, group=axes[0].group, async_op=True)
-            self._pending.append((work, tensor, axes[1:]))
+            work = dist.all_reduce(tensor, op, group=axes[0].group, async_op=True)
+            self._pending.append((work, tensor, axes[1:], op))
 
     def _wait(self) -> None:
         """Wait for the sums over the first axis, then take those over the other axes."""
         pending, self._pending = self._pending, []
-        for work, tensor, other_axes in pending:
+        for work, tensor, other_axes, op in pending:
             work.wait()
             for axis in other_axes:
-                dist.all_reduce(tensor, group=axis.group)
+                dist.all_reduce(tensor, op, group=axis.group)
 
 
 class _Columns:

@@ -154,13 +154,39 @@ class _Placed:
 
 
 def elementwise_axes(vector: Elementwise, parameter: torch.Tensor) -> ShardAxes:
-    """Return the shard axes of an elementwise parameter."""
+    """Return the shard axes of an elementwise parameter.
+
+    Raises:
+        ValueError: a placement that cuts rows into pieces.
+        RuntimeError: the parameter is on a mesh without this rank.
+    """
     if not is_sharded(parameter):
         return ShardAxes()
     placed = _Placed(vector.name, parameter)
+    if vector.kind == "rows" and any(d != 0 for d in placed.axes):
+        raise ValueError(
+            f"parameter {vector.name!r} has placements {parameter.placements}, which cut its rows "
+            f"of {vector.length} elements into pieces; accepted are Shard(0) and Replicate, or "
+            "leave it out with exclude"
+        )
     return ShardAxes(
         tuple(a for axes in placed.axes.values() for a in axes), (), tuple(placed.mesh)
     )
+
+
+def local_part(name: str, parameter: DTensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return those of ``numbers`` [n] that belong to this rank's shard, [n_local].
+
+    There is one per element of ``parameter``, called ``name``, or one per row of it, which is
+    sharded along dim 0.
+    """
+    if not numbers.numel():
+        return numbers
+    is_whole = numbers.numel() == parameter.numel()
+    found = numbers.view(parameter.shape if is_whole else (parameter.shape[0], -1))
+    for d, (begin, end) in _Placed(name, parameter).ranges.items():
+        found = found.narrow(d, begin, end - begin)
+    return found.reshape(-1)
 
 
 def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:

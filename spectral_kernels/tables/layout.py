@@ -21,6 +21,28 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(x == y for size, x, y in steps if size != 1)
 
 
+def row_order(tensor: torch.Tensor, length: int) -> tuple[int, ...] | None:
+    """Return how the elements of a row lie in memory, as dimensions; None if rows are not apart.
+
+    The last dimensions of ``tensor``, with ``length`` elements, are a row, and those before them
+    count the rows. Rows are contiguous and lie one after the other, in their order; the elements of
+    a row may be in any order.
+    """
+    shape, strides = tensor.shape, tensor.stride()
+    if tensor.numel() == 0:
+        return ()
+    first = next((d for d in range(len(shape) + 1) if math.prod(shape[d:]) == length), None)
+    if first is None:
+        return None
+    inside = sorted((d for d in range(first, len(shape)) if shape[d] != 1), key=strides.__getitem__)
+    expected = 1
+    for d in (*inside, *reversed(range(first))):
+        if shape[d] != 1 and strides[d] != expected:
+            return None
+        expected *= shape[d]
+    return tuple(inside)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Memory layout of one matrix: [rows, outer * inner], inner elements contiguous.

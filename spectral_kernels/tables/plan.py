@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from ..selection.matrices import Elementwise, Matrix, refs_of
 from .addresses import Column, Memory, look
 from .device import DeviceTables, wide_dtype
-from .layout import Layout, layout_of, same_strides
+from .layout import Layout, layout_of, row_order, same_strides
 from .schema import (
     CHUNK,
     CHUNK_COLUMNS,
@@ -77,12 +78,16 @@ def _starts(sizes: Sequence[int], cols: Sequence[int]) -> list[int]:
     return starts
 
 
+# Of each elementwise parameter: 1-D, in the state's dtype; None: the target of its kind.
+Targets = tuple[torch.Tensor | None, ...]
+
+
 class Tables:
     """Tables of a set of parameters for the kernels, without the addresses of weights.
 
     Args:
         matrices: the matrices, in order.
-        elementwise: the biases, gains and shifts, in order.
+        elementwise: the elementwise parameters, in order.
         layouts: the layout of each matrix.
         sizes: the number of elements of each elementwise parameter.
         device: device of the weights.
@@ -112,6 +117,8 @@ class Tables:
         self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
         self.v_size = r * sum(x.cols for x in self.layouts)  # elements of v in the state
         self.s_size = r * sum(x.rows for x in self.layouts)  # of s
+        # Of each elementwise parameter what it is pulled to, or None: see set_targets of a plan.
+        self.targets: Targets = (None,) * nv
         self.version = 0  # counts changes of the tables
         self._device_tables: DeviceTables | None = None
         self._build(sizes)
@@ -152,7 +159,8 @@ class Tables:
                 chunks += [(i, begin) for begin in range(0, max(x.cols, 1), CHUNK_COLUMNS)]
         elementwise_table = np.zeros(len(self.elementwise), ELEMENTWISE)
         for i, (entry, size) in enumerate(zip(self.elementwise, sizes, strict=True)):
-            elementwise_table[i] = (0, 0, DTYPES[self.dtype], size, KINDS[entry.kind])
+            kind = KINDS[entry.kind]
+            elementwise_table[i] = (0, 0, DTYPES[self.dtype], size, kind, entry.length, 0)
         self.table, self.elementwise_table = table, elementwise_table
         self.tiles, self.chunks = np.array(tiles, TILE), np.array(chunks, CHUNK)
         self.t_partial, self.gram_partial = self._partials(sum(t_sizes), len(tiles))
@@ -162,6 +170,8 @@ class Tables:
         )
         self.arrivals = torch.zeros(len(table), dtype=torch.int32, device=self.device)
         self.n_elements = sum(x.rows * x.cols for x in self.layouts)
+        in_rows = elementwise_table["kind"] == KINDS["rows"]
+        n_in_rows = int(elementwise_table["size"][in_rows].sum())
         self.header = np.zeros(len(HEADER), np.int64)
         fields = {
             "weight_dtype": DTYPES[self.dtype],
@@ -170,7 +180,7 @@ class Tables:
             "elementwise": address(elementwise_table), "n_elementwise": len(elementwise_table),
             "t_partial": self.t_partial.data_ptr(), "gram_partial": self.gram_partial.data_ptr(),
             "scratch_size": max((x.cols for x in self.layouts), default=0),
-            "n_bytes": self.n_elements * self.dtype.itemsize, "r": self.r,
+            "n_bytes": (self.n_elements + n_in_rows) * self.dtype.itemsize, "r": self.r,
             "chunks": address(self.chunks), "n_chunks": len(chunks),
             "chunk_squares": self.chunk_squares.data_ptr(), "arrivals": self.arrivals.data_ptr(),
         }  # fmt: skip
@@ -195,7 +205,7 @@ class Plan(Tables):
 
     Args:
         matrices: the matrices, in order.
-        elementwise: the biases, gains and shifts, in order.
+        elementwise: the elementwise parameters, in order.
         tensors: the parameter of each distinct ref, in the order in which ``matrices`` and then
             ``elementwise`` first name them; all on one device and of one dtype.
         r: singular vectors per matrix, one of N_VECTORS.
@@ -237,6 +247,57 @@ class Plan(Tables):
         self._usual_grads = Column(self.table, "grad", self.matrix_ref, offsets)
         self._matrix_grads = self._usual_grads
         self.bind_weights(tensors)
+        self.set_targets([1.0 if x.kind == "rows" and x.target is None else x.target
+                          for x in elementwise])  # fmt: skip
+
+    def n_targets(self, i: int) -> int:
+        """Return how many targets elementwise parameter ``i`` has: 1, or one per element or row."""
+        entry, size = self.elementwise[i], int(self.elementwise_table["size"][i])
+        if entry.kind == "shift":
+            return 1
+        return size // max(entry.length, 1) if entry.kind == "rows" else size
+
+    def set_targets(self, values: Sequence[float | torch.Tensor | None]) -> None:
+        """Replace what the elementwise parameters are pulled to.
+
+        The numbers are in a new buffer: states that were copied before keep their own.
+
+        Args:
+            values: for each of them the norm of a shift, the absolute values of the elements of a
+                gain, or the norms of rows: one number for all, or a tensor with one each. None, not
+                for rows: 0 for a shift, 1 for a gain.
+        """
+        sizes = [0 if x is None else self.n_targets(i) for i, x in enumerate(values)]
+        with torch.inference_mode(False):  # the buffer outlives it
+            buffer = torch.empty(sum(sizes), dtype=self.state_dtype, device=self.device)
+            parts = buffer.split(sizes)
+            for part, value in zip(parts, values, strict=True):
+                if isinstance(value, torch.Tensor):
+                    part.copy_(value.reshape(-1))
+                elif value is not None:
+                    part.fill_(value)
+        self._use_targets(tuple(
+            None if value is None else part for part, value in zip(parts, values, strict=True)
+        ))  # fmt: skip
+
+    def _use_targets(self, targets: Targets) -> None:
+        self.targets = targets
+        found = [0 if x is None else x.data_ptr() for x in targets]
+        if found != self.elementwise_table["targets"].tolist():
+            self.elementwise_table["targets"] = found
+            self.version += 1
+
+    @contextmanager
+    def pulled_to(self, targets: Targets) -> Iterator[None]:
+        """Let kernels use ``targets``, those of a copied state, until the end of the context."""
+        before = self.targets
+        if targets is not before:
+            self._use_targets(targets)
+        try:
+            yield
+        finally:
+            if targets is not before:
+                self._use_targets(before)
 
     def bind_weights(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Point the tables at ``tensors`` (one per ref).
@@ -274,11 +335,13 @@ class Plan(Tables):
         for entry, ref, size in zip(
             self.elementwise, self.elementwise_ref, self.elementwise_table["size"], strict=True
         ):
-            if not tensors[ref].is_contiguous():
-                raise ValueError(
-                    f"parameter {entry.name!r} has strides {tensors[ref].stride()}; "
-                    "accepted are contiguous biases and norm parameters"
-                )
+            if _order(entry, tensors[ref]) is None:
+                found = f"strides {tensors[ref].stride()}"
+                accepted = "contiguous biases and norm parameters"
+                if entry.kind == "rows":
+                    found = f"shape {tuple(tensors[ref].shape)} and {found}"
+                    accepted = f"contiguous rows of {entry.length} elements, one after the other"
+                raise ValueError(f"parameter {entry.name!r} has {found}; accepted are {accepted}")
             if tensors[ref].numel() != size:
                 return False
         return all(
@@ -379,10 +442,21 @@ class Plan(Tables):
         if not same_strides(grad, weight):
             owned = np.flatnonzero(self.matrix_ref == ref)
             same = all(self._grad_layout(i, grad) is not None for i in owned)
-            if not same or (ref in self.elementwise_ref and not grad.is_contiguous()):
+            same = same and all(
+                _order(self.elementwise[i], grad) == _order(self.elementwise[i], weight)
+                for i in np.flatnonzero(self.elementwise_ref == ref)
+            )
+            if not same:
                 return (
                     f"strides {grad.stride()}, those of the weight are {weight.stride()}; accepted "
                     "are gradients laid out like the weight (after zero_grad(set_to_none=True) "
                     "autograd creates such ones)"
                 )
         return None
+
+
+def _order(entry: Elementwise, tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the order of the elements in memory; None where the kernels cannot use it."""
+    if entry.kind == "rows":
+        return row_order(tensor, entry.length)
+    return () if tensor.is_contiguous() else None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-KINDS = {"shift": 0, "gain": 1}  # of elementwise parameters
+KINDS = {"shift": 0, "gain": 1, "rows": 2}  # of elementwise parameters
 RULES = {"adamw": 0, "sgd": 1}
 N_VECTORS = (1, 2, 4, 8, 16)  # singular vectors per matrix that the kernels support
 CHUNK_COLUMNS = 128  # of one matrix, summed over its tiles by one GPU program
@@ -29,7 +29,7 @@ MATRIX = _struct(
 )
 TILE = _struct("matrix row_begin row_end t_offset")
 CHUNK = _struct("matrix begin")
-ELEMENTWISE = _struct("weight grad grad_dtype size kind")
+ELEMENTWISE = _struct("weight grad grad_dtype size kind length targets")
 MOMENT = _struct("first second parameter group")
 _OPTIONS = "lr weight_decay option_1 option_2 eps nesterov"
 GROUP = _struct(_OPTIONS, floats=_OPTIONS)

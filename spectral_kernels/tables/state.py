@@ -40,6 +40,7 @@ class State:
 
     def __init__(self, plan: Plan, v, v_next, s, scalars, exponent: float):
         self.plan, self.v, self.v_next, self.s, self.scalars = plan, v, v_next, s, scalars
+        self.targets = plan.targets  # of elementwise parameters
         self.scale: torch.Tensor | None = None
         self.tolerance = 0.0
         self.header = plan.header.copy()

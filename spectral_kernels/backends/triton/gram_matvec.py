@@ -11,21 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .penalty import store_norm
+from .elementwise import elementwise_norm
 from .tables import (
     ALIGNED,
     ELEMENTWISE_FIELDS,
-    GAIN,
     IN_PIECES,
     INNER,
-    KIND,
     MATRIX_FIELDS,
     OUTER,
     OUTER_STRIDE,
     PLAIN,
     ROW_STRIDE,
     S_OFFSET,
-    SIZE,
     TILE_FIELDS,
     TILE_MATRIX,
     V_OFFSET,
@@ -40,7 +37,6 @@ from .tables import (
     parts_at,
     parts_of,
     penalties_of,
-    power,
     takes_part,
 )
 
@@ -173,23 +169,6 @@ def _long_rows(
             scaled = product * half * other_half
             add_long_rows(elements, r, row_end, scaled, t, row == row_begin, LAYOUT, BN)
     return tl.sum(squares, 0)
-
-
-@triton.jit
-def elementwise_norm(vector, norm, penalty, k, integer, DTYPE: tl.constexpr, BN: tl.constexpr):
-    """Write norm and raw penalty of the elementwise parameter in a row of the table."""
-    x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
-    size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
-    squares = tl.zeros([BN], tl.float64)
-    excesses = tl.zeros([BN], tl.float64)
-    for first in range(0, size, BN):
-        c = first + tl.arange(0, BN)
-        value = tl.load(x + c, mask=c < size, other=0.0).to(tl.float64)
-        squares += value * value
-        if gain:
-            excess = tl.where(c < size, power(tl.abs(value), k, integer) - 1, 0.0)
-            excesses += excess * excess
-    store_norm(norm, penalty, squares, excesses, gain, k, integer)
 
 
 @triton.jit(

@@ -1,4 +1,4 @@
-"""Raw penalties of elementwise parameters, and the factors of gradients.
+"""Penalties, and the factors of gradients.
 
 The exponent comes as ``k`` and ``integer``: k where it is a small integer, or -1 (see
 tables.power).
@@ -49,12 +49,12 @@ def shift_factor(norm, strength, k, integer):
 
 
 @triton.jit
-def elementwise_gradient(value, gain, factor, strength, k, integer):
+def elementwise_gradient(value, gain, target, factor, strength, k, integer):
     """Return the gradient at elements ``value`` of a gain, or of a shift, float64."""
     result = factor * value
     if gain:
         magnitude = tl.abs(value)
-        slope = power(magnitude, k, integer) - 1
+        slope = power(magnitude, k, integer) - power(target, k, integer)
         slope = slope * power(magnitude, k - 1, integer - 1)
         pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
         result = tl.where(value == 0, 0.0, pull)
@@ -74,12 +74,3 @@ def capped_factor(factor, sigma, target, lr):
     """Return :func:`matrix_factor` so that a step of ``lr`` carries sigma to the target at most."""
     sigma, target = sigma.to(tl.float64), target.to(tl.float64)
     return capped(factor, tl.abs(sigma - target) / tl.where(sigma == 0, 1.0, sigma), lr)
-
-
-@triton.jit
-def store_norm(norm, penalty, squares, excesses, gain, k, integer):
-    """Write norm and raw penalty from sums of x^2 and, for gains, of (|x|^k - 1)^2."""
-    total = tl.sum(squares, 0)
-    tl.store(norm, tl.sqrt(total).to(tl.float32))
-    shift = power(total, k, integer)
-    tl.store(penalty, tl.where(gain, tl.sum(excesses, 0), shift).to(tl.float32))

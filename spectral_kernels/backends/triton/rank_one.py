@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from .chunks import ordered_sum, sum_chunk, sum_of_squares
-from .penalty import elementwise_gradient, excess_of, matrix_factor, residual_of, shift_factor
+from .elementwise import gain_targets, lanes_of, row_factors, row_squares, shift_of
+from .penalty import elementwise_gradient, excess_of, matrix_factor, residual_of
 from .tables import (
     ALIGNED,
     CHUNK_BEGIN,
@@ -33,6 +34,7 @@ from .tables import (
     MATRIX_FIELDS,
     OUTER,
     PLAIN,
+    ROWS_KIND,
     SIZE,
     TILE_FIELDS,
     TILE_MATRIX,
@@ -162,14 +164,42 @@ def _elementwise_gradient(
     x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     grad = tl.load(vector + GRAD).to(tl.pointer_type(GRAD_TYPE))
     size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
-    factor = shift_factor(tl.load(norm), strength, k, integer)
+    factor, _ = shift_of(vector, tl.load(norm), strength, k, integer)
     for first in range(0, size, BN):
         c = first + tl.arange(0, BN)
         value = tl.load(x + c, mask=c < size, other=0.0).to(tl.float64)
-        result = elementwise_gradient(value, gain, factor, strength, k, integer).to(tl.float32)
-        if ACCUMULATE:
-            result += tl.load(grad + c, mask=c < size, other=0.0).to(tl.float32)
-        tl.store(grad + c, result.to(GRAD_TYPE), mask=c < size)
+        target = gain_targets(vector, c, gain & (c < size))
+        result = elementwise_gradient(value, gain, target, factor, strength, k, integer)
+        _put(grad, c, c < size, result, GRAD_TYPE, ACCUMULATE)
+
+
+@triton.jit
+def _put(grad, c, mask, result, GRAD_TYPE: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Add ``result`` to elements ``c`` of a gradient, or write it over them."""
+    result = result.to(tl.float32)
+    if ACCUMULATE:
+        result += tl.load(grad + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad + c, result.to(GRAD_TYPE), mask=mask)
+
+
+@triton.jit
+def _rows_gradient(
+    vector, strength, k, integer, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Do the same for rows."""
+    x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
+    grad = tl.load(vector + GRAD).to(tl.pointer_type(GRAD_TYPE))
+    n_rows, length, row, column, row_step, column_step = lanes_of(vector, BN)
+    for first_row in range(0, n_rows, row_step):
+        r = first_row + row
+        squares = row_squares(x, r, column, column_step, n_rows, length, BN)
+        factor = row_factors(vector, squares, r, n_rows, strength, k, integer, 0.0)
+        for first in range(0, length, column_step):
+            c = first + column
+            place, mask = r * length + c, (r < n_rows) & (c < length)
+            value = tl.load(x + place, mask=mask, other=0.0).to(tl.float64)
+            _put(grad, place, mask, factor * value, GRAD_TYPE, ACCUMULATE)
 
 
 @triton.jit(
@@ -251,5 +281,10 @@ def rank_one(
             present = tl.load(vector + GRAD) != 0
             if present & (tl.load(vector + GRAD_DTYPE) == grad_dtype):
                 strength = multiplier * tl.load(strengths + n_matrices + i).to(tl.float64)
-                _elementwise_gradient(vector, norms + i, strength, k, integer, DTYPE, GRAD_TYPE,
-                                 ACCUMULATE, BN)  # fmt: skip
+                if tl.load(vector + KIND) == ROWS_KIND:
+                    _rows_gradient(
+                        vector, strength, k, integer, DTYPE, GRAD_TYPE, ACCUMULATE, BN_NARROW
+                    )
+                else:
+                    _elementwise_gradient(vector, norms + i, strength, k, integer, DTYPE, GRAD_TYPE,
+                                          ACCUMULATE, BN)  # fmt: skip

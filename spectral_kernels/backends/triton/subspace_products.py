@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gram_matvec import elementwise_norm
+from .elementwise import elementwise_norm
 from .ritz import gram_of
 from .tables import (
     ALIGNED,

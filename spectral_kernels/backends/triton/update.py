@@ -12,15 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gram_matvec import add_long_rows
-from .penalty import (
-    capped,
-    capped_factor,
-    elementwise_gradient,
-    matrix_factor,
-    shift_factor,
+from .elementwise import (
+    gain_excesses,
+    gain_targets,
+    lanes_of,
+    row_factors,
+    row_squares,
+    rows_norm,
+    shift_of,
     store_norm,
 )
+from .gram_matvec import add_long_rows
+from .penalty import capped, capped_factor, elementwise_gradient, matrix_factor
 from .tables import (
     ADAMW,
     ALIGNED,
@@ -47,6 +50,7 @@ from .tables import (
     PLAIN,
     ROW_BEGIN,
     ROW_STRIDE,
+    ROWS_KIND,
     SECOND,
     SIZE,
     TILE_FIELDS,
@@ -62,7 +66,6 @@ from .tables import (
     norms_of,
     parts_of,
     penalties_of,
-    power,
     strengths_of,
     targets_of,
     whole_loads,
@@ -222,17 +225,19 @@ def _elements(
     excesses = tl.zeros([BN], tl.float64)
     if WITH_PENALTY:
         lr = _lr(moment, groups)
-        factor = shift_factor(tl.load(norm), strength, k, integer)
+        factor, shortest = shift_of(vector, tl.load(norm), strength, k, integer)
     for begin in range(0, size, BN):
         c = begin + tl.arange(0, BN)
         mask = c < size
         x = tl.zeros([BN], tl.float32)
         if WITH_PENALTY:
             value = tl.load(weight + c, mask=mask, other=0.0).to(tl.float64)
-            pull = elementwise_gradient(value, gain, factor, strength, k, integer)
+            target = gain_targets(vector, c, gain & mask)
+            pull = elementwise_gradient(value, gain, target, factor, strength, k, integer)
             if DECOUPLED:
                 magnitude = tl.abs(value)
-                pull = capped(pull, tl.where(gain, tl.abs(magnitude - 1), magnitude), lr)
+                most = tl.where(gain, tl.abs(magnitude - target), magnitude * shortest)
+                pull = capped(pull, most, lr)
             x = pull.to(tl.float32)
         new = _next(weight, grad, first, second, c, mask, acts, has_grad, x, inverse_scale,
                     options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
@@ -240,10 +245,39 @@ def _elements(
             value = tl.where(mask, new, 0.0).to(tl.float64)
             squares += value * value
             if gain:
-                excess = tl.where(mask, power(tl.abs(value), k, integer) - 1, 0.0)
-                excesses += excess * excess
+                excesses += gain_excesses(vector, value, c, mask, k, integer)
     if WITH_PENALTY:
-        store_norm(norm, penalty, squares, excesses, gain, k, integer)
+        store_norm(vector, norm, penalty, squares, excesses, k, integer)
+
+
+@triton.jit
+def _rows_of_elements(
+    vector, moment, groups, steps, norm, penalty, strength, acts, inverse_scale, k, integer,
+    DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr, WITH_MOMENT: tl.constexpr,
+    DECOUPLED: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Do the same for rows."""
+    weight = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
+    grad = tl.load(vector + GRAD).to(tl.pointer_type(DTYPE))
+    first = tl.load(moment + FIRST).to(tl.pointer_type(MOMENT_TYPE))
+    second = tl.load(moment + SECOND).to(tl.pointer_type(MOMENT_TYPE))
+    has_grad = tl.load(vector + GRAD) != 0
+    options = _options(moment, groups, steps, RULE)
+    lr = _lr(moment, groups) if DECOUPLED else 0.0
+    n_rows, length, row, column, row_step, column_step = lanes_of(vector, BN)
+    for first_row in range(0, n_rows, row_step):
+        r = first_row + row
+        squares = row_squares(weight, r, column, column_step, n_rows, length, BN)
+        factor = row_factors(vector, squares, r, n_rows, strength, k, integer, lr)
+        for first_column in range(0, length, column_step):
+            c = first_column + column
+            place, mask = r * length + c, (r < n_rows) & (c < length)
+            value = tl.load(weight + place, mask=mask, other=0.0).to(tl.float64)
+            x = (factor * value).to(tl.float32)
+            _next(weight, grad, first, second, place, mask, acts, has_grad, x, inverse_scale,
+                  options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
+    tl.debug_barrier()  # a thread may read what another one has written
+    rows_norm(vector, norm, penalty, k, integer, DTYPE, BN)
 
 
 @triton.jit
@@ -306,9 +340,15 @@ def update(
         moment = elementwise_moments + i * MOMENT_FIELDS
         acts = (tl.load(moment + GROUP) >= 0) & (stopped == 0)
         strength = multiplier * tl.load(strengths + n_matrices + i).to(tl.float64)
-        _elements(elementwise + i * ELEMENTWISE_FIELDS, moment, groups, steps, norms + i,
-                  penalties + n_matrices + i, strength, acts, inverse_scale, k, integer, DTYPE,
-                  MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED, True, BN_PLAIN)  # fmt: skip
+        vector, penalty = elementwise + i * ELEMENTWISE_FIELDS, penalties + n_matrices + i
+        if tl.load(vector + KIND) == ROWS_KIND:
+            _rows_of_elements(vector, moment, groups, steps, norms + i, penalty, strength, acts,
+                              inverse_scale, k, integer, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
+                              DECOUPLED, BN_PLAIN)  # fmt: skip
+        else:
+            _elements(vector, moment, groups, steps, norms + i, penalty, strength, acts,
+                      inverse_scale, k, integer, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
+                      True, BN_PLAIN)  # fmt: skip
     else:
         tile = tiles + program.to(tl.int64) * TILE_FIELDS
         index = tl.load(tile + TILE_MATRIX)

@@ -6,7 +6,7 @@ step carries a singular value past its target: with c = lr * strength * dR/dsigm
 
     W <- W - clamp(c, -|sigma - target|, |sigma - target|) u v^T
 
-and likewise a bias or shift not past 0, and an element of a gain not past 1 or -1.
+and likewise the norm of a bias, a shift or a row, and the absolute value of an element of a gain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ...backends.formulas import gain_gradient
 from ...tables import device as device_tables
-from ...tables.plan import Plan
+from ...tables.device import wide
+from ...tables.plan import Plan, Targets
 from ...tables.state import State
 from ..bucket import Bucket
 from .optimizers import groups_of, learning_rates
@@ -70,7 +71,7 @@ class _Entries:
     Attributes:
         state: one with exponent 1, for the kernels that add.
         is_matrix: whether each parameter consists of matrices.
-        elementwise: biases and shifts, gains; those that there are.
+        elementwise: those whose changes are computed together, laid end to end.
     """
 
     def __init__(self, bucket: Bucket):
@@ -81,8 +82,18 @@ class _Entries:
         self._refs = [*plan.matrix_ref.tolist(), *plan.elementwise_ref.tolist()]
         self._sizes_seen: list[int] = []  # of the groups
         self._groups: list[int] = []  # of each entry, the index of its group
-        found = [_Flat(plan, kind) for kind in _CHANGES]
-        self.elementwise = [flat for flat in found if flat.refs]
+        self._targets_seen: Targets | None = None
+        self.elementwise: list[_Flat] = []
+
+    def update_targets(self, plan: Plan) -> None:
+        """Lay the elementwise parameters end to end, those with targets with theirs."""
+        if plan.targets is self._targets_seen:
+            return
+        groups: dict[tuple, list[int]] = {}
+        for i, (entry, own) in enumerate(zip(plan.elementwise, plan.targets, strict=True)):
+            groups.setdefault((entry.kind, entry.length, own is None), []).append(i)
+        self.elementwise = [_Flat(plan, *key[:2], entries) for key, entries in groups.items()]
+        self._targets_seen = self.state.targets = plan.targets
 
     def rate(self, rates: Sequence[float | Tensor], optimizer, bucket: Bucket) -> float | Tensor:
         """Return the learning rate, or, if they differ, that of every entry, on the device."""
@@ -105,14 +116,21 @@ class _Entries:
 
 
 class _Flat:
-    """The elementwise parameters of one kind, laid end to end: ``sizes`` elements each."""
+    """Elementwise parameters of one kind, laid end to end: ``sizes`` elements each.
 
-    def __init__(self, plan: Plan, kind: str):
-        entries = [i for i, entry in enumerate(plan.elementwise) if entry.kind == kind]
+    They all have targets, ``targets`` in the same order, or none has. Rows have ``length`` elements
+    each.
+    """
+
+    def __init__(self, plan: Plan, kind: str, length: int, entries: list[int]):
         self.kind, self.refs = kind, [int(plan.elementwise_ref[i]) for i in entries]
+        self.length = length
         self.sizes = [plan.tensors[ref].numel() for ref in self.refs]
         index, counts = torch.tensor([entries, self.sizes], dtype=torch.int64, device="cpu")
+        self.entries = index.to(plan.device)
         self.entry_of = index.repeat_interleave(counts).to(plan.device)  # of every element
+        own = [plan.targets[i] for i in entries]
+        self.targets = None if own[0] is None else torch.cat(own)
 
     def elements(self, plan: Plan) -> Tensor:
         """Return the present elements, a copy, in the dtype of the state."""
@@ -130,6 +148,7 @@ class _Change:
 
     def __init__(self, bucket: Bucket, n_iterations: int, entries: _Entries, rate: float | Tensor):
         own, n, state = bucket.state, len(bucket.plan.matrices), entries.state
+        entries.update_targets(bucket.plan)
         self._bucket, self._n_iterations, self._entries = bucket, n_iterations, entries
         strength, k = own.strength * -rate, own.exponent
         state.use(own.v, own.v_next)
@@ -187,18 +206,37 @@ def matrix_strength(sigma: Tensor, target: Tensor, strength: Tensor, k: float) -
 
 
 def _shift_change(b: Tensor, flat: _Flat, norm: Tensor, strength: Tensor, k: float) -> Tensor:
-    factor = (strength * _finite(norm ** (2 * k - 2))).mul_(2 * k).clamp_(-1, 1)
+    if flat.targets is None:
+        factor = (strength * _finite(norm ** (2 * k - 2))).mul_(2 * k).clamp_(-1, 1)
+    else:
+        factor = torch.zeros_like(norm)
+        own = _vector_factor(norm[flat.entries], flat.targets, strength[flat.entries], k)
+        factor[flat.entries] = own
     return factor.index_select(0, flat.entry_of).mul_(b)
 
 
 def _gain_change(g: Tensor, flat: _Flat, _: Tensor, strength: Tensor, k: float) -> Tensor:
-    most = (g.abs() - 1).abs()
-    change = strength.index_select(0, flat.entry_of).mul_(_finite(gain_gradient(g, k)))
+    target = 1 if flat.targets is None else flat.targets
+    most = (g.abs() - target).abs()
+    change = strength.index_select(0, flat.entry_of).mul_(_finite(gain_gradient(g, k, target)))
     return torch.minimum(torch.maximum(change, -most), most)
 
 
+def _rows_change(w: Tensor, flat: _Flat, _: Tensor, strength: Tensor, k: float) -> Tensor:
+    rows = wide(w).view(-1, max(flat.length, 1))
+    norm, own = torch.linalg.vector_norm(rows, dim=1), flat.entry_of[:: max(flat.length, 1)]
+    factor = _vector_factor(norm, wide(flat.targets), wide(strength)[own], k)
+    return (factor[:, None] * rows).to(w.dtype).flatten()
+
+
+def _vector_factor(norm: Tensor, target: Tensor, strength: Tensor, k: float) -> Tensor:
+    """Return by how much of themselves vectors [n] of Euclidean norm ``norm`` change."""
+    change = matrix_strength(norm, target, strength, k) * 2 * (norm - target)
+    return torch.where(norm == 0, 0.0, change / norm)
+
+
 # What is added to each element of a flat vector, by kind; strength contains -lr.
-_CHANGES = {"shift": _shift_change, "gain": _gain_change}
+_CHANGES = {"shift": _shift_change, "gain": _gain_change, "rows": _rows_change}
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""Initial targets: what the entries of a selection are held at with the target "initial".
+
+A float for a matrix (sigma_1) and a shift (its norm); a tensor [n] on the CPU for a gain (the
+absolute values of its elements) and for rows (their norms), of the whole parameter if it is
+sharded, in float32 (float64 for float64 parameters).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from ..backends.base import Backend
+from ..selection.arguments import check_number
+from ..selection.matrices import Elementwise, Matrix, Selection
+from ..sharding.shards import whole_of
+from ..tables.device import wide
+from .lanczos import singular_values
+
+Initial = float | torch.Tensor
+
+
+def measured(
+    entry: Matrix | Elementwise, parameter: torch.Tensor, backend: str | Backend
+) -> Initial:
+    """Return the initial target of ``entry`` of ``parameter``, a plain tensor or a DTensor."""
+    if isinstance(entry, Matrix):
+        return singular_values(entry, parameter, rtol=1e-4, backend=backend)[0]
+    with torch.inference_mode(False), torch.no_grad():  # the numbers outlive an inference mode
+        x = wide(whole_of(parameter.detach()))
+        if entry.kind == "shift":
+            return float(torch.linalg.vector_norm(x))
+        found = x.abs().flatten() if entry.kind == "gain" else row_norms(entry, x)
+        narrow = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        return found.to(device="cpu", dtype=narrow)
+
+
+def row_norms(entry: Elementwise, parameter: torch.Tensor) -> torch.Tensor:
+    """Return the Euclidean norms of the rows of ``parameter``, [n_rows], wide."""
+    if not parameter.numel():
+        return wide(parameter.new_empty(0))
+    rows = wide(parameter.reshape(n_numbers(entry, parameter), -1))
+    return torch.linalg.vector_norm(rows, dim=1)
+
+
+def n_numbers(entry: Elementwise, parameter: torch.Tensor) -> int:
+    """Return how many numbers the initial target of ``entry`` has."""
+    if entry.kind == "shift":
+        return 1
+    n = parameter.numel()
+    return n // max(entry.length, 1) if entry.kind == "rows" else n
+
+
+def checked_initial(initial: Mapping[str, Initial], selection: Selection) -> dict[str, Initial]:
+    """Return the initial targets of a loaded state_dict by name of the entry.
+
+    Raises:
+        TypeError: no mapping; one of the wrong kind: neither a number nor a tensor.
+        ValueError: one of another size, not finite, or below 0.
+    """
+    if not isinstance(initial, Mapping):
+        raise TypeError(
+            f"state: the initial targets are a {type(initial).__name__}; accepted is a mapping "
+            "from names to numbers and tensors"
+        )
+    several = {x.name: x for x in selection.elementwise if x.kind != "shift"}
+    found: dict[str, Initial] = {}
+    for name, value in initial.items():
+        what = f"state: the initial target of {name!r}"
+        if name in several:
+            found[name] = _checked_numbers(what, value, several[name])
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+            raise TypeError(f"{what} is a {type(value).__name__}; accepted is a number")
+        found[name] = check_number(what, float(value))
+    return found
+
+
+def _checked_numbers(what: str, value, entry: Elementwise) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{what} is a {type(value).__name__}; accepted is a tensor")
+    n = n_numbers(entry, entry.ref.get())
+    if tuple(value.shape) != (n,):
+        raise ValueError(f"{what} has shape {tuple(value.shape)}; accepted is ({n},)")
+    numbers = value.detach().to(device="cpu", copy=True)
+    numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+    if not bool(torch.isfinite(numbers).all()) or bool((numbers < 0).any()):
+        raise ValueError(f"{what} has numbers that are negative or not finite; accepted are others")
+    return numbers
+
+
+def copied(initial: Mapping[str, Initial]) -> dict[str, Initial]:
+    """Return copies."""
+    return {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in initial.items()}
+
+
+def largest(target: Initial) -> float:
+    """Return the largest number of a target; nan if one of them is."""
+    if not isinstance(target, torch.Tensor):
+        return target
+    return float(target.max()) if target.numel() else math.nan
