@@ -17,11 +17,12 @@ from .engine.assignable import Assignable
 from .engine.attach import Attachment, attach, attachments_of, mark_accumulated, resume, sgd_groups
 from .engine.coefficients import Coefficients, Strength, Target, checked_initial
 from .engine.loading import Loaded, LoadResult, vectors_of
-from .engine.model_buckets import ModelBuckets, Settings, iterations_of
+from .engine.model_buckets import ModelBuckets
+from .engine.settings import Settings, iterations_of
 from .engine.untraced import outside, untraced
 from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number, known_keywords
-from .selection.matrices import listing
+from .selection.changes import selected
 from .selection.options import Patterns, Source, Splits
 from .selection.rules import select
 from .tables.schema import N_VECTORS
@@ -113,8 +114,8 @@ class SpectralRegularizer(Assignable, Readings):
             iterations=iterations,
             extra_iterations=extra_iterations,
         )
-        self._selection = select(
-            model, biases=biases, norms=norms, include=include, exclude=exclude,
+        self._selection = selected(
+            select, model, biases=biases, norms=norms, include=include, exclude=exclude,
             splits=splits, stacked=stacked,
         )  # fmt: skip
         self._coefficients = Coefficients(self._selection, strength, target, backend)
@@ -255,6 +256,22 @@ class SpectralRegularizer(Assignable, Readings):
     # ------------------------------------------------------------------- settings and checks
 
     @untraced
+    def reselect(self) -> None:
+        """Take in the parameters that were added to the model, with the arguments given here.
+
+        Modules that are replaced, resized, deleted or no longer frozen are followed at the next
+        step without it. Vectors are kept by name; if a matrix is new, all are warmed up. Patterns
+        may match nothing any more.
+
+        Raises:
+            ValueError: a parameter that cannot be selected, or whose name no pattern of a mapping
+                matches; nothing to regularize.
+            RuntimeError: ``model`` is not a module; an optimizer to which this is attached does not
+                hold an added parameter. Nothing is changed then.
+        """
+        self._buckets.reselect()
+
+    @untraced
     def check_ranks(self) -> None:
         """Check that ranks agree on matrices and vectors; every rank must call it.
 
@@ -293,7 +310,7 @@ class SpectralRegularizer(Assignable, Readings):
         arguments = {**self._assigned(), "exponent": f"{self.exponent:g}"}
         shown = {**arguments, "backend": repr(arguments["backend"])}
         head = ", ".join(f"{name}={value}" for name, value in shown.items())
-        return "\n".join((f"{type(self).__name__}({head})", *listing(self._selection)))
+        return "\n".join((f"{type(self).__name__}({head})", *self._buckets.listing()))
 
     def _sgd_groups(self) -> list[Mapping[str, Any]]:
         return sgd_groups(self._buckets)
@@ -309,6 +326,7 @@ class SpectralRegularizer(Assignable, Readings):
         """
         buckets = self._buckets
         with buckets.lock:
+            buckets.tell_of_added()
             if not buckets.is_warm and not buckets.start_vectors:
                 buckets.bound()
             found = {"vectors": buckets.vectors(), "initial": dict(self._coefficients.initial)}
@@ -330,6 +348,7 @@ class SpectralRegularizer(Assignable, Readings):
             ValueError: a vector of the wrong shape, or one that is zero or not finite, or a target
                 that is not a number of at least 0; nothing is changed then.
         """
+        self._buckets.follow()
         found = vectors_of(state, self._selection.matrices)
         initial = checked_initial(state.get("initial", {}))
         with self._buckets.lock:

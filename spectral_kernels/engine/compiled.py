@@ -78,7 +78,9 @@ def power_iteration(
     """
     bucket, buffers = _bucket(number, index, weights), (v, v_next, s, scalars)
     if strength is not None:
-        fill(State(bucket.plan, *buffers, bucket.state.exponent).check_sizes().strength, strength)
+        own = State(bucket.plan, *buffers, bucket.state.exponent).check_sizes().strength
+        fill(own, strength)
+        bucket.leave_out_frozen(own)
     if not bucket.warm:
         _iterate(bucket, buffers, ModelBuckets.by_number[number].settings.warmup)
         bucket.warm = True
@@ -120,6 +122,7 @@ def evaluate(
     state = State(bucket.plan, v, v_next, s, scalars, bucket.state.exponent).check_sizes()
     if strength is not None:
         fill(state.strength, strength)
+        bucket.leave_out_frozen(state.strength)
     if not bucket.warm:
         _iterate(bucket, (v, v_next, s, scalars), ModelBuckets.by_number[number].settings.warmup)
     return bucket.value(bucket.evaluated(state))
@@ -151,7 +154,9 @@ def penalty_backward(
     """Return upstream * strength * dR/dW of the ``wanted`` weights."""
     bucket = _bucket(number, index, weights)
     buckets = ModelBuckets.by_number[number]
-    mark_backward(buckets, buckets.tensors())  # a graph may pass other objects for the parameters
+    # A graph may pass other objects for the parameters.
+    mark_backward(buckets, [p for own, tensors in buckets.with_tensors()
+                            for i, p in enumerate(tensors) if i not in own.idle])  # fmt: skip
     state = State(bucket.plan, v, None, s, scalars, bucket.state.exponent).check_sizes()
     grads = [torch.empty_like(w) if x else None for w, x in zip(weights, wanted, strict=True)]
     state.set_scale(upstream)
@@ -247,12 +252,18 @@ def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | No
     here and retraces when one changes, so none of them may change from step to step.
     """
     own, number, total = torch.ops.spectral_kernels, buckets.number, None
+    follower = buckets.selection.follower
+    for edge in () if follower is None else follower.edges:
+        if edge.parent._modules.get(edge.key) is not edge.child:  # guarded: never so in a graph
+            raise RuntimeError("a module was replaced while penalty() was compiled")
     for index, (bucket, weights) in enumerate(buckets.with_tensors()):
         state, where = bucket.state, (number, index)
         if torch.is_grad_enabled():
             found = own.power_iteration(
                 weights, state.v, state.v_next, state.s, state.scalars, strength, *where, iterations
             )
+            if bucket.idle:
+                weights = [w.detach() if i in bucket.idle else w for i, w in enumerate(weights)]
             value = own.penalty(weights, *found, *where)
         else:
             value = own.evaluate(weights, state.v_next, state.scalars, strength, *where)

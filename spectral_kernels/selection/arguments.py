@@ -251,7 +251,10 @@ def _number_or_word(argument: str, value, words: Sequence[str]) -> float | str:
 
 
 def by_name(
-    argument: str, value: float | str | Mapping[str, float | str], selection: Selection
+    argument: str,
+    value: float | str | Mapping[str, float | str],
+    selection: Selection,
+    is_first: bool = True,
 ) -> dict[str, Any]:
     """Return the value of ``argument`` for every matrix and elementwise parameter by name.
 
@@ -259,6 +262,7 @@ def by_name(
         argument: its name, for error messages.
         value: what :func:`check_by_pattern` returns.
         selection: the matrices and elementwise parameters.
+        is_first: False when a changed model was selected again: patterns may match nothing then.
 
     Raises:
         ValueError: a pattern without a match, a name that no pattern matches.
@@ -267,7 +271,8 @@ def by_name(
     if not isinstance(value, Mapping):
         return {entry.name: value for entry in entries}
     owned = [entry.ref.name for entry in entries]
-    check_patterns(argument, value, [*owned, *(name for name, _ in selection.skipped)])
+    if is_first:
+        check_patterns(argument, value, [*owned, *(name for name, _ in selection.skipped)])
     found = {}
     for entry, name in zip(entries, owned, strict=True):
         pattern = match(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,6 +12,10 @@ from torch import nn
 from .arguments import match_any
 from .parameters import ParameterRef
 
+if TYPE_CHECKING:
+    from .changes import Follower
+
+FROZEN = "requires_grad is False"  # a reason to skip a parameter, which may end
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _GATES = {
@@ -74,12 +79,19 @@ def refs_of(matrices: Sequence[Matrix], elementwise: Sequence[Elementwise]) -> l
 
 @dataclass
 class Selection:
-    """The regularized parameters, and (name, reason) of those that were skipped."""
+    """The regularized parameters, and (name, reason) of those that were skipped.
+
+    ``frozen`` are the skipped ones that only lack ``requires_grad``, ``names`` those of all
+    parameters. ``follower`` selects again when the model ``root`` has changed.
+    """
 
     matrices: list[Matrix] = field(default_factory=list)
     elementwise: list[Elementwise] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     root: nn.Module | None = None
+    frozen: list[ParameterRef] = field(default_factory=list)
+    names: frozenset[str] = frozenset()
+    follower: Follower | None = None
 
 
 class NothingSelected(ValueError):

@@ -54,6 +54,13 @@ class Computed:
         return self.ref.get()
 
 
+def without_wrappers(name: str) -> str:
+    """Return a name without the parts that torch.compile and checkpointing insert."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
 def parameter_refs(source) -> list[list[ParameterRef]]:
     """Return the refs of each distinct tensor, in order of appearance."""
     groups: dict[object, list[ParameterRef]] = {}
@@ -62,9 +69,7 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
             _refuse_other_shards(prefix, module)
             for attribute, tensor in module._parameters.items():
                 if tensor is not None:
-                    name = f"{prefix}.{attribute}" if prefix else attribute
-                    for wrapper in _WRAPPERS:
-                        name = name.replace(wrapper, "")
+                    name = without_wrappers(f"{prefix}.{attribute}" if prefix else attribute)
                     groups.setdefault(id(tensor), []).append(ParameterRef(name, module, attribute))
             if nn.utils.parametrize.is_parametrized(module):
                 for attribute in module.parametrizations:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
 from . import transforms
 from .arguments import check_flag, check_pattern_list, check_patterns, check_splits, match_any
-from .matrices import CONVOLUTIONS, TRANSPOSED, Elementwise, NothingSelected, Selection, matrices_of
+from .matrices import (
+    CONVOLUTIONS,
+    FROZEN,
+    TRANSPOSED,
+    Elementwise,
+    NothingSelected,
+    Selection,
+    matrices_of,
+)
 from .options import Patterns, Source, Splits
 from .parameters import ParameterRef, made_before_use, parameter_refs
 
@@ -39,6 +49,7 @@ def select(
     splits: Splits | None = None,
     stacked: Patterns | None = (),
     trainable_only: bool = True,
+    known: Collection[str] | None = None,
 ) -> Selection:
     """Choose the matrices and elementwise parameters of a model.
 
@@ -55,6 +66,8 @@ def select(
             (dim 0; dim 1 for transposed convolutions and transformers' ``Conv1D``).
         stacked: a pattern or several, of parameters (E, out, in) that are stacks of E matrices.
         trainable_only: leave out parameters that do not require a gradient.
+        known: names of parameters that were selected before, when a changed model is selected
+            again: these need not require a gradient, and patterns may match nothing any more.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -71,14 +84,17 @@ def select(
     for argument, patterns in (
         ("include", include or []), ("exclude", exclude), ("splits", splits), ("stacked", stacked)
     ):  # fmt: skip
-        check_patterns(argument, patterns, names)
+        if known is None:
+            check_patterns(argument, patterns, names)
 
-    found = Selection(root=source if isinstance(source, nn.Module) else None)
+    root = source if isinstance(source, nn.Module) else None
+    found = Selection(root=root, names=frozenset(names))
     for group in refs:
         ref = next((o for o in group if not _is_embedding(o)), group[0])
         with torch.enable_grad():
             aliases, tensor = [o.name for o in group], ref.get()
-        reason = _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only)
+        is_needed = trainable_only and ref.name not in (known or ())
+        reason = _reason_to_skip(ref, aliases, tensor, include, exclude, is_needed)
         if reason is None:
             chosen = include is not None or match_any(aliases, stacked) is not None
             role = _role(ref, tensor, chosen)
@@ -93,6 +109,8 @@ def select(
                     continue
                 role = f"{argument}=False"
             reason = role
+        if reason == FROZEN:
+            found.frozen.append(ref)
         found.skipped.append((ref.name, reason))
     if not found.matrices and not found.elementwise:
         raise NothingSelected(found.skipped)
@@ -109,7 +127,7 @@ def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> s
     if (pattern := match_any(aliases, exclude)) is not None:
         return f"exclude {pattern!r}"
     if trainable_only and not transforms.is_differentiated(tensor):
-        return "requires_grad is False"
+        return FROZEN
     if tensor.dtype not in FLOAT_DTYPES:
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
