@@ -327,7 +327,7 @@ class SpectralRegularizer(Assignable, Readings):
         buckets = self._buckets
         with buckets.lock:
             buckets.tell_of_added()
-            if not buckets.is_warm and not buckets.start_vectors:
+            if not buckets.has_vectors:
                 buckets.bound()
             found = {"vectors": buckets.vectors(), "initial": dict(self._coefficients.initial)}
             left = buckets.left_vectors()

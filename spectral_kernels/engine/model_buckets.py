@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -30,17 +30,6 @@ from .vectors import Start, left_of, right_of
 
 if TYPE_CHECKING:
     from .attach.once import Mark, StepPenalty
-
-
-class Owner(Protocol):
-    """Whose step adds the penalty of a part of the parameters."""
-
-    @property
-    def part(self) -> int | None:
-        """The part; None: all."""
-
-    def hold(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise RuntimeError if the optimizer does not hold one of ``tensors``, the parameters."""
 
 
 class ModelBuckets:
@@ -155,20 +144,25 @@ class ModelBuckets:
     def _take(self, found: Followed) -> None:
         """Continue with another selection, and with the vectors of its matrices by name."""
         own, now, before = self.selection, found.selection, self.refs
+        is_same = (now.matrices, now.elementwise) == (own.matrices, own.elementwise)
         coefficients = self.coefficients.prepared(now)
         warm = not found.new and (self._warm if self.buckets is None else self.is_warm)
-        names = {matrix.name for matrix in now.matrices}
-        right, left = (
-            {name: v for name, v in vectors.items() if name in names}
-            for vectors in (self.vectors(), self.left_vectors())
+        sizes = {matrix.name: matrix.shape for matrix in now.matrices}
+        left, right = (
+            {n: v for n, v in vectors.items() if n in sizes and v.shape[1] == sizes[n][side]}
+            for side, vectors in enumerate((self.left_vectors(), self.vectors()))
         )
         own.matrices, own.elementwise, own.skipped = now.matrices, now.elementwise, now.skipped
         own.frozen, own.names = now.frozen, now.names
         own.follower.look_at(own)
         self.coefficients.take(*coefficients, found.new)
+        if not any(ref.get().is_meta for ref in refs_of(own.matrices, [])):
+            self.coefficients.measure_initial()
         sharded = {before[i]: tensor for i, tensor in self._sharded.items()}
         self._refer()
         self._sharded = {i: sharded[ref] for i, ref in enumerate(self.refs) if ref in sharded}
+        if is_same:  # a wrapper around a module
+            return
         self.buckets, self._managed, self._warm = None, None, warm
         self.start_vectors, self.start_left = right, left
         self.parts = aligned(self.parts, before, self.refs)
@@ -215,13 +209,13 @@ class ModelBuckets:
         return tensor
 
     def bound(
-        self, values: Sequence[torch.Tensor] | None = None, owner: Owner | None = None
+        self, values: Sequence[torch.Tensor] | None = None, owner: StepPenalty | None = None
     ) -> list[Bucket]:
         """Return the buckets, warmed up, with tables that point at the current parameters.
 
         Args:
             values: other tensors to use as the parameters, one per ref.
-            owner: whose step it is.
+            owner: whose step it is; its optimizers must hold the parameters.
         """
         buckets = self._bound(values, owner)
         for bucket in buckets:
@@ -279,7 +273,7 @@ class ModelBuckets:
             if self.buckets is not None:
                 self.restart(NOTHING_LOADED, warm=self.is_warm)
 
-    def of_owner(self, owner: Owner | None) -> list[Bucket]:
+    def of_owner(self, owner: StepPenalty | None) -> list[Bucket]:
         """Return :meth:`bound` buckets: those of the part of ``owner``, or all."""
         buckets = self.bound(owner=owner)
         if owner is None or owner.part is None:
@@ -287,7 +281,10 @@ class ModelBuckets:
         return [b for b, own in zip(buckets, self._part_of, strict=True) if own == owner.part]
 
     def accumulate_gradients(
-        self, n_iterations: int, scale: float | torch.Tensor | None, owner: Owner | None = None
+        self,
+        n_iterations: int,
+        scale: float | torch.Tensor | None,
+        owner: StepPenalty | None = None,
     ) -> None:
         """Run power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
@@ -302,7 +299,7 @@ class ModelBuckets:
         with self.lock:
             self._accumulate_gradients(n_iterations, scale, owner)
 
-    def _accumulate_gradients(self, n_iterations: int, scale, owner: Owner | None) -> None:
+    def _accumulate_gradients(self, n_iterations: int, scale, owner: StepPenalty | None) -> None:
         self.check_in_place()
         buckets = self.of_owner(owner)
         grads = [bucket.grads() for bucket in buckets]
@@ -317,7 +314,7 @@ class ModelBuckets:
             bucket.finish(n_iterations, own)
 
     def _bound(
-        self, values: Sequence[torch.Tensor] | None = None, owner: Owner | None = None
+        self, values: Sequence[torch.Tensor] | None = None, owner: StepPenalty | None = None
     ) -> list[Bucket]:
         """Return the buckets, with tables that point at the parameters, or at ``values``."""
         if values is None:
@@ -355,6 +352,12 @@ class ModelBuckets:
         self._build(tensors)
         for bucket in self.buckets:
             bucket.expect_jumps()
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether each matrix has vectors, of its own or to start from."""
+        known = {*self.start_vectors, *self.start_left}
+        return self.is_warm or known.issuperset(m.name for m in self.selection.matrices)
 
     @property
     def is_warm(self) -> bool:

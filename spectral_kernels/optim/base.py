@@ -379,15 +379,19 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         """Return a state_dict that torch's counterpart can load, with "spectral_..." entries added.
 
         The vectors of a parameter's matrices, [n_vectors, N] each, are in its state, so that
-        torch.distributed.checkpoint finds them by the parameter's name.
+        torch.distributed.checkpoint finds them by the parameter's name. States of parameters that
+        are in no group any more are left out.
         """
         with self._buckets.lock:
-            held = {id(p) for group in self.param_groups for p in group["params"]}
-            for p in [p for p in self.state if isinstance(p, torch.Tensor) and id(p) not in held]:
-                if float(self.state[p].get("step", 1)) == 0:  # torch makes states at first steps
-                    del self.state[p]
             self._keep_vectors()
-            found = super().state_dict()
+            held = {id(p) for group in self.param_groups for p in group["params"]}
+            everything = self.state
+            is_saved = {p: not isinstance(p, torch.Tensor) or id(p) in held for p in everything}
+            try:  # torch expects that all states are of parameters in the groups
+                self.state = {p: state for p, state in everything.items() if is_saved[p]}
+                found = super().state_dict()
+            finally:
+                self.state = everything
         found["state"] = {
             i: {**state, "step": state["step"].clone()} if "step" in state else state
             for i, state in found["state"].items()
