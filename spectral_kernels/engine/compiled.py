@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..selection.changes import Follower
 from ..tables.device import fill
 from ..tables.state import State
 from .attach import mark_backward
@@ -245,6 +246,14 @@ def outside(function: Callable, *args, **kwargs):
     return function(*args, **kwargs)
 
 
+def has_changed(follower: Follower) -> bool:
+    """Return ``follower.has_changed()``, in a form that the compiler guards: then it retraces."""
+    for edge in follower.edges:
+        if edge.parent._modules.get(edge.key) is not edge.child:
+            return True
+    return any(ref.module._parameters[ref.attribute].requires_grad for ref in follower.frozen)
+
+
 def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | None) -> Tensor:
     """Return the penalty of all buckets, 0-d, as ``autograd.penalty`` does, in a traced function.
 
@@ -252,10 +261,8 @@ def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | No
     here and retraces when one changes, so none of them may change from step to step.
     """
     own, number, total = torch.ops.spectral_kernels, buckets.number, None
-    follower = buckets.selection.follower
-    for edge in () if follower is None else follower.edges:
-        if edge.parent._modules.get(edge.key) is not edge.child:  # guarded: never so in a graph
-            raise RuntimeError("a module was replaced while penalty() was compiled")
+    if buckets.selection.follower is not None and has_changed(buckets.selection.follower):
+        raise RuntimeError("the model has changed while penalty() was compiled")
     for index, (bucket, weights) in enumerate(buckets.with_tensors()):
         state, where = bucket.state, (number, index)
         if torch.is_grad_enabled():

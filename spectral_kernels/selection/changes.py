@@ -63,8 +63,8 @@ class Follower:
     def look_at(self, selection: Selection) -> None:
         """Compare with ``selection`` from now on."""
         refs = refs_of(selection.matrices, selection.elementwise)
-        self._frozen, self._names = selection.frozen, selection.names
-        modules = {id(ref.module) for ref in (*refs, *self._frozen)}
+        self.frozen, self._names = selection.frozen, selection.names
+        modules = {id(ref.module) for ref in (*refs, *self.frozen)}
         self.edges: list[Edge] = []
         _edges(self._root, modules, "", self.edges)
         self._tables: tuple[list, list, list] | None = None
@@ -100,8 +100,8 @@ class Follower:
             keys = [edge.key for edge in edges]
             own = [edge.child for edge in edges]
             children.append((edges[0].parent, operator.itemgetter(*keys), own))
-        parameters = [ref.module._parameters for ref in self._frozen]
-        self._tables = children, parameters, [ref.attribute for ref in self._frozen]
+        parameters = [ref.module._parameters for ref in self.frozen]
+        self._tables = children, parameters, [ref.attribute for ref in self.frozen]
         return self._tables
 
     # ------------------------------------------------------------------------ selecting again
@@ -149,7 +149,7 @@ class Follower:
         """Return whether frozen parameters are no more; tensors of transforms do not count."""
         if transforms.is_active():
             return False
-        found = (ref.module._parameters.get(ref.attribute) for ref in self._frozen)
+        found = (ref.module._parameters.get(ref.attribute) for ref in self.frozen)
         return any(isinstance(p, nn.Parameter) and p.requires_grad for p in found)
 
     def _compared(self, before: Selection, now: Selection) -> Followed:

@@ -33,9 +33,7 @@ def compiled(reg):
 
 
 def grads(model):
-    return {
-        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
+    return {name: p.grad for name, p in model.named_parameters()}
 
 
 def check(model, reg, penalty):
@@ -45,7 +43,9 @@ def check(model, reg, penalty):
     model.zero_grad(), twin.zero_grad()
     found, expected = penalty(), fresh.penalty()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    found.backward(), expected.backward()
+    if found.requires_grad:  # a part of it has a strength
+        found.backward()
+    expected.backward()
     found, expected = grads(model), grads(twin)
     for name, grad in expected.items():
         assert (found[name] is None) == (grad is None), name
