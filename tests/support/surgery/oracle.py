@@ -113,7 +113,7 @@ class Before:
         if kind is None:
             return [(has_grad, False)]
         if not p.requires_grad:  # a frozen parameter with a gradient
-            return [(True, True), (True, False)] if has_grad else [(False, False)]
+            return [(has_grad, False)]
         if not has_grad and self.strengths[name] == 0:
             return [(True, True), (False, False)]
         return [(True, True)]

@@ -22,9 +22,8 @@ def reasons(subject: Subject) -> dict[str, list[str]]:
         p = subject.get(name)
         if KINDS[name] is not None and p.dim() != len(subject.shapes[name]):
             found.setdefault(name, []).append("weight: another number of dimensions")
-        if p is not subject.first[name] or p is not tracked.get(name):
-            found.setdefault(name, []).append(REPLACED)
         if p is not tracked.get(name):
+            found.setdefault(name, []).append(REPLACED)
             found[name] += [*_of_weight(name, p), *_of_grad(p)]
     for name, reason in _shared(subject, tracked):
         found.setdefault(name, []).append(reason)
@@ -35,12 +34,12 @@ def must(subject: Subject, found: dict[str, list[str]]) -> list[str]:
     """Return the reasons for which a step must be refused, whatever torch does."""
     has = [f"{n}: {r}" for n, own in found.items() if _acts(subject, n)
            for r in own if r.endswith(FREED)]  # fmt: skip
+    tracked, strengths = subject.tracked(), subject.strengths()
     if subject.is_attached:
         # The gradient is written before torch's step sees it.
-        return has + [f"{n}: {r}" for n, own in found.items()
-                      if KINDS.get(n) is not None and subject.get(n).requires_grad
-                      for r in own if r == "gradient: another shape"]  # fmt: skip
-    tracked = subject.tracked()
+        has += [f"{n}: {r}" for n, own in found.items()
+                if KINDS.get(n) is not None and subject.get(n).requires_grad and strengths[n]
+                for r in own if r == "gradient: another shape"]  # fmt: skip
     return has + [
         f"{n}: {REPLACED}" for n in NAMES
         if KINDS[n] is not None and subject.get(n) is not tracked.get(n, subject.get(n))

@@ -250,6 +250,8 @@ def penalize(subject: Subject, between, cut: bool) -> None:
     penalties = before.penalties()
     for name, p in before.parameters.items():
         truth, rounded = before.grads.get(name), 0.0
+        if before.strengths[name] == 0 and truth is p.grad is None:
+            continue
         if KINDS.get(name) is not None and p.requires_grad:
             penalty = penalties[name][0]
             if truth is not None:  # autograd rounds what it adds to a gradient
