@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .refusals import reasons
-from .subject import DTYPES, KINDS, Subject, is_readable
+from .subject import DTYPES, Subject, is_readable
 
 
 class OnParameters:
@@ -182,7 +182,7 @@ class OnParameters:
 
     def _is_only_torchs(self, name: str) -> bool:
         """Return whether torch alone uses a parameter: it crashes if the memory is freed."""
-        return self.subject.is_attached and KINDS[name] is None
+        return self.subject.is_attached and self.subject.kind(name) is None
 
     def _gradient_like(self, p, how: str) -> torch.Tensor:
         subject = self.subject
