@@ -18,11 +18,12 @@ from .engine.attach import Attachment, attach, attachments_of, mark_accumulated,
 from .engine.coefficients import Coefficients, Strength, Target
 from .engine.initial import Initial, checked_initial, copied
 from .engine.loading import Loaded, LoadResult, vectors_of, with_initial
-from .engine.model_buckets import ModelBuckets, Settings, iterations_of
+from .engine.model_buckets import ModelBuckets
+from .engine.settings import Settings, iterations_of
 from .engine.untraced import outside, untraced
 from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number, known_keywords
-from .selection.listing import listing
+from .selection.changes import selected
 from .selection.options import Patterns, Roles, Source, Splits
 from .selection.rules import select
 from .tables.schema import N_VECTORS
@@ -123,8 +124,8 @@ class SpectralRegularizer(Assignable, Readings):
             iterations=iterations,
             extra_iterations=extra_iterations,
         )
-        self._selection = select(
-            model, biases=biases, norms=norms, include=include, exclude=exclude,
+        self._selection = selected(
+            select, model, biases=biases, norms=norms, include=include, exclude=exclude,
             splits=splits, stacked=stacked, roles=roles,
         )  # fmt: skip
         self._coefficients = Coefficients(self._selection, strength, target, backend)
@@ -195,7 +196,7 @@ class SpectralRegularizer(Assignable, Readings):
         Raises:
             RuntimeError: as for :meth:`penalty`, and a CUDA graph capture before any eager step.
             ValueError: as for :meth:`penalty`; a ``.grad`` that is sparse, or whose dtype or memory
-                layout does not fit its weight; a parametrized weight.
+                layout does not fit its weight.
         """
         if torch.compiler.is_compiling():
             return outside(SpectralRegularizer.accumulate_grad_, self, grad_scale)
@@ -256,13 +257,29 @@ class SpectralRegularizer(Assignable, Readings):
                 closure), optimizers with ``first_step()`` and ``second_step()``, SpectralAdamW and
                 SpectralSGD.
             ValueError: a selected parameter is in no optimizer, in two of them, in a group with
-                ``maximize=True``, or parametrized; with ``decoupled``, a group without lr.
+                ``maximize=True``; with ``decoupled``, a group without lr.
             RuntimeError: attached to this optimizer already, or a parameter gets a penalty in the
                 steps of an optimizer that is still there.
         """
         return attach(self, optimizer, decoupled, replace, shared)
 
     # ------------------------------------------------------------------- settings and checks
+
+    @untraced
+    def reselect(self) -> None:
+        """Take in the parameters that were added to the model, with the arguments given here.
+
+        Modules that are replaced, resized, deleted or no longer frozen are followed at the next
+        step without it. Vectors are kept by name; if a matrix is new, all are warmed up. Patterns
+        may match nothing any more.
+
+        Raises:
+            ValueError: a parameter that cannot be selected, or whose name no pattern of a mapping
+                matches; nothing to regularize.
+            RuntimeError: ``model`` is not a module; an optimizer to which this is attached does not
+                hold an added parameter. Nothing is changed then.
+        """
+        self._buckets.reselect()
 
     @untraced
     def check_ranks(self) -> None:
@@ -303,7 +320,7 @@ class SpectralRegularizer(Assignable, Readings):
         arguments = {**self._assigned(), "exponent": f"{self.exponent:g}"}
         shown = {**arguments, "backend": repr(arguments["backend"])}
         head = ", ".join(f"{name}={value}" for name, value in shown.items())
-        return "\n".join((f"{type(self).__name__}({head})", *listing(self._selection)))
+        return "\n".join((f"{type(self).__name__}({head})", *self._buckets.listing()))
 
     def _sgd_groups(self) -> list[Mapping[str, Any]]:
         return sgd_groups(self._buckets)
@@ -322,7 +339,8 @@ class SpectralRegularizer(Assignable, Readings):
         """
         buckets = self._buckets
         with buckets.lock:
-            if not buckets.is_warm and not buckets.start_vectors:
+            buckets.tell_of_added()
+            if not buckets.has_vectors:
                 buckets.bound()
             found = {"vectors": buckets.vectors(), "initial": copied(self._coefficients.initial)}
             left = buckets.left_vectors()
@@ -344,6 +362,7 @@ class SpectralRegularizer(Assignable, Readings):
             ValueError: a vector of the wrong shape, or one that is zero or not finite, or a target
                 of the wrong shape, not finite or below 0; nothing is changed then.
         """
+        self._buckets.follow()
         found = vectors_of(state, self._selection.matrices)
         initial = checked_initial(state.get("initial", {}), self._selection)
         with self._buckets.lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -42,11 +43,13 @@ class Readings:
         return []
 
     @property
+    @untraced
     def names(self) -> list[str]:
         """Names of the matrices; parts of a split or stacked parameter carry a suffix."""
         return [entry.name for entry in self._listed()]
 
     def _listed(self) -> list[Matrix | Elementwise]:
+        self._buckets.follow()
         selection = self._buckets.selection
         return [*selection.matrices, *filter(is_matrix, selection.elementwise)]
 
@@ -84,6 +87,7 @@ class Readings:
     @untraced
     def report(self) -> list[LayerReading]:
         """Return (name, shape, sigma, residual) of every matrix; this synchronizes a GPU."""
+        self._buckets.tell_of_added()
         values = self._sigma_and_residual().tolist()
         return [
             LayerReading(entry.name, shape_of(entry), sigma, residual)
@@ -112,6 +116,7 @@ class Readings:
         if not isinstance(prefix, str):
             raise TypeError(f"prefix: got {shown(prefix)}; accepted is a string")
         with self._buckets.lock:
+            self._buckets.tell_of_added()
             found = metrics(self._buckets, self.names, per_layer, self._sgd_groups())
         return {f"{prefix}/{name}": value for name, value in found.items()}
 
@@ -119,10 +124,20 @@ class Readings:
     def log_to(self, path: str | PathLike[str], every: int = 1) -> Log:
         """Return ``log``: ``log(step)`` in the loop appends sigma and residual of every matrix.
 
-        The file is ``.csv`` or ``.jsonl``; an existing log of the same matrices is continued. See
-        ``diagnostics.log.Log``.
+        The file is ``.csv`` or ``.jsonl``; an existing log of the same matrices is continued. One
+        that the model no longer has is NaN. See ``diagnostics.log.Log``.
         """
-        return Log(path, self.names, self._sigma_and_residual, every)
+        return Log(path, names := self.names, partial(self._logged, names), every)
+
+    def _logged(self, names: Sequence[str]) -> torch.Tensor:
+        """Return sigma and residual of the matrices ``names``; NaN for those that are gone."""
+        with self._buckets.lock:
+            found = self._sigma_and_residual()
+            if self.names == names:
+                return found
+            place = {name: i for i, name in enumerate(self.names)}
+        found = torch.cat((found, found.new_full((2, 1), torch.nan)), 1)
+        return found[:, [place.get(name, -1) for name in names]]
 
     def _sigma_and_residual(self) -> torch.Tensor:
         with self._buckets.lock:  # both of the same step

@@ -7,7 +7,8 @@ from typing import Literal
 from ..selection.arguments import check_choice, check_number
 from ..tables.schema import N_VECTORS
 from .coefficients import Strength, Target
-from .model_buckets import ModelBuckets, iterations_of
+from .model_buckets import ModelBuckets
+from .settings import iterations_of
 from .untraced import untraced
 
 

@@ -30,8 +30,9 @@ class SpectralPenalty(torch.autograd.Function):
             weights: all parameters, bucket by bucket.
         """
         total = None
-        ctx.parts, ctx.buckets = [], buckets
+        ctx.parts, ctx.buckets, ctx.is_idle = [], buckets, []
         for bucket in buckets.buckets:
+            ctx.is_idle += [i in bucket.idle for i in range(len(bucket.plan.refs))]
             bucket.advance(iterations)
             state = bucket.state.snapshot()
             ctx.parts.append((bucket, state))
@@ -43,10 +44,16 @@ class SpectralPenalty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
-        """Return upstream * strength * dR/dW for every weight that requires a gradient."""
+        """Return upstream * strength * dR/dW for every weight that requires a gradient.
+
+        Those whose strength is the number 0 get none, as if they were excluded.
+        """
         weights = list(ctx.saved_tensors)
-        needed = ctx.needs_input_grad[2:]
-        mark_backward(ctx.buckets, weights)
+        needed = [
+            wanted and not is_idle
+            for wanted, is_idle in zip(ctx.needs_input_grad[2:], ctx.is_idle, strict=True)
+        ]
+        mark_backward(ctx.buckets, [w for w, wanted in zip(weights, needed, strict=True) if wanted])
         if torch.is_grad_enabled():
             return None, None, *_differentiable(ctx.parts, weights, needed, upstream)
         with ctx.buckets.lock:
@@ -99,6 +106,8 @@ def _differentiable(parts, weights, needed, upstream):
         total = total + differentiable_penalty(bucket.plan, state, own).to(upstream.device)
         start += len(own)
     chosen = [w for w, wanted in zip(weights, needed, strict=True) if wanted]
+    if not chosen:
+        return [None] * len(weights)
     found = iter(torch.autograd.grad(total, chosen, upstream, create_graph=True))
     return [next(found) if wanted else None for wanted in needed]
 
@@ -128,6 +137,7 @@ def _transformed(model_buckets: ModelBuckets, iterations: int) -> torch.Tensor:
 
     The power iterations use the plain values of the weights.
     """
+    model_buckets.follow()
     weights, iterates = model_buckets.tensors(), torch.is_grad_enabled()
     parts = []
     with transforms.suspended():
@@ -143,7 +153,9 @@ def _transformed(model_buckets: ModelBuckets, iterations: int) -> torch.Tensor:
             else:
                 parts.append(bucket.evaluated())
     values = [
-        differentiable_penalty(bucket.plan, state, own)
+        differentiable_penalty(
+            bucket.plan, state, [w.detach() if i in bucket.idle else w for i, w in enumerate(own)]
+        )
         for (bucket, own), state in zip(model_buckets.with_tensors(weights), parts, strict=True)
     ]
     return sum((v.to(values[0].device) for v in values[1:]), values[0])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from ..backends.reference import jumped, ratios_of
 from ..selection.matrices import Elementwise, Matrix, refs_of
@@ -22,6 +24,7 @@ TOLERANCE, MAX_EXTRA_ITERATIONS = 0.01, 8
 # Optimizers' steps of usual sizes do not get there (Adam up to lr = 0.01: at most twice that of the
 # step before, where it is above 0.3); a matrix [M, N] initialized again has about sqrt(N / M).
 JUMP, JUMP_FACTOR = 0.3, 3.0
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 class Bucket:
@@ -30,7 +33,8 @@ class Bucket:
     For sharded parameters the plan describes this rank's shards, and the state has the vectors of
     whole matrices. ``extra_iterations`` is the limit for stale matrices; ``warmup`` is the number
     of iterations for vectors that do not fit their matrix. ``idle`` has the indices of the
-    parameters whose strength is the number 0: without a gradient they are left alone.
+    parameters whose strength is the number 0, ``frozen`` those of the ones that do not require a
+    gradient, whose strength is 0 while that lasts: they get no gradient of the penalty.
     """
 
     def __init__(
@@ -44,6 +48,9 @@ class Bucket:
         self._placements: list[tuple | None] = []
         self.warm = self.measured = self._captured = False
         self.idle: frozenset[int] = frozenset()
+        self.frozen: frozenset[int] = frozenset()
+        self._free = [True] * len(plan.refs)  # whether each parameter requires a gradient
+        self._acts: torch.Tensor | None = None  # 0 for entries of frozen parameters, or else 1
         self.is_ahead = False  # v, s and v_next are already those of the next step
         # Whether the host can read sigmas without waiting for a GPU.
         self.on_host = plan.device.type == "cpu" and not backend.scalars_on_device
@@ -159,12 +166,42 @@ class Bucket:
         self.iterate(n)
         self.recover()
 
+    def looks_other_frozen(self) -> bool:
+        """See which parameters are frozen; return whether others are than before.
+
+        Only a Parameter is: in functional_call, other tensors may stand for it.
+        """
+        free = [*map(_requires_grad, self.parameters)]
+        if free == self._free:
+            return False
+        frozen = [not is_free and isinstance(p, nn.Parameter)
+                  for p, is_free in zip(self.parameters, free, strict=True)]  # fmt: skip
+        self.frozen, self._free = frozenset(i for i, is_one in enumerate(frozen) if is_one), free
+        self._acts = None
+        if self.frozen:
+            refs = *self.plan.matrix_ref.tolist(), *self.plan.elementwise_ref.tolist()
+            self._acts = torch.empty_like(self.state.strength)
+            device_tables.fill(self._acts, [float(not frozen[ref]) for ref in refs])
+        return True
+
+    def leave_out_frozen(self, strength: torch.Tensor) -> None:
+        """Set those elements of ``strength``, one per entry, to 0 that are of frozen parameters."""
+        if self._acts is not None:
+            strength.mul_(self._acts)
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Indices of the parameters that get no gradient of the penalty."""
+        return self.idle | self.frozen
+
     def grads(self) -> list[torch.Tensor | None]:
-        """Return this rank's shard of every parameter's ``.grad``."""
+        """Return this rank's shard of every parameter's ``.grad``; None for those left out."""
+        out = self.left_out
         if not self.is_sharded:
-            return [parameter.grad for parameter in self.parameters]
-        return [shards.local_grad(o.name, p)
-                for o, p in zip(self.plan.refs, self.parameters, strict=True)]  # fmt: skip
+            return [None if i in out else p.grad for i, p in enumerate(self.parameters)]
+        names = [ref.name for ref in self.plan.refs]
+        return [None if i in out else shards.local_grad(names[i], p)
+                for i, p in enumerate(self.parameters)]  # fmt: skip
 
     def make_missing_grads(self, grads: list[torch.Tensor | None]) -> None:
         """Create the missing gradients of trainable, not idle parameters in ``grads``.
@@ -206,7 +243,7 @@ class Bucket:
     def _count_edits(self, grads) -> None:
         """Tell autograd that gradients have changed, should a graph have saved one of them."""
         if self.is_sharded:
-            grads = [parameter.grad for parameter in self.parameters]
+            grads = [p.grad for i, p in enumerate(self.parameters) if i not in self.left_out]
         present = [grad for grad in grads if grad is not None]
         if torch.is_inference_mode_enabled():  # its own tensors have no version
             present = [grad for grad in present if not grad.is_inference()]

@@ -10,7 +10,7 @@ import torch
 from ..backends.base import Backend
 from ..selection import transforms
 from ..selection.arguments import by_name, check_by_pattern, check_number, shown
-from ..selection.matrices import Elementwise, Selection
+from ..selection.matrices import Elementwise, Matrix, Selection
 from ..tables import device as device_tables
 from . import initial
 from .bucket import Bucket
@@ -38,12 +38,15 @@ class Coefficients:
         self, selection: Selection, strength: Strength, target: Target, backend: str | Backend
     ):
         self._selection, self._backend = selection, backend
-        self._entries = *selection.matrices, *selection.elementwise
         self.initial: dict[str, Initial] = {}  # measured targets, by name of the entry
         if isinstance(strength, torch.Tensor):
             _check_tensor(strength, is_read=True)
         self.strength = strength
         self._target, self._targets = self._checked_target(target)
+
+    @property
+    def _entries(self) -> list[Matrix | Elementwise]:
+        return [*self._selection.matrices, *self._selection.elementwise]
 
     @property
     def strength(self) -> Strength:
@@ -80,6 +83,28 @@ class Coefficients:
             self.initial.update(self._measured(targets))
         self._target, self._targets = target, targets
 
+    def prepared(self, selection: Selection) -> tuple[dict[str, float], dict[str, float | str]]:
+        """Return strengths and targets by name for another ``selection`` of the model.
+
+        Raises:
+            ValueError: a name that no pattern matches.
+        """
+        strengths = {}
+        if self.strength_tensor is None:
+            strengths = by_name("strength", self._strength, selection, is_first=False)
+        return strengths, by_name("target", self._target, selection, is_first=False)
+
+    def take(self, strengths: dict[str, float], targets: dict[str, float | str], new) -> None:
+        """Continue with what :meth:`prepared` has returned, now that the selection is that one.
+
+        Args:
+            strengths: by name.
+            targets: by name.
+            new: names of the matrices whose initial target is to be measured anew.
+        """
+        self._strengths, self._targets = strengths, targets
+        self.initial = {n: x for n, x in self.initial.items() if n in targets and n not in new}
+
     def fill(self, bucket: Bucket) -> None:
         """Write strength and target into a new bucket."""
         self.fill_strength(bucket)
@@ -96,6 +121,7 @@ class Coefficients:
                 idle = {entry.ref for entry, x in zip(entries, values, strict=True) if x == 0}
         bucket.idle = frozenset(i for i, ref in enumerate(bucket.plan.refs) if ref in idle)
         device_tables.fill(bucket.state.strength, values)
+        bucket.leave_out_frozen(bucket.state.strength)
 
     def fill_target(self, bucket: Bucket) -> None:
         """Write the target of every entry into a bucket; all initial ones must be measured.

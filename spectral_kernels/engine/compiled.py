@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..selection.changes import Follower
 from ..tables.device import fill
 from ..tables.state import State
 from .attach import mark_backward
@@ -78,7 +79,9 @@ def power_iteration(
     """
     bucket, buffers = _bucket(number, index, weights), (v, v_next, s, scalars)
     if strength is not None:
-        fill(State(bucket.plan, *buffers, bucket.state.exponent).check_sizes().strength, strength)
+        own = State(bucket.plan, *buffers, bucket.state.exponent).check_sizes().strength
+        fill(own, strength)
+        bucket.leave_out_frozen(own)
     if not bucket.warm:
         _iterate(bucket, buffers, ModelBuckets.by_number[number].settings.warmup)
         bucket.warm = True
@@ -120,6 +123,7 @@ def evaluate(
     state = State(bucket.plan, v, v_next, s, scalars, bucket.state.exponent).check_sizes()
     if strength is not None:
         fill(state.strength, strength)
+        bucket.leave_out_frozen(state.strength)
     if not bucket.warm:
         _iterate(bucket, (v, v_next, s, scalars), ModelBuckets.by_number[number].settings.warmup)
     return bucket.value(bucket.evaluated(state))
@@ -151,7 +155,9 @@ def penalty_backward(
     """Return upstream * strength * dR/dW of the ``wanted`` weights."""
     bucket = _bucket(number, index, weights)
     buckets = ModelBuckets.by_number[number]
-    mark_backward(buckets, buckets.tensors())  # a graph may pass other objects for the parameters
+    # A graph may pass other objects for the parameters.
+    mark_backward(buckets, [p for own, tensors in buckets.with_tensors()
+                            for i, p in enumerate(tensors) if i not in own.idle])  # fmt: skip
     state = State(bucket.plan, v, None, s, scalars, bucket.state.exponent).check_sizes()
     grads = [torch.empty_like(w) if x else None for w, x in zip(weights, wanted, strict=True)]
     state.set_scale(upstream)
@@ -240,6 +246,14 @@ def outside(function: Callable, *args, **kwargs):
     return function(*args, **kwargs)
 
 
+def has_changed(follower: Follower) -> bool:
+    """Return ``follower.has_changed()``, in a form that the compiler guards: then it retraces."""
+    for edge in follower.edges:
+        if edge.parent._modules.get(edge.key) is not edge.child:
+            return True
+    return any(ref.module._parameters[ref.attribute].requires_grad for ref in follower.frozen)
+
+
 def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | None) -> Tensor:
     """Return the penalty of all buckets, 0-d, as ``autograd.penalty`` does, in a traced function.
 
@@ -247,12 +261,16 @@ def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | No
     here and retraces when one changes, so none of them may change from step to step.
     """
     own, number, total = torch.ops.spectral_kernels, buckets.number, None
+    if buckets.selection.follower is not None and has_changed(buckets.selection.follower):
+        raise RuntimeError("the model has changed while penalty() was compiled")
     for index, (bucket, weights) in enumerate(buckets.with_tensors()):
         state, where = bucket.state, (number, index)
         if torch.is_grad_enabled():
             found = own.power_iteration(
                 weights, state.v, state.v_next, state.s, state.scalars, strength, *where, iterations
             )
+            if bucket.idle:
+                weights = [w.detach() if i in bucket.idle else w for i, w in enumerate(weights)]
             value = own.penalty(weights, *found, *where)
         else:
             value = own.evaluate(weights, state.v_next, state.scalars, strength, *where)

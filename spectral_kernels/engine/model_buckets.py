@@ -6,74 +6,31 @@ A part is what one of several optimizers holds, see ``ModelBuckets.divide``.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
-from ..backends import choice, reference
-from ..backends.base import Backend
-from ..backends.formulas import orthonormal, orthonormal_if_finite
+from ..backends import choice
 from ..selection import transforms
-from ..selection.arguments import check_count
+from ..selection.changes import Followed, aligned, warn_of_computed, warn_of_gone
+from ..selection.listing import listing
 from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
-from ..tables.layout import Layout
-from .bucket import MAX_EXTRA_ITERATIONS, Bucket
+from .bucket import Bucket
 from .coefficients import Coefficients, Target
 from .loading import NOTHING_LOADED, Loaded
+from .settings import Settings
 from .stability import StabilityWatch
+from .vectors import Start, left_of, right_of
 
 if TYPE_CHECKING:
     from .attach.once import Mark, StepPenalty
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the power iteration.
-
-    Attributes:
-        backend: name of a backend, or a Backend.
-        exponent: k.
-        warmup: iterations for vectors that start from random numbers.
-        seed: of those random numbers; each matrix has its own stream, keyed by its name.
-        n_vectors: singular vectors per matrix.
-        iterations: per step.
-        extra_iterations: at most, for stale matrices, after the iterations of each step.
-        is_in_optimizer: whether an optimizer's step contains the one iteration.
-    """
-
-    backend: str | Backend = "auto"
-    exponent: float = 2.0
-    warmup: int = 10
-    seed: int = 0
-    n_vectors: int = 1
-    iterations: int = 1
-    extra_iterations: int = 0
-    is_in_optimizer: bool = False
-
-
-def iterations_of(n_power_iterations, is_in_optimizer: bool = False) -> tuple[int, int]:
-    """Return the numbers of iterations and of extra iterations of ``n_power_iterations``.
-
-    Raises:
-        TypeError: neither an integer nor "auto".
-        ValueError: an integer below 1, or in an optimizer another than 1.
-    """
-    if isinstance(n_power_iterations, str) and n_power_iterations == "auto":
-        return 1, MAX_EXTRA_ITERATIONS
-    found = check_count("n_power_iterations", n_power_iterations, 1, words=("auto",))
-    if is_in_optimizer and found != 1:
-        raise ValueError(
-            f"n_power_iterations: got {found}; accepted are 1 and 'auto' in an optimizer"
-        )
-    return found, 0
 
 
 class ModelBuckets:
@@ -99,6 +56,8 @@ class ModelBuckets:
         self._traced = False  # whether it is in a compiled graph
         self.mark: Mark | None = None  # the last gradient of the penalty outside of a step
         self.in_steps: list[StepPenalty] = []  # which optimizers' steps add the penalty
+        # The parameters that were there when these last added it.
+        self.held: WeakKeyDictionary[StepPenalty, list[torch.Tensor]] = WeakKeyDictionary()
         self.watch = StabilityWatch()
         self.at_next_build: Callable[[ModelBuckets], None] | None = None
         self.buckets: list[Bucket] | None = None
@@ -111,10 +70,14 @@ class ModelBuckets:
         self.start_vectors: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
         # Where matrices are stored column by column: v as it is, a left vector.
         self.start_left: dict[str, torch.Tensor] = {}
+        self._refer()
+
+    def _refer(self) -> None:
+        """Refer to the parameters of the selection."""
         # The first matrix of each parameter, or its elementwise entry.
+        selection = self.selection
         self._first = {x.ref: x for x in (*selection.elementwise[::-1], *selection.matrices[::-1])}
         self.refs = refs_of(selection.matrices, selection.elementwise)
-        self._computed = next((o for o in self.refs if o.computed), None)
         self._slots = [
             ({o.attribute: o.tensor}, o.attribute)
             if o.module is None
@@ -122,14 +85,102 @@ class ModelBuckets:
             for o in self.refs
         ]
 
-    def check_in_place(self) -> None:
-        """Raise ValueError for a parametrized weight: only ``penalty()`` can regularize it."""
-        if self._computed is not None:
-            raise ValueError(
-                f"parameter {self._computed.name!r} is made by a parametrization at every use; "
-                "accepted is penalty(), whose gradient passes through it; or leave it out with "
-                "exclude"
+    def leave_out_computed(self) -> None:
+        """Leave out weights that a parametrization computes, which have no ``.grad``; warn."""
+        if not any(ref.computed for ref in self.refs):
+            return
+        with self.lock:
+            found = self.selection.follower.without_computed(self.selection)
+            warn_of_computed([ref.name for ref in self.refs if ref.computed])
+            self._take(found)
+
+    # ------------------------------------------------------------------ a model that changes
+
+    def follow(self) -> None:
+        """Select again if modules were replaced or are no longer frozen; see selection.changes.
+
+        Raises:
+            ValueError, RuntimeError: see ``Follower.followed``; nothing is changed then.
+        """
+        follower = self.selection.follower
+        if follower is None or not follower.has_changed():
+            return
+        with self.lock:
+            if (found := follower.followed(self.selection)) is not None:
+                self._take(found)
+
+    def reselect(self) -> None:
+        """See ``SpectralRegularizer.reselect``."""
+        follower = self.selection.follower
+        if follower is None:
+            raise RuntimeError(
+                "model: got (name, parameter) pairs, from which nothing can be selected again; "
+                "accepted is a module"
             )
+        with self.lock:
+            self.follow()
+            found = follower.reselected(self.selection)
+            now = refs_of(found.selection.matrices, found.selection.elementwise)
+            added = [ref for ref in now if ref not in self.refs and not ref.computed]
+            for step in self.in_steps:
+                step.check_holds(added, [ref.get() for ref in added])
+            self._take(found)
+
+    def tell_of_added(self) -> None:
+        """Warn, once, about parameters that were added to the model."""
+        with self.lock:
+            self.follow()
+            if (follower := self.selection.follower) is not None:
+                follower.tell(follower.added(self.selection))
+
+    def listing(self) -> list[str]:
+        """Return lines of text with what is selected; a model that cannot be followed is told."""
+        try:
+            self.tell_of_added()
+        except (ValueError, RuntimeError) as error:
+            return [*listing(self.selection), f"the model has changed: {error}"]
+        return listing(self.selection)
+
+    def _take(self, found: Followed) -> None:
+        """Continue with another selection, and with the vectors of its matrices by name."""
+        own, now, before = self.selection, found.selection, self.refs
+        is_same = (now.matrices, now.elementwise) == (own.matrices, own.elementwise)
+        coefficients = self.coefficients.prepared(now)
+        warm = not found.new and (self._warm if self.buckets is None else self.is_warm)
+        sizes = {matrix.name: matrix.shape for matrix in now.matrices}
+        left, right = (
+            {n: v for n, v in vectors.items() if n in sizes and v.shape[1] == sizes[n][side]}
+            for side, vectors in enumerate((self.left_vectors(), self.vectors()))
+        )
+        own.matrices, own.elementwise, own.skipped = now.matrices, now.elementwise, now.skipped
+        own.frozen, own.names, own.zeros = now.frozen, now.names, now.zeros
+        own.aliases = now.aliases
+        own.follower.look_at(own)
+        self.coefficients.take(*coefficients, found.new)
+        if not any(ref.get().is_meta for ref in refs_of(own.matrices, own.elementwise)):
+            self.coefficients.measure_initial()
+        sharded = {before[i]: tensor for i, tensor in self._sharded.items()}
+        self._refer()
+        self._sharded = {i: sharded[ref] for i, ref in enumerate(self.refs) if ref in sharded}
+        if is_same:  # a wrapper around a module
+            return
+        self.buckets, self._managed, self._warm = None, None, warm
+        self.start_vectors, self.start_left = right, left
+        self.parts = aligned(self.parts, before, self.refs)
+        for attachment in {x.attachment for x in self.in_steps} - {None}:
+            attachment.align(before, self.refs)
+        self.watch.restart()
+        warn_of_gone(found.gone)
+        if self._traced:
+            self._bound()
+
+    def _is_resized(self, tensors: Sequence[torch.Tensor]) -> bool:
+        if self.selection.follower is None:
+            return False
+        known = [self._first[ref].whole for ref in self.refs]
+        return any(x not in (None, tuple(t.shape)) for x, t in zip(known, tensors, strict=True))
+
+    # ------------------------------------------------------------------------- the buckets
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the current parameters, one per ref."""
@@ -158,13 +209,16 @@ class ModelBuckets:
             self._sharded.pop(i, None)
         return tensor
 
-    def bound(self, values: Sequence[torch.Tensor] | None = None) -> list[Bucket]:
+    def bound(
+        self, values: Sequence[torch.Tensor] | None = None, owner: StepPenalty | None = None
+    ) -> list[Bucket]:
         """Return the buckets, warmed up, with tables that point at the current parameters.
 
         Args:
             values: other tensors to use as the parameters, one per ref.
+            owner: whose step it is; its optimizers must hold the parameters.
         """
-        buckets = self._bound(values)
+        buckets = self._bound(values, owner)
         for bucket in buckets:
             if not bucket.warm:
                 bucket.warm_up()
@@ -220,32 +274,35 @@ class ModelBuckets:
             if self.buckets is not None:
                 self.restart(NOTHING_LOADED, warm=self.is_warm)
 
-    def of_part(self, part: int | None) -> list[Bucket]:
-        """Return :meth:`bound` buckets: those of a part, or all."""
-        buckets = self.bound()
-        if part is None:
+    def of_owner(self, owner: StepPenalty | None) -> list[Bucket]:
+        """Return :meth:`bound` buckets: those of the part of ``owner``, or all."""
+        buckets = self.bound(owner=owner)
+        if owner is None or owner.part is None:
             return buckets
-        return [b for b, own in zip(buckets, self._part_of, strict=True) if own == part]
+        return [b for b, own in zip(buckets, self._part_of, strict=True) if own == owner.part]
 
     def accumulate_gradients(
-        self, n_iterations: int, scale: float | torch.Tensor | None, part: int | None = None
+        self,
+        n_iterations: int,
+        scale: float | torch.Tensor | None,
+        owner: StepPenalty | None = None,
     ) -> None:
         """Run power iterations and add the gradient of ``strength * R`` to every ``.grad``.
 
         Args:
             n_iterations: number of power iterations, 1 or more.
             scale: a factor of the gradient, or None.
-            part: restricts it to the parameters of a part.
+            owner: restricts it to the parameters of its part.
 
         Raises:
             ValueError, RuntimeError: see ``SpectralRegularizer.accumulate_grad_``.
         """
         with self.lock:
-            self._accumulate_gradients(n_iterations, scale, part)
+            self._accumulate_gradients(n_iterations, scale, owner)
 
-    def _accumulate_gradients(self, n_iterations: int, scale, part: int | None) -> None:
-        self.check_in_place()
-        buckets = self.of_part(part)
+    def _accumulate_gradients(self, n_iterations: int, scale, owner: StepPenalty | None) -> None:
+        self.leave_out_computed()
+        buckets = self.of_owner(owner)
         grads = [bucket.grads() for bucket in buckets]
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.plan.bind_grads(own)
@@ -257,21 +314,35 @@ class ModelBuckets:
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.finish(n_iterations, own)
 
-    def _bound(self, values: Sequence[torch.Tensor] | None = None) -> list[Bucket]:
+    def _bound(
+        self, values: Sequence[torch.Tensor] | None = None, owner: StepPenalty | None = None
+    ) -> list[Bucket]:
         """Return the buckets, with tables that point at the parameters, or at ``values``."""
+        if values is None:
+            self.follow()
         tensors = self.tensors() if values is None else values
+        if owner is not None:
+            owner.hold(tensors)
         try:
             for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
                 is_all = len(self.buckets) == 1  # in the order of the refs
-                if not bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
+                if bucket.bind(tensors if is_all else [tensors[i] for i in indices]):
+                    continue
+                if values is None and self._is_resized(tensors):
+                    self._take(self.selection.follower.followed(self.selection, is_resized=True))
+                    tensors = self.tensors()
+                else:
                     self._rebuild(tensors)
-                    break
+                break
             if self.buckets is None:
                 self._build(tensors)
         except RuntimeError:
             for ref, tensor in zip(self.refs, tensors, strict=True):
                 transforms.check_plain(f"parameter {ref.name!r}", tensor, "there is penalty()")
             raise
+        for bucket in self.buckets if values is None else ():
+            if bucket.looks_other_frozen():
+                self.coefficients.fill_strength(bucket)
         return self.buckets
 
     def _rebuild(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -282,6 +353,12 @@ class ModelBuckets:
         self._build(tensors)
         for bucket in self.buckets:
             bucket.expect_jumps()
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether each matrix has vectors, of its own or to start from."""
+        known = {*self.start_vectors, *self.start_left}
+        return self.is_warm or known.issuperset(m.name for m in self.selection.matrices)
 
     @property
     def is_warm(self) -> bool:
@@ -332,6 +409,7 @@ class ModelBuckets:
             key = tensor.device, tensor.dtype, self._axes_of(i, tensor), part
             groups.setdefault(key, []).append(i)
         settings, buckets, orders = self.settings, [], []
+        start = Start(settings.seed, settings.n_vectors, self.start_vectors, self.start_left)
         for (device, dtype, _, _), members in groups.items():
             inside = set(members)
             matrices = [m for m in self.selection.matrices if place[m.ref] in inside]
@@ -343,7 +421,7 @@ class ModelBuckets:
                 matrices, elementwise, own, backend, settings.exponent, settings.n_vectors,
                 settings.extra_iterations, settings.warmup,
             )  # fmt: skip
-            bucket.warm = self._start(bucket) and self._warm
+            bucket.warm = start.write(bucket) and self._warm
             if bucket.is_sharded:
                 bucket.backend.agree(bucket.state.v_next)
             self.coefficients.fill(bucket)
@@ -365,51 +443,6 @@ class ModelBuckets:
             return shards.matrix_shard(first, parameter).shard_axes
         return shards.elementwise_axes(first, parameter)
 
-    def _start(self, bucket: Bucket) -> bool:
-        """Write the vectors to start from; return whether all of them were known."""
-        state, all_known = bucket.state, True
-        for i, (matrix, layout) in enumerate(
-            zip(bucket.plan.matrices, state.plan.layouts, strict=True)
-        ):
-            v = self._known(i, matrix.name, layout, bucket)
-            if v is None or len(v) < self.settings.n_vectors:
-                all_known = False
-                random = self._random(matrix.name, layout.cols)
-                if layout.side == "right":
-                    random = layout.from_logical(random)
-                if v is not None:
-                    random[: len(v)] = v
-                v = orthonormal(random)
-            state.columns(i, state.v_next).copy_(v)
-            state.columns(i, state.v).copy_(v)  # what an interrupted step starts from
-        return all_known
-
-    def _known(self, i: int, name: str, layout: Layout, bucket: Bucket) -> torch.Tensor | None:
-        """Return vectors [r, N] to start matrix ``i`` of ``bucket`` from, if some are known."""
-        state, r = bucket.state, self.settings.n_vectors
-        if layout.side == "left":
-            left = self.start_left.get(name)
-            if left is not None and left.shape[-1] == layout.cols:
-                return left[:r].to(state.v)
-        v = self.start_vectors.get(name)
-        n = layout.rows if layout.side == "left" else layout.cols
-        if v is None or v.shape[-1] != n:
-            return None
-        v = layout.from_logical(v[:r].to(state.v))
-        if layout.side == "right":
-            return v
-        if bucket.is_sharded:
-            return None  # left vectors would need a sum over ranks
-        return orthonormal_if_finite(v @ reference.matrix(bucket.plan, i))
-
-    def _random(self, name: str, cols: int) -> torch.Tensor:
-        # torch's CPU generator uses 32 bits of the seed.
-        generator = torch.Generator().manual_seed(
-            zlib.crc32(f"{self.settings.seed}/{name}".encode())
-        )
-        shape = self.settings.n_vectors, cols
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
     def vectors(self) -> dict[str, torch.Tensor]:
         """Return copies of the right singular vectors to continue from: name -> [r, N].
 
@@ -428,34 +461,19 @@ class ModelBuckets:
         with torch.inference_mode(False):
             found = dict(self.start_left)
             for bucket in self.buckets or ():
-                state = bucket.state
-                v = state.v if bucket.is_ahead else state.v_next
-                for i, (matrix, layout) in enumerate(
-                    zip(bucket.plan.matrices, state.plan.layouts, strict=True)
-                ):
-                    if layout.side == "left":
-                        found[matrix.name] = state.columns(i, v).clone()
+                found.update(left_of(bucket))
             return found
 
     def _vectors(self) -> dict[str, torch.Tensor]:
         found = {name: v.clone() for name, v in self.start_vectors.items()}
         for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
-            layouts, state = bucket.state.plan.layouts, bucket.state
-            if bucket.is_sharded:  # s, here the right vectors, is spread over ranks
-                layouts = [None if x.side == "left" else x for x in layouts]
-            elif not bucket.measured and any(layout.side == "left" for layout in layouts):
+            is_known = bucket.is_sharded or bucket.measured
+            if not is_known and any(x.side == "left" for x in bucket.state.plan.layouts):
                 # s must be computed, from weights that may have moved since the last use.
                 tensors = self.tensors()
                 if bucket.bind([tensors[i] for i in indices]):
                     bucket.measure()
-            for i, (matrix, layout) in enumerate(zip(bucket.plan.matrices, layouts, strict=True)):
-                if layout is None:
-                    continue
-                is_left = layout.side == "left"
-                right = state.v if bucket.is_ahead else state.v_next
-                v = orthonormal_if_finite(state.rows(i)) if is_left else state.columns(i, right)
-                if v is not None:
-                    found[matrix.name] = layout.to_logical(v).clone()
+            found.update(right_of(bucket))
         return found
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from ..engine.attach import in_steps_of
 from ..engine.bucket import Bucket
 from ..engine.initial import checked_initial
 from ..engine.loading import vectors_of
-from ..engine.model_buckets import ModelBuckets, iterations_of
+from ..engine.model_buckets import ModelBuckets
+from ..engine.settings import iterations_of
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer
 from ..selection.arguments import (
@@ -27,14 +28,12 @@ from ..selection.arguments import (
     check_scalar,
     shown,
 )
-from ..selection.listing import listing
 from ..selection.parameters import named_parameters
 from ..selection.warn import warn
 from ..sharding import shards
 from ..tables import device as device_tables
-from ..tables.layout import same_strides
 from .groups import items_of, not_in, source_and_groups
-from .states import check_state
+from .states import check_state, state_of
 from .update import Rule, Update, check_dtype
 
 Loss = TypeVar("Loss")
@@ -65,20 +64,22 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         # Of the parameters that it was built with, by id, which they keep as long as they are here.
         # torch.utils.swap_tensors refuses tensors that have weak references.
         self._names: dict[int, tuple[torch.Tensor, str]] = {}
+        # Patterns that are left out, and the names of parameters of the model that no group holds.
+        self._excluded = check_pattern_list("exclude", options.get("exclude")) or []
+        self._absent: list[str] = []
         if isinstance(source, nn.Module):
             self._names = {id(p): (p, name) for name, p in named_parameters(source)}
-            left_out = check_pattern_list("exclude", options.get("exclude")) or []
-            options["exclude"] = [*left_out, *not_in(groups, source)]
+            self._absent = not_in(groups, source)
+        options["exclude"] = [*self._excluded, *self._absent]
         self.regularizer = SpectralRegularizer(
             source, strength, exponent, target, n_power_iterations, n_vectors=n_vectors,
             backend=backend, **options,
         )  # fmt: skip
-        self._buckets.check_in_place()
+        self._buckets.leave_out_computed()
         self._buckets.settings = replace(self._buckets.settings, is_in_optimizer=True)
         self._backend, self._state_dtype = backend, state_dtype
         self._updates: list[Update] | None = None
         self._seen: list = []  # what the updates were built from
-        self._regularized: list[torch.Tensor] = []  # the regularized parameters of the last step
         super().__init__(groups, defaults)
         in_steps_of(self, self._buckets)
 
@@ -146,13 +147,13 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
 
     def _bound(self) -> list[Update]:
         """Return the updates, with tables that point at the current parameters and gradients."""
-        buckets = self._buckets.bound()
-        self._check_replaced(buckets)
+        buckets = self._buckets.bound(owner=in_steps_of(self, self._buckets))
         is_known = self._updates is not None and _same(self._look(buckets), self._seen)
         if not is_known or not self._bind(self._updates):
             self._updates = None  # until all of them are built, should that be interrupted
             # Moments, steps and tables outlive an inference mode that is active here.
             with torch.inference_mode(False):
+                self._learn_names(buckets)
                 updates = self._build(buckets)
                 if not self._bind(updates):
                     raise RuntimeError("the optimizer's state changes while its step is prepared")
@@ -160,18 +161,13 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             self._updates, self._seen = updates, self._look(buckets)
         return self._updates
 
-    def _check_replaced(self, buckets: list[Bucket]) -> None:
-        """Raise RuntimeError if a parameter is not the one that this optimizer was built with."""
-        now = [p for bucket in buckets for p in bucket.parameters]
-        if len(now) == len(self._regularized) and all(map(operator.is_, now, self._regularized)):
-            return
-        for bucket in buckets:
-            for one, p in zip(bucket.plan.refs, bucket.parameters, strict=True):
-                if self._name_of(p, "") == "":
-                    raise RuntimeError(
-                        f"parameter {one.name!r} was replaced in its module; build a new optimizer"
-                    )
-        self._regularized = now
+    def _learn_names(self, buckets: list[Bucket]) -> None:
+        """Name the regularized parameters; those that are in no group and no bucket are let go."""
+        names = {id(p): (p, ref.name) for bucket in buckets
+                 for ref, p in zip(bucket.plan.refs, bucket.parameters, strict=True)}  # fmt: skip
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        kept = {i: x for i, x in self._names.items() if i in held and i not in names}
+        self._names = {**kept, **names}
 
     def _look(self, buckets: list[Bucket]) -> list:
         """Return the objects that the updates are built from; they are compared in every step."""
@@ -263,41 +259,10 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         Raises:
             ValueError: some of them are missing, or a moment does not have the parameter's shape.
         """
-        state, found = self.state.get(p, {}), {}
-        name, names = self._name_of(p), self._moment_names()
-        dtype = self._moment_dtype(p.dtype)
-        kept = {key: state[key] for key in names if state.get(key) is not None}
-        step = state.get("step")
-        is_partial = len(kept) not in (0, len(names))
-        if is_partial or (self._counts_steps and bool(kept) != (step is not None)):
-            missing = [key for key in (*names, "step") if state.get(key) is None]
-            raise ValueError(
-                f"the state of parameter {name!r} has no {', '.join(missing)}; accepted is one "
-                "with all of them, or with none to begin anew"
-            )
-        for key in names:
-            moment = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-            if key in kept:
-                moment = self._fitting(name, key, kept[key], moment)
-            found[key] = moment
-        if not names:  # those of an earlier momentum stay, as in torch
-            found |= {key: state.get(key) for key in self._rule.moments}
-        if step is None or (names and not kept):
-            step = float(bool(kept))  # torch.optim.SGD does not count steps
-        return {**found, "step": step}
-
-    def _fitting(self, name: str, key: str, kept, like: torch.Tensor) -> torch.Tensor:
-        """Return the moment ``kept`` if it is laid out like ``like``, or else a copy that is."""
-        if not isinstance(kept, torch.Tensor) or kept.shape != like.shape:
-            found = tuple(kept.shape) if isinstance(kept, torch.Tensor) else repr(kept)
-            raise ValueError(
-                f"{key} of parameter {name!r}: got {found}; accepted is a tensor of the "
-                f"parameter's shape {tuple(like.shape)} (after a change of shape, remove "
-                "optimizer.state[parameter] to begin anew)"
-            )
-        fits = kept.dtype == like.dtype and same_strides(kept, like)
-        same = type(kept) is type(like) and fits and kept.device == like.device
-        return kept if same else like.copy_(kept)
+        return state_of(
+            self._name_of(p), p, self.state.get(p, {}), self._rule.moments, self._moment_names(),
+            self._moment_dtype(p.dtype), self._counts_steps,
+        )  # fmt: skip
 
     def _moment_names(self) -> tuple[str, ...]:
         return self._rule.moments if self._keeps_moments() else ()
@@ -305,8 +270,8 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     def _moment_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if dtype.itemsize == 2 and self._state_dtype else dtype
 
-    def _name_of(self, p: torch.Tensor, unknown: str = "?") -> str:
-        return self._names[id(p)][1] if id(p) in self._names else unknown
+    def _name_of(self, p: torch.Tensor) -> str:
+        return self._names[id(p)][1] if id(p) in self._names else "?"
 
     def _keeps_moments(self) -> bool:
         return True
@@ -314,15 +279,19 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     # ------------------------------------------------------------------------ hyperparameters
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
-        """Add a parameter group; parameters not in the model at construction get no penalty.
+        """Add a parameter group.
+
+        A parameter of a module that was replaced, such as a new head, is regularized from the next
+        step on; others that were not in the model at construction, after :meth:`reselect`.
 
         Args:
-            param_group: "params", parameters or (name, parameter) pairs, and options. As in torch,
-                either all groups have names or none has.
+            param_group: "params", parameters or (name, parameter) pairs, and options. If the groups
+                have no names, those of a new one are used in messages only; if they have, it needs
+                names too.
 
         Raises:
             TypeError: a group that is not a mapping, a set of parameters.
-            ValueError: an option out of range, a parameter in two groups, names for some only.
+            ValueError: an option out of range, a parameter in two groups, one without a name.
         """
         group = as_dict(param_group)
         if group is None or "params" not in group:
@@ -336,9 +305,41 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             p = item[1] if isinstance(item, tuple) else item
             if p.requires_grad:
                 check_dtype(names[id(p)][1] if id(p) in names else self._name_of(p), p.dtype)
-        super().add_param_group(group)
         self._names.update(names)
+        if self.param_groups:
+            group["params"] = self._named_alike(group["params"], bool(names))
+        super().add_param_group(group)
         self._updates = None
+
+    def _named_alike(self, items: list, are_named: bool) -> list:
+        """Return the items of a new group with names if the groups have some, without if not."""
+        if "param_names" not in self.param_groups[0]:
+            return [x[1] for x in items] if are_named else items
+        model = self._buckets.selection.root
+        if are_named or model is None:
+            return items
+        known = {id(p): name for name, p in model.named_parameters()}
+        named = [(known[id(p)], p) for p in items if id(p) in known]
+        return named if len(named) == len(items) else items
+
+    @untraced
+    def reselect(self) -> None:
+        """Regularize parameters that were added to the model, and to a group.
+
+        Parameters of the model that no group held at construction count as added once one does.
+        See :meth:`SpectralRegularizer.reselect`.
+
+        Raises:
+            ValueError: see there.
+            RuntimeError: see there; a parameter that was added to the model is in no group.
+        """
+        with self._buckets.lock:
+            selection = self._buckets.selection
+            if selection.follower is not None:
+                absent = set(not_in(self.param_groups, selection.root))
+                self._absent = [name for name in self._absent if name in absent]
+                selection.follower.leave_out([*self._excluded, *self._absent])
+            self.regularizer.reselect()
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise TypeError or ValueError for an option that no step can have."""
@@ -366,7 +367,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         groups = super().__repr__()
         arguments = {**self._assigned(), "decoupled": self._decoupled}
         lines = [f"{name}: {value}" for name, value in arguments.items()]
-        lines += listing(self._buckets.selection)
+        lines += self._buckets.listing()
         return "\n    ".join((groups.removesuffix(")") + "Penalty", *lines)) + "\n)"
 
     # -------------------------------------------------------------------------------------- state
@@ -380,15 +381,18 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
 
         The vectors of a parameter's matrices, [n_vectors, N] each, and what was measured for the
         target "initial" are in its state, so that torch.distributed.checkpoint finds them by the
-        parameter's name.
+        parameter's name. States of parameters that are in no group any more are left out.
         """
         with self._buckets.lock:
-            held = {id(p) for group in self.param_groups for p in group["params"]}
-            for p in [p for p in self.state if isinstance(p, torch.Tensor) and id(p) not in held]:
-                if float(self.state[p].get("step", 1)) == 0:  # torch makes states at first steps
-                    del self.state[p]
             self._keep_vectors()
-            found = super().state_dict()
+            held = {id(p) for group in self.param_groups for p in group["params"]}
+            everything = self.state
+            is_saved = {p: not isinstance(p, torch.Tensor) or id(p) in held for p in everything}
+            try:  # torch expects that all states are of parameters in the groups
+                self.state = {p: state for p, state in everything.items() if is_saved[p]}
+                found = super().state_dict()
+            finally:
+                self.state = everything
         found["state"] = {
             i: {**state, "step": state["step"].clone()} if "step" in state else state
             for i, state in found["state"].items()
@@ -469,7 +473,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses; copies and pickles carry moments and vectors."""
-        kept = ("regularizer", "_backend", "_state_dtype", "_decoupled")
+        kept = ("regularizer", "_backend", "_state_dtype", "_decoupled", "_excluded", "_absent")
         by_place = [[self._name_of(p) for p in g["params"]] for g in self.param_groups]
         return {
             **super().__getstate__(),
@@ -480,7 +484,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if (by_place := self.__dict__.pop("_by_place", None)) is not None:
-            self._updates, self._regularized = None, []
+            self._updates = None
             self._names = {
                 id(p): (p, name)
                 for names, group in zip(by_place, self.param_groups, strict=True)

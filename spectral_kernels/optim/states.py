@@ -1,4 +1,4 @@
-"""Checks of the state of a parameter, moments and step count, in a checkpoint."""
+"""The state of a parameter, moments and step count: in a step, and checked in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ..selection.arguments import check_number
 from ..sharding import shards
+from ..tables.layout import same_strides
 
 
 def check_state(name: str, p: torch.Tensor, state: Mapping[str, Any], moments: Sequence[str]):
@@ -44,3 +45,60 @@ def check_state(name: str, p: torch.Tensor, state: Mapping[str, Any], moments: S
                 "number"
             )
         check_number(f"state_dict: step of parameter {name!r}", float(step))
+
+
+def state_of(
+    name: str,
+    p: torch.Tensor,
+    state: Mapping[str, Any],
+    moments: Sequence[str],
+    names: Sequence[str],
+    dtype: torch.dtype,
+    counts_steps: bool,
+) -> dict[str, Any]:
+    """Return moments and step count of parameter ``p``, called ``name``: those in ``state`` or new.
+
+    Args:
+        name: of the parameter.
+        p: the parameter.
+        state: what the optimizer has of it.
+        moments: names of the rule's moments.
+        names: those of them that a step keeps.
+        dtype: of a moment; others are converted.
+        counts_steps: whether torch's counterpart keeps a step count.
+
+    Raises:
+        ValueError: some of them are missing, or a moment does not have the parameter's shape.
+    """
+    found: dict[str, Any] = {}
+    kept = {key: state[key] for key in names if state.get(key) is not None}
+    step = state.get("step")
+    is_partial = len(kept) not in (0, len(names))
+    if is_partial or (counts_steps and bool(kept) != (step is not None)):
+        missing = [key for key in (*names, "step") if state.get(key) is None]
+        raise ValueError(
+            f"the state of parameter {name!r} has no {', '.join(missing)}; accepted is one "
+            "with all of them, or with none to begin anew"
+        )
+    for key in names:
+        moment = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        found[key] = _fitting(name, key, kept[key], moment) if key in kept else moment
+    if not names:  # those of an earlier momentum stay, as in torch
+        found |= {key: state.get(key) for key in moments}
+    if step is None or (names and not kept):
+        step = float(bool(kept))  # torch.optim.SGD does not count steps
+    return {**found, "step": step}
+
+
+def _fitting(name: str, key: str, kept, like: torch.Tensor) -> torch.Tensor:
+    """Return the moment ``kept`` if it is laid out like ``like``, or else a copy that is."""
+    if not isinstance(kept, torch.Tensor) or kept.shape != like.shape:
+        found = tuple(kept.shape) if isinstance(kept, torch.Tensor) else repr(kept)
+        raise ValueError(
+            f"{key} of parameter {name!r}: got {found}; accepted is a tensor of the "
+            f"parameter's shape {tuple(like.shape)} (after a change of shape, remove "
+            "optimizer.state[parameter] to begin anew)"
+        )
+    fits = kept.dtype == like.dtype and same_strides(kept, like)
+    same = type(kept) is type(like) and fits and kept.device == like.device
+    return kept if same else like.copy_(kept)

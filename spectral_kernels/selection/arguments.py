@@ -274,7 +274,10 @@ def _number_or_word(argument: str, value, words: Sequence[str]) -> float | str:
 
 
 def by_name(
-    argument: str, value: float | str | Mapping[str, float | str], selection: Selection
+    argument: str,
+    value: float | str | Mapping[str, float | str],
+    selection: Selection,
+    is_first: bool = True,
 ) -> dict[str, Any]:
     """Return the value of ``argument`` for every matrix and elementwise parameter by name.
 
@@ -282,6 +285,7 @@ def by_name(
         argument: its name, for error messages.
         value: what :func:`check_by_pattern` returns.
         selection: the matrices and elementwise parameters.
+        is_first: False when a changed model was selected again: patterns may match nothing then.
 
     Raises:
         ValueError: a pattern without a match, a name that no pattern matches.
@@ -291,7 +295,8 @@ def by_name(
         return {entry.name: value for entry in entries}
     owned = dict.fromkeys(entry.ref.name for entry in entries)
     names = {name: selection.names_of(name) for name in (*owned, *dict(selection.skipped))}
-    check_patterns(argument, value, [alias for own in names.values() for alias in own])
+    if is_first:
+        check_patterns(argument, value, [alias for own in names.values() for alias in own])
     found = {}
     for name in owned:
         pattern = match_any(names[name], value)

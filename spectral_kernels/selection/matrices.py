@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .layers import GATES, RECURRENT, TRANSPOSED, is_hf_conv1d
 from .parameters import ParameterRef
+
+if TYPE_CHECKING:
+    from .changes import Follower
+
+# Reasons to skip a parameter.
+FROZEN = "requires_grad is False"  # which may end
+COMPUTED = "made by a parametrization; only penalty() regularizes it"
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class Elementwise:
     length: int = 1
     target: float | None = None
     view: str = ""
+    whole: tuple[int, ...] | None = None  # shape of the parameter at selection
 
 
 def refs_of(matrices: Sequence[Matrix], elementwise: Sequence[Elementwise]) -> list[ParameterRef]:
@@ -81,7 +89,9 @@ def refs_of(matrices: Sequence[Matrix], elementwise: Sequence[Elementwise]) -> l
 class Selection:
     """The regularized parameters, and (name, reason) of those that were skipped.
 
-    ``aliases`` has all names of the tensors that have several.
+    ``aliases`` has all names of the tensors that have several, ``names`` those of all parameters.
+    ``frozen`` are the skipped ones that only lack ``requires_grad``, ``zeros`` the gains that were
+    zero at first. ``follower`` selects again when the model ``root`` has changed.
     """
 
     matrices: list[Matrix] = field(default_factory=list)
@@ -89,6 +99,10 @@ class Selection:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     root: nn.Module | None = None
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    frozen: list[ParameterRef] = field(default_factory=list)
+    zeros: list[ParameterRef] = field(default_factory=list)
+    names: frozenset[str] = frozenset()
+    follower: Follower | None = None
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """Return all names of the parameter ``name``, which may be tied."""
@@ -167,18 +181,19 @@ def elementwise_of(ref: ParameterRef, tensor: torch.Tensor, kind: str) -> Elemen
 
     A convolution whose groups have one output each, or one input and one tap, has rows.
     """
+    whole = tuple(tensor.shape)
     if kind in ("bias", "shift", "gain"):
-        return Elementwise(ref.name, ref, "gain" if kind == "gain" else "shift")
+        return Elementwise(ref.name, ref, "gain" if kind == "gain" else "shift", whole=whole)
     if kind == "biases":
-        length = math.prod(tensor.shape[1:])
-        return Elementwise(ref.name, ref, "rows", length, 0.0, "a bias per row, pulled to 0")
+        view = "a bias per row, pulled to 0"
+        return Elementwise(ref.name, ref, "rows", math.prod(whole[1:]), 0.0, view, whole)
     if kind != "groups":
         return None
     rows, cols = matrices_of(ref, tensor, kind, None)[0].shape
     if rows != 1 and cols != 1:
         return None
     view = "a group per row, its norm pulled to the target"
-    return Elementwise(ref.name, ref, "rows", rows * cols, None, view)
+    return Elementwise(ref.name, ref, "rows", rows * cols, None, view, whole)
 
 
 def _equal(total: int, n: int) -> list[int]:

@@ -130,6 +130,13 @@ def wrapped_as(module: nn.Module) -> str | None:
     return None
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside all wrappers, or ``module`` if it is no wrapper."""
+    while (key := wrapped_as(module)) is not None:
+        module = module._modules[key]
+    return module
+
+
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield modules with the prefix of their parameters' names; shared ones several times.
 

@@ -17,7 +17,16 @@ from .arguments import (
     match_any,
 )
 from .layers import is_embedding
-from .matrices import Elementwise, NothingSelected, Selection, elementwise_of, matrices_of
+from .matrices import (
+    COMPUTED,
+    FROZEN,
+    Elementwise,
+    NothingSelected,
+    Selection,
+    elementwise_of,
+    matrices_of,
+    refs_of,
+)
 from .options import Patterns, Roles, Source, Splits
 from .parameters import ParameterRef, made_before_use, parameter_refs
 from .roles import role_of
@@ -37,6 +46,8 @@ def select(
     stacked: Patterns | None = (),
     roles: Roles | None = None,
     trainable_only: bool = True,
+    computed: bool = True,
+    before: Selection | None = None,
 ) -> Selection:
     """Choose the matrices and elementwise parameters of a model.
 
@@ -59,6 +70,9 @@ def select(
         roles: pattern -> "matrix" (dim 0, rest), "stack", "bias" (pulled to 0), "gain" (each
             element pulled to 1) or "skip"; see ``layers.register_layer``.
         trainable_only: leave out parameters that do not require a gradient.
+        computed: take weights that a parametrization computes at every use.
+        before: the selection before, when a changed model is selected again: what it has need not
+            require a gradient, and patterns may match nothing any more.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -76,11 +90,14 @@ def select(
         ("include", include or []), ("exclude", exclude), ("splits", splits),
         ("stacked", stacked), ("roles", roles),
     ):  # fmt: skip
-        check_patterns(argument, patterns, names)
+        if before is None:
+            check_patterns(argument, patterns, names)
 
-    found = Selection(root=source if isinstance(source, nn.Module) else None)
+    root = source if isinstance(source, nn.Module) else None
+    found = Selection(root=root, names=frozenset(names))
     gains: list[tuple[Elementwise, torch.Tensor]] = []
     shapes = _shapes(refs)
+    known = () if before is None else {o.name for o in refs_of(before.matrices, before.elementwise)}
     for group in refs:
         ref = next((o for o in group if not is_embedding(o)), group[0])
         aliases = tuple(dict.fromkeys(o.name for o in group))
@@ -88,8 +105,13 @@ def select(
             found.aliases[ref.name] = aliases
         with torch.enable_grad():
             tensor = ref.get()
-        reason = _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only)
+        is_needed = trainable_only and ref.name not in known
+        reason = _reason_to_skip(ref, aliases, tensor, include, exclude, is_needed)
+        if ref.computed and not computed:
+            reason = reason or COMPUTED
         if reason is not None:
+            if reason == FROZEN:
+                found.frozen.append(ref)
             found.skipped.append((ref.name, reason))
             continue
         said = _named_by(aliases, roles) or ("stack" if match_any(aliases, stacked) else None)
@@ -107,7 +129,7 @@ def select(
             found.elementwise.append(entry)
             if role.kind == "gain" and said is None:
                 gains.append((entry, tensor))
-    _leave_out_zeros(found, gains)
+    _leave_out_zeros(found, gains, before)
     if not found.matrices and not found.elementwise:
         raise NothingSelected(found.skipped)
     return found
@@ -131,25 +153,35 @@ def _shapes(refs: Sequence[Sequence[ParameterRef]]) -> dict[int, dict[str, torch
     return found
 
 
-def _leave_out_zeros(found: Selection, gains: Sequence[tuple[Elementwise, torch.Tensor]]) -> None:
-    """Skip the gains that are zero: stored as distances from one, or meant to begin at zero."""
-    norms = []
+def _leave_out_zeros(
+    found: Selection,
+    gains: Sequence[tuple[Elementwise, torch.Tensor]],
+    before: Selection | None,
+) -> None:
+    """Skip the gains that are zero: stored as distances from one, or meant to begin at zero.
+
+    Those of the selection ``before`` are what they were, whatever their values are now.
+    """
+    found.zeros = [] if before is None else [o for o in before.zeros if o.name in found.names]
+    zeros = {(id(o.module), o.attribute) for o in found.zeros}
+    known = set() if before is None else {(id(e.ref.module), e.ref.attribute)
+                                          for e in before.elementwise}  # fmt: skip
+    by_device: dict[torch.device, list[tuple[ParameterRef, torch.Tensor]]] = {}
     for entry, tensor in gains:
-        if not tensor.is_meta:
-            with transforms.suspended():
-                value = transforms.value_of(entry.name, tensor)
-                norm = torch.linalg.vector_norm(value.float())
-                norms.append((entry, norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
-    by_device: dict[torch.device, list] = {}
-    for entry, norm in norms:
-        by_device.setdefault(norm.device, []).append((entry, norm))
-    zeros = set()
+        if tensor.is_meta or (id(entry.ref.module), entry.ref.attribute) in zeros | known:
+            continue
+        with transforms.suspended():
+            value = transforms.value_of(entry.name, tensor)
+            norm = torch.linalg.vector_norm(value.float())
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor
+        by_device.setdefault(norm.device, []).append((entry.ref, norm))
     for pairs in by_device.values():  # one wait for each device
         values = torch.stack([norm for _, norm in pairs]).tolist()
-        zeros |= {entry.name for (entry, _), x in zip(pairs, values, strict=True) if x == 0}
-    found.elementwise = [entry for entry in found.elementwise if entry.name not in zeros]
+        found.zeros += [ref for (ref, _), x in zip(pairs, values, strict=True) if x == 0]
+    names = {ref.name for ref in found.zeros}
+    found.elementwise = [entry for entry in found.elementwise if entry.name not in names]
     reason = 'a gain that is zero: the distance from one, or zero at first (roles: "gain" takes it)'
-    found.skipped += [(entry.name, reason) for entry, _ in gains if entry.name in zeros]
+    found.skipped += [(entry.name, reason) for entry, _ in gains if entry.name in names]
 
 
 def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> str | None:
@@ -158,7 +190,7 @@ def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> s
     if (pattern := match_any(aliases, exclude)) is not None:
         return f"exclude {pattern!r}"
     if trainable_only and not transforms.is_differentiated(tensor):
-        return "requires_grad is False"
+        return FROZEN
     if tensor.dtype not in FLOAT_DTYPES:
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     if _is_lazy(tensor):

@@ -90,6 +90,7 @@ class Machine(RuleBasedStateMachine):
         how=one_of("inside", "columns", "gaps", "mixed", "expanded", "negative"),
     )  # fmt: skip
     replace_parameter = surgery("replace_parameter", name=names, in_optimizer=st.booleans())
+    replace_module = surgery("replace_module", name=names, in_optimizer=st.booleans())
     swap_tensors = surgery("swap_tensors", name=names, other=st.none() | names)
     share_memory = surgery("share_memory", name=names, other=names, shift=st.none() | few)
     free_storage = surgery("free_storage", name=names, offset=few, keep=st.booleans())

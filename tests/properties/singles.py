@@ -18,6 +18,7 @@ KINDS = {
                "grad": ["keep", "drop"]},
     "place": {"how": ["inside", "columns", "gaps", "mixed", "expanded", "negative"]},
     "replace_parameter": {"in_optimizer": [False, True]},
+    "replace_module": {"in_optimizer": [False, True]},
     "swap_tensors": {"other": [None, OTHER, "norm.bias"]},
     "share_memory": {"other": [OTHER, "norm.bias", "frozen.weight"], "shift": [0, 2, None]},
     "free_storage": {"offset": [0, 5], "keep": [False, True]},

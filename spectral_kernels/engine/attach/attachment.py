@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ...selection.changes import aligned
+from ...selection.parameters import ParameterRef
 from ...selection.warn import warn
 from ..model_buckets import ModelBuckets
 from ..untraced import untraced
@@ -19,6 +21,7 @@ from .decoupled import Decoupled
 from .once import StepPenalty, names_of, others_with
 from .optimizers import (
     check_directions,
+    groups_of,
     learning_rates,
     owners,
     to_attach_to,
@@ -89,25 +92,62 @@ class Attachment:
             step.end()
         self._handles, self._steps, self._optimizers = [], [], []
 
+    # ------------------------------------------------------------- a model that changes
+
+    @property
+    def parts(self) -> Sequence[int]:
+        """The index of the optimizer of each parameter."""
+        return self._parts
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether several optimizers hold the parameters."""
+        return len(set(self._parts)) > 1
+
+    def align(self, before: Sequence[ParameterRef], now: Sequence[ParameterRef]) -> None:
+        """Keep the parts of parameters by name, now that the regularizer has others."""
+        self._parts = aligned(self._parts, before, now)
+
+    def hold(
+        self, buckets: ModelBuckets, new: Sequence[int], tensors: Sequence[torch.Tensor]
+    ) -> None:
+        """Find the optimizers of ``tensors``, the parameters with the indices ``new``."""
+        optimizers = {i: o for i, ref in enumerate(self._optimizers) if (o := ref()) is not None}
+        refs, living = [buckets.refs[i] for i in new], list(optimizers.values())
+        found = owners(refs, tensors, living)
+        if not self.decoupled:
+            check_directions(refs, tensors, living, found)
+        parts, numbers = list(self._parts), list(optimizers)
+        for i, own in zip(new, found, strict=True):
+            parts[i] = numbers[own]
+        if parts != self._parts:
+            self._parts = parts
+            buckets.divide(parts if self.is_divided else None)
+
+    def is_stale(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether its optimizers no longer hold all of ``tensors``, the parameters."""
+        held = set().union(*map(groups_of, self.optimizers))
+        return not all(id(tensor) in held for tensor in tensors)
+
+    # -------------------------------------------------------------------------- the hooks
+
     def resume(self) -> None:
         """Register the hooks, unless they are, or unless a copy is not complete yet."""
         regularizer = self.regularizer if self.__dict__ else None
         if regularizer is None or self._steps or "_buckets" not in regularizer.__dict__:
             return
-        buckets, several = regularizer._buckets, len(set(self._parts)) > 1
-        if several:
+        buckets = regularizer._buckets
+        if self.is_divided:
             buckets.divide(self._parts)
         elif not any(step.is_active for step in buckets.in_steps):
             buckets.divide(None)
-        for part, ref in enumerate(self._optimizers):
+        for number, ref in enumerate(self._optimizers):
             optimizer = ref()
-            indices = [i for i, own in enumerate(self._parts) if own == part]
             known = any(x.is_active and x.optimizer is optimizer for x in buckets.in_steps)
-            if optimizer is None or not indices or known:  # known: this is a shallow copy
+            if optimizer is None or known:  # known: this is a shallow copy
                 continue
-            step = StepPenalty(buckets, optimizer, indices, self, self._shared)
-            own = part if several else None
-            hook = _Hook(self, regularizer, step, own, Decoupled() if self.decoupled else None)
+            step = StepPenalty(buckets, optimizer, self, number, self._shared)
+            hook = _Hook(self, regularizer, step, Decoupled() if self.decoupled else None)
             self._steps.append(step)
             self._handles += [
                 optimizer.register_step_pre_hook(hook.before),
@@ -144,7 +184,6 @@ class _Hook:
         attachment: the handle.
         regularizer: the regularizer.
         step: what these steps add.
-        part: of the parameters, see ``ModelBuckets.divide``; None: all.
         decoupled: if the penalty acts beside the steps, what does that.
     """
 
@@ -153,11 +192,10 @@ class _Hook:
         attachment: Attachment,
         regularizer: Regularizer,
         step: StepPenalty,
-        part: int | None,
         decoupled: Decoupled | None,
     ):
         self._attachment, self._regularizer, self._step = attachment, regularizer, step
-        self._part, self._decoupled = part, decoupled
+        self._decoupled = decoupled
         self._inside = False  # a step has begun and not ended; it may have raised an error
         self._nested = 0  # steps inside of it, of a base class, for which torch runs hooks too
 
@@ -208,15 +246,16 @@ class _Hook:
     def _add(self, optimizer: torch.optim.Optimizer) -> None:
         # GradScaler leaves the gradients of a fused optimizer scaled, and sets this attribute.
         scale, buckets = getattr(optimizer, "grad_scale", None), self._regularizer._buckets
-        buckets.accumulate_gradients(buckets.iterations, scale, self._part)
-        if isinstance(optimizer, torch.optim.SGD):
+        buckets.accumulate_gradients(buckets.iterations, scale, self._step)
+        if isinstance(optimizer, torch.optim.SGD) and self._step.adds_some:
             buckets.watch.step(buckets.buckets, optimizer.param_groups)
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         buckets = self._regularizer._buckets
         with buckets.lock:
-            buckets.check_in_place()
-            self._decoupled.prepare(buckets.of_part(self._part), buckets.iterations, optimizer)
+            buckets.leave_out_computed()
+            own = buckets.of_owner(self._step)
+            self._decoupled.prepare(own, buckets.iterations, optimizer)
 
 
 def _steps_under_way(optimizer: torch.optim.Optimizer) -> int:
@@ -242,10 +281,12 @@ def attach(
         raise TypeError("optimizer: got no optimizer; accepted are one or several")
     optimizers = [to_attach_to(one) for one in given]
     buckets = regularizer._buckets
-    buckets.check_in_place()
-    parts = owners(buckets.refs, optimizers)
+    buckets.tell_of_added()
+    buckets.leave_out_computed()
+    tensors = buckets.tensors()
+    parts = owners(buckets.refs, tensors, optimizers)
     if not decoupled:
-        check_directions(buckets.refs, optimizers, parts)
+        check_directions(buckets.refs, tensors, optimizers, parts)
     serving = [one for i, one in enumerate(optimizers) if i in parts]
     for one in serving if decoupled else ():
         learning_rates(one)
@@ -253,14 +294,16 @@ def attach(
     if found and not replace:
         gc.collect()  # an optimizer that only a cycle of references keeps alive does not count
         found = _others(buckets, optimizers, shared)
+    stale = [x for x in attachments_of(buckets) if x.is_stale(tensors)]  # cannot go on
     for other, parameter in found:
-        if other.attachment is None or not replace:
+        if other.attachment is None or not (replace or other.attachment in stale):
             raise RuntimeError(_problem(buckets, optimizers, other, parameter))
-    _check_parts(buckets, parts, [other for other, _ in found])
+    ended = list(dict.fromkeys([*stale, *(other.attachment for other, _ in found)]))
+    _check_parts(buckets, parts, ended)
     for one in () if decoupled else serving:
         warn_if_orthogonalized(one)
-    for other, _ in found:
-        other.attachment.remove()
+    for attachment in ended:
+        attachment.remove()
     return Attachment(regularizer, optimizers, parts, decoupled, shared)
 
 
@@ -293,10 +336,10 @@ def _problem(buckets: ModelBuckets, optimizers, other: StepPenalty, parameter: s
     )
 
 
-def _check_parts(buckets: ModelBuckets, parts: list[int], replaced: list[StepPenalty]) -> None:
+def _check_parts(buckets: ModelBuckets, parts: list[int], ended: list[Attachment]) -> None:
     """Raise RuntimeError if other optimizers divide the parameters of ``buckets`` otherwise."""
     divided = None if len(set(parts)) == 1 else parts
-    kept = [x for x in buckets.in_steps if x.is_active and x not in replaced]
+    kept = [x for x in buckets.in_steps if x.is_active and x.attachment not in ended]
     if kept and divided is not None and buckets.parts not in (None, divided):
         names = " and ".join(type(x.optimizer).__name__ for x in kept)
         raise RuntimeError(

@@ -43,7 +43,7 @@ class Decoupled:
         Raises:
             ValueError: a learning rate that is not a number.
         """
-        self._changes, rates = [], learning_rates(optimizer)
+        self._changes, rates = [], learning_rates(optimizer) if buckets else []
         for bucket in buckets:
             bucket.begin(n_iterations)
         for bucket in buckets:
@@ -171,7 +171,8 @@ class _Change:
                 goes = device_tables.number_on(plan.device, torch.float32, found_inf) <= 0
                 state.strength.mul_(goes)
                 self._values = [values * goes for values in self._values]
-        free = [p.requires_grad for p in bucket.parameters]
+        out = bucket.left_out
+        free = [p.requires_grad and i not in out for i, p in enumerate(bucket.parameters)]
         for flat, values in zip(self._entries.elementwise, self._values, strict=True):
             parts = zip(flat.refs, values.split_with_sizes(flat.sizes), strict=True)
             pairs = [(plan.tensors[ref], part) for ref, part in parts if free[ref]]

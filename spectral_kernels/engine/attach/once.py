@@ -9,14 +9,21 @@ numbers.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd.graph import _get_grad_fn_or_grad_acc
 
+from ...selection.parameters import ParameterRef
 from ..model_buckets import ModelBuckets
+from .optimizers import check_held
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
 
 _events = count(1)
 _last = 0  # number of the last event: a mark, or an optimizer whose steps add a penalty from now on
@@ -57,8 +64,8 @@ def mark_accumulated(buckets: ModelBuckets) -> None:
     if not _last:  # no steps add penalties
         return
     for bucket in buckets.buckets:
-        for parameter in bucket.parameters:
-            if (grad := parameter.grad) is not None:
+        for i, parameter in enumerate(bucket.parameters):
+            if i not in bucket.left_out and (grad := parameter.grad) is not None:
                 buckets.mark = Mark("accumulate_grad_()", grad)
                 return
 
@@ -102,8 +109,8 @@ class StepPenalty:
     Args:
         buckets: those of the regularizer; referred to weakly, as the optimizer is.
         optimizer: the optimizer.
-        indices: of the parameters among ``buckets.refs``; None: all.
         attachment: the handle of attach(); None for an optimizer that adds it by itself.
+        number: of the optimizer among those of the handle.
         shared: whether steps of other optimizers may add a penalty of these parameters too.
     """
 
@@ -111,12 +118,12 @@ class StepPenalty:
         self,
         buckets: ModelBuckets,
         optimizer: torch.optim.Optimizer,
-        indices: Sequence[int] | None = None,
-        attachment: object | None = None,
+        attachment: Attachment | None = None,
+        number: int = 0,
         shared: bool = False,
     ):
         self._buckets, self._optimizer = weakref.ref(buckets), weakref.ref(optimizer)
-        self._indices, self.shared = indices, shared
+        self._number, self.shared = number, shared
         self._attachment = None if attachment is None else weakref.ref(attachment)
         self._ended, self._seen = False, _next_event() - 1  # the first step looks
         buckets.in_steps = [*(x for x in buckets.in_steps if x.is_active), self]
@@ -127,7 +134,7 @@ class StepPenalty:
         return self._optimizer()
 
     @property
-    def attachment(self):
+    def attachment(self) -> Attachment | None:
         """The handle of attach(), or None."""
         return None if self._attachment is None else self._attachment()
 
@@ -140,10 +147,57 @@ class StepPenalty:
         """Say that steps no longer add the penalty."""
         self._ended = True
 
+    @property
+    def part(self) -> int | None:
+        """The part of the buckets that these steps add, see ``ModelBuckets.divide``; None: all."""
+        if self.attachment is None or self.attachment.is_divided:
+            return None if self.attachment is None else self._number
+        return None if self.adds_some else -1
+
+    @property
+    def adds_some(self) -> bool:
+        """Whether the optimizer holds some of the parameters."""
+        return self.attachment is None or self._number in self.attachment.parts
+
+    @property
+    def indices(self) -> Sequence[int] | None:
+        """Those of the parameters whose penalty these steps add, among refs; None: all."""
+        if self.attachment is None:
+            return None
+        return [i for i, own in enumerate(self.attachment.parts) if own == self._number]
+
     def parameters(self) -> dict[int, str]:
         """Return the names of the present parameters, by their id."""
         buckets = self._buckets()
-        return {} if buckets is None else names_of(buckets, self._indices)
+        return {} if buckets is None else names_of(buckets, self.indices)
+
+    def hold(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See that the optimizers hold those of the parameters that were not there before.
+
+        Args:
+            tensors: the present parameters, one per ref.
+
+        Raises:
+            RuntimeError: one that no optimizer holds.
+            ValueError: one that two of them hold, or with ``maximize``.
+        """
+        buckets = self._buckets()
+        held = buckets.held.get(self, ())
+        if len(tensors) == len(held) and all(map(operator.is_, tensors, held)):
+            return
+        before = set(map(id, held))
+        new = [i for i, tensor in enumerate(tensors) if id(tensor) not in before]
+        refs, own = [buckets.refs[i] for i in new], [tensors[i] for i in new]
+        self.check_holds(refs, own)
+        if self.attachment is not None:
+            self.attachment.hold(buckets, new, own)
+        buckets.held[self] = list(tensors)
+
+    def check_holds(self, refs: Sequence[ParameterRef], tensors: Sequence[torch.Tensor]) -> None:
+        """Raise RuntimeError if the optimizers do not hold one of ``tensors``, called ``refs``."""
+        if self.is_active:
+            own = [self.optimizer] if self.attachment is None else self.attachment.optimizers
+            check_held(refs, tensors, own)
 
     def check(self) -> None:
         """See that the step which is about to add the penalty adds it once.

@@ -77,17 +77,20 @@ def to_attach_to(optimizer) -> torch.optim.Optimizer:
                     "them")  # fmt: skip
 
 
-def owners(refs: Sequence[ParameterRef], optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
-    """Return the index of the optimizer that holds each parameter.
+def owners(
+    refs: Sequence[ParameterRef],
+    tensors: Sequence[torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> list[int]:
+    """Return the index of the optimizer that holds each of ``tensors``, called ``refs``.
 
     Raises:
         ValueError: a parameter that none of them holds, or more than one.
     """
     held = [groups_of(optimizer) for optimizer in optimizers]
     names, found = [type(optimizer).__name__ for optimizer in optimizers], []
-    for ref in refs:
-        parameter = id(ref.get())
-        own = [i for i, ids in enumerate(held) if parameter in ids]
+    for ref, tensor in zip(refs, tensors, strict=True):
+        own = [i for i, ids in enumerate(held) if id(tensor) in ids]
         if not own:
             raise ValueError(
                 f"optimizer: {' and '.join(names)} {'does' if len(names) == 1 else 'do'} not hold "
@@ -105,19 +108,41 @@ def owners(refs: Sequence[ParameterRef], optimizers: Sequence[torch.optim.Optimi
     return found
 
 
+def check_held(
+    refs: Sequence[ParameterRef],
+    tensors: Sequence[torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Raise RuntimeError if none of ``optimizers`` holds one of ``tensors``, called ``refs``."""
+    held = set().union(*map(groups_of, optimizers))
+    for ref, tensor in zip(refs, tensors, strict=True):
+        if id(tensor) not in held:
+            names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
+            raise RuntimeError(
+                f"parameter {ref.name!r} was replaced in its module, or added, and {names} "
+                f"{'does' if len(optimizers) == 1 else 'do'} not hold it; accepted are "
+                "optimizer.add_param_group(...) with the new parameter, or a new optimizer (with "
+                "attach(new_optimizer), if the penalty is attached)"
+            )
+
+
 def check_directions(
-    refs: Sequence[ParameterRef], optimizers: Sequence[torch.optim.Optimizer], parts: Sequence[int]
+    refs: Sequence[ParameterRef],
+    tensors: Sequence[torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    parts: Sequence[int],
 ) -> None:
     """Raise ValueError for a parameter that an optimizer would move up the penalty's gradient.
 
     Args:
         refs: the regularized parameters.
+        tensors: their present values.
         optimizers: the optimizers.
         parts: the index of the optimizer of each parameter.
     """
     groups = [groups_of(optimizer) for optimizer in optimizers]
-    for ref, part in zip(refs, parts, strict=True):
-        if groups[part][id(ref.get())].get("maximize"):
+    for ref, tensor, part in zip(refs, tensors, parts, strict=True):
+        if groups[part][id(tensor)].get("maximize"):
             raise ValueError(
                 f"maximize: got True in the group of parameter {ref.name!r}, whose penalty would "
                 "be maximized too; accepted is False, or attach(optimizer, decoupled=True)"

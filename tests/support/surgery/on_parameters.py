@@ -1,12 +1,13 @@
 """Surgery on parameters and their gradients."""
 
+import copy
 import math
 
 import torch
 from torch import nn
 
 from .refusals import reasons
-from .subject import DTYPES, KINDS, Subject, is_readable
+from .subject import DTYPES, Subject, is_readable
 
 
 class OnParameters:
@@ -75,6 +76,16 @@ class OnParameters:
             p.data = torch._neg_view(subject.values(p.shape, p.dtype, size=0.5))
         else:
             p.data = subject.values(p.shape, p.dtype, strides_of(p.shape, how), size=0.5)
+
+    def replace_module(self, name: str, in_optimizer: bool) -> None:
+        """Replace the module of a parameter, and perhaps its parameters in the groups."""
+        model, (path, _, _) = self.subject.model, name.rpartition(".")
+        module = copy.copy(model.get_submodule(path))
+        module._parameters = dict(module._parameters)
+        setattr(model, path, module)
+        for attribute, p in module._parameters.items():
+            if p is not None:
+                self.replace_parameter(f"{path}.{attribute}", in_optimizer)
 
     def replace_parameter(self, name: str, in_optimizer: bool) -> None:
         """Put a new Parameter into the module, and perhaps into the optimizer's group."""
@@ -171,7 +182,7 @@ class OnParameters:
 
     def _is_only_torchs(self, name: str) -> bool:
         """Return whether torch alone uses a parameter: it crashes if the memory is freed."""
-        return self.subject.is_attached and KINDS[name] is None
+        return self.subject.is_attached and self.subject.kind(name) is None
 
     def _gradient_like(self, p, how: str) -> torch.Tensor:
         subject = self.subject

@@ -62,8 +62,9 @@ class Surgery(OnParameters, OnState):
             raise AssertionError(f"not repaired: {left}")
 
     def _repair_one(self, name: str, found: str) -> None:
-        subject, p = self.subject, self.subject.first[name]
+        subject, p = self.subject, self.subject.get(name)
         if REPLACED in found:
+            p = subject.first[name]
             subject.put(name, p)
             held = subject.held[name]
             if subject.tracked().get(name) is not p:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .subject import KINDS, NAMES, Subject, is_readable
+from .subject import NAMES, Subject, is_readable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -109,11 +109,11 @@ class Before:
     def choices(self, name: str) -> list[tuple[bool, bool]]:
         """Return the accepted pairs: does the parameter take a step, with the penalty in it?"""
         p = self.parameters[name]
-        has_grad, kind = p.grad is not None, KINDS.get(name)
+        has_grad, kind = p.grad is not None, self.subject.kind(name)
         if kind is None:
             return [(has_grad, False)]
         if not p.requires_grad:  # a frozen parameter with a gradient
-            return [(True, True), (True, False)] if has_grad else [(False, False)]
+            return [(has_grad, False)]
         if not has_grad and self.strengths[name] == 0:
             return [(True, True), (False, False)]
         return [(True, True)]
@@ -122,9 +122,10 @@ class Before:
         """Return the penalty's gradient of every parameter, for the recorded vectors."""
         vectors, found = self.subject.recorder.vectors, {}
         for name in NAMES:
-            if KINDS[name] is None or name not in self.parameters:
+            kind = self.subject.kind(name)
+            if kind is None or name not in self.parameters:
                 continue
-            if KINDS[name] == "matrix" and name not in vectors:
+            if kind == "matrix" and name not in vectors:
                 continue
             w = self.weights[True][name]
             vector = vectors.get(name)
@@ -136,7 +137,7 @@ class Before:
                         f"{len(vector[0])} elements"
                     )
             found[name] = (
-                penalty_gradient(KINDS[name], w, self.setting, self.strengths[name], vector)
+                penalty_gradient(kind, w, self.setting, self.strengths[name], vector)
                 if w.numel() else (torch.zeros_like(w), 0.0, torch.zeros_like(w))
             )  # fmt: skip
         return found
@@ -241,7 +242,7 @@ class ExpectedGradients:
             self.grads[name] = None if grad is None else again.of(grad)
         for name in before.parameters:
             takes_step, with_penalty = before.choices(name)[choice]
-            if not takes_step or not with_penalty or KINDS[name] is None:
+            if not takes_step or not with_penalty or self.subject.kind(name) is None:
                 continue
             if self.grads[name] is None:
                 self.grads[name] = torch.zeros_like(before.weights[False][name])

@@ -20,11 +20,10 @@ def reasons(subject: Subject) -> dict[str, list[str]]:
             found[name] = own
     for name in NAMES:
         p = subject.get(name)
-        if KINDS[name] is not None and p.dim() != len(subject.shapes[name]):
+        if subject.kind(name) is not None and p.dim() != len(subject.shapes[name]):
             found.setdefault(name, []).append("weight: another number of dimensions")
-        if p is not subject.first[name] or p is not tracked.get(name):
-            found.setdefault(name, []).append(REPLACED)
         if p is not tracked.get(name):
+            found.setdefault(name, []).append(REPLACED)
             found[name] += [*_of_weight(name, p), *_of_grad(p)]
     for name, reason in _shared(subject, tracked):
         found.setdefault(name, []).append(reason)
@@ -35,15 +34,15 @@ def must(subject: Subject, found: dict[str, list[str]]) -> list[str]:
     """Return the reasons for which a step must be refused, whatever torch does."""
     has = [f"{n}: {r}" for n, own in found.items() if _acts(subject, n)
            for r in own if r.endswith(FREED)]  # fmt: skip
+    tracked, strengths = subject.tracked(), subject.strengths()
     if subject.is_attached:
         # The gradient is written before torch's step sees it.
-        return has + [f"{n}: {r}" for n, own in found.items()
-                      if KINDS.get(n) is not None and subject.get(n).requires_grad
-                      for r in own if r == "gradient: another shape"]  # fmt: skip
-    tracked = subject.tracked()
+        has += [f"{n}: {r}" for n, own in found.items()
+                if subject.kind(n) is not None and subject.get(n).requires_grad and strengths[n]
+                for r in own if r == "gradient: another shape"]  # fmt: skip
     return has + [
         f"{n}: {REPLACED}" for n in NAMES
-        if KINDS[n] is not None and subject.get(n) is not tracked.get(n, subject.get(n))
+        if subject.kind(n) is not None and subject.get(n) is not tracked.get(n, subject.get(n))
     ]  # fmt: skip
 
 
@@ -63,7 +62,7 @@ def _acts(subject: Subject, name: str) -> bool:
     p = subject.stepped().get(name)
     if p is None:
         return False
-    return p.grad is not None or (KINDS.get(name) is not None and p.requires_grad)
+    return p.grad is not None or (subject.kind(name) is not None and p.requires_grad)
 
 
 def _of_tensor(tensor: torch.Tensor, what: str) -> list[str]:

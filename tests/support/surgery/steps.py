@@ -11,7 +11,7 @@ from .. import guarded
 from ..forked import Failed
 from .oracle import Before, Expected, ExpectedGradients
 from .refusals import is_named, must, reasons
-from .subject import KINDS, NAMES, Subject, is_readable
+from .subject import NAMES, Subject, is_readable
 from .tolerance import RELATIVE, Noise, apart
 
 _PACKAGE = str(Path(spectral_kernels.__file__).parent)
@@ -167,7 +167,7 @@ def _check_step(subject: Subject, before: Before, bits: Bits) -> None:
 
 def _difference(subject, before, bits, expected, penalties, name, p) -> str | None:
     """Return how a parameter differs from the expected step, or None."""
-    if expected.acts[name][1] and KINDS.get(name) == "matrix" and name not in penalties and (
+    if expected.acts[name][1] and subject.kind(name) == "matrix" and name not in penalties and (
         p.numel() and subject.strengths()[name]
     ):  # fmt: skip
         return "the backend was not asked for the gradient of its penalty"
@@ -250,7 +250,9 @@ def penalize(subject: Subject, between, cut: bool) -> None:
     penalties = before.penalties()
     for name, p in before.parameters.items():
         truth, rounded = before.grads.get(name), 0.0
-        if KINDS.get(name) is not None and p.requires_grad:
+        if before.strengths[name] == 0 and truth is p.grad is None:
+            continue
+        if subject.kind(name) is not None and p.requires_grad:
             penalty = penalties[name][0]
             if truth is not None:  # autograd rounds what it adds to a gradient
                 rounded = 0.51 * torch.finfo(p.dtype).eps * penalty.abs()

@@ -32,7 +32,7 @@ KINDS = {
     "norm.weight": "gain", "norm.bias": "shift",
     "conv.weight": "matrix", "conv.bias": "shift",
     "column.weight": "matrix", "row.weight": "matrix",
-    "frozen.weight": None,
+    "frozen.weight": "matrix",
 }  # fmt: skip
 NAMES = list(KINDS)
 
@@ -172,6 +172,16 @@ class Subject:
         """Replace a parameter in its module."""
         module, _, attribute = name.rpartition(".")
         setattr(self.model.get_submodule(module), attribute, parameter)
+
+    def kind(self, name: str) -> str | None:
+        """Return what the penalty does to a parameter of this name, or None.
+
+        One that is frozen at first is selected once it is not.
+        """
+        if name != "frozen.weight" or self.get(name).requires_grad:
+            return KINDS.get(name)
+        names = [matrix.ref.name for matrix in self.regularizer._selection.matrices]
+        return KINDS[name] if name in names else None
 
     def strengths(self) -> dict[str, float]:
         """Return the strength of every parameter."""

@@ -1,0 +1,51 @@
+"""Settings of the power iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..backends.base import Backend
+from ..selection.arguments import check_count
+from .bucket import MAX_EXTRA_ITERATIONS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the power iteration.
+
+    Attributes:
+        backend: name of a backend, or a Backend.
+        exponent: k.
+        warmup: iterations for vectors that start from random numbers.
+        seed: of those random numbers; each matrix has its own stream, keyed by its name.
+        n_vectors: singular vectors per matrix.
+        iterations: per step.
+        extra_iterations: at most, for stale matrices, after the iterations of each step.
+        is_in_optimizer: whether an optimizer's step contains the one iteration.
+    """
+
+    backend: str | Backend = "auto"
+    exponent: float = 2.0
+    warmup: int = 10
+    seed: int = 0
+    n_vectors: int = 1
+    iterations: int = 1
+    extra_iterations: int = 0
+    is_in_optimizer: bool = False
+
+
+def iterations_of(n_power_iterations, is_in_optimizer: bool = False) -> tuple[int, int]:
+    """Return the numbers of iterations and of extra iterations of ``n_power_iterations``.
+
+    Raises:
+        TypeError: neither an integer nor "auto".
+        ValueError: an integer below 1, or in an optimizer another than 1.
+    """
+    if isinstance(n_power_iterations, str) and n_power_iterations == "auto":
+        return 1, MAX_EXTRA_ITERATIONS
+    found = check_count("n_power_iterations", n_power_iterations, 1, words=("auto",))
+    if is_in_optimizer and found != 1:
+        raise ValueError(
+            f"n_power_iterations: got {found}; accepted are 1 and 'auto' in an optimizer"
+        )
+    return found, 0
