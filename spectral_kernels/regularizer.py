@@ -20,6 +20,7 @@ from .engine.initial import Initial, checked_initial, copied
 from .engine.loading import Loaded, LoadResult, vectors_of, with_initial
 from .engine.model_buckets import ModelBuckets
 from .engine.settings import Settings, iterations_of
+from .engine.shares import look_when_built
 from .engine.untraced import outside, untraced
 from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number, known_keywords
@@ -133,6 +134,7 @@ class SpectralRegularizer(Assignable, Readings):
         if not any(ref.get().is_meta for ref in self._buckets.refs):
             self._coefficients.measure_initial()
         self._buckets.ready_for_graphs()
+        look_when_built(self._buckets)
 
     # ------------------------------------------------------ three ways to apply the penalty
 

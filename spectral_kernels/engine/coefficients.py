@@ -12,7 +12,7 @@ from ..selection import transforms
 from ..selection.arguments import by_name, check_by_pattern, check_number, shown
 from ..selection.matrices import Elementwise, Matrix, Selection
 from ..tables import device as device_tables
-from . import initial
+from . import initial, lanczos
 from .bucket import Bucket
 from .initial import Initial
 
@@ -38,6 +38,10 @@ class Coefficients:
         self, selection: Selection, strength: Strength, target: Target, backend: str | Backend
     ):
         self._selection, self._backend = selection, backend
+        # Vectors of the matrices that were measured, [1, N] and [1, M]: the power iteration starts
+        # from them, so that the penalty is zero at first.
+        self.right: dict[str, torch.Tensor] = {}
+        self.left: dict[str, torch.Tensor] = {}
         self.initial: dict[str, Initial] = {}  # measured targets, by name of the entry
         if isinstance(strength, torch.Tensor):
             _check_tensor(strength, is_read=True)
@@ -139,7 +143,7 @@ class Coefficients:
             target, parameter = self.target_of(entry), bucket.parameters[ref]
             is_tensor = isinstance(target, torch.Tensor)
             if is_tensor and target.numel() != initial.n_numbers(entry, parameter):
-                target = initial.measured(entry, parameter, self._backend)
+                target = initial.measured(entry, parameter)
                 self.initial[entry.name] = target
             targets.append(target)
         bucket.set_targets(targets)
@@ -160,13 +164,22 @@ class Coefficients:
         self.initial.update(self._measured(self._targets))
 
     def _measured(self, targets: Mapping[str, float | str]) -> dict[str, Initial]:
-        found = {}
+        found: dict[str, Initial] = {}
         for entry in self._entries:
-            if targets[entry.name] == "initial" and entry.name not in self.initial:
-                tensor = entry.ref.get()
-                with transforms.suspended():
-                    tensor = transforms.value_of(entry.ref.name, tensor)
-                    found[entry.name] = initial.measured(entry, tensor, self._backend)
+            if targets[entry.name] != "initial" or entry.name in self.initial:
+                continue
+            tensor = entry.ref.get()
+            with transforms.suspended():
+                tensor = transforms.value_of(entry.ref.name, tensor)
+                if isinstance(entry, Elementwise):
+                    found[entry.name] = initial.measured(entry, tensor)
+                    continue
+                with torch.inference_mode(False):
+                    top = lanczos.top(entry, tensor, rtol=1e-4, backend=self._backend)
+            found[entry.name] = top.sigma
+            for vectors, v in ((self.right, top.right), (self.left, top.left)):
+                if v is not None:
+                    vectors[entry.name] = v
         return found
 
 

@@ -12,22 +12,16 @@ from collections.abc import Mapping
 
 import torch
 
-from ..backends.base import Backend
 from ..selection.arguments import check_number
-from ..selection.matrices import Elementwise, Matrix, Selection
+from ..selection.matrices import Elementwise, Selection
 from ..sharding.shards import whole_of
 from ..tables.device import wide
-from .lanczos import singular_values
 
 Initial = float | torch.Tensor
 
 
-def measured(
-    entry: Matrix | Elementwise, parameter: torch.Tensor, backend: str | Backend
-) -> Initial:
+def measured(entry: Elementwise, parameter: torch.Tensor) -> Initial:
     """Return the initial target of ``entry`` of ``parameter``, a plain tensor or a DTensor."""
-    if isinstance(entry, Matrix):
-        return singular_values(entry, parameter, rtol=1e-4, backend=backend)[0]
     with torch.inference_mode(False), torch.no_grad():  # the numbers outlive an inference mode
         x = wide(whole_of(parameter.detach()))
         if entry.kind == "shift":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -35,12 +36,41 @@ def singular_values(
     bucket = Bucket.of([matrix], [], [tensor], chosen, exponent=1, r=r)
     bucket.state.target.zero_()
     if r == 1:
-        # A start vector outside of the row space of W adds one dimension to the Krylov space.
-        return (_lanczos(bucket, rtol, matrix.name, min(matrix.shape) + 1),)
+        return (_lanczos(bucket, rtol, matrix)[0],)
     return _block_lanczos(bucket, rtol, matrix.name)
 
 
-def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
+class Top(NamedTuple):
+    """The largest singular value of a matrix, and the vector that the power iteration would keep.
+
+    ``right`` [1, N] in logical order, or ``left`` [1, M] of a matrix that is stored column by
+    column; neither if the matrix is zero or not finite.
+    """
+
+    sigma: float
+    right: torch.Tensor | None = None
+    left: torch.Tensor | None = None
+
+
+def top(matrix: Matrix, tensor: torch.Tensor, rtol: float, backend: str | Backend) -> Top:
+    """Return the largest singular value of one matrix of a parameter, within ``rtol``."""
+    if tensor.numel() == 0:
+        return Top(0.0)
+    chosen = choose(backend, local_of(tensor).device, tensor.dtype)
+    bucket = Bucket.of([matrix], [], [tensor], chosen, exponent=1, r=1)
+    bucket.state.target.zero_()
+    sigma, v = _lanczos(bucket, rtol, matrix)
+    if v is None:
+        return Top(sigma)
+    layout = bucket.state.plan.layouts[0]
+    v = v[None].to(bucket.state.v)
+    return Top(sigma, left=v) if layout.side == "left" else Top(sigma, layout.to_logical(v))
+
+
+def _lanczos(bucket: Bucket, rtol: float, matrix: Matrix) -> tuple[float, torch.Tensor | None]:
+    """Return sigma_1 and its vector v [N] as it is stored, None if there is none."""
+    # A start vector outside of the row space of W adds one dimension to the Krylov space.
+    name, limit = matrix.name, min(matrix.shape) + 1
     plan, state = bucket.plan, bucket.state
     n = state.plan.layouts[0].cols
     limit = min(n, limit)
@@ -61,9 +91,9 @@ def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
         bucket.iterate(1)
         sigma, residual = float(state.sigma), float(state.residual)
         if not math.isfinite(sigma):
-            return math.nan
+            return math.nan, None
         if sigma == 0 and len(basis) == 1:
-            return 0.0
+            return 0.0, None
         if len(basis) == 1:
             unit = sigma
         # W^T W v = length * v_next, and the residual gives the length (see normalize).
@@ -75,13 +105,13 @@ def _lanczos(bucket: Bucket, rtol: float, name: str, limit: int) -> float:
             t = t - stacked.mT @ (stacked @ t)
         beta = float(torch.linalg.vector_norm(t))
         if len(basis) % BETWEEN == 0 or len(basis) >= limit or beta <= 1e-14 * alphas[0]:
-            ritz, rest = _top_ritz_value(alphas, betas, beta)
+            ritz, rest, weights = _top_ritz_value(alphas, betas, beta)
             history.append(math.sqrt(max(ritz, 0.0)))
             # The relative error of sigma is half that of its square; the margin is for clustered
             # singular values.
             settled = len(history) > 2 and history[-1] - history[-3] <= 0.1 * rtol * history[-1]
             if len(basis) >= limit or (rest <= 0.1 * rtol * ritz and settled) or beta == 0:
-                return history[-1] * unit
+                return history[-1] * unit, weights.to(stacked) @ stacked
             if len(basis) >= 2000:
                 raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
         betas.append(beta)
@@ -174,9 +204,9 @@ def _unit_beside(basis: torch.Tensor, row: torch.Tensor, least: float) -> torch.
     return row
 
 
-def _top_ritz_value(alphas, betas, beta: float) -> tuple[float, float]:
-    """Return the largest eigenvalue of the tridiagonal matrix and its residual norm."""
+def _top_ritz_value(alphas, betas, beta: float) -> tuple[float, float, torch.Tensor]:
+    """Return the largest eigenvalue of the tridiagonal matrix, its residual norm and its vector."""
     diagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
     off = torch.tensor(betas, dtype=torch.float64, device="cpu")
     values, vectors = torch.linalg.eigh(diagonal + torch.diag(off, 1) + torch.diag(off, -1))
-    return float(values[-1]), beta * abs(float(vectors[-1, -1]))
+    return float(values[-1]), beta * abs(float(vectors[-1, -1])), vectors[:, -1]

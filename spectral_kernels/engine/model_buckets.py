@@ -26,6 +26,7 @@ from .bucket import Bucket
 from .coefficients import Coefficients, Target
 from .loading import NOTHING_LOADED, Loaded
 from .settings import Settings
+from .shares import ShareWatch
 from .stability import StabilityWatch
 from .vectors import Start, left_of, right_of
 
@@ -58,7 +59,7 @@ class ModelBuckets:
         self.in_steps: list[StepPenalty] = []  # which optimizers' steps add the penalty
         # The parameters that were there when these last added it.
         self.held: WeakKeyDictionary[StepPenalty, list[torch.Tensor]] = WeakKeyDictionary()
-        self.watch = StabilityWatch()
+        self.watch, self.shares = StabilityWatch(), ShareWatch()
         self.at_next_build: Callable[[ModelBuckets], None] | None = None
         self.buckets: list[Bucket] | None = None
         self._indices: list[list[int]] = []  # indices into refs of each bucket's parameters
@@ -219,9 +220,11 @@ class ModelBuckets:
             owner: whose step it is; its optimizers must hold the parameters.
         """
         buckets = self._bound(values, owner)
-        for bucket in buckets:
-            if not bucket.warm:
-                bucket.warm_up()
+        cold = [bucket for bucket in buckets if not bucket.warm]
+        for bucket in cold:
+            bucket.warm_up()
+        if len(cold) == len(buckets) and self.settings.warmup:
+            self.shares.look(buckets)
         if self.coefficients.strength_tensor is not None:  # its value may have changed
             self.fill_strength()
         return buckets
@@ -409,7 +412,11 @@ class ModelBuckets:
             key = tensor.device, tensor.dtype, self._axes_of(i, tensor), part
             groups.setdefault(key, []).append(i)
         settings, buckets, orders = self.settings, [], []
-        start = Start(settings.seed, settings.n_vectors, self.start_vectors, self.start_left)
+        measured = self.coefficients
+        right, left = measured.right | self.start_vectors, measured.left | self.start_left
+        start = Start(settings.seed, settings.n_vectors, right, left)
+        known = {*self.start_vectors, *self.start_left}
+        warm = self._warm and known.issuperset((*measured.right, *measured.left))
         for (device, dtype, _, _), members in groups.items():
             inside = set(members)
             matrices = [m for m in self.selection.matrices if place[m.ref] in inside]
@@ -421,7 +428,7 @@ class ModelBuckets:
                 matrices, elementwise, own, backend, settings.exponent, settings.n_vectors,
                 settings.extra_iterations, settings.warmup,
             )  # fmt: skip
-            bucket.warm = start.write(bucket) and self._warm
+            bucket.warm = start.write(bucket) and warm
             if bucket.is_sharded:
                 bucket.backend.agree(bucket.state.v_next)
             self.coefficients.fill(bucket)
