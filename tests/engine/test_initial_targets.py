@@ -323,7 +323,9 @@ def test_readings_of_two_buckets_and_of_a_log(tmp_path):
 
 def test_norms_and_spectra_are_those_of_the_block_diagonal_matrix():
     model = Mixed()
-    values = torch.linalg.svdvals(torch.block_diag(*model.kernel.detach().double().flatten(1)[:, None]))
+    values = torch.linalg.svdvals(
+        torch.block_diag(*model.kernel.detach().double().flatten(1)[:, None])
+    )
     assert spectral_norms(model)["kernel"] == pytest.approx(float(values[0]))
     assert spectral_norms(model, n_vectors=4)["kernel"] == pytest.approx(values[:4].tolist())
     assert spectral_norms(model, n_vectors=8)["kernel"][6:] == (0, 0)
