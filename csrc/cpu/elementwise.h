@@ -17,29 +17,48 @@ SPECTRAL_INLINE ElementwiseGradient<S> elementwise_gradient_of(const Header& hea
                                 reinterpret_cast<const S*>(header.norm)[index], entry);
 }
 
-// The lanes of a vector in float64.
-using wide32v = double __attribute__((vector_size(2 * SPECTRAL_BYTES)));
-SPECTRAL_INLINE wide32v widened(f32v x) { return __builtin_convertvector(x, wide32v); }
-SPECTRAL_INLINE f64v widened(f64v x) { return x; }
-SPECTRAL_INLINE f32v narrowed(wide32v x) { return __builtin_convertvector(x, f32v); }
-SPECTRAL_INLINE f64v narrowed(f64v x) { return x; }
+// Half of a vector of float32, as many numbers as a vector of float64 has. A vector of twice the
+// processor's size in float64 would go through memory.
+using f32h = float __attribute__((vector_size(SPECTRAL_BYTES / 2)));
+
+SPECTRAL_INLINE f64v widened(f32v x) {  // the lower half
+  f32h half;
+  __builtin_memcpy(&half, &x, sizeof(half));
+  return __builtin_convertvector(half, f64v);
+}
+
+SPECTRAL_INLINE f32v joined(f64v low, f64v high) {
+  const f32h a = __builtin_convertvector(low, f32h), b = __builtin_convertvector(high, f32h);
+#if SPECTRAL_BYTES == 64
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif SPECTRAL_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3);
+#endif
+}
+
+SPECTRAL_INLINE void add_squares(f64v& sum, f64v& other, f32v x) {
+  const f64v low = widened(x), high = widened(upper_half(x));
+  sum += low * low;
+  other += high * high;
+}
+SPECTRAL_INLINE void add_squares(f64v& sum, f64v&, f64v x) { sum += x * x; }
+
+// factor * x, rounded once.
+SPECTRAL_INLINE f32v scaled(double factor, f32v x) {
+  return joined(widened(x) * factor, widened(upper_half(x)) * factor);
+}
+SPECTRAL_INLINE f64v scaled(double factor, f64v x) { return x * factor; }
 
 template <class T>
 SPECTRAL_INLINE double row_squares(const T* row, int64_t n) {
   constexpr int kLanes = Simd<T>::kLanes;
-  auto sums = widened(typename Simd<T>::V{});
-  const auto add = [&](typename Simd<T>::V x) __attribute__((always_inline)) {
-    const auto wide = widened(x);
-    sums += wide * wide;
-  };
+  f64v sum{}, other{};
   int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) add(Simd<T>::load(row + c));
-  if (c < n) add(Tail<T>(n, c).load(row));
-  double sum[kLanes];
-  __builtin_memcpy(sum, &sums, sizeof(sum));
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-  return sum[0];
+  for (; c + kLanes <= n; c += kLanes) add_squares(sum, other, Simd<T>::load(row + c));
+  if (c < n) add_squares(sum, other, Tail<T>(n, c).load(row));
+  return sum_lanes(sum + other);
 }
 
 // The gradient of a row at its elements: factor * x.
@@ -60,7 +79,7 @@ struct RowGradient {
   }
 
   SPECTRAL_INLINE V of(V x) const {
-    x = narrowed(widened(x) * factor);
+    x = scaled(factor, x);
     if (has_nan)
       for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = plain_nan(x[i]);
     return x;

@@ -122,7 +122,8 @@ class Backend(ABC):
           if ``state.v_next`` is None;
         * ``plan.gram_partial``: per tile its part of s s^T, [r, r], in the
           ``tables.device.wide_dtype``: float64 on every device that has it;
-        * ``state.norm`` [n_elementwise] and the elementwise part of ``state.raw_penalty``.
+        * ``state.norm`` [n_elementwise], of rows the largest norm, and the elementwise part of
+          ``state.raw_penalty``. What they are pulled to is in ``plan.targets``.
         """
 
     @abstractmethod
@@ -180,7 +181,7 @@ class Backend(ABC):
         Then multiply the new weights by ``v_next``, as ``gram_matvec`` does with ``v``; the caller
         swaps the two afterwards. Where ``step.found_inf`` is above zero, weights and moments do not
         change, ``v`` is copied to ``v_next``, and the products are taken with it. In the decoupled
-        form the penalty carries sigma to the target at most, a gain to 1 or -1, a shift to 0.
+        form the penalty carries sigma to the target at most, and likewise what is elementwise.
         """
         reference.update(step)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..selection.matrices import refs_of
+from ..selection.matrices import Elementwise, refs_of
+from ..selection.parameters import ParameterRef
 from ..selection.rules import select
 from ..tables import device as device_tables
 from ..tables.plan import Plan
@@ -70,12 +71,28 @@ def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.requires_grad_(False)
 
 
+def _more_elementwise(model: nn.Module) -> list[Elementwise]:
+    """Return short and long rows, a shift and a gain with targets of their own."""
+    like = next(model.parameters())
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for name, kind, shape in (
+        ("short rows", "rows", (300, 9)), ("long rows", "rows", (3, 700)),
+        ("a shift", "shift", (1, 70)), ("a gain", "gain", (70, 1)),
+    ):  # fmt: skip
+        x = torch.randn(shape, generator=generator, device="cpu") / shape[1] ** 0.5
+        ref = ParameterRef(name, None, name, x.to(like))
+        found.append(Elementwise(name, ref, kind, shape[1], TARGET))
+    return found
+
+
 def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     """Return the results of two iterations, by name."""
     selection = select(model, trainable_only=False)
-    refs = refs_of(selection.matrices, selection.elementwise)
+    elementwise = [*selection.elementwise, *_more_elementwise(model)]
+    refs = refs_of(selection.matrices, elementwise)
     tensors = [ref.get() for ref in refs]
-    plan = Plan(selection.matrices, selection.elementwise, tensors, r)
+    plan = Plan(selection.matrices, elementwise, tensors, r)
     state = State.allocate(plan, EXPONENT)
     state.strength.fill_(STRENGTH)
     state.target.fill_(TARGET)
@@ -149,7 +166,9 @@ def step_disagreement(
 
 def _optimizer_steps(optimizer: type, backend, device, dtype, r) -> dict[str, torch.Tensor]:
     model = small_model(device, dtype).requires_grad_(True)
-    own = optimizer(model, LR, strength=STRENGTH, backend=backend, n_vectors=r)
+    # The norm is held: it has targets of its own.
+    target = {f"{len(SHAPES)}.*": "initial", "*": 1.0}
+    own = optimizer(model, LR, strength=STRENGTH, target=target, backend=backend, n_vectors=r)
     for bucket in own._buckets.bound():
         bucket.warmup = 0  # from here on: that of replaced matrices would mend wrong products
     for group in own.param_groups:

@@ -221,11 +221,8 @@ def metrics(
             entry, norm = bucket.plan.elementwise[i], numbers.pop(0)
             most = largest(model_buckets.coefficients.target_of(entry))
             # Rounded as it is in the buckets.
-            by_name[entry.name] = (
-                norm,
-                0.0,
-                torch.tensor(most, dtype=bucket.state.norm.dtype).item(),
-            )
+            most = torch.tensor(most, dtype=bucket.plan.state_dtype, device="cpu").item()
+            by_name[entry.name] = norm, 0.0, most
         penalty += numbers.pop(0)
     found = {"penalty": penalty, "above_target": 0.0}
     if not names:

@@ -39,8 +39,8 @@ class SpectralAdamW(SpectralOptimizer):
 
         W <- (1 - lr * weight_decay) W - lr * strength * dR/dW - lr * AdamW's direction of g
 
-    The penalty's part then carries sigma to its target at most, a gain to 1 or -1, a bias to 0,
-    however large lr * strength is.
+    The penalty's part then carries sigma to its target at most, and gains and biases to theirs (1
+    or -1, and 0), however large lr * strength is.
 
     ``sigma`` and ``residual`` are those of the weights after the last step. ``strength``,
     ``target``, ``exponent``, ``n_power_iterations`` and ``n_vectors`` may be assigned later.

@@ -33,7 +33,8 @@ def triton_backend():
          "GRAD_ROW_STRIDE GRAD_OUTER_STRIDE V_OFFSET S_OFFSET FIRST_TILE N_TILES", "MATRIX_FIELDS"),
         (schema.TILE, "TILE_MATRIX ROW_BEGIN ROW_END T_OFFSET", "TILE_FIELDS"),
         (schema.CHUNK, "CHUNK_MATRIX CHUNK_BEGIN", "CHUNK_FIELDS"),
-        (schema.ELEMENTWISE, "WEIGHT GRAD GRAD_DTYPE SIZE KIND", "ELEMENTWISE_FIELDS"),
+        (schema.ELEMENTWISE, "WEIGHT GRAD GRAD_DTYPE SIZE KIND LENGTH TARGETS",
+         "ELEMENTWISE_FIELDS"),
         (schema.MOMENT, "FIRST SECOND PARAMETER GROUP", "MOMENT_FIELDS"),
         (schema.GROUP, "LR WEIGHT_DECAY OPTION_1 OPTION_2 EPS NESTEROV", "GROUP_FIELDS"),
     ],
@@ -44,6 +45,7 @@ def test_the_kernels_know_the_tables(struct, names, fields):
     assert known == {name: i for i, name in enumerate(struct.names)}
     assert getattr(tables, fields).value == len(struct.names)
     assert tables.GAIN.value == schema.KINDS["gain"]
+    assert tables.ROWS_KIND.value == schema.KINDS["rows"]
     assert tables.CHUNK_COLUMNS.value == schema.CHUNK_COLUMNS
 
 

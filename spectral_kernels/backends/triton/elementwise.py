@@ -31,6 +31,20 @@ def gain_targets(vector, c, mask):
 
 
 @triton.jit
+def elementwise_gradient(vector, value, c, mask, gain, factor, strength, k, integer):
+    """Return the gradient at elements ``c`` of a gain or of a shift, ``value``, float64."""
+    result = factor * value
+    if gain:
+        magnitude = tl.abs(value)
+        least = power(gain_targets(vector, c, mask), k, integer)
+        slope = power(magnitude, k, integer) - least
+        slope = slope * power(magnitude, k - 1, integer - 1)
+        pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
+        result = tl.where(value == 0, 0.0, pull)
+    return result
+
+
+@triton.jit
 def shift_of(vector, norm, strength, k, integer):
     """Return the factor of a shift of that norm, and by what the step may shorten it at most."""
     targets, present = targets_at(vector)

@@ -49,19 +49,6 @@ def shift_factor(norm, strength, k, integer):
 
 
 @triton.jit
-def elementwise_gradient(value, gain, target, factor, strength, k, integer):
-    """Return the gradient at elements ``value`` of a gain, or of a shift, float64."""
-    result = factor * value
-    if gain:
-        magnitude = tl.abs(value)
-        slope = power(magnitude, k, integer) - power(target, k, integer)
-        slope = slope * power(magnitude, k - 1, integer - 1)
-        pull = 2 * k * strength * slope * tl.where(value > 0, 1.0, -1.0)
-        result = tl.where(value == 0, 0.0, pull)
-    return result
-
-
-@triton.jit
 def capped(value, most, lr):
     """Return ``value``, or with its sign the largest one for which lr * |value| <= ``most``."""
     is_over = lr * tl.abs(value) > most

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from .chunks import ordered_sum, sum_chunk, sum_of_squares
-from .elementwise import gain_targets, lanes_of, row_factors, row_squares, shift_of
-from .penalty import elementwise_gradient, excess_of, matrix_factor, residual_of
+from .elementwise import elementwise_gradient, lanes_of, row_factors, row_squares, shift_of
+from .penalty import excess_of, matrix_factor, residual_of
 from .tables import (
     ALIGNED,
     CHUNK_BEGIN,
@@ -168,8 +168,9 @@ def _elementwise_gradient(
     for first in range(0, size, BN):
         c = first + tl.arange(0, BN)
         value = tl.load(x + c, mask=c < size, other=0.0).to(tl.float64)
-        target = gain_targets(vector, c, gain & (c < size))
-        result = elementwise_gradient(value, gain, target, factor, strength, k, integer)
+        result = elementwise_gradient(
+            vector, value, c, c < size, gain, factor, strength, k, integer
+        )
         _put(grad, c, c < size, result, GRAD_TYPE, ACCUMULATE)
 
 

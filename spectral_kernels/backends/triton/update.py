@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import (
+    elementwise_gradient,
     gain_excesses,
     gain_targets,
     lanes_of,
@@ -23,7 +24,7 @@ from .elementwise import (
     store_norm,
 )
 from .gram_matvec import add_long_rows
-from .penalty import capped, capped_factor, elementwise_gradient, matrix_factor
+from .penalty import capped, capped_factor, matrix_factor
 from .tables import (
     ADAMW,
     ALIGNED,
@@ -232,10 +233,12 @@ def _elements(
         x = tl.zeros([BN], tl.float32)
         if WITH_PENALTY:
             value = tl.load(weight + c, mask=mask, other=0.0).to(tl.float64)
-            target = gain_targets(vector, c, gain & mask)
-            pull = elementwise_gradient(value, gain, target, factor, strength, k, integer)
+            pull = elementwise_gradient(vector, value, c, mask, gain, factor, strength, k, integer)
             if DECOUPLED:
-                magnitude = tl.abs(value)
+                magnitude, target = (
+                    tl.abs(value),
+                    gain_targets(vector, c, tl.where(gain, mask, False)),
+                )
                 most = tl.where(gain, tl.abs(magnitude - target), magnitude * shortest)
                 pull = capped(pull, most, lr)
             x = pull.to(tl.float32)
