@@ -156,8 +156,6 @@ class ModelBuckets:
         own.frozen, own.names = now.frozen, now.names
         own.follower.look_at(own)
         self.coefficients.take(*coefficients, found.new)
-        if not any(ref.get().is_meta for ref in refs_of(own.matrices, [])):
-            self.coefficients.measure_initial()
         sharded = {before[i]: tensor for i, tensor in self._sharded.items()}
         self._refer()
         self._sharded = {i: sharded[ref] for i, ref in enumerate(self.refs) if ref in sharded}
@@ -169,6 +167,8 @@ class ModelBuckets:
         for attachment in {x.attachment for x in self.in_steps} - {None}:
             attachment.align(before, self.refs)
         self.watch.restart()
+        if not any(ref.get().is_meta for ref in self.refs):
+            self.coefficients.measure_initial()
         warn_of_gone(found.gone)
         if self._traced:
             self._bound()
