@@ -46,13 +46,16 @@ class SpectralRegularizer(Assignable, Readings):
     once. ``strength``, ``target``, ``exponent``, ``n_power_iterations`` and ``n_vectors`` may be
     assigned later too.
 
+    Modules of ``model`` that are replaced, resized, deleted, frozen or unfrozen are followed at the
+    next step, see docs/continual.md; :meth:`reselect` takes in those that are added.
+
     Args:
         model: a module, or an iterable of (name, parameter). An iterable does not identify
             embeddings, norms, gates, stacks and convolutions: names and shapes alone decide, and a
             parameter with three or more dimensions is flattened unless its name has "experts".
         strength: factor of R; a number, a 0-d tensor, or a mapping from name patterns to numbers
             (the first matching pattern counts). The value of a tensor is checked once, here. With
-            the number 0, a parameter without ``.grad`` is left alone, as if it were excluded.
+            the number 0, a parameter gets no gradient of the penalty, as if it were excluded.
         exponent: k, at least 1.
         target: tau; a number, "initial", or a mapping from name patterns to these. A number is
             for the matrices; biases and shifts are pulled to 0 and gains to 1. "initial" holds
@@ -224,7 +227,9 @@ class SpectralRegularizer(Assignable, Readings):
         optimizer are still scaled; the penalty is scaled with them. A closure is evaluated first,
         then the penalty added. If ``.grad`` contains a gradient of the penalty already, from
         :meth:`penalty` or :meth:`accumulate_grad_`, the step raises RuntimeError before anything
-        changes. Nothing is kept alive: the attachment ends with the optimizer.
+        changes, and so it does if the optimizer does not hold a parameter that was replaced; then
+        another optimizer may be attached. Nothing is kept alive: the attachment ends with the
+        optimizer.
 
         With ``decoupled`` the penalty acts on the weights, not through ``.grad``, after the step,
         with the values at its start, as decoupled weight decay does::
@@ -261,7 +266,8 @@ class SpectralRegularizer(Assignable, Readings):
             ValueError: a selected parameter is in no optimizer, in two of them, in a group with
                 ``maximize=True``; with ``decoupled``, a group without lr.
             RuntimeError: attached to this optimizer already, or a parameter gets a penalty in the
-                steps of an optimizer that is still there.
+                steps of an optimizer that is still there (unless it is this regularizer's, and the
+                optimizer does not hold all parameters any more).
         """
         return attach(self, optimizer, decoupled, replace, shared)
 

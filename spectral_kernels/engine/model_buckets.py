@@ -158,8 +158,6 @@ class ModelBuckets:
         own.aliases = now.aliases
         own.follower.look_at(own)
         self.coefficients.take(*coefficients, found.new)
-        if not any(ref.get().is_meta for ref in refs_of(own.matrices, own.elementwise)):
-            self.coefficients.measure_initial()
         sharded = {before[i]: tensor for i, tensor in self._sharded.items()}
         self._refer()
         self._sharded = {i: sharded[ref] for i, ref in enumerate(self.refs) if ref in sharded}
@@ -171,6 +169,8 @@ class ModelBuckets:
         for attachment in {x.attachment for x in self.in_steps} - {None}:
             attachment.align(before, self.refs)
         self.watch.restart()
+        if not any(ref.get().is_meta for ref in self.refs):
+            self.coefficients.measure_initial()
         warn_of_gone(found.gone)
         if self._traced:
             self._bound()
@@ -413,6 +413,7 @@ class ModelBuckets:
             groups.setdefault(key, []).append(i)
         settings, buckets, orders = self.settings, [], []
         measured = self.coefficients
+        measured.measure_initial()
         right, left = measured.right | self.start_vectors, measured.left | self.start_left
         start = Start(settings.seed, settings.n_vectors, right, left)
         known = {*self.start_vectors, *self.start_left}

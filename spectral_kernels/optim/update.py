@@ -83,6 +83,8 @@ class Update:
         self.moment_dtype = moment_dtype
         self.names, self.weights, self.states = names, list(weights), list(states)
         self._keys = *moment_names, "step"
+        kept = (state.get(key) for state in states for key in moment_names)
+        self._is_sharded = any(map(shards.is_sharded, kept))
         self.moments: list[tuple[torch.Tensor, ...]] = []
         self.group_of = np.array(group_of, np.int64)
         self.device, self.dtype = weights[0].device, weights[0].dtype
@@ -174,7 +176,7 @@ class Update:
             ValueError: a parameter, gradient or moment that cannot be used in place.
         """
         kept = entries(self.states, self._keys)
-        if self.bucket is not None and self.bucket.is_sharded:
+        if self._is_sharded:
             kept = [None if x is None else shards.local_of(x) for x in kept]
         try:
             found = look([*weights, *kept], grads)

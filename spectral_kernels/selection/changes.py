@@ -150,8 +150,12 @@ class Follower:
         found = refs_of(now.matrices, now.elementwise)
         added = [ref.name for ref in found if not stays(ref)]
         now.names -= {*added, *(ref.name for ref in now.frozen if not stays(ref))}
-        now.matrices = [matrix for matrix in now.matrices if stays(matrix.ref)]
+        # A bias that has got two dimensions in its module stays a bias.
+        was = {_place(entry.ref): entry for entry in selection.elementwise}
+        turned = {place: was[place] for m in now.matrices if (place := _place(m.ref)) in was}
+        now.matrices = [m for m in now.matrices if stays(m.ref) and _place(m.ref) not in turned]
         now.elementwise = [entry for entry in now.elementwise if stays(entry.ref)]
+        now.elementwise += turned.values()
         now.frozen = [ref for ref in now.frozen if stays(ref)]
         now.skipped += [(name, _ADDED) for name in added]
         return self._compared(selection, now)

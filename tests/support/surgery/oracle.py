@@ -242,7 +242,7 @@ class ExpectedGradients:
             self.grads[name] = None if grad is None else again.of(grad)
         for name in before.parameters:
             takes_step, with_penalty = before.choices(name)[choice]
-            if not takes_step or not with_penalty or self.subject.kind(name) is None:
+            if not takes_step or not with_penalty:
                 continue
             if self.grads[name] is None:
                 self.grads[name] = torch.zeros_like(before.weights[False][name])

@@ -250,7 +250,7 @@ def penalize(subject: Subject, between, cut: bool) -> None:
     penalties = before.penalties()
     for name, p in before.parameters.items():
         truth, rounded = before.grads.get(name), 0.0
-        if before.strengths[name] == 0 and truth is p.grad is None:
+        if not before.strengths.get(name) and truth is p.grad is None:
             continue
         if subject.kind(name) is not None and p.requires_grad:
             penalty = penalties[name][0]
