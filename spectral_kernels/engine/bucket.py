@@ -198,7 +198,8 @@ class Bucket:
         """Return this rank's shard of every parameter's ``.grad``; None for those left out."""
         out = self.left_out
         if not self.is_sharded:
-            return [None if i in out else p.grad for i, p in enumerate(self.parameters)]
+            found = [p.grad for p in self.parameters]
+            return [None if i in out else x for i, x in enumerate(found)] if out else found
         names = [ref.name for ref in self.plan.refs]
         return [None if i in out else shards.local_grad(names[i], p)
                 for i, p in enumerate(self.parameters)]  # fmt: skip

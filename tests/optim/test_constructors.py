@@ -261,7 +261,7 @@ def test_names_are_kept_as_torch_keeps_them(kind, form):
     named, plain = {"params": [("extra", extra)]}, {"params": extra}
     fits, other = (plain, named) if form == "groups" else (named, plain)
     for optimizer in (theirs, ours):
-        if form != "groups" or optimizer is theirs:  # ours uses a name that fits no other in errors
+        if form != "groups" or optimizer is theirs:  # ours then leaves the names out
             with pytest.raises(ValueError, match="param groups should be with/without names"):
                 optimizer.add_param_group(dict(other))
         optimizer.add_param_group(dict(fits))
