@@ -328,7 +328,7 @@ class SpectralRegularizer(Assignable, Readings):
         arguments = {**self._assigned(), "exponent": f"{self.exponent:g}"}
         shown = {**arguments, "backend": repr(arguments["backend"])}
         head = ", ".join(f"{name}={value}" for name, value in shown.items())
-        return "\n".join((f"{type(self).__name__}({head})", *self._buckets.listing()))
+        return "\n".join((f"{type(self).__name__}({head})", *self._listing()))
 
     def _sgd_groups(self) -> list[Mapping[str, Any]]:
         return sgd_groups(self._buckets)

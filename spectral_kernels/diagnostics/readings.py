@@ -15,6 +15,7 @@ from ..engine.initial import largest, n_numbers
 from ..engine.model_buckets import ModelBuckets
 from ..engine.untraced import untraced
 from ..selection.arguments import shown
+from ..selection.listing import listing
 from ..selection.matrices import Elementwise, Matrix
 from .log import Log
 
@@ -128,6 +129,14 @@ class Readings:
         that the model no longer has is NaN. See ``diagnostics.log.Log``.
         """
         return Log(path, names := self.names, partial(self._logged, names), every)
+
+    def _listing(self) -> list[str]:
+        """Return lines of text with what is selected; a model that cannot be followed is told."""
+        try:
+            self._buckets.tell_of_added()
+        except (ValueError, RuntimeError) as error:
+            return [*listing(self._buckets.selection), f"the model has changed: {error}"]
+        return listing(self._buckets.selection)
 
     def _logged(self, names: Sequence[str]) -> torch.Tensor:
         """Return sigma and residual of the matrices ``names``; NaN for those that are gone."""

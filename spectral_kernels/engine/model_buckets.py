@@ -17,7 +17,6 @@ import torch
 from ..backends import choice
 from ..selection import transforms
 from ..selection.changes import Followed, aligned, warn_of_computed, warn_of_gone
-from ..selection.listing import listing
 from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
@@ -134,14 +133,6 @@ class ModelBuckets:
             if (follower := self.selection.follower) is not None:
                 follower.tell(follower.added(self.selection))
 
-    def listing(self) -> list[str]:
-        """Return lines of text with what is selected; a model that cannot be followed is told."""
-        try:
-            self.tell_of_added()
-        except (ValueError, RuntimeError) as error:
-            return [*listing(self.selection), f"the model has changed: {error}"]
-        return listing(self.selection)
-
     def _take(self, found: Followed) -> None:
         """Continue with another selection, and with the vectors of its matrices by name."""
         own, now, before = self.selection, found.selection, self.refs
@@ -153,9 +144,7 @@ class ModelBuckets:
             {n: v for n, v in vectors.items() if n in sizes and v.shape[1] == sizes[n][side]}
             for side, vectors in enumerate((self.left_vectors(), self.vectors()))
         )
-        own.matrices, own.elementwise, own.skipped = now.matrices, now.elementwise, now.skipped
-        own.frozen, own.names, own.zeros = now.frozen, now.names, now.zeros
-        own.aliases = now.aliases
+        own.become(now)
         own.follower.look_at(own)
         self.coefficients.take(*coefficients, found.new)
         sharded = {before[i]: tensor for i, tensor in self._sharded.items()}

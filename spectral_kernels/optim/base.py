@@ -32,7 +32,7 @@ from ..selection.parameters import named_parameters
 from ..selection.warn import warn
 from ..sharding import shards
 from ..tables import device as device_tables
-from .groups import items_of, not_in, source_and_groups
+from .groups import items_of, named_alike, not_in, source_and_groups
 from .states import check_state, state_of
 from .update import Rule, Update, check_dtype
 
@@ -305,22 +305,12 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             p = item[1] if isinstance(item, tuple) else item
             if p.requires_grad:
                 check_dtype(names[id(p)][1] if id(p) in names else self._name_of(p), p.dtype)
-        self._names.update(names)
         if self.param_groups:
-            group["params"] = self._named_alike(group["params"], bool(names))
+            root = self._buckets.selection.root
+            group["params"] = named_alike(group["params"], self.param_groups[0], root)
         super().add_param_group(group)
+        self._names.update(names)
         self._updates = None
-
-    def _named_alike(self, items: list, are_named: bool) -> list:
-        """Return the items of a new group with names if the groups have some, without if not."""
-        if "param_names" not in self.param_groups[0]:
-            return [x[1] for x in items] if are_named else items
-        model = self._buckets.selection.root
-        if are_named or model is None:
-            return items
-        known = {id(p): name for name, p in model.named_parameters()}
-        named = [(known[id(p)], p) for p in items if id(p) in known]
-        return named if len(named) == len(items) else items
 
     @untraced
     def reselect(self) -> None:
@@ -367,7 +357,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         groups = super().__repr__()
         arguments = {**self._assigned(), "decoupled": self._decoupled}
         lines = [f"{name}: {value}" for name, value in arguments.items()]
-        lines += self._buckets.listing()
+        lines += self._listing()
         return "\n    ".join((groups.removesuffix(")") + "Penalty", *lines)) + "\n)"
 
     # -------------------------------------------------------------------------------------- state

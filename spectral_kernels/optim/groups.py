@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..selection.arguments import as_dict, shown
-from ..selection.parameters import parameter_refs
+from ..selection.parameters import named_parameters, parameter_refs
 
 Params = (
     nn.Module
@@ -62,6 +62,18 @@ def items_of(params) -> list[torch.Tensor | tuple[str, torch.Tensor]]:
                 "(name, parameter) pairs"
             )
     return items
+
+
+def named_alike(items: list, first: Mapping[str, Any], model: nn.Module | None) -> list:
+    """Return the items of a new group with names if the ``first`` group has some, else without."""
+    are_named = any(isinstance(item, tuple) for item in items)
+    if "param_names" not in first:
+        return [item[1] for item in items] if are_named else items
+    if are_named or model is None:
+        return items
+    known = {id(p): name for name, p in named_parameters(model)}
+    named = [(known[id(p)], p) for p in items if id(p) in known]
+    return named if len(named) == len(items) else items
 
 
 def not_in(groups, model: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +103,12 @@ class Selection:
     zeros: list[ParameterRef] = field(default_factory=list)
     names: frozenset[str] = frozenset()
     follower: Follower | None = None
+
+    def become(self, now: Selection) -> None:
+        """Have the parameters of another selection of the same model."""
+        for one in fields(self):
+            if one.name not in ("root", "follower"):
+                setattr(self, one.name, getattr(now, one.name))
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """Return all names of the parameter ``name``, which may be tied."""

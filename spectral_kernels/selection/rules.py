@@ -105,6 +105,7 @@ def select(
             found.aliases[ref.name] = aliases
         with torch.enable_grad():
             tensor = ref.get()
+        said = _named_by(aliases, roles) or ("stack" if match_any(aliases, stacked) else None)
         is_needed = trainable_only and ref.name not in known
         reason = _reason_to_skip(ref, aliases, tensor, include, exclude, is_needed)
         if ref.computed and not computed:
@@ -112,9 +113,13 @@ def select(
         if reason is not None:
             if reason == FROZEN:
                 found.frozen.append(ref)
+            elif said not in (None, "skip") and reason.startswith(("dtype", "layout")):
+                raise ValueError(
+                    f"roles, stacked: the parameter {ref.name!r} has {reason}; accepted are dense "
+                    f"ones of {', '.join(map(str, FLOAT_DTYPES))}"
+                )
             found.skipped.append((ref.name, reason))
             continue
-        said = _named_by(aliases, roles) or ("stack" if match_any(aliases, stacked) else None)
         role = role_of(ref, tensor, shapes[id(ref.module)], said, include is not None)
         flag = _FLAGS.get(role.kind)
         if role.kind == "skip" or (said is None and flag is not None and not flags[flag]):

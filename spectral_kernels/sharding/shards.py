@@ -198,6 +198,12 @@ def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:
     """
     placed = _Placed(matrix.name, parameter)
     local = placed.local
+    if matrix.part_dim is not None and placed.axes:
+        raise ValueError(
+            f"parameter {matrix.ref.name!r} is a transposed convolution by groups and sharded "
+            f"({parameter.placements}); accepted are whole ones: leave it out with exclude, or "
+            'take it as one matrix (roles: "matrix")'
+        )
     # Local strides may differ from the DTensor's, and ranks must agree on the order of columns:
     # that of a contiguous full tensor.
     whole = layout_of(matrix, torch.empty(parameter.shape, device="meta"))

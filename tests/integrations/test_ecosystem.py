@@ -122,19 +122,47 @@ def test_the_penalty_is_about_the_weight_that_a_parametrization_makes():
     assert reg.sigma[reg.names.index("0.weight")] == pytest.approx(float(exact), rel=1e-3)
 
 
-def test_ways_that_work_in_place_refuse_a_parametrized_weight():
+@pytest.mark.parametrize("way", ["accumulated", "attached", "SpectralAdamW", "SpectralSGD"])
+def test_ways_that_work_in_place_leave_out_a_parametrized_weight(way):
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(12, 20)), nn.Linear(20, 5))
-    says = r"'0\.weight' is made by a parametrization.*penalty\(\)"
-    reg = SpectralRegularizer(model)
-    with pytest.raises(ValueError, match=says):
-        reg.accumulate_grad_()
-    with pytest.raises(ValueError, match=says):
-        reg.attach(torch.optim.SGD(model.parameters(), 0.1))
-    for kind in (SpectralAdamW, SpectralSGD):
-        with pytest.raises(ValueError, match=says):
-            kind(model)
-    SpectralRegularizer(model, exclude=["0.weight"]).accumulate_grad_()
-    SpectralAdamW(model, exclude=["0.weight"])
+    twin = copy.deepcopy(model)
+
+    def begun(model, **options):
+        """Return what takes a step, with the penalty alone, and what holds its matrices."""
+        options |= {"strength": 0.1}
+        if way in ("SpectralAdamW", "SpectralSGD"):
+            kind = {"SpectralAdamW": SpectralAdamW, "SpectralSGD": SpectralSGD}[way]
+            optimizer = kind(model, lr=0.1, **options)
+            return optimizer.step, optimizer
+        reg = SpectralRegularizer(model, **options)
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        if way == "attached":
+            reg.attach(sgd)
+            return sgd.step, reg
+        return lambda: (reg.accumulate_grad_(), sgd.step()), reg
+
+    def stepped(model, **options):
+        step, held = begun(model, **options)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            step()
+        return held
+
+    with pytest.warns(UserWarning, match=r"'0\.weight' was left out.*only penalty\(\)") as caught:
+        held = stepped(model)
+    assert len(caught) == 1
+    assert held.names == ["1.weight"]
+    assert "only penalty() regularizes it" in repr(held)
+    stepped(twin, exclude=["0.weight"])
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_nothing_but_a_parametrized_weight_is_refused():
+    layer = parametrizations.weight_norm(nn.Linear(12, 20, bias=False))
+    with pytest.raises(ValueError, match=r"nothing to regularize.*weight.*only penalty\(\)"):
+        SpectralRegularizer(layer).accumulate_grad_()
 
 
 def test_pruned_weights_are_refused_until_the_mask_is_final():

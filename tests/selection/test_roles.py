@@ -293,6 +293,9 @@ BAD = {
         lambda m: select(m, roles={"v": "matrix"}), ValueError, ["'v'", "(4,)", "2 or more"]),
     "a stack of two": (
         lambda m: select(m, roles={"w": "stack"}), ValueError, ["'w'", "(3, 4)", "3 or more"]),
+    "a complex parameter": (
+        lambda m: select(m, roles={"c": "matrix"}), ValueError,
+        ["'c' has dtype complex64", "torch.float32"]),
     "no class": (
         lambda m: spectral_kernels.register_layer(m, roles={}), TypeError, ["cls: got", "Module"]),
     "another class": (
@@ -306,12 +309,16 @@ BAD = {
 }  # fmt: skip
 
 
+def complex_parameter():
+    return nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_errors_of_roles(bad, taught):
     call, error, parts = BAD[bad]
     before = dict(layers._registered)
     with pytest.raises(error) as caught:
-        call(holding(w=torch.randn(3, 4), v=torch.randn(4)))
+        call(holding(w=torch.randn(3, 4), v=torch.randn(4), c=complex_parameter()))
     assert all(part in str(caught.value) for part in parts), caught.value
     assert layers._registered == before
 
