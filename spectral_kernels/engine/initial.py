@@ -79,7 +79,7 @@ def _checked_numbers(what: str, value, entry: Elementwise) -> torch.Tensor:
     n = n_numbers(entry, entry.ref.get())
     if tuple(value.shape) != (n,):
         raise ValueError(f"{what} has shape {tuple(value.shape)}; accepted is ({n},)")
-    numbers = value.detach().to(device="cpu", copy=True)
+    numbers = value.detach().cpu().clone()
     numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
     if not bool(torch.isfinite(numbers).all()) or bool((numbers < 0).any()):
         raise ValueError(f"{what} has numbers that are negative or not finite; accepted are others")

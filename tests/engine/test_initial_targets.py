@@ -13,7 +13,7 @@ from torch import nn
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD, regularizer
 from spectral_kernels.diagnostics import singular_values, spectra, spectral_norms
 
-from ..support.elementwise import Mixed, mixed_selection
+from ..support.elementwise import Mixed, MixedSelection
 
 pytestmark = pytest.mark.usefixtures("seeded")
 ELEMENTWISE = ["linear.bias", "norm.weight", "norm.bias", "kernel", "biases"]
@@ -21,7 +21,7 @@ ELEMENTWISE = ["linear.bias", "norm.weight", "norm.bias", "kernel", "biases"]
 
 @pytest.fixture(autouse=True)
 def _rows_are_selected(monkeypatch):
-    chosen = mixed_selection(regularizer.select)
+    chosen = MixedSelection(regularizer.select)
     monkeypatch.setattr(regularizer, "select", chosen)
     monkeypatch.setattr(singular_values, "select", chosen)
 

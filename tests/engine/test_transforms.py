@@ -153,7 +153,8 @@ def test_a_regularizer_may_be_built_in_the_transform():
     close(list(grad(loss)(given).values()), list(expected.values()), atol=1e-4)
     direction = {n: torch.ones_like(p) for n, p in given.items()}
     _, found = jvp(loss, (given,), (direction,))
-    close([found], [sum(g.sum() for g in expected.values())], rtol=1e-3)
+    # The penalty begins at zero: both are rounding.
+    close([found], [sum(g.sum() for g in expected.values())], atol=1e-5)
 
 
 def test_without_gradients_the_vectors_do_not_change(case):

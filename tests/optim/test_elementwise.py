@@ -7,7 +7,7 @@ import torch
 
 from spectral_kernels import SpectralRegularizer, regularizer
 
-from ..support.elementwise import Mixed, mixed_selection
+from ..support.elementwise import Mixed, MixedSelection
 from ..support.optimizer_pairs import KINDS, every_kind
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -17,7 +17,7 @@ STEPS = 3
 
 @pytest.fixture(autouse=True)
 def _rows_are_selected(monkeypatch):
-    monkeypatch.setattr(regularizer, "select", mixed_selection(regularizer.select))
+    monkeypatch.setattr(regularizer, "select", MixedSelection(regularizer.select))
 
 
 def vectors_of(model, target):

@@ -410,7 +410,7 @@ def test_a_layer_that_was_frozen_at_first_is_regularized_once_it_is_not(name):
     way.step()
     assert way.reg.names == ["head.weight"]
     model.body[2].requires_grad_(True)
-    scaled(model.body[2])
+    scaled(model.body[2], 1.5)
     way.optimizer.state.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -60,15 +60,16 @@ class Mixed(nn.Module):
         return x * self.kernel.flatten(1).pow(3).sum()
 
 
-def mixed_selection(select):
+class MixedSelection:
     """``rules.select`` that takes the two parameters of Mixed that it does not know as rows."""
 
-    def chosen(model, **options):
-        found = select(model, **{**options, "exclude": ["kernel", "biases"]})
+    def __init__(self, select):
+        self.select = select
+
+    def __call__(self, model, **options):
+        found = self.select(model, **{**options, "exclude": ["kernel", "biases"]})
         root = found.root
         rows = [entry("kernel", None, "rows", 9, module=root),
                 entry("biases", None, "rows", 5, 0.0, module=root)]  # fmt: skip
         kept = [x for x in found.skipped if x[0] not in ("kernel", "biases")]
         return Selection(found.matrices, [*found.elementwise, *rows], kept, root)
-
-    return chosen

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, regularizer
 from spectral_kernels.sharding import shards
-from tests.support.elementwise import Mixed, mixed_selection
+from tests.support.elementwise import Mixed, MixedSelection
 from tests.support.sharded_models import built, device, distributed, whole
 
 
@@ -17,7 +17,7 @@ from tests.support.sharded_models import built, device, distributed, whole
 def rows_are_selected():
     """Let the parameters of Mixed that no rule knows be rows."""
     before = regularizer.select
-    regularizer.select = mixed_selection(before)
+    regularizer.select = MixedSelection(before)
     try:
         yield
     finally:
