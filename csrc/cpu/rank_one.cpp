@@ -64,18 +64,41 @@ template <bool kAccumulate, class G, class T>
 SPECTRAL_INLINE void add_row_gradient(G* grad, const T* x, int64_t n,
                                       const RowGradient<T>& gradient) {
   constexpr int kLanes = Simd<T>::kLanes;
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
+  if (n < kLanes) {
+    auto value = gradient.of(load_part(x, n));
+    if (kAccumulate) value += load_part(grad, n);
+    return store_part(grad, value, n);
+  }
+  // The last vector overlaps the one before it: it is computed first, from what is there now, and a
+  // load does not wait for a store.
+  auto last = gradient.of(Simd<T>::load(x + n - kLanes));
+  if (kAccumulate) last += Simd<G>::load(grad + n - kLanes);
+  for (int64_t c = 0; c + kLanes <= n; c += kLanes) {
     auto value = gradient.of(Simd<T>::load(x + c));
     if (kAccumulate) value += Simd<G>::load(grad + c);
     Simd<G>::store(grad + c, value);
   }
-  if (c == n) return;
-  const Tail<T> tail(n, c);
-  if (kAccumulate)
-    tail.store(grad, tail.load_all(grad) + gradient.of(tail.load(x)));
-  else
-    store_part(grad + c, gradient.of(load_part(x + c, n - c)), n - c);
+  Simd<G>::store(grad + n - kLanes, last);
+}
+
+// Norms of a few rows at a time: the root and the quotients of one do not wait for another's.
+template <bool kAccumulate, class T, class G>
+void add_rows_gradient(const Header& header, const Elementwise& entry, int64_t index) {
+  constexpr int kTogether = 4;
+  const T* x = reinterpret_cast<const T*>(entry.weight);
+  G* grad = reinterpret_cast<G*>(entry.grad);
+  const int64_t n = entry.length, n_rows = rows_of(entry);
+  const auto of = [&](int64_t row) __attribute__((always_inline)) {
+    return RowGradient<T>(header, entry, index, row, 0);
+  };
+  int64_t row = 0;
+  for (; row + kTogether <= n_rows; row += kTogether) {
+    const RowGradient<T> gradients[kTogether] = {of(row), of(row + 1), of(row + 2), of(row + 3)};
+    for (int i = 0; i < kTogether; ++i)
+      add_row_gradient<kAccumulate>(grad + (row + i) * n, x + (row + i) * n, n, gradients[i]);
+  }
+  for (; row < n_rows; ++row)
+    add_row_gradient<kAccumulate>(grad + row * n, x + row * n, n, of(row));
 }
 
 template <bool kAccumulate, class T, class G, class S = typename Simd<T>::Accumulator>
@@ -83,14 +106,7 @@ void add_elementwise_gradient(const Header& header, const Elementwise& entry, in
   const T* x = reinterpret_cast<const T*>(entry.weight);
   G* grad = reinterpret_cast<G*>(entry.grad);
   constexpr int kLanes = Simd<T>::kLanes;
-  if (entry.kind == kRows) {
-    for (int64_t row = 0; row < rows_of(entry); ++row) {
-      const int64_t first = row * entry.length;
-      add_row_gradient<kAccumulate>(grad + first, x + first, entry.length,
-                                    RowGradient<T>(header, entry, index, row, 0));
-    }
-    return;
-  }
+  if (entry.kind == kRows) return add_rows_gradient<kAccumulate, T, G>(header, entry, index);
   const ElementwiseGradient<S> gradient = elementwise_gradient_of<S>(header, entry, index);
   for (int64_t i = 0; i < entry.size; i += kLanes) {
     const int64_t width = entry.size - i < kLanes ? entry.size - i : kLanes;
