@@ -78,6 +78,7 @@ class ModelBuckets:
         selection = self.selection
         self._first = {x.ref: x for x in (*selection.elementwise[::-1], *selection.matrices[::-1])}
         self.refs = refs_of(selection.matrices, selection.elementwise)
+        self._has_computed = any(ref.computed for ref in self.refs)
         self._slots = [
             ({o.attribute: o.tensor}, o.attribute)
             if o.module is None
@@ -87,7 +88,7 @@ class ModelBuckets:
 
     def leave_out_computed(self) -> None:
         """Leave out weights that a parametrization computes, which have no ``.grad``; warn."""
-        if not any(ref.computed for ref in self.refs):
+        if not self._has_computed:
             return
         with self.lock:
             found = self.selection.follower.without_computed(self.selection)
