@@ -84,8 +84,10 @@ def _guessed_role(
     shape, words = tensor.shape, own_words(ref)
     n_wide = sum(n != 1 for n in shape)
     meaning = meaning_of(words)
-    if is_bias(words) or (n_wide == 1 and words == ["b"]):
-        return _guessed_bias(ref, shape, meaning, others)
+    if is_bias(words) or _may_be_bias(ref):
+        role = _guessed_bias(ref, shape, meaning, others)
+        if is_bias(words) or role.kind != "skip":
+            return role
     if n_wide < 2 and words[-1:] == ["gain"] and shape:
         return Role("gain")
     if meaning is not None:
@@ -109,6 +111,11 @@ def _guessed_role(
     if shape[0] == 1:
         return Role("skip", f"additive embedding or token ({_what_takes_it(shape)})")
     return Role("skip", f"{len(shape)}-D, of an unknown layer ({_what_takes_it(shape)})")
+
+
+def _may_be_bias(ref: ParameterRef) -> bool:
+    """Return whether the name is that of a bias as in formulas: b, b1, b_in."""
+    return ref.attribute[:1] == "b" and words_of(ref.attribute)[:1] == ["b"]
 
 
 def _guessed_bias(

@@ -25,7 +25,9 @@ _SAID = {word: meaning for meaning, words in _MEANINGS.items() for word in words
 _WEIGHT = frozenset(["weight", "weights", "w", "kernel", "proj", "projection", "matrix"])
 _FACTS = frozenset(("a logarithm", "a standard deviation", "a table"))  # true of a weight, too
 _BIAS = frozenset(("bias", "biases"))
-_TABLES = frozenset(("embedding", "embeddings", "encoding", "encodings", "codebook", "table"))
+_TABLES = frozenset(
+    ("embedding", "embeddings", "embed", "encoding", "encodings", "codebook", "table")
+)
 
 
 def words_of(name: str) -> list[str]:

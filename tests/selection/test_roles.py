@@ -76,11 +76,26 @@ def test_two_dimensions_are_a_matrix_if_nothing_speaks_against_it(name):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("bias", (1, 4)), ("_bias", (4, 1)), ("q_bias", (4,)), ("bias_mu", (4,)), ("b", (4,))],
+    [
+        ("bias", (1, 4)),
+        ("_bias", (4, 1)),
+        ("q_bias", (4,)),
+        ("bias_mu", (4,)),
+        ("b", (4,)),
+        ("b_in", (4,)),
+        ("b1", (1, 4)),
+    ],
 )
 def test_a_bias_has_one_dimension_above_one(name, shape):
     module = holding(**{"w": torch.randn(3, 4), name: torch.randn(shape)})
     assert kinds_of(module) == {name: "shift"}
+
+
+def test_weights_and_biases_per_head():
+    module = holding(W_Q=torch.randn(2, 6, 3), b_Q=torch.randn(2, 3), B=torch.randn(3, 4))
+    assert names_of(module) == ["W_Q[0]", "W_Q[1]", "B"]
+    assert kinds_of(module) == {"b_Q": "rows"}
+    assert names_of(holding(b_proj=torch.randn(3, 4))) == ["b_proj"]
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1), (1, 1)])
@@ -118,10 +133,11 @@ def test_a_kernel_of_the_size_that_the_module_says_is_a_convolution():
 
 
 def test_a_table_by_the_name_of_its_class():
-    model = nn.ModuleDict({"a": of_class("VocabParallelEmbedding", weight=torch.randn(9, 4)),
-                           "b": nn.Linear(4, 3)})  # fmt: skip
-    assert names_of(model) == ["b.weight"]
-    assert "embedding table" in skipped(model)["a.weight"]
+    for kind, name in (("VocabParallelEmbedding", "weight"), ("Embed", "W_E")):
+        model = nn.ModuleDict({"a": of_class(kind, **{name: torch.randn(9, 4)})})
+        model["b"] = nn.Linear(4, 3)
+        assert names_of(model) == ["b.weight"]
+        assert "embedding table" in skipped(model)[f"a.{name}"]
 
 
 def test_a_mark_of_the_author_counts():
