@@ -110,16 +110,17 @@ def known_role(ref: ParameterRef, tensor: torch.Tensor) -> Role | None:
         return None
     if is_embedding(ref):
         return TABLE
-    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and name == "weight":
+    is_weight = name == "weight" and tensor.dim() >= 2
+    if is_weight and isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return Role("groups") if module.groups > 1 else MATRIX
-    if name == "weight" and (isinstance(module, (nn.Linear, nn.Bilinear)) or is_hf_conv1d(ref)):
+    if is_weight and (isinstance(module, (nn.Linear, nn.Bilinear)) or is_hf_conv1d(ref)):
         return MATRIX
-    if isinstance(module, RECURRENT) and name.startswith(("weight_", "bias_")):
-        return MATRIX if name.startswith("weight_") else BIAS
+    if isinstance(module, RECURRENT) and name.startswith("weight_") and tensor.dim() == 2:
+        return MATRIX
     if isinstance(module, nn.MultiheadAttention):
         if name in ("bias_k", "bias_v"):
             return Role("skip", "a token (include or roles takes it)")
-        if name.endswith("proj_weight"):
+        if name.endswith("proj_weight") and tensor.dim() == 2:
             return MATRIX
     if isinstance(module, nn.PReLU):
         return Role("skip", "a slope")

@@ -154,6 +154,14 @@ def test_the_bias_of_a_time_step_is_skipped():
     assert kinds_of(model) == {"in_proj.bias": "shift"}
 
 
+def test_a_weight_of_one_dimension_is_no_matrix():
+    for layer in (nn.Linear(3, 4), nn.Conv2d(2, 3, 1), nn.LSTM(3, 4), nn.MultiheadAttention(4, 2)):
+        for name, p in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(torch.randn(p.shape[0])))
+        layer.w = nn.Parameter(torch.randn(2, 2))
+        assert [n for n in names_of(layer) if "out_proj" not in n] == ["w"]
+
+
 def test_a_noisy_linear_layer_by_a_subclass_of_linear():
     layer = type("NoisyLinear", (nn.Linear,), {})(3, 4)
     layer.sigma_weight = nn.Parameter(torch.randn(4, 3))
