@@ -127,7 +127,9 @@ def select(
             continue
         pattern = match_any(aliases, splits)
         split = None if pattern is None else (pattern, splits[pattern])
-        entry = elementwise_of(ref, tensor, role.kind) if split is None else None
+        # A convolution that is split by hand is no rows.
+        is_split = split is not None and role.kind == "groups"
+        entry = None if is_split else elementwise_of(ref, tensor, role.kind)
         if entry is None:
             found.matrices += matrices_of(ref, tensor, role.kind, split)
         else:

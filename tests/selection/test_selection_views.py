@@ -111,6 +111,12 @@ def test_groups_that_are_vectors_are_rows(layer, length):
     assert bias.kind == "shift"
 
 
+def test_splits_do_not_concern_biases():
+    layer = randomized(nn.Linear(5, 12))
+    assert_matrices(layer, numbered("weight", layer.weight.chunk(3)), splits={"*": 3})
+    assert kinds_of(layer, splits={"*": 3}) == {"bias": "shift"}
+
+
 def test_groups_can_be_split_by_hand():
     conv = randomized(nn.Conv2d(6, 6, 3, groups=6))
     parts = [part.flatten(1) for part in conv.weight.chunk(2)]
