@@ -105,7 +105,7 @@ def select(
             found.aliases[ref.name] = aliases
         with torch.enable_grad():
             tensor = ref.get()
-        said = _named_by(aliases, roles) or ("stack" if match_any(aliases, stacked) else None)
+        said = _named_by(aliases, roles)
         is_needed = trainable_only and ref.name not in known
         reason = _reason_to_skip(ref, aliases, tensor, include, exclude, is_needed)
         if ref.computed and not computed:
@@ -115,11 +115,13 @@ def select(
                 found.frozen.append(ref)
             elif said not in (None, "skip") and reason.startswith(("dtype", "layout")):
                 raise ValueError(
-                    f"roles, stacked: the parameter {ref.name!r} has {reason}; accepted are dense "
-                    f"ones of {', '.join(map(str, FLOAT_DTYPES))}"
+                    f"roles: the parameter {ref.name!r} has {reason}; accepted are dense ones of "
+                    f"{', '.join(map(str, FLOAT_DTYPES))}"
                 )
             found.skipped.append((ref.name, reason))
             continue
+        if said is None and tensor.dim() >= 2 and match_any(aliases, stacked):
+            said = "stack"
         role = role_of(ref, tensor, shapes[id(ref.module)], said, include is not None)
         flag = _FLAGS.get(role.kind)
         if role.kind == "skip" or (said is None and flag is not None and not flags[flag]):

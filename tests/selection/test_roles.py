@@ -269,6 +269,8 @@ def test_a_stack_of_weights_and_biases_by_one_pattern():
     for said in ({"stacked": ["*"]}, {"roles": {"*": "stack"}}):
         assert names_of(module, **said) == ["up[0]", "up[1]", "up[2]"]
         assert kinds_of(module, **said) == {"up_bias": "rows"}
+    module.bias = nn.Parameter(torch.randn(4))  # that of a router
+    assert kinds_of(module, stacked=["*"]) == {"up_bias": "rows", "bias": "shift"}
 
 
 @pytest.fixture
