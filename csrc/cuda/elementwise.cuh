@@ -18,20 +18,18 @@ __device__ __forceinline__ ElementwiseGradient<float> elementwise_gradient_of(
                                     at<const float>(header.norm)[index], entry);
 }
 
-// The largest number of a block, in float32, in every thread; NaN if one is. Every thread must call
-// it. Not by shuffles, which cost the kernels registers.
-__device__ __forceinline__ float larger_over_block(double x) {
-  __shared__ float partial[kThreads];
+// The largest number of a block, in every thread; NaN if one is. Every thread must call it.
+__device__ __forceinline__ double larger_over_block(double x) {
+  __shared__ double partial[kWarps];
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    x = larger(x, __shfl_xor_sync(0xffffffffu, x, distance));
   __syncthreads();  // `partial` may still be in use
-  partial[threadIdx.x] = (float)x;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if ((int)threadIdx.x < half)
-      partial[threadIdx.x] =
-          (float)larger(partial[threadIdx.x], partial[threadIdx.x + half]);
-  }
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
   __syncthreads();
-  return partial[0];
+  double most = partial[0];
+  for (int i = 1; i < kWarps; ++i) most = larger(most, partial[i]);
+  return most;
 }
 
 // Calls use(row, squares, first, step): the calling thread has the elements first, first + step and
