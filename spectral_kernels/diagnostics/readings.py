@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..engine.bucket import Bucket
-from ..engine.initial import largest, n_numbers
+from ..engine.initial import largest
 from ..engine.model_buckets import ModelBuckets
 from ..engine.untraced import untraced
 from ..selection.arguments import shown
@@ -161,7 +161,7 @@ def is_matrix(entry: Elementwise) -> bool:
 def shape_of(entry: Matrix | Elementwise) -> tuple[int, int]:
     """Return the current shape; of rows, their number and length."""
     if isinstance(entry, Elementwise):
-        return n_numbers(entry, entry.ref.get()), entry.length
+        return entry.n_targets(entry.ref.get().numel()), entry.length
     return entry.shape_now()
 
 

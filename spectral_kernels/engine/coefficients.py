@@ -142,7 +142,7 @@ class Coefficients:
         for entry, ref in zip(plan.elementwise, plan.elementwise_ref, strict=True):
             target, parameter = self.target_of(entry), bucket.parameters[ref]
             is_tensor = isinstance(target, torch.Tensor)
-            if is_tensor and target.numel() != initial.n_numbers(entry, parameter):
+            if is_tensor and target.numel() != entry.n_targets(parameter.numel()):
                 target = initial.measured(entry, parameter)
                 self.initial[entry.name] = target
             targets.append(target)

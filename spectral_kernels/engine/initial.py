@@ -35,16 +35,8 @@ def row_norms(entry: Elementwise, parameter: torch.Tensor) -> torch.Tensor:
     """Return the Euclidean norms of the rows of ``parameter``, [n_rows], wide."""
     if not parameter.numel():
         return wide(parameter.new_empty(0))
-    rows = wide(parameter.reshape(n_numbers(entry, parameter), -1))
+    rows = wide(parameter.reshape(entry.n_targets(parameter.numel()), -1))
     return torch.linalg.vector_norm(rows, dim=1)
-
-
-def n_numbers(entry: Elementwise, parameter: torch.Tensor) -> int:
-    """Return how many numbers the initial target of ``entry`` has."""
-    if entry.kind == "shift":
-        return 1
-    n = parameter.numel()
-    return n // max(entry.length, 1) if entry.kind == "rows" else n
 
 
 def checked_initial(initial: Mapping[str, Initial], selection: Selection) -> dict[str, Initial]:
@@ -76,7 +68,7 @@ def checked_initial(initial: Mapping[str, Initial], selection: Selection) -> dic
 def _checked_numbers(what: str, value, entry: Elementwise) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{what} is a {type(value).__name__}; accepted is a tensor")
-    n = n_numbers(entry, entry.ref.get())
+    n = entry.n_targets(entry.ref.get().numel())
     if tuple(value.shape) != (n,):
         raise ValueError(f"{what} has shape {tuple(value.shape)}; accepted is ({n},)")
     numbers = value.detach().cpu().clone()

@@ -195,17 +195,23 @@ def check_pattern_list(argument: str, patterns) -> list[str] | None:
     return sorted(found) if isinstance(patterns, Set) else found
 
 
+def check_names(argument: str, value, accepted: str) -> dict[str, Any]:
+    """Return a mapping from strings as a dict; TypeError, with what is accepted, if it is none."""
+    found = as_dict(value)
+    if found is None or not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{argument}: got {shown(value)}; {accepted}")
+    return {str(name): x for name, x in found.items()}
+
+
 def check_splits(splits) -> dict[str, Any]:
     """Return ``splits`` as a dict from patterns to an int or to a list; TypeError if it is none."""
     if splits is None:
         return {}
-    found = as_dict(splits)
-    if found is None or not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(
-            f"splits: got {shown(splits)}; accepted is a mapping from name patterns to a "
-            'number of parts or their sizes, such as {"*.qkv.weight": 3}'
-        )
-    return {str(pattern): _sizes(value) for pattern, value in found.items()}
+    accepted = (
+        "accepted is a mapping from name patterns to a number of parts or their sizes, such as "
+        '{"*.qkv.weight": 3}'
+    )
+    return {p: _sizes(value) for p, value in check_names("splits", splits, accepted).items()}
 
 
 ROLES = ("matrix", "stack", "bias", "gain", "skip")
@@ -227,13 +233,9 @@ def check_roles(roles) -> dict[str, str]:
     """Return ``roles`` as a dict from patterns to roles; TypeError or ValueError if it is none."""
     if roles is None:
         return {}
-    found = as_dict(roles)
-    if found is None or not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(
-            f"roles: got {shown(roles)}; accepted is a mapping from name patterns to roles, such "
-            'as {"*.scale": "gain"}'
-        )
-    return {str(p): check_role(f"roles[{p!r}]", role) for p, role in found.items()}
+    accepted = 'accepted is a mapping from name patterns to roles, such as {"*.scale": "gain"}'
+    found = check_names("roles", roles, accepted)
+    return {p: check_role(f"roles[{p!r}]", role) for p, role in found.items()}
 
 
 def _sizes(value: Any) -> Any:
@@ -254,16 +256,12 @@ def check_by_pattern(
         TypeError: neither a number, one of ``words``, nor a mapping from strings to these.
         ValueError: a number below 0 or not finite.
     """
-    found = as_dict(value)
-    if found is None:
+    if as_dict(value) is None:
         return _number_or_word(argument, value, words)
-    if not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(
-            f"{argument}: got {shown(value)}; accepted are mappings from name patterns to numbers"
-        )
+    accepted = "accepted are mappings from name patterns to numbers"
     return {
-        str(pattern): _number_or_word(f"{argument}[{pattern!r}]", x, words)
-        for pattern, x in found.items()
+        pattern: _number_or_word(f"{argument}[{pattern!r}]", x, words)
+        for pattern, x in check_names(argument, value, accepted).items()
     }
 
 

@@ -139,11 +139,11 @@ class Follower:
             return None
         refs = refs_of(selection.matrices, selection.elementwise)
         names, tensors = {ref.name for ref in refs}, _tensors(refs)
-        places = {_place(ref) for ref in (*refs, *selection.frozen)}
+        places = {ref.place for ref in (*refs, *selection.frozen)}
 
         def stays(ref: ParameterRef) -> bool:
             below = any(ref.name.startswith(prefix) for prefix in prefixes)
-            is_known = ref.name in names or _place(ref) in places
+            is_known = ref.name in names or ref.place in places
             return below or is_known or bool(_tensors([ref]) & tensors)
 
         now = self._choose(before=selection)
@@ -151,9 +151,9 @@ class Follower:
         added = [ref.name for ref in found if not stays(ref)]
         now.names -= {*added, *(ref.name for ref in now.frozen if not stays(ref))}
         # A bias that has got two dimensions in its module stays a bias.
-        was = {_place(entry.ref): entry for entry in selection.elementwise}
-        turned = {place: was[place] for m in now.matrices if (place := _place(m.ref)) in was}
-        now.matrices = [m for m in now.matrices if stays(m.ref) and _place(m.ref) not in turned]
+        was = {entry.ref.place: entry for entry in selection.elementwise}
+        turned = {place: was[place] for m in now.matrices if (place := m.ref.place) in was}
+        now.matrices = [m for m in now.matrices if stays(m.ref) and m.ref.place not in turned]
         now.elementwise = [entry for entry in now.elementwise if stays(entry.ref)]
         now.elementwise += turned.values()
         now.frozen = [ref for ref in now.frozen if stays(ref)]
@@ -266,11 +266,7 @@ def _listed(names: list[str]) -> str:
 def _wholes(selection: Selection) -> dict[str, tuple]:
     """Return name -> what a matrix or elementwise parameter is a view of."""
     entries = (*selection.matrices, *selection.elementwise)
-    return {x.name: (_place(x.ref), x.whole) for x in entries}
-
-
-def _place(ref: ParameterRef) -> tuple[int, str]:
-    return id(ref.module), ref.attribute
+    return {x.name: (x.ref.place, x.whole) for x in entries}
 
 
 def _tensors(refs: Sequence[ParameterRef]) -> set[int]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .arguments import as_dict, check_role, shown
+from .arguments import check_names, check_role, shown
 from .parameters import ParameterRef
 from .words import is_norm, is_table
 
@@ -77,12 +77,9 @@ def register_layer(cls: type[nn.Module], *, roles: Mapping[str, str]) -> None:
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls: got {shown(cls)}; accepted are subclasses of torch.nn.Module")
-    found = as_dict(roles)
-    if found is None or not all(isinstance(name, str) for name in found):
-        raise TypeError(
-            f"roles: got {shown(roles)}; accepted is a mapping from names of parameters to roles"
-        )
-    _registered[cls] = {str(n): check_role(f"roles[{n!r}]", role) for n, role in found.items()}
+    accepted = "accepted is a mapping from names of parameters to roles"
+    found = check_names("roles", roles, accepted)
+    _registered[cls] = {n: check_role(f"roles[{n!r}]", role) for n, role in found.items()}
 
 
 def registered_role(ref: ParameterRef) -> str | None:

@@ -79,6 +79,12 @@ class Elementwise:
     view: str = ""
     whole: tuple[int, ...] | None = None  # shape of the parameter at selection
 
+    def n_targets(self, size: int) -> int:
+        """Return how many targets it has with ``size`` elements: 1, or one per element or row."""
+        if self.kind == "shift":
+            return 1
+        return size // max(self.length, 1) if self.kind == "rows" else size
+
 
 def refs_of(matrices: Sequence[Matrix], elementwise: Sequence[Elementwise]) -> list[ParameterRef]:
     """Return the distinct parameters, in the order in which matrices, then the rest name them."""
@@ -195,11 +201,13 @@ def elementwise_of(ref: ParameterRef, tensor: torch.Tensor, kind: str) -> Elemen
         return Elementwise(ref.name, ref, "rows", math.prod(whole[1:]), 0.0, view, whole)
     if kind != "groups":
         return None
-    rows, cols = matrices_of(ref, tensor, kind, None)[0].shape
-    if rows != 1 and cols != 1:
+    size = [whole[0] // ref.module.groups, *whole[1:]]
+    length = math.prod(size)
+    rows = size[1 if isinstance(ref.module, TRANSPOSED) else 0]
+    if rows not in (1, length):
         return None
     view = "a group per row, its norm pulled to the target"
-    return Elementwise(ref.name, ref, "rows", rows * cols, None, view, whole)
+    return Elementwise(ref.name, ref, "rows", length, None, view, whole)
 
 
 def _equal(total: int, n: int) -> list[int]:

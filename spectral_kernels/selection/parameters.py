@@ -33,6 +33,11 @@ class ParameterRef:
     tensor: torch.Tensor | None = None
     computed: bool = False
 
+    @property
+    def place(self) -> tuple[int, str]:
+        """The module's id and the attribute, which are the same whatever the name and tensor."""
+        return id(self.module), self.attribute
+
     def get(self) -> torch.Tensor:
         """Return the current tensor; RuntimeError if the parameter was removed."""
         if self.module is None:

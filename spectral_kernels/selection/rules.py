@@ -172,12 +172,12 @@ def _leave_out_zeros(
     Those of the selection ``before`` are what they were, whatever their values are now.
     """
     found.zeros = [] if before is None else [o for o in before.zeros if o.name in found.names]
-    zeros = {(id(o.module), o.attribute) for o in found.zeros}
-    known = set() if before is None else {(id(e.ref.module), e.ref.attribute)
-                                          for e in before.elementwise}  # fmt: skip
+    settled = {ref.place for ref in found.zeros}
+    if before is not None:
+        settled |= {entry.ref.place for entry in before.elementwise}
     by_device: dict[torch.device, list[tuple[ParameterRef, torch.Tensor]]] = {}
     for entry, tensor in gains:
-        if tensor.is_meta or (id(entry.ref.module), entry.ref.attribute) in zeros | known:
+        if tensor.is_meta or entry.ref.place in settled:
             continue
         with transforms.suspended():
             value = transforms.value_of(entry.name, tensor)

@@ -251,11 +251,8 @@ class Plan(Tables):
                           for x in elementwise])  # fmt: skip
 
     def n_targets(self, i: int) -> int:
-        """Return how many targets elementwise parameter ``i`` has: 1, or one per element or row."""
-        entry, size = self.elementwise[i], int(self.elementwise_table["size"][i])
-        if entry.kind == "shift":
-            return 1
-        return size // max(entry.length, 1) if entry.kind == "rows" else size
+        """Return how many targets elementwise parameter ``i`` has."""
+        return self.elementwise[i].n_targets(int(self.elementwise_table["size"][i]))
 
     def set_targets(self, values: Sequence[float | torch.Tensor | None]) -> None:
         """Replace what the elementwise parameters are pulled to.

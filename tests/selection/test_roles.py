@@ -10,17 +10,17 @@ from spectral_kernels.selection.arguments import by_name
 from spectral_kernels.selection.listing import listing
 from spectral_kernels.selection.rules import select
 
-from ..support.selecting import assert_matrices, holding, kinds_of, names_of, numbered, skipped
+from ..support.selecting import (
+    assert_matrices,
+    custom,
+    holding,
+    kinds_of,
+    names_of,
+    numbered,
+    skipped,
+)
 
 pytestmark = pytest.mark.usefixtures("seeded")
-
-
-def of_class(name, **parameters):
-    """A module of a new class ``name`` with these parameters."""
-    module = type(name, (nn.Module,), {})()
-    for key, value in parameters.items():
-        setattr(module, key, nn.Parameter(value))
-    return module
 
 
 # ------------------------------------------------------------------------------- shape and name
@@ -124,7 +124,7 @@ def test_biases_beside_a_stack_are_rows_pulled_to_zero(bias):
 
 
 def test_a_kernel_of_the_size_that_the_module_says_is_a_convolution():
-    layer = of_class("MyConv", weight=torch.randn(6, 4, 3, 2))
+    layer = custom("MyConv", weight=torch.randn(6, 4, 3, 2))
     layer.kernel_size = (3, 2)
     assert_matrices(layer, {"weight": layer.weight.flatten(1)})
     layer.groups = 2
@@ -134,7 +134,7 @@ def test_a_kernel_of_the_size_that_the_module_says_is_a_convolution():
 
 def test_a_table_by_the_name_of_its_class():
     for kind, name in (("VocabParallelEmbedding", "weight"), ("Embed", "W_E")):
-        model = nn.ModuleDict({"a": of_class(kind, **{name: torch.randn(9, 4)})})
+        model = nn.ModuleDict({"a": custom(kind, **{name: torch.randn(9, 4)})})
         model["b"] = nn.Linear(4, 3)
         assert names_of(model) == ["b.weight"]
         assert "embedding table" in skipped(model)[f"a.{name}"]
@@ -192,19 +192,19 @@ def test_an_iterable_tells_stacks_by_name_alone():
 
 @pytest.mark.parametrize("kind", ["NormalHead", "Normalize", "Normed"])
 def test_norm_is_a_word_of_the_class(kind):
-    assert kinds_of(of_class(kind, weight=torch.randn(4), w=torch.randn(3, 4))) == {}
+    assert kinds_of(custom(kind, weight=torch.randn(4), w=torch.randn(3, 4))) == {}
 
 
 @pytest.mark.parametrize("kind", ["RMSNorm2d", "QKNorm", "RMSNormGated", "Layernorm"])
 def test_a_norm_by_the_name_of_its_class(kind):
     shape = (1, 4, 1, 1) if kind == "RMSNorm2d" else (4,)
-    norm = of_class(kind, weight=torch.randn(shape), bias=torch.randn(shape))
+    norm = custom(kind, weight=torch.randn(shape), bias=torch.randn(shape))
     assert kinds_of(norm) == {"weight": "gain", "bias": "shift"}
 
 
 def test_a_gain_per_head_and_element_is_a_gain():
-    assert kinds_of(of_class("MultiHeadNorm", gamma=torch.randn(3, 4))) == {"gamma": "gain"}
-    layer = of_class("NormLinear", weight=torch.randn(3, 4))
+    assert kinds_of(custom("MultiHeadNorm", gamma=torch.randn(3, 4))) == {"gamma": "gain"}
+    layer = custom("NormLinear", weight=torch.randn(3, 4))
     assert names_of(layer) == ["weight"]
 
 
@@ -221,7 +221,7 @@ def test_a_gain_that_is_zero_is_skipped(device):
 
 
 def test_the_gain_of_a_branch_that_is_added_is_skipped():
-    norm = of_class("GRN", weight=torch.randn(1, 1, 1, 4), bias=torch.randn(1, 1, 1, 4))
+    norm = custom("GRN", weight=torch.randn(1, 1, 1, 4), bias=torch.randn(1, 1, 1, 4))
     assert kinds_of(norm) == {"bias": "shift"}
     assert "added to its input" in skipped(norm)["weight"]
 

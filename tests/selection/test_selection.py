@@ -10,6 +10,7 @@ from spectral_kernels.selection.rules import select
 from ..support.models import mixed
 from ..support.selecting import (
     assert_matrices,
+    custom,
     holding,
     kinds_of,
     names_of,
@@ -153,14 +154,6 @@ def test_norms_have_a_gain_and_a_shift(norm):
 def test_a_norm_without_shift():
     assert kinds_of(nn.RMSNorm(4)) == {"weight": "gain"}
     assert kinds_of(nn.LayerNorm(4, bias=False)) == {"weight": "gain"}
-
-
-def custom(name, base=nn.Module, *arguments, **parameters):
-    """An instance of a new class ``name`` with these parameters."""
-    module = type(name, (base,), {})(*arguments)
-    for key, value in parameters.items():
-        setattr(module, key, nn.Parameter(value) if isinstance(value, torch.Tensor) else value)
-    return module
 
 
 @pytest.mark.parametrize(

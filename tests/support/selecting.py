@@ -27,6 +27,14 @@ def holding(**parameters):
     return module
 
 
+def custom(name, base=nn.Module, *arguments, **parameters):
+    """An instance of a new class ``name`` with these parameters."""
+    module = type(name, (base,), {})(*arguments)
+    for key, value in parameters.items():
+        setattr(module, key, nn.Parameter(value) if isinstance(value, torch.Tensor) else value)
+    return module
+
+
 def names_of(source, **options):
     return [matrix.name for matrix in select(source, **options).matrices]
 
