@@ -6,12 +6,15 @@
 
 #include <cstddef>
 #include <initializer_list>
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include "cpu/backend.h"
 #ifdef SPECTRAL_CUDA
 #include "cuda/backend.h"
 #endif
+#include "guard.h"
 #include "table.h"
 #include "tensors.h"
 
@@ -169,6 +172,35 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<py::handle, int64_t, int64_t>(), py::arg("type"), py::arg("storage_size"),
            py::arg("storage_offset"))
       .def("look", &spectral::TensorReader::look, py::arg("written"), py::arg("read"));
+  using Numbers = std::vector<std::vector<int64_t>>;
+  py::class_<spectral::Guard>(m, "Guard", py::module_local(),
+                              "What a step was prepared from; see csrc/guard.h.")
+      .def(py::init([](const spectral::TensorReader& reader, const py::tuple& objects,
+                       std::vector<int> grads, int64_t n_written, bool edits_grads,
+                       const Numbers& columns, std::vector<int64_t> counters,
+                       const Numbers& options, const Numbers& jobs, double least, double factor,
+                       py::object increment_version, py::object is_inference) {
+             std::vector<spectral::GradColumn> own_columns;
+             for (const auto& x : columns)
+               own_columns.push_back({x.at(0), x.at(1), x.at(2), x.at(3), x.at(4), x.at(5)});
+             std::vector<spectral::Option> own_options;
+             for (const auto& x : options) own_options.push_back({x.at(0), x.at(1), x.at(2) != 0});
+             std::vector<spectral::cpu::Job> own_jobs;
+             for (const auto& x : jobs)
+               own_jobs.push_back(
+                   {x.at(0), x.at(1), x.at(2), least, factor, x.at(3), x.at(4), x.at(5)});
+             return std::make_unique<spectral::Guard>(
+                 reader, objects, std::move(grads), n_written, edits_grads, std::move(own_columns),
+                 std::move(counters), std::move(own_options), std::move(own_jobs),
+                 std::move(increment_version), std::move(is_inference));
+           }),
+           py::keep_alive<1, 2>(), py::arg("reader"), py::arg("objects"), py::arg("grads"),
+           py::arg("n_written"), py::arg("edits_grads"), py::arg("columns"), py::arg("counters"),
+           py::arg("options"), py::arg("jobs"), py::arg("least"), py::arg("factor"),
+           py::arg("increment_version"), py::arg("is_inference"))
+      .def("look", &spectral::Guard::look, py::arg("objects"))
+      .def("step", &spectral::Guard::step, py::arg("objects"), py::arg("threads"))
+      .def("versions", &spectral::Guard::versions);
   m.def("entries", &spectral::entries, py::arg("dicts"), py::arg("keys"),
         "The values of keys in every dict, dict by dict; None for a missing one.");
   m.def("place", &spectral::place, py::arg("addresses"), py::arg("table"), py::arg("n_rows"),

@@ -23,10 +23,6 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
-struct Span {
-  int64_t begin, end;  // addresses; equal for a tensor without elements
-};
-
 py::bytes as_bytes(const std::vector<int64_t>& numbers) {
   return py::bytes(reinterpret_cast<const char*>(numbers.data()), 8 * numbers.size());
 }
@@ -39,27 +35,6 @@ int64_t extent(const DLTensor& x) {
     n += (x.shape[d] - 1) * x.strides[d];
   }
   return n;
-}
-
-py::tuple problem(const char* what, size_t i, size_t j) { return py::make_tuple(what, i, j); }
-
-// Returns the first overlap, in the order of addresses, that concerns one of the first `n_written`.
-py::object overlap(const std::vector<Span>& spans, size_t n_written) {
-  std::vector<uint32_t> order(spans.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(),
-            [&](uint32_t a, uint32_t b) { return spans[a].begin < spans[b].begin; });
-  const Span none{0, 0};
-  const Span *any = &none, *written = &none;  // those that reach farthest so far
-  for (const uint32_t i : order) {
-    const Span& now = spans[i];
-    if (now.begin == now.end) continue;
-    const Span* const before = i < n_written ? any : written;
-    if (now.begin < before->end) return problem("overlap", size_t(before - spans.data()), i);
-    if (now.end > any->end) any = &now;
-    if (i < n_written && now.end > written->end) written = &now;
-  }
-  return py::none();
 }
 
 }  // namespace
@@ -93,16 +68,68 @@ TensorReader::TensorReader(py::handle type, int64_t storage_size, int64_t storag
     throw std::invalid_argument("type: _cdata and is_neg are not the descriptors of torch.Tensor");
 }
 
-py::object TensorReader::look(const py::list& written, const py::list& read) const {
-  const size_t n_written = written.size(), n = n_written + read.size();
+std::pair<int64_t, int64_t> overlap(const std::vector<Span>& spans, size_t n_written,
+                                    std::vector<uint32_t>& order) {
+  const auto is_before = [&](uint32_t a, uint32_t b) { return spans[a].begin < spans[b].begin; };
+  if (!std::is_sorted(order.begin(), order.end(), is_before))
+    std::sort(order.begin(), order.end(), is_before);
+  const Span none{0, 0};
+  const Span *any = &none, *written = &none;  // those that reach farthest so far
+  for (const uint32_t i : order) {
+    const Span& now = spans[i];
+    if (now.begin == now.end) continue;
+    const Span* const before = i < n_written ? any : written;
+    if (now.begin < before->end) return {before - spans.data(), i};
+    if (now.end > any->end) any = &now;
+    if (i < n_written && now.end > written->end) written = &now;
+  }
+  return {-1, -1};
+}
+
+bool TensorReader::read(py::handle tensor, TensorFacts& found) const {
+  DLTensor x{};
+  if (!PyObject_TypeCheck(tensor.ptr(), (PyTypeObject*)type_.ptr())) return false;
+  if (api_->dltensor_from_py_object(tensor.ptr(), &x) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (x.n_dims > 0 && x.strides == nullptr) return false;
+  found.device = (int64_t)x.device_type << 32 | x.device_id;
+  found.type = (int64_t)x.type_code << 32 | x.type_bits;
+  found.n_dims = x.n_dims;
+  found.shape = x.shape;
+  found.strides = x.strides;
+
+  // A handle of torch's C functions points at an at::Tensor, which is one pointer.
+  const py::object number = py::reinterpret_steal<py::object>(
+      Py_TYPE(impl_.ptr())->tp_descr_get(impl_.ptr(), tensor.ptr(), type_.ptr()));
+  if (!number) throw py::error_already_set();
+  void* impl = PyLong_AsVoidPtr(number.ptr());
+  int64_t storage_bytes = 0, offset = 0;
+  if (storage_size_(&impl, &storage_bytes) != 0 || storage_offset_(&impl, &offset) != 0)
+    return false;
+  const int64_t address = reinterpret_cast<int64_t>(x.data) + (int64_t)x.byte_offset;
+  const int64_t size = x.type_bits / 8, bytes = extent(x) * size;
+  found.span = {address, address + bytes};
+  const bool is_behind = address != offset * size && offset * size + bytes <= storage_bytes;
+  found.is_freed = bytes != 0 && !is_behind;
+  const py::object negative =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor.ptr()));
+  if (!negative) throw py::error_already_set();
+  found.is_negative = negative.ptr() == Py_True;
+  return true;
+}
+
+py::object TensorReader::look(const py::list& written, const py::list& read_only) const {
+  const size_t n_written = written.size(), n = n_written + read_only.size();
   std::vector<int64_t> addresses[2], layouts[2];
   std::vector<Span> spans;
   spans.reserve(n);
-  py::object found = py::none();
+  py::object problem = py::none();
   for (size_t i = 0; i < n; ++i) {
     const bool is_read = i >= n_written;
-    const py::handle tensor =
-        is_read ? PyList_GET_ITEM(read.ptr(), i - n_written) : PyList_GET_ITEM(written.ptr(), i);
+    const py::handle tensor = is_read ? PyList_GET_ITEM(read_only.ptr(), i - n_written)
+                                      : PyList_GET_ITEM(written.ptr(), i);
     std::vector<int64_t>& own = layouts[is_read];
     if (tensor.is_none()) {
       addresses[is_read].push_back(0);
@@ -110,40 +137,24 @@ py::object TensorReader::look(const py::list& written, const py::list& read) con
       spans.push_back({0, 0});
       continue;
     }
-    DLTensor x{};
-    if (!PyObject_TypeCheck(tensor.ptr(), (PyTypeObject*)type_.ptr())) return py::none();
-    if (api_->dltensor_from_py_object(tensor.ptr(), &x) != 0) {
-      PyErr_Clear();
-      return py::none();
-    }
-    if (x.n_dims > 0 && x.strides == nullptr) return py::none();
-    const int64_t address = reinterpret_cast<int64_t>(x.data) + (int64_t)x.byte_offset;
-    addresses[is_read].push_back(address);
-    own.push_back((int64_t)x.device_type << 32 | x.device_id);
-    own.push_back((int64_t)x.type_code << 40 | (int64_t)x.type_bits << 32 | x.n_dims);
-    own.insert(own.end(), x.shape, x.shape + x.n_dims);
-    own.insert(own.end(), x.strides, x.strides + x.n_dims);
-
-    // A handle of torch's C functions points at an at::Tensor, which is one pointer.
-    const py::object number = py::reinterpret_steal<py::object>(
-        Py_TYPE(impl_.ptr())->tp_descr_get(impl_.ptr(), tensor.ptr(), type_.ptr()));
-    if (!number) throw py::error_already_set();
-    void* impl = PyLong_AsVoidPtr(number.ptr());
-    int64_t storage_bytes = 0, offset = 0;
-    if (storage_size_(&impl, &storage_bytes) != 0 || storage_offset_(&impl, &offset) != 0)
-      return py::none();
-    const int64_t size = x.type_bits / 8, bytes = extent(x) * size;
-    spans.push_back({address, address + bytes});
-    const bool is_behind = address != offset * size && offset * size + bytes <= storage_bytes;
-    if (bytes != 0 && !is_behind && found.is_none()) found = problem("freed", i, i);
-    const py::object negative =
-        py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor.ptr()));
-    if (!negative) throw py::error_already_set();
-    if (negative.ptr() == Py_True && found.is_none()) found = problem("negative", i, i);
+    TensorFacts found;
+    if (!read(tensor, found)) return py::none();
+    addresses[is_read].push_back(found.span.begin);
+    own.insert(own.end(), {found.device, found.type, found.n_dims});
+    own.insert(own.end(), found.shape, found.shape + found.n_dims);
+    own.insert(own.end(), found.strides, found.strides + found.n_dims);
+    spans.push_back(found.span);
+    if (problem.is_none() && (found.is_freed || found.is_negative))
+      problem = py::make_tuple(found.is_freed ? "freed" : "negative", i, i);
   }
-  if (n_written != 0 && found.is_none()) found = overlap(spans, n_written);
+  if (n_written != 0 && problem.is_none()) {
+    std::vector<uint32_t> order(n);
+    std::iota(order.begin(), order.end(), 0);
+    const auto [first, second] = overlap(spans, n_written, order);
+    if (first >= 0) problem = py::make_tuple("overlap", first, second);
+  }
   return py::make_tuple(as_bytes(addresses[0]), as_bytes(layouts[0]), as_bytes(addresses[1]),
-                        as_bytes(layouts[1]), found);
+                        as_bytes(layouts[1]), problem);
 }
 
 py::list entries(const py::list& dicts, const py::tuple& keys) {

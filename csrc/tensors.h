@@ -5,9 +5,32 @@
 #include <pybind11/pybind11.h>
 #include <stdint.h>
 
+#include <utility>
+#include <vector>
+
 namespace spectral {
 
 struct DLPackExchangeApi;
+
+// Addresses of the first byte and of the one after the last; equal for a tensor without elements.
+struct Span {
+  int64_t begin, end;
+};
+
+// What a tensor is in memory.
+struct TensorFacts {
+  Span span;
+  int64_t device, type;  // numbers that are equal for equal devices, and for equal dtypes
+  int32_t n_dims;
+  const int64_t *shape, *strides;  // the tensor's own; strides in elements
+  bool is_freed;                   // its storage is smaller than it
+  bool is_negative;                // its negative bit is set
+};
+
+// Returns the first overlap, in the order of addresses, that concerns one of the first `n_written`;
+// (-1, -1): there is none. `order` has the indices of `spans`, and is sorted by their beginnings.
+std::pair<int64_t, int64_t> overlap(const std::vector<Span>& spans, size_t n_written,
+                                    std::vector<uint32_t>& order);
 
 // Reads tensors. What it finds is compared with what the tables were made from before any kernel
 // runs.
@@ -25,6 +48,10 @@ class TensorReader {
   // or "negative" (its negative bit is set), or i and j have an "overlap" in memory and one of them
   // is written. Returns None where a tensor cannot be read this way.
   pybind11::object look(const pybind11::list& written, const pybind11::list& read) const;
+
+  // Writes what `tensor` is to `found`; returns false if it cannot be read this way. Throws
+  // pybind11::error_already_set.
+  bool read(pybind11::handle tensor, TensorFacts& found) const;
 
  private:
   pybind11::object type_, impl_, is_neg_;

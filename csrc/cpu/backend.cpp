@@ -1,6 +1,7 @@
 #include "backend.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "isa.h"
@@ -14,11 +15,12 @@ struct Level {
   const char* name;
   const CpuKernels* kernels;
   bool supported;
+  double products, gradient, update;  // nanoseconds per byte of the weights, with one thread
 };
 
 const std::vector<Level>& all_levels() {
   static const std::vector<Level> table = [] {
-    std::vector<Level> found{{"baseline", &baseline::kernels, true}};
+    std::vector<Level> found{{"baseline", &baseline::kernels, true, 0.2, 0.2, 1.0}};
 #ifdef SPECTRAL_X86_LEVELS
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -26,8 +28,8 @@ const std::vector<Level>& all_levels() {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    found.push_back({"v3", &v3::kernels, v3});
-    found.push_back({"v4", &v4::kernels, v4});
+    found.push_back({"v3", &v3::kernels, v3, 0.06, 0.09, 0.3});
+    found.push_back({"v4", &v4::kernels, v4, 0.05, 0.08, 0.25});
 #endif
     return found;
   }();
@@ -43,48 +45,77 @@ const Level* best_level() {
 
 const Level* current = best_level();
 
-// For fewer bytes than this, a second thread costs more than it saves.
-constexpr int64_t kSerialBytes = 256 * 1024;
+// Where one thread needs less time than this, a second one is not asked: on a busy machine it may
+// have to be waited for a thousand times as long.
+constexpr double kWorthwhile = 200e3;  // ns
 
-int useful_threads(int64_t n_bytes, int threads) {
-  return n_bytes < kSerialBytes || threads < 1 ? 1 : threads;
+int useful_threads(double expected_time, int threads) {
+  return expected_time < kWorthwhile || threads < 1 ? 1 : threads;
 }
 
-// Runs body(i, scratch) for i < n_tasks in one parallel region. Only the first n_users of them use
-// the scratch. Throws NoScratch before any of them has run; bodies throw nothing.
-template <class Body>
-void in_parallel(int64_t n_tasks, int threads, const ScratchBytes& bytes, int64_t n_users,
-                 Body body) {
-  ScratchBlock block(bytes, std::min<int64_t>(n_users, threads));
-#pragma omp parallel num_threads(threads)
-  {
-    Scratch scratch{};
-    bool has_scratch = false;
-#pragma omp for schedule(dynamic, 1) nowait
+// Tasks that may run at the same time, in any order: run(i, scratch) for i < n_tasks, of which the
+// first n_users use the scratch. They throw nothing.
+template <class Run>
+struct Stage {
+  int64_t n_tasks, n_users;
+  Run run;
+
+  void alone(const Scratch& scratch) {
+    for (int64_t i = 0; i < n_tasks; ++i) run(i, scratch);
+  }
+
+  // In a parallel region; all threads wait at the end.
+  void shared(ScratchBlock& block, Scratch& scratch, bool& has_scratch) {
+#pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < n_tasks; ++i) {
       if (i < n_users && !has_scratch) {
         scratch = block.take();
         has_scratch = true;
       }
-      body(i, scratch);
+      run(i, scratch);
     }
   }
+};
+
+template <class Run>
+Stage<Run> stage(int64_t n_tasks, int64_t n_users, Run run) {
+  return {n_tasks, n_users, run};
 }
 
-// Runs all tiles and all elementwise parameters, then `n_others` more of the latter.
-template <class OnTile, class OnElementwise>
-void for_each_task(const Header& header, int64_t n_bytes, int threads, const ScratchBytes& bytes,
-                   OnTile on_tile, OnElementwise on_elementwise, int64_t n_others = 0) {
-  const Tile* tiles = reinterpret_cast<const Tile*>(header.tiles);
-  const int64_t n_tiles = header.n_tiles;
-  const int useful = useful_threads(n_bytes, threads);
-  in_parallel(n_tiles + header.n_elementwise + n_others, useful, bytes, n_tiles,
-              [&](int64_t i, const Scratch& scratch) {
-                if (i < n_tiles)
-                  on_tile(tiles[i], i + useful < n_tiles ? &tiles[i + useful] : nullptr, scratch);
-                else
-                  on_elementwise(i - n_tiles);
-              });
+// What one thread does while the others wait.
+template <class Run>
+struct Once {
+  static constexpr int64_t n_users = 0;
+  Run run;
+
+  void alone(const Scratch&) { run(); }
+  void shared(ScratchBlock&, Scratch&, bool&) {
+#pragma omp single
+    run();
+  }
+};
+
+template <class Run>
+Once<Run> once(Run run) {
+  return {run};
+}
+
+// Runs stages one after the other in one parallel region. Throws NoScratch before any has run.
+template <class... Stages>
+void run_stages(int threads, const ScratchBytes& bytes, Stages... stages) {
+  const int64_t n_users = std::max({stages.n_users...});
+  ScratchBlock block(bytes, std::min<int64_t>(n_users, threads));
+  if (threads == 1) {
+    const Scratch scratch = n_users > 0 ? block.take() : Scratch{};
+    (stages.alone(scratch), ...);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch{};
+    bool has_scratch = false;
+    (stages.shared(block, scratch, has_scratch), ...);
+  }
 }
 
 // Returns the columns of the widest matrix that a condition holds for; 0: there is none.
@@ -101,7 +132,12 @@ int64_t size_of(int64_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat3
 
 bool any(const Matrix&) { return true; }
 
-// Returns what the products of the weights need.
+ScratchBytes larger(const ScratchBytes& a, const ScratchBytes& b) {
+  return {std::max(a.rows, b.rows), std::max(a.v, b.v), std::max(a.gradient_v, b.gradient_v),
+          std::max(a.ritz, b.ritz)};
+}
+
+// What the products of the weights need.
 ScratchBytes bytes_for_products(const Header& header) {
   ScratchBytes bytes;
   bytes.rows = kMaxRows * size_of(header.weight_dtype) *
@@ -109,6 +145,102 @@ ScratchBytes bytes_for_products(const Header& header) {
   if (splits(header.weight_dtype))
     bytes.v = header.r * (int64_t)sizeof(float) * widest(header, any);
   return bytes;
+}
+
+ScratchBytes bytes_for_normalize(const Header& header) {
+  ScratchBytes bytes;
+  if (header.r > 1) bytes.ritz = kRitzBytes;
+  return bytes;
+}
+
+ScratchBytes bytes_for_gradient(const Header& header) {
+  ScratchBytes bytes;
+  bytes.gradient_v = (int64_t)sizeof(float) * widest(header, [](const Matrix& m) {
+                       return m.grad != 0 && splits(m.grad_dtype);
+                     });
+  return bytes;
+}
+
+ScratchBytes bytes_for_update(const Header& header, const Update& update) {
+  ScratchBytes bytes = bytes_for_products(header);
+  if (splits(header.weight_dtype) && update.moment_dtype == header.weight_dtype)
+    bytes.gradient_v = (int64_t)sizeof(float) * widest(header, any);
+  return bytes;
+}
+
+// The stages of a step.
+
+const Tile* tiles_of(const Header& header) { return reinterpret_cast<const Tile*>(header.tiles); }
+
+// The tile that a thread probably takes after tile i.
+const Tile* after(const Header& header, int64_t i, int threads) {
+  return i + threads < header.n_tiles ? tiles_of(header) + i + threads : nullptr;
+}
+
+auto products(const Header& header, int threads) {
+  return stage(header.n_tiles + header.n_elementwise, header.n_tiles,
+               [&header, threads](int64_t i, const Scratch& scratch) {
+                 if (i < header.n_tiles)
+                   current->kernels->gram_matvec(header, tiles_of(header)[i],
+                                                 after(header, i, threads), scratch);
+                 else
+                   current->kernels->elementwise_norm(header, i - header.n_tiles);
+               });
+}
+
+void copy_next(const Header& header, int64_t matrix) {
+  const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[matrix];
+  const int64_t size = header.weight_dtype == kFloat64 ? 8 : 4, start = m.v_offset * size;
+  std::memcpy(reinterpret_cast<char*>(header.v) + start,
+              reinterpret_cast<const char*>(header.v_next) + start,
+              header.r * m.outer * m.inner * size);
+}
+
+// `v_is_next`: the products were taken with v_next, which is copied to v first.
+auto normalizing(const Header& header, bool v_is_next = false) {
+  return stage(header.n_matrices, header.n_matrices,
+               [&header, v_is_next](int64_t i, const Scratch& scratch) {
+                 if (v_is_next) copy_next(header, i);
+                 current->kernels->normalize(header, i, scratch);
+               });
+}
+
+auto gradient(const Header& header, bool accumulate, const bool& is_left_out) {
+  return stage(header.n_tiles + header.n_elementwise, header.n_tiles,
+               [&header, accumulate, &is_left_out](int64_t i, const Scratch& scratch) {
+                 if (is_left_out) return;
+                 if (i < header.n_tiles)
+                   current->kernels->rank_one(header, tiles_of(header)[i], accumulate, scratch);
+                 else
+                   current->kernels->elementwise_gradient(header, i - header.n_tiles, accumulate);
+               });
+}
+
+auto updates(const Header& header, const Update& update, int threads) {
+  return stage(header.n_tiles + header.n_elementwise + update.n_others, header.n_tiles,
+               [&header, &update, threads](int64_t i, const Scratch& scratch) {
+                 if (i < header.n_tiles)
+                   current->kernels->update_tile(header, update, tiles_of(header)[i],
+                                                 after(header, i, threads), scratch);
+                 else
+                   current->kernels->update_elementwise(header, update, i - header.n_tiles);
+               });
+}
+
+int64_t n_bytes_of_update(const Header& header, const Update& update) {
+  int64_t n_others = 0;
+  for (int64_t i = 0; i < update.n_others; ++i)
+    n_others += reinterpret_cast<const Elementwise*>(update.others)[i].size;
+  return header.n_bytes + n_others * size_of(header.weight_dtype);
+}
+
+// Nanoseconds with one thread of each stage, roughly: per byte of the weights.
+double time_of_products(const Header& header) { return header.n_bytes * current->products; }
+
+double time_of_gradient(const Header& header) { return header.n_bytes * current->gradient; }
+
+double time_of_update(const Header& header, const Update& update) {
+  return n_bytes_of_update(header, update) * current->update;
 }
 
 template <class S>
@@ -155,55 +287,35 @@ bool has_openmp() {
 }
 
 void gram_matvec(const Header& header, int threads) {
-  const CpuKernels& kernels = *current->kernels;
-  for_each_task(
-      header, header.n_bytes, threads, bytes_for_products(header),
-      [&](const Tile& tile, const Tile* next, const Scratch& scratch) {
-        kernels.gram_matvec(header, tile, next, scratch);
-      },
-      [&](int64_t index) { kernels.elementwise_norm(header, index); });
+  threads = useful_threads(time_of_products(header), threads);
+  run_stages(threads, bytes_for_products(header), products(header, threads));
 }
 
 void transposed(const Header& header, int threads) {
-  const CpuKernels& kernels = *current->kernels;
-  Header now = header;
-  now.n_elementwise = 0;
   ScratchBytes bytes = bytes_for_products(header);
   bytes.v = 0;  // s is given
-  for_each_task(
-      now, header.n_bytes, threads, bytes,
-      [&](const Tile& tile, const Tile*, const Scratch& scratch) {
-        kernels.transposed(header, tile, scratch);
-      },
-      [](int64_t) {});
+  run_stages(useful_threads(time_of_products(header), threads), bytes,
+             stage(header.n_tiles, header.n_tiles, [&](int64_t i, const Scratch& scratch) {
+               current->kernels->transposed(header, tiles_of(header)[i], scratch);
+             }));
 }
 
 void collect(const Header& header, int64_t t, int64_t gram, int threads) {
-  const CpuKernels& kernels = *current->kernels;
-  in_parallel(header.n_tiles + header.n_matrices, useful_threads(header.n_bytes, threads), {}, 0,
-              [&](int64_t i, const Scratch&) { kernels.collect(header, i, t, gram); });
+  run_stages(useful_threads(time_of_products(header), threads), {},
+             stage(header.n_tiles + header.n_matrices, 0, [&](int64_t i, const Scratch&) {
+               current->kernels->collect(header, i, t, gram);
+             }));
 }
 
 void normalize(const Header& header, int threads) {
-  const CpuKernels& kernels = *current->kernels;
-  ScratchBytes bytes;
-  if (header.r > 1) bytes.ritz = kRitzBytes;
-  in_parallel(header.n_matrices, useful_threads(header.n_bytes, threads), bytes, header.n_matrices,
-              [&](int64_t i, const Scratch& scratch) { kernels.normalize(header, i, scratch); });
+  run_stages(useful_threads(time_of_products(header), threads), bytes_for_normalize(header),
+             normalizing(header));
 }
 
 void rank_one(const Header& header, bool accumulate, int threads) {
-  const CpuKernels& kernels = *current->kernels;
-  ScratchBytes bytes;
-  bytes.gradient_v = (int64_t)sizeof(float) * widest(header, [](const Matrix& m) {
-                       return m.grad != 0 && splits(m.grad_dtype);
-                     });
-  for_each_task(
-      header, header.n_bytes, threads, bytes,
-      [&](const Tile& tile, const Tile*, const Scratch& scratch) {
-        kernels.rank_one(header, tile, accumulate, scratch);
-      },
-      [&](int64_t index) { kernels.elementwise_gradient(header, index, accumulate); });
+  const bool is_left_out = false;
+  run_stages(useful_threads(time_of_gradient(header), threads), bytes_for_gradient(header),
+             gradient(header, accumulate, is_left_out));
 }
 
 bool jumps(const Header& header, int64_t ratios, double least, double factor) {
@@ -213,21 +325,40 @@ bool jumps(const Header& header, int64_t ratios, double least, double factor) {
 }
 
 void update(const Header& header, const Update& update, int threads) {
-  const CpuKernels& kernels = *current->kernels;
-  constexpr int64_t kArrays = 4;  // weights, gradients and two moments
-  int64_t n_others = 0;
-  for (int64_t i = 0; i < update.n_others; ++i)
-    n_others += reinterpret_cast<const Elementwise*>(update.others)[i].size;
-  const int64_t n_bytes = kArrays * (header.n_bytes + n_others * (int64_t)sizeof(float));
-  ScratchBytes bytes = bytes_for_products(header);
-  if (splits(header.weight_dtype) && update.moment_dtype == header.weight_dtype)
-    bytes.gradient_v = (int64_t)sizeof(float) * widest(header, any);
-  for_each_task(
-      header, n_bytes, threads, bytes,
-      [&](const Tile& tile, const Tile* next, const Scratch& scratch) {
-        kernels.update_tile(header, update, tile, next, scratch);
-      },
-      [&](int64_t index) { kernels.update_elementwise(header, update, index); }, update.n_others);
+  threads = useful_threads(time_of_update(header, update), threads);
+  run_stages(threads, bytes_for_update(header, update), updates(header, update, threads));
+}
+
+double expected_time(const Job& job) {
+  const Header& header = *reinterpret_cast<const Header*>(job.header);
+  if (job.update != 0) return time_of_update(header, *reinterpret_cast<Update*>(job.update));
+  return time_of_products(header) + time_of_gradient(header);
+}
+
+bool run(const Job& job, int threads) {
+  const Header& header = *reinterpret_cast<const Header*>(job.header);
+  threads = useful_threads(expected_time(job), threads);
+  bool have_jumped = false;
+  const auto looking = once(
+      [&] { have_jumped = job.ratios != 0 && jumps(header, job.ratios, job.least, job.factor); });
+  if (job.update == 0) {
+    Header from_next = header;
+    from_next.v = header.v_next;
+    const ScratchBytes bytes =
+        larger(larger(bytes_for_products(header), bytes_for_normalize(header)),
+               bytes_for_gradient(header));
+    run_stages(threads, bytes, products(from_next, threads), normalizing(header, true), looking,
+               gradient(header, true, have_jumped));
+    return have_jumped;
+  }
+  const Update& update = *reinterpret_cast<const Update*>(job.update);
+  const auto counting = once([&] {
+    for (int64_t i = 0; i < job.n_steps; ++i)
+      reinterpret_cast<float*>(job.steps)[i] += reinterpret_cast<const float*>(job.acts)[i];
+  });
+  run_stages(threads, larger(bytes_for_update(header, update), bytes_for_normalize(header)),
+             counting, updates(header, update, threads), normalizing(header, true), looking);
+  return have_jumped;
 }
 
 }  // namespace cpu

@@ -26,5 +26,24 @@ void rank_one(const Header& header, bool accumulate, int threads);
 bool jumps(const Header& header, int64_t ratios, double least, double factor);
 void update(const Header& header, const Update& update, int threads);
 
+// A step of one bucket; addresses of structs in table.h.
+struct Job {
+  int64_t header;
+  int64_t update;  // of an optimizer; 0: the penalty's gradient is added to gradients
+  int64_t ratios;  // jumps are looked for with these three; 0: they are not
+  double least, factor;
+  int64_t steps, acts, n_steps;  // float32 arrays: the second is added to the first
+};
+
+// Takes a step in one parallel region. It begins with v_next, as a power iteration does that swaps
+// v and v_next first: products, normalize and rank_one; or, of an optimizer, the step is counted,
+// then update and normalize. v is then the vectors that the products were taken with. Returns
+// whether vectors have jumped: the penalty's gradient is not added yet then. Throws std::bad_alloc,
+// with nothing changed.
+bool run(const Job& job, int threads);
+
+// The time that `run` takes with one thread, in nanoseconds, roughly.
+double expected_time(const Job& job);
+
 }  // namespace cpu
 }  // namespace spectral

@@ -140,6 +140,11 @@ class Bucket:
         return self.backend.sum_rows(x) if self.is_sharded else x
 
     @property
+    def ratios_address(self) -> int:
+        """Address of the residual / sigma of the last step; 0: jumps are not looked for."""
+        return self._ratios.address if self._sees_jumps else 0
+
+    @property
     def _sees_jumps(self) -> bool:
         return self.on_host and self.warmup > 0 and not self.extra_iterations
 
@@ -210,14 +215,17 @@ class Bucket:
         Those created while a CUDA graph is being captured are in its memory, and each replay
         starts them from zero.
         """
-        if type(None) not in set(map(type, grads)):
-            return
+        if type(None) in set(map(type, grads)):
+            self.create_missing_grads(grads)
+            self.plan.bind_grads(grads)
+
+    def create_missing_grads(self, grads: list[torch.Tensor | None]) -> None:
+        """See :meth:`make_missing_grads`; the tables do not have the new ones yet."""
         for i, tensor in enumerate(self.parameters):
             if grads[i] is None and tensor.requires_grad and i not in self.idle:
                 with torch.inference_mode(False):  # the gradient outlives it
                     tensor.grad = torch.zeros_like(tensor, requires_grad=False)
                 grads[i] = shards.local_of(tensor.grad)
-        self.plan.bind_grads(grads)
 
     def begin(self, n: int) -> None:
         """Run ``n`` power iterations; :meth:`finish` completes the last one.
@@ -238,10 +246,16 @@ class Bucket:
             self.add_gradient(self.state, grads, accumulate=True)
         else:
             self.backend.finish(self.plan, self.state, grads, accumulate=True)
-        self._count_edits(grads)
+        self.count_edits(grads)
         self.settle(n)
 
-    def _count_edits(self, grads) -> None:
+    def finish_after_jump(self, grads) -> None:
+        """Complete a step whose vectors, after its power iteration, are known to have jumped."""
+        self.warm_up_jumped()
+        self.backend.rank_one(self.plan, self.state, grads, True)
+        self.count_edits(grads)
+
+    def count_edits(self, grads) -> None:
         """Tell autograd that gradients have changed, should a graph have saved one of them."""
         if self.is_sharded:
             grads = [p.grad for i, p in enumerate(self.parameters) if i not in self.left_out]
@@ -298,8 +312,12 @@ class Bucket:
         if not self._sees_jumps:
             return
         if self.backend.jumps(self.state, self._ratios, JUMP, JUMP_FACTOR):
-            self._warm_up_again(self._ratios.values)
-            self._ratios.values.copy_(ratios_of(self.state))
+            self.warm_up_jumped()
+
+    def warm_up_jumped(self) -> None:
+        """Warm up the vectors that have jumped from what they were in the step before."""
+        self._warm_up_again(self._ratios.values)
+        self._ratios.values.copy_(ratios_of(self.state))
 
     def _warm_up_again(self, before: torch.Tensor) -> None:
         """Run the warm-up for matrices whose residual / sigma has jumped from ``before``."""

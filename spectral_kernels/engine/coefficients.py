@@ -123,7 +123,9 @@ class Coefficients:
             values = [self._strengths[entry.name] for entry in entries]
             if 0 in values:
                 idle = {entry.ref for entry, x in zip(entries, values, strict=True) if x == 0}
-        bucket.idle = frozenset(i for i, ref in enumerate(bucket.plan.refs) if ref in idle)
+        is_idle = frozenset(i for i, ref in enumerate(bucket.plan.refs) if ref in idle)
+        if is_idle != bucket.idle:  # prepared steps watch it
+            bucket.idle = is_idle
         device_tables.fill(bucket.state.strength, values)
         bucket.leave_out_frozen(bucket.state.strength)
 

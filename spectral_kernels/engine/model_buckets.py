@@ -24,6 +24,7 @@ from ..sharding.shards import ShardAxes
 from .bucket import Bucket
 from .coefficients import Coefficients, Target
 from .loading import NOTHING_LOADED, Loaded
+from .prepared import Preparation, PreparedPenalty
 from .settings import Settings
 from .shares import ShareWatch
 from .stability import StabilityWatch
@@ -59,6 +60,7 @@ class ModelBuckets:
         # The parameters that were there when these last added it.
         self.held: WeakKeyDictionary[StepPenalty, list[torch.Tensor]] = WeakKeyDictionary()
         self.watch, self.shares = StabilityWatch(), ShareWatch()
+        self.preparation: Preparation[PreparedPenalty] = Preparation()
         self.at_next_build: Callable[[ModelBuckets], None] | None = None
         self.buckets: list[Bucket] | None = None
         self._indices: list[list[int]] = []  # indices into refs of each bucket's parameters
@@ -186,6 +188,10 @@ class ModelBuckets:
             tensors = [self._settled(i, tensor) for i, tensor in enumerate(tensors)]
         return tensors
 
+    def lookups(self) -> list[tuple[Any, str, torch.Tensor]]:
+        """Return (dict, key, parameter) of every parameter; see tables.guard.Watched."""
+        return [(slot, key, slot[key]) for slot, key in self._slots]
+
     def _settled(self, i: int, tensor: torch.Tensor) -> torch.Tensor:
         """Return parameter ``i``: its sharded form while FSDP2 has it gathered."""
         known = self._sharded.get(i)
@@ -294,6 +300,12 @@ class ModelBuckets:
             self._accumulate_gradients(n_iterations, scale, owner)
 
     def _accumulate_gradients(self, n_iterations: int, scale, owner: StepPenalty | None) -> None:
+        preparation = (self if owner is None else owner).preparation
+        if preparation.step is not None:
+            if preparation.step.take(self, n_iterations, scale):
+                preparation.used()
+                return
+            preparation.drop()
         self.leave_out_computed()
         buckets = self.of_owner(owner)
         grads = [bucket.grads() for bucket in buckets]
@@ -306,6 +318,7 @@ class ModelBuckets:
             bucket.begin(n_iterations)
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.finish(n_iterations, own)
+        preparation.renew(lambda: PreparedPenalty(self, buckets))
 
     def _bound(
         self, values: Sequence[torch.Tensor] | None = None, owner: StepPenalty | None = None

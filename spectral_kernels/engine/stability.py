@@ -31,6 +31,15 @@ class StabilityWatch:
         """Look at the next steps, since the strength has changed."""
         self._until, self._first = 1, FIRST
 
+    @property
+    def is_next(self) -> bool:
+        """Whether :meth:`step` would look at the next step."""
+        return self._until == 1
+
+    def skip(self) -> None:
+        """Count a step that is not looked at."""
+        self._until -= 1
+
     def step(self, buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> None:
         """Look at the step that SGD is about to take, if it is one of those to look at.
 

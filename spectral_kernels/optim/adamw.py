@@ -16,6 +16,7 @@ from ..selection.arguments import check_scalar, known_keywords, shown
 from ..selection.options import StartOptions
 from .base import SpectralOptimizer
 from .groups import Params
+from .prepared import Option
 from .update import ADAMW
 
 
@@ -86,6 +87,10 @@ class SpectralAdamW(SpectralOptimizer):
     """
 
     _rule, _counts_steps = ADAMW, True
+    _options = (
+        Option("lr", "lr"), Option("weight_decay", "weight_decay"), Option("eps", "eps"),
+        Option("betas", "option_1", 0), Option("betas", "option_2", 1),
+    )  # fmt: skip
     _flags: ClassVar = {
         "amsgrad": False, "maximize": False, "foreach": None, "capturable": False,
         "differentiable": False, "fused": None,

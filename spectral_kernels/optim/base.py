@@ -18,6 +18,7 @@ from ..engine.bucket import Bucket
 from ..engine.initial import checked_initial
 from ..engine.loading import vectors_of
 from ..engine.model_buckets import ModelBuckets
+from ..engine.prepared import Preparation
 from ..engine.settings import iterations_of
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer
@@ -33,6 +34,7 @@ from ..selection.warn import warn
 from ..sharding import shards
 from ..tables import device as device_tables
 from .groups import items_of, named_alike, not_in, source_and_groups
+from .prepared import Option, PreparedUpdate
 from .states import check_state, state_of
 from .update import Rule, Update, check_dtype
 
@@ -44,6 +46,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
 
     regularizer: SpectralRegularizer
     _rule: Rule
+    _options: ClassVar[Sequence[Option]]
     _counts_steps: bool  # whether torch's counterpart keeps a step count
     # Options of the counterpart in torch.optim that do not change our step, with their defaults: in
     # the groups they make checkpoints interchangeable.
@@ -79,6 +82,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         self._buckets.settings = replace(self._buckets.settings, is_in_optimizer=True)
         self._backend, self._state_dtype = backend, state_dtype
         self._updates: list[Update] | None = None
+        self._preparation: Preparation[PreparedUpdate] = Preparation()
         self._seen: list = []  # what the updates were built from
         super().__init__(groups, defaults)
         in_steps_of(self, self._buckets)
@@ -115,6 +119,8 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
 
     def _step(self) -> None:
         in_steps_of(self, self._buckets).check()
+        if self._take_prepared():
+            return
         updates = self._bound()
         on_device = all(update.backend.scalars_on_device for update in updates)
         found_inf, grad_scale = (getattr(self, n, None) for n in ("found_inf", "grad_scale"))
@@ -133,6 +139,27 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             self._buckets.watch.step(self._buckets.buckets, groups)
         for update in updates:
             update.run()
+        self._preparation.renew(lambda: PreparedUpdate(self, updates))
+
+    def _take_prepared(self) -> bool:
+        """Take the step that native code has ready; return False if there is none that fits."""
+        prepared, own = self._preparation.step, self.__dict__
+        if prepared is None or not prepared.is_native:
+            return False
+        watch = self._buckets.watch if self._sgd_groups() else None
+        is_special = self._changed or "found_inf" in own or "grad_scale" in own
+        if is_special or (watch is not None and watch.is_next):
+            self._preparation.drop()
+            return False
+        if self._buckets.coefficients.strength_tensor is not None:
+            self._buckets.fill_strength()
+        if not prepared.take(self):
+            self._preparation.drop()
+            return False
+        self._preparation.used()
+        if watch is not None:
+            watch.skip()
+        return True
 
     _changed = False  # whether refresh() was called
 
@@ -147,6 +174,11 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
 
     def _bound(self) -> list[Update]:
         """Return the updates, with tables that point at the current parameters and gradients."""
+        if (prepared := self._preparation.step) is not None:
+            if prepared.fits(self):
+                self._preparation.used()
+                return self._updates
+            self._preparation.drop()
         buckets = self._buckets.bound(owner=in_steps_of(self, self._buckets))
         is_known = self._updates is not None and _same(self._look(buckets), self._seen)
         if not is_known or not self._bind(self._updates):
@@ -474,7 +506,7 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if (by_place := self.__dict__.pop("_by_place", None)) is not None:
-            self._updates = None
+            self._updates, self._preparation = None, Preparation()
             self._names = {
                 id(p): (p, name)
                 for names, group in zip(by_place, self.param_groups, strict=True)

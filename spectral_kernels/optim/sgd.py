@@ -17,6 +17,7 @@ from ..selection.arguments import check_flag, check_scalar, known_keywords
 from ..selection.options import StartOptions
 from .base import SpectralOptimizer
 from .groups import Params
+from .prepared import Option
 from .update import SGD
 
 
@@ -68,6 +69,12 @@ class SpectralSGD(SpectralOptimizer):
     """
 
     _rule, _counts_steps = SGD, False
+    _options = (
+        Option("lr", "lr"), Option("weight_decay", "weight_decay"),
+        Option("momentum", "option_1", is_fixed=True),
+        Option("dampening", "option_2", is_fixed=True),
+        Option("nesterov", "nesterov", is_fixed=True),
+    )  # fmt: skip
     _flags: ClassVar = {"maximize": False, "foreach": None, "differentiable": False, "fused": None}
 
     @known_keywords

@@ -17,8 +17,9 @@ from ..backends import formulas
 from ..backends.base import Backend, Rule, Step
 from ..engine.bucket import Bucket
 from ..sharding import shards
-from ..tables.addresses import Column, Look, entries, look
+from ..tables.addresses import Column, Counter, Look, entries, look
 from ..tables.device import DeviceTables, fill, number_on
+from ..tables.guard import NONE, TENSOR, Watched
 from ..tables.layout import same_strides
 from ..tables.schema import (
     DTYPES,
@@ -142,7 +143,7 @@ class Update:
         self._plain_header = address(self._header)
         tables = self.others, *(row[0] for row in self._rows)
         what = "an address of a parameter, a gradient or a moment"
-        self.tables, self._version = DeviceTables(tables, self.device, what), 0
+        self.tables, self.counter = DeviceTables(tables, self.device, what), Counter()
         self.group_table = DeviceTables([self.groups], self.device, "a hyperparameter")
         self.header = np.zeros(len(UPDATE), np.int64)
         self.address = address(self.header)
@@ -152,6 +153,50 @@ class Update:
         }  # fmt: skip
         for name, value in fields.items():
             self.header[UPDATE_SLOT[name]] = value
+
+    def watch(self, watched: Watched, is_native: bool) -> None:
+        """Add what this update depends on; from now on its tables change without it.
+
+        Args:
+            watched: what the optimizer's prepared step depends on.
+            is_native: whether native code takes the step.
+
+        Raises:
+            ValueError: that cannot be watched.
+        """
+        if self._is_sharded or self.grad_scale is not None or self.found_inf is not None:
+            raise ValueError("moments are sharded, or gradients are scaled")
+        for state in self.states:
+            watched.lookups += [(state, key, state[key]) for key in self._keys if key in state]
+        watched.written += [*self.weights, self.steps, *(x for own in self.moments for x in own)]
+        first = len(watched.holders)
+        watched.holders += [
+            (p, NONE if grad is None else TENSOR)
+            for p, grad in zip(self.weights, self.grads, strict=True)
+        ]
+        watched.columns.append((first, self._grad_column))
+        watched.counters.append(self.counter)
+        own = self.bucket
+        if own is not None:
+            watched.columns += [(first, column) for column in own.plan.grad_columns]
+            watched.counters.append(own.plan.counter)
+            own.plan.grads_seen = None
+        if is_native:
+            watched.versioned += self.weights[: self.n_regularized]
+            watched.edited += [*self.weights, self.steps]
+            header = self._plain_header if own is None else own.state.address
+            ratios = 0 if own is None else own.ratios_address
+            counts = self.steps.data_ptr(), self._acting.data_ptr(), len(self.steps)
+            watched.jobs.append((header, self.address, ratios, *counts))
+        self._seen, self._options, self.grads = None, [], []
+
+    def count_edits(self) -> None:
+        """Tell autograd that weights and step counts have changed."""
+        torch.autograd.graph.increment_version([*self.weights, self.steps])
+
+    def knows_versions(self, versions: Sequence[int]) -> None:
+        """Note the versions of the regularized weights after the last step."""
+        self._versions = list(versions)
 
     def as_step(self) -> Step:
         """Return the step for the backend."""
@@ -203,12 +248,12 @@ class Update:
             self._check(weights, grads)
         # Until all of it is written, should that be interrupted.
         self._seen, self._idle = None, idle
+        self.counter.count()
         self._set_acts(weights, grads)
         if seen is None or found.written != seen.written:
             for column in self._columns:
                 column.write(found.written)
         self._grad_column.write(found.read)
-        self._version += 1
         self._seen, self._layouts = found, found.written.layouts
         return True
 
@@ -309,7 +354,7 @@ class Update:
 
     def run(self) -> None:
         """Take a step."""
-        self.tables.refresh(self._version)
+        self.tables.refresh(self.counter.value)
         placed = *self.tables.addresses, *self.group_table.addresses
         if placed != self._placed:
             self.header[_TABLES] = self._placed = placed

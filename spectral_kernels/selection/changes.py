@@ -106,6 +106,20 @@ class Follower:
         except (KeyError, AttributeError):  # deleted
             return True
 
+    def lookups(self) -> list[tuple[dict, str, Any]]:
+        """Return (dict, key, value) of what is compared here; see tables.guard.Watched."""
+        parents = {id(edge.parent): edge.parent for edge in self.edges}.values()
+        return [
+            *((p.__dict__, "_modules", p._modules) for p in parents),
+            *((edge.parent._modules, edge.key, edge.child) for edge in self.edges),
+            *((r.module._parameters, r.attribute, p)
+              for r, p in zip(self.frozen, self.frozen_parameters(), strict=True)),
+        ]  # fmt: skip
+
+    def frozen_parameters(self) -> list[nn.Parameter | None]:
+        """Return the present frozen parameters; None for one that was removed."""
+        return [ref.module._parameters.get(ref.attribute) for ref in self.frozen]
+
     def _tabulate(self) -> tuple[list, list, list]:
         by_parent: dict[int, list[Edge]] = {}
         for edge in self.edges:

@@ -67,7 +67,7 @@ def look(
     Raises:
         RuntimeError: a tensor without an address, such as a sparse one.
     """
-    reader = _reader()
+    reader = tensor_reader()
     found = None if reader is None else reader.look(list(written), list(read))
     if found is None:
         return _look(list(written), list(read))
@@ -76,10 +76,27 @@ def look(
 
 def entries(dicts: Sequence[Mapping[str, Any]], keys: tuple[str, ...]) -> list[Any]:
     """Return the values of ``keys`` in every dict, dict by dict; None for a missing one."""
-    native = _native()
+    native = native_or_none()
     if native is not None:
         return native.entries(dicts, keys)
     return [one.get(key) for one in dicts for key in keys]
+
+
+class Counter:
+    """A number that native code counts up, too."""
+
+    def __init__(self):
+        self._number = np.zeros(1, np.int64)
+        self.address = self._number.__array_interface__["data"][0]
+
+    @property
+    def value(self) -> int:
+        """The number."""
+        return int(self._number[0])
+
+    def count(self) -> None:
+        """Add one."""
+        self._number[0] += 1
 
 
 class Column:
@@ -97,20 +114,21 @@ class Column:
         self._offsets = np.ascontiguousarray(offsets, np.int64)
         starts = [x.__array_interface__["data"][0]
                   for x in (self._field, self._refs, self._offsets)]  # fmt: skip
-        self._where = starts[0], len(table), table.itemsize, *starts[1:]
+        # Addresses and sizes, in the order of ``place`` in csrc/tensors.h.
+        self.where = starts[0], len(table), table.itemsize, *starts[1:]
 
     def write(self, memory: Memory) -> None:
         """Write the addresses of the tensors in ``memory``; 0 where a tensor has none."""
-        native = _native()
+        native = native_or_none()
         if native is not None:
-            native.place(memory.addresses, *self._where)
+            native.place(memory.addresses, *self.where)
             return
         found = memory.address_array()[self._refs]
         self._field[:] = np.where(found, found + self._offsets, 0)
 
 
 @functools.cache
-def _native():
+def native_or_none():
     """Return the compiled module, or None; backends/choice.py says why there is none."""
     try:
         return native_module()
@@ -119,13 +137,13 @@ def _native():
 
 
 @functools.cache
-def _reader():
+def tensor_reader():
     """Return what reads tensors in one call, or None where this torch does not offer the parts.
 
     Those are its C functions of AOTInductor for sizes of storages, and DLPack's exchange table. It
     is used only if it sees what Python sees.
     """
-    native = _native()
+    native = native_or_none()
     if native is None:
         return None
     folder = Path(torch.__file__).parent / "lib"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..selection.matrices import Elementwise, Matrix, refs_of
-from .addresses import Column, Memory, look
+from .addresses import Column, Counter, Memory, look
 from .device import DeviceTables, wide_dtype
 from .layout import Layout, layout_of, row_order, same_strides
 from .schema import (
@@ -119,7 +119,7 @@ class Tables:
         self.s_size = r * sum(x.rows for x in self.layouts)  # of s
         # Of each elementwise parameter what it is pulled to, or None: see set_targets of a plan.
         self.targets: Targets = (None,) * nv
-        self.version = 0  # counts changes of the tables
+        self.counter = Counter()  # of changes of the tables, counted before they are made
         self._device_tables: DeviceTables | None = None
         self._build(sizes)
 
@@ -193,7 +193,7 @@ class Tables:
             tables = self.table, self.tiles, self.elementwise_table, self.chunks
             what = "an address of a weight or a gradient"
             self._device_tables = DeviceTables(tables, self.device, what)
-        self._device_tables.refresh(self.version)
+        self._device_tables.refresh(self.counter.value)
         return self._device_tables
 
 
@@ -281,8 +281,8 @@ class Plan(Tables):
         self.targets = targets
         found = [0 if x is None else x.data_ptr() for x in targets]
         if found != self.elementwise_table["targets"].tolist():
+            self.counter.count()
             self.elementwise_table["targets"] = found
-            self.version += 1
 
     @contextmanager
     def pulled_to(self, targets: Targets) -> Iterator[None]:
@@ -315,9 +315,9 @@ class Plan(Tables):
             self.tensors = tensors  # possibly other objects with the same memory
             return True
         self.weights_seen = None  # until all of it is written, should that be interrupted
+        self.counter.count()
         for column in self._weight_columns:
             column.write(now)
-        self.version += 1
         self.tensors, self.weights_seen = list(tensors), now
         return True
 
@@ -367,12 +367,17 @@ class Plan(Tables):
         if now == before:
             return
         self.grads_seen = None  # until all of it is written, should that be interrupted
+        self.counter.count()
         if is_new:
             self._describe_grads(grads, usual)
-        self._matrix_grads.write(now)
-        self._elementwise_grads.write(now)
-        self.version += 1
+        for column in self.grad_columns:
+            column.write(now)
         self.grads_seen = now
+
+    @property
+    def grad_columns(self) -> tuple[Column, Column]:
+        """The fields of the tables with the addresses of gradients, one per ref."""
+        return self._matrix_grads, self._elementwise_grads
 
     def _check_layouts(self, grads: Sequence[torch.Tensor | None], now: Memory) -> bool:
         """Return whether ``grads`` are laid out like their weights; ValueError if unusable."""

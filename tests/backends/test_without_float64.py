@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:spectral_kernels uses its PyTorc
 def on_mps(monkeypatch):
     """The device, while the test runs."""
     # It would look into the memory of wrappers.
-    monkeypatch.setattr(addresses, "_reader", lambda: None)
+    monkeypatch.setattr(addresses, "tensor_reader", lambda: None)
     with mps_like():
         yield
 

@@ -16,9 +16,9 @@ from ..support.models import close
 @pytest.fixture(params=["native", "python"])
 def way(request, monkeypatch):
     if request.param == "python":
-        monkeypatch.setattr(addresses, "_native", lambda: None)
-        monkeypatch.setattr(addresses, "_reader", lambda: None)
-    elif addresses._reader() is None:
+        monkeypatch.setattr(addresses, "native_or_none", lambda: None)
+        monkeypatch.setattr(addresses, "tensor_reader", lambda: None)
+    elif addresses.tensor_reader() is None:
         pytest.skip("no compiled module, or a torch without the C functions that it calls")
     return request.param
 

@@ -20,6 +20,7 @@ from torch.autograd.graph import _get_grad_fn_or_grad_acc
 
 from ...selection.parameters import ParameterRef
 from ..model_buckets import ModelBuckets
+from ..prepared import Preparation, PreparedPenalty
 from .optimizers import check_held
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class StepPenalty:
         self._number, self.shared = number, shared
         self._attachment = None if attachment is None else weakref.ref(attachment)
         self._ended, self._seen = False, _next_event() - 1  # the first step looks
+        self.preparation: Preparation[PreparedPenalty] = Preparation()
         buckets.in_steps = [*(x for x in buckets.in_steps if x.is_active), self]
 
     @property
@@ -146,6 +148,7 @@ class StepPenalty:
     def end(self) -> None:
         """Say that steps no longer add the penalty."""
         self._ended = True
+        self.preparation.drop()
 
     @property
     def part(self) -> int | None:
