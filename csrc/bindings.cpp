@@ -169,8 +169,8 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<spectral::TensorReader>(m, "TensorReader", py::module_local(),
                                      "Addresses and layouts of tensors; see csrc/tensors.h.")
-      .def(py::init<py::handle, int64_t, int64_t>(), py::arg("type"), py::arg("storage_size"),
-           py::arg("storage_offset"))
+      .def(py::init<const py::tuple&, const std::vector<int64_t>&, int64_t>(), py::arg("types"),
+           py::arg("functions"), py::arg("impl_offset"))
       .def("look", &spectral::TensorReader::look, py::arg("written"), py::arg("read"));
   using Numbers = std::vector<std::vector<int64_t>>;
   py::class_<spectral::Guard>(m, "Guard", py::module_local(),

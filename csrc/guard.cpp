@@ -37,13 +37,14 @@ constexpr double kLong = 100e3;  // ns; for longer ones other threads of Python 
 
 PyObject* item(PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i); }
 
-py::object attribute(PyObject* object, PyObject* name) {
-  py::object found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+// Returns an attribute of `object` by the descriptor in its class.
+py::object attribute(PyObject* object, const py::object& descriptor) {
+  py::object found = py::reinterpret_steal<py::object>(
+      Py_TYPE(descriptor.ptr())
+          ->tp_descr_get(descriptor.ptr(), object, (PyObject*)Py_TYPE(object)));
   if (!found) throw py::error_already_set();
   return found;
 }
-
-PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
 // Returns the value of `key`, borrowed, or null.
 PyObject* value_of(PyObject* dict, PyObject* key) {
@@ -87,6 +88,19 @@ Guard::Guard(const TensorReader& reader, const py::tuple& objects, std::vector<i
     throw std::invalid_argument("grads: accepted is one number per holder");
   if (2 * options_.size() != (size_t)PyTuple_GET_SIZE(own.options()))
     throw std::invalid_argument("options: accepted is one Option per dict and key");
+  const py::handle type = reader_->type();
+  grad_ = type.attr("grad");
+  requires_grad_of_ = type.attr("requires_grad");
+  version_ = type.attr("_version");
+  for (const py::object& own : {grad_, requires_grad_of_, version_})
+    if (Py_TYPE(own.ptr())->tp_descr_get == nullptr)
+      throw std::invalid_argument("reader: the attributes of torch.Tensor are no descriptors");
+  for (const py::handle holder : py::reinterpret_borrow<py::tuple>(own.holders())) {
+    const py::object kind = py::type::of(holder);
+    const py::object grad = kind.attr("grad"), requires_grad = kind.attr("requires_grad");
+    if (!grad.is(grad_) || !requires_grad.is(requires_grad_of_))
+      throw std::invalid_argument("objects: a class of tensors has attributes of its own");
+  }
   for (const GradColumn& column : columns_) {
     const int64_t* refs = reinterpret_cast<const int64_t*>(column.refs);
     for (int64_t i = 0; i < column.n_rows; ++i)
@@ -135,7 +149,15 @@ bool Guard::is_same(const Objects& objects) const {
 // Reads one tensor, and compares it with the one in its place before.
 bool Guard::read_tensor(py::handle tensor, bool is_written, int64_t& address, bool is_first) {
   TensorFacts found;
-  if (!reader_->read(tensor, found) || found.is_freed || found.is_negative) return false;
+  const bool can_be_read =
+      reader_->is_plain(tensor) ? reader_->read_plain(tensor, found) : reader_->read(tensor, found);
+  if (!can_be_read || found.is_freed || found.is_negative) return false;
+  if (is_first && reader_->is_plain(tensor)) {
+    TensorFacts other;
+    if (!reader_->read(tensor, other) || other.span.begin != found.span.begin ||
+        other.span.end != found.span.end || other.n_dims != found.n_dims)
+      return false;
+  }
   const int64_t n = found.n_dims, head[] = {found.device, found.type, n};
   if (is_first) {
     layouts_.insert(layouts_.end(), head, head + 3);
@@ -155,7 +177,6 @@ bool Guard::read_tensor(py::handle tensor, bool is_written, int64_t& address, bo
 }
 
 bool Guard::read(const Objects& objects, bool is_first) {
-  static PyObject *const kGrad = interned("grad"), *const kRequiresGrad = interned("requires_grad");
   in_layouts_ = 0;
   is_missing_ = false;
   spans_.clear();
@@ -175,11 +196,11 @@ bool Guard::read(const Objects& objects, bool is_first) {
   }
   for (int64_t i = 0; i < n_holders; ++i) {
     PyObject* const holder = item(holders, i);
-    const bool is_free = attribute(holder, kRequiresGrad).ptr() == Py_True;
+    const bool is_free = attribute(holder, requires_grad_of_).ptr() == Py_True;
     if (!is_first && is_free != (bool)requires_grad_[i]) return false;
     requires_grad_[i] = is_free;
     if (wanted_[i] == kIgnored) continue;
-    const py::object grad = attribute(holder, kGrad);
+    const py::object grad = attribute(holder, grad_);
     if (grad.is_none() && wanted_[i] == kTensor) {
       if (is_first) return false;
       is_missing_ = true;
@@ -201,11 +222,10 @@ bool Guard::read(const Objects& objects, bool is_first) {
 }
 
 bool Guard::read_versions(const Objects& objects, bool is_first) {
-  static PyObject* const kVersion = interned("_version");
   PyObject* const tensors = objects.versioned();
   versions_.resize(PyTuple_GET_SIZE(tensors));
   for (size_t i = 0; i < versions_.size(); ++i) {
-    const py::object version = attribute(item(tensors, i), kVersion);
+    const py::object version = attribute(item(tensors, i), version_);
     const int64_t now = PyLong_AsLongLong(version.ptr());
     if (now == -1 && PyErr_Occurred()) throw py::error_already_set();
     if (!is_first && now != versions_[i]) return false;

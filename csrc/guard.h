@@ -77,6 +77,7 @@ class Guard {
   std::vector<Option> options_;
   std::vector<cpu::Job> jobs_;
   pybind11::object increment_version_, is_inference_;
+  pybind11::object grad_, requires_grad_of_, version_;  // descriptors of torch.Tensor
 
   std::vector<int64_t> layouts_;  // of the tensors, then of the gradients
   size_t in_layouts_ = 0;         // where the next one is

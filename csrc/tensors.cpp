@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -28,11 +29,11 @@ py::bytes as_bytes(const std::vector<int64_t>& numbers) {
 }
 
 // Returns how many elements lie between the first and the last one, both included.
-int64_t extent(const DLTensor& x) {
+int64_t extent(const int64_t* shape, const int64_t* strides, int32_t n_dims) {
   int64_t n = 1;
-  for (int32_t d = 0; d < x.n_dims; ++d) {
-    if (x.shape[d] == 0) return 0;
-    n += (x.shape[d] - 1) * x.strides[d];
+  for (int32_t d = 0; d < n_dims; ++d) {
+    if (shape[d] == 0) return 0;
+    n += (shape[d] - 1) * strides[d];
   }
   return n;
 }
@@ -49,14 +50,18 @@ struct DLPackExchangeApi {
   void* current_work_stream;
 };
 
-TensorReader::TensorReader(py::handle type, int64_t storage_size, int64_t storage_offset)
-    : type_(py::reinterpret_borrow<py::object>(type)),
-      impl_(type.attr("_cdata")),
-      is_neg_(type.attr("is_neg")),
+TensorReader::TensorReader(const py::tuple& types, const std::vector<int64_t>& functions,
+                           int64_t impl_offset)
+    : type_(types[0]),
+      parameter_(types[1]),
+      impl_(type_.attr("_cdata")),
+      is_neg_(type_.attr("is_neg")),
       api_(nullptr),
-      storage_size_(reinterpret_cast<decltype(storage_size_)>(storage_size)),
-      storage_offset_(reinterpret_cast<decltype(storage_offset_)>(storage_offset)) {
-  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+      impl_offset_(impl_offset) {
+  if (functions.size() * sizeof(int64_t) != sizeof(torch_))
+    throw std::invalid_argument("functions: accepted is one address per function");
+  std::memcpy(&torch_, functions.data(), sizeof(torch_));
+  const py::object capsule = py::getattr(type_, "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
     api_ = static_cast<const DLPackExchangeApi*>(
         PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -106,17 +111,53 @@ bool TensorReader::read(py::handle tensor, TensorFacts& found) const {
   if (!number) throw py::error_already_set();
   void* impl = PyLong_AsVoidPtr(number.ptr());
   int64_t storage_bytes = 0, offset = 0;
-  if (storage_size_(&impl, &storage_bytes) != 0 || storage_offset_(&impl, &offset) != 0)
+  if (torch_.storage_size(&impl, &storage_bytes) != 0 || torch_.storage_offset(&impl, &offset) != 0)
     return false;
   const int64_t address = reinterpret_cast<int64_t>(x.data) + (int64_t)x.byte_offset;
-  const int64_t size = x.type_bits / 8, bytes = extent(x) * size;
+  const int64_t size = x.type_bits / 8, bytes = extent(x.shape, x.strides, x.n_dims) * size;
   found.span = {address, address + bytes};
   const bool is_behind = address != offset * size && offset * size + bytes <= storage_bytes;
   found.is_freed = bytes != 0 && !is_behind;
+  found.is_negative = is_negative(tensor);
+  return true;
+}
+
+bool TensorReader::is_negative(py::handle tensor) const {
   const py::object negative =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor.ptr()));
   if (!negative) throw py::error_already_set();
-  found.is_negative = negative.ptr() == Py_True;
+  return negative.ptr() == Py_True;
+}
+
+bool TensorReader::read_plain(py::handle tensor, TensorFacts& found) const {
+  void* impl = *reinterpret_cast<void**>(reinterpret_cast<char*>(tensor.ptr()) + impl_offset_);
+  constexpr int32_t kStrided = 0, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat16 = 15;  // torch's
+  int32_t layout = 0, dtype = 0, device_type = 0, device_index = 0;
+  if (impl == nullptr || torch_.layout(&impl, &layout) != 0 || layout != kStrided) return false;
+  void* data = nullptr;
+  int64_t n_dims = 0, storage_bytes = 0, offset = 0, *shape = nullptr, *strides = nullptr;
+  if (torch_.data_ptr(&impl, &data) != 0 || torch_.dim(&impl, &n_dims) != 0 ||
+      torch_.sizes(&impl, &shape) != 0 || torch_.strides(&impl, &strides) != 0 ||
+      torch_.dtype(&impl, &dtype) != 0 || torch_.device_type(&impl, &device_type) != 0 ||
+      torch_.device_index(&impl, &device_index) != 0 ||
+      torch_.storage_size(&impl, &storage_bytes) != 0 || torch_.storage_offset(&impl, &offset) != 0)
+    return false;
+  const int64_t size = dtype == kFloat                        ? 4
+                       : dtype == kDouble                     ? 8
+                       : dtype == kHalf || dtype == kBFloat16 ? 2
+                                                              : 0;
+  if (size == 0) return false;
+  found.device = (int64_t)device_type << 32 | (uint32_t)device_index;
+  found.type = dtype;
+  found.n_dims = (int32_t)n_dims;
+  found.shape = shape;
+  found.strides = strides;
+  const int64_t address = reinterpret_cast<int64_t>(data);
+  const int64_t bytes = extent(shape, strides, found.n_dims) * size;
+  found.span = {address, address + bytes};
+  found.is_freed =
+      bytes != 0 && (address == offset * size || offset * size + bytes > storage_bytes);
+  found.is_negative = is_negative(tensor);
   return true;
 }
 

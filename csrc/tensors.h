@@ -32,14 +32,30 @@ struct TensorFacts {
 std::pair<int64_t, int64_t> overlap(const std::vector<Span>& spans, size_t n_written,
                                     std::vector<uint32_t>& order);
 
+// torch's C functions of AOTInductor, aoti_torch_get_<name>, whose first argument is a handle of a
+// tensor. They return 0, or an error.
+struct TensorFunctions {
+  int32_t (*data_ptr)(void* tensor, void** address);
+  int32_t (*dim)(void* tensor, int64_t* n);
+  int32_t (*sizes)(void* tensor, int64_t** shape);
+  int32_t (*strides)(void* tensor, int64_t** strides);
+  int32_t (*dtype)(void* tensor, int32_t* dtype);
+  int32_t (*device_type)(void* tensor, int32_t* type);
+  int32_t (*device_index)(void* tensor, int32_t* index);
+  int32_t (*layout)(void* tensor, int32_t* layout);
+  int32_t (*storage_size)(void* tensor, int64_t* bytes);
+  int32_t (*storage_offset)(void* tensor, int64_t* elements);
+};
+
 // Reads tensors. What it finds is compared with what the tables were made from before any kernel
 // runs.
 class TensorReader {
  public:
-  // `type` is torch.Tensor; `storage_size` and `storage_offset` are the addresses of
-  // aoti_torch_get_storage_size and aoti_torch_get_storage_offset. Throws std::invalid_argument
-  // where the type does not offer what is needed.
-  TensorReader(pybind11::handle type, int64_t storage_size, int64_t storage_offset);
+  // `types` are torch.Tensor and torch.nn.Parameter; `functions` the addresses of TensorFunctions.
+  // `impl_offset` is where an object of these types holds what its `_cdata` says, in bytes; -1:
+  // that is not known. Throws std::invalid_argument where the type does not offer what is needed.
+  TensorReader(const pybind11::tuple& types, const std::vector<int64_t>& functions,
+               int64_t impl_offset);
 
   // Returns (addresses, layouts) of `written`, the same of `read`, and a problem. Addresses are one
   // int64 per tensor, as bytes, 0 for None; layouts are bytes that are equal for equal devices,
@@ -53,11 +69,26 @@ class TensorReader {
   // pybind11::error_already_set.
   bool read(pybind11::handle tensor, TensorFacts& found) const;
 
+  // The same several times as fast, for objects of the two types; numbers for devices and dtypes
+  // are others.
+  bool read_plain(pybind11::handle tensor, TensorFacts& found) const;
+
+  pybind11::handle type() const { return type_; }
+
+  // Whether read_plain may be used.
+  bool is_plain(pybind11::handle tensor) const {
+    PyTypeObject* const own = Py_TYPE(tensor.ptr());
+    return impl_offset_ >= 0 &&
+           (own == (PyTypeObject*)type_.ptr() || own == (PyTypeObject*)parameter_.ptr());
+  }
+
  private:
-  pybind11::object type_, impl_, is_neg_;
+  bool is_negative(pybind11::handle tensor) const;
+
+  pybind11::object type_, parameter_, impl_, is_neg_;
   const DLPackExchangeApi* api_;
-  int32_t (*storage_size_)(void* tensor, int64_t* bytes);
-  int32_t (*storage_offset_)(void* tensor, int64_t* elements);
+  TensorFunctions torch_;
+  int64_t impl_offset_;
 };
 
 // Returns the values of `keys` in every dict of `dicts`, dict by dict; None for a missing one.

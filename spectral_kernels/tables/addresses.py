@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from .native import native_module
 
@@ -17,6 +18,13 @@ _WHY = {
     "freed": "no memory of its own, or less than its shape needs (freed, resized, meta or fake)",
     "negative": "its negative bit set (torch.resolve_neg copies it without)",
 }
+
+
+# Of TensorFunctions in csrc/tensors.h, in their order.
+_FUNCTIONS = (
+    "data_ptr", "dim", "sizes", "strides", "dtype", "device_type", "device_index", "layout",
+    "storage_size", "storage_offset",
+)  # fmt: skip
 
 
 class Memory(NamedTuple):
@@ -140,7 +148,7 @@ def native_or_none():
 def tensor_reader():
     """Return what reads tensors in one call, or None where this torch does not offer the parts.
 
-    Those are its C functions of AOTInductor for sizes of storages, and DLPack's exchange table. It
+    Those are its C functions of AOTInductor, and DLPack's exchange table. It
     is used only if it sees what Python sees.
     """
     native = native_or_none()
@@ -151,12 +159,22 @@ def tensor_reader():
     path = next((folder / name for name in names if (folder / name).exists()), None)
     try:
         library = ctypes.CDLL(str(path))
-        functions = library.aoti_torch_get_storage_size, library.aoti_torch_get_storage_offset
+        functions = [getattr(library, f"aoti_torch_get_{name}") for name in _FUNCTIONS]
         numbers = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
-        reader = native.TensorReader(torch.Tensor, *numbers)
+        reader = native.TensorReader((torch.Tensor, nn.Parameter), numbers, _impl_offset())
     except (OSError, AttributeError, ValueError):
         return None
     return reader if _agrees(reader) else None
+
+
+def _impl_offset() -> int:
+    """Return where a tensor's object holds its ``_cdata``, in bytes; -1 if that is not clear."""
+    found = set()
+    for x in (torch.zeros(3), nn.Parameter(torch.zeros(2, 3)), torch.zeros(4, 2)[1:]):
+        places = range(object.__basicsize__, type(x).__basicsize__, ctypes.sizeof(ctypes.c_void_p))
+        words = [ctypes.c_void_p.from_address(id(x) + i).value for i in places]
+        found |= {tuple(i for i, word in zip(places, words, strict=True) if word == x._cdata)}
+    return found.pop()[0] if len(found) == 1 and all(len(own) == 1 for own in found) else -1
 
 
 def _agrees(reader) -> bool:

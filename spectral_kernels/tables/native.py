@@ -29,7 +29,7 @@ def native_module() -> ModuleType:
         raise ImportError(f"the compiled module is missing: {why}") from None
     except ImportError as error:
         raise ImportError(f"the compiled module cannot be used: {error}") from error
-    if getattr(native, "tables", None) != offsets() or not hasattr(native, "TensorReader"):
+    if getattr(native, "tables", None) != offsets() or not hasattr(native, "Guard"):
         raise ImportError(
             "the compiled module cannot be used: it was built from another version of the package; "
             "reinstall it"
