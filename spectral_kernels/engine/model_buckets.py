@@ -296,16 +296,18 @@ class ModelBuckets:
         Raises:
             ValueError, RuntimeError: see ``SpectralRegularizer.accumulate_grad_``.
         """
-        with self.lock:
-            self._accumulate_gradients(n_iterations, scale, owner)
-
-    def _accumulate_gradients(self, n_iterations: int, scale, owner: StepPenalty | None) -> None:
         preparation = (self if owner is None else owner).preparation
-        if preparation.step is not None:
-            if preparation.step.take(self, n_iterations, scale):
-                preparation.used()
-                return
-            preparation.drop()
+        with self.lock:
+            if (prepared := preparation.step) is not None:
+                if prepared.take(self, n_iterations, scale):
+                    return
+                preparation.drop()
+            buckets = self._accumulate_gradients(n_iterations, scale, owner)
+            preparation.renew(lambda: PreparedPenalty(self, buckets))
+
+    def _accumulate_gradients(
+        self, n_iterations: int, scale, owner: StepPenalty | None
+    ) -> list[Bucket]:
         self.leave_out_computed()
         buckets = self.of_owner(owner)
         grads = [bucket.grads() for bucket in buckets]
@@ -318,7 +320,7 @@ class ModelBuckets:
             bucket.begin(n_iterations)
         for bucket, own in zip(buckets, grads, strict=True):
             bucket.finish(n_iterations, own)
-        preparation.renew(lambda: PreparedPenalty(self, buckets))
+        return buckets
 
     def _bound(
         self, values: Sequence[torch.Tensor] | None = None, owner: StepPenalty | None = None

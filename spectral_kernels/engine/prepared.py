@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Step(Protocol):
     """A prepared step."""
 
+    guard: Guard
+
     def release(self) -> None:
         """End it: something has changed."""
 
@@ -34,27 +36,21 @@ class Preparation(Generic[Any]):
 
     def __init__(self):
         self.step: Any | None = None
-        self._was_useful, self._wait, self._pause = False, 0, 1
-
-    def used(self) -> None:
-        """Note that the prepared step has been taken."""
-        self._was_useful = True
+        self._wait, self._pause = 0, 1
 
     def drop(self) -> None:
         """Note that the prepared step does not fit any more."""
         if self.step is None:
             return
         self.step.release()
-        self.step = None
-        self._pause = 1 if self._was_useful else min(2 * self._pause, 64)
-        self._wait = self._pause - 1
+        self._pause = 1 if self.step.guard.was_useful else min(2 * self._pause, 64)
+        self._wait, self.step = self._pause - 1, None
 
     def renew(self, prepare: Callable[[], Any]) -> None:
         """Keep the step that ``prepare`` returns, or can't, if it is time for one."""
         if self._wait:
             self._wait -= 1
             return
-        self._was_useful = False
         try:
             self.step = prepare()
         except ValueError:  # it cannot be; steps go on as they are
@@ -75,6 +71,7 @@ class PreparedPenalty:
     def __init__(self, model: ModelBuckets, buckets: Sequence[Bucket]):
         # Nothing here refers to ``model``, which refers to this.
         self._all, self._buckets = model.buckets, list(buckets)
+        self._is_scaled = any(bucket.state.scale is not None for bucket in buckets)
         watched = Watched()
         watch_model(watched, model)
         self.is_native = all(runs_jobs(bucket) for bucket in buckets)
@@ -88,7 +85,7 @@ class PreparedPenalty:
             watched.counters.append(plan.counter)
             if self.is_native:
                 watched.jobs.append((bucket.state.address, 0, bucket.ratios_address, 0, 0, 0))
-        self._guard = Guard(watched, JUMP, JUMP_FACTOR)
+        self.guard = Guard(watched, JUMP, JUMP_FACTOR)
         for bucket in buckets:
             bucket.plan.grads_seen = None  # from now on the tables change without it
 
@@ -101,11 +98,13 @@ class PreparedPenalty:
             return False
         if model.coefficients.strength_tensor is not None:
             model.fill_strength()
-        for bucket in self._buckets:
-            if scale is not None or bucket.state.scale is not None:
+        if scale is not None or self._is_scaled:
+            self._is_scaled = True  # should this be interrupted
+            for bucket in self._buckets:
                 bucket.state.set_scale(scale)
+            self._is_scaled = scale is not None
         is_native = self.is_native and n == 1
-        run = self._guard.step if is_native else self._guard.look
+        run = self.guard.step if is_native else self.guard.look
         if (found := run()) == MISSING:
             for bucket in self._buckets:
                 bucket.create_missing_grads(bucket.grads())

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..backends import choice, selfcheck
 from ..diagnostics.readings import Readings
@@ -39,6 +40,7 @@ from .states import check_state, state_of
 from .update import Rule, Update, check_dtype
 
 Loss = TypeVar("Loss")
+_GLOBAL_HOOKS = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
 class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
@@ -96,7 +98,6 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @untraced
-    @torch.no_grad()
     def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Take a step with the gradients in ``.grad`` and the penalty's; ``.grad`` does not change.
 
@@ -109,18 +110,33 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
             ValueError: a parameter, gradient or hyperparameter that cannot be used; no parameter is
                 changed then.
         """
+        given = () if closure is None else (closure,)
+        return self._hooked_step(*given) if self._has_hooks() else self._whole_step(*given)
+
+    # torch.optim wraps every step() in a function that runs hooks and names it for the profiler,
+    # which takes as long as half of a small network's step.
+    step.hooked = True
+
+    def _has_hooks(self) -> bool:
+        """Return whether there is something for that function to do."""
+        own = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
+        return any(own) or any(_GLOBAL_HOOKS) or torch.autograd._profiler_enabled()
+
+    def _whole_step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with self._buckets.lock:
-            self._step()
+            in_steps_of(self, self._buckets).check()
+            if not self._take_prepared():
+                with torch.no_grad():
+                    self._step()
         return loss
 
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_whole_step)
+
     def _step(self) -> None:
-        in_steps_of(self, self._buckets).check()
-        if self._take_prepared():
-            return
         updates = self._bound()
         on_device = all(update.backend.scalars_on_device for update in updates)
         found_inf, grad_scale = (getattr(self, n, None) for n in ("found_inf", "grad_scale"))
@@ -156,7 +172,6 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         if not prepared.take(self):
             self._preparation.drop()
             return False
-        self._preparation.used()
         if watch is not None:
             watch.skip()
         return True
@@ -176,7 +191,6 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         """Return the updates, with tables that point at the current parameters and gradients."""
         if (prepared := self._preparation.step) is not None:
             if prepared.fits(self):
-                self._preparation.used()
                 return self._updates
             self._preparation.drop()
         buckets = self._buckets.bound(owner=in_steps_of(self, self._buckets))

@@ -69,18 +69,18 @@ class PreparedUpdate:
                  + GROUP.fields[x.field][1], x.is_fixed)
                 for update in updates for i, group in enumerate(groups) for x in optimizer._options
             ]  # fmt: skip
-        self._guard = Guard(watched, JUMP, JUMP_FACTOR)
+        self.guard = Guard(watched, JUMP, JUMP_FACTOR)
 
     def release(self) -> None:
         """End it; the next step looks at everything, and goes on from the same versions."""
-        versions, start = self._guard.versions(), 0
+        versions, start = self.guard.versions(), 0
         for update in self._updates if self.is_native else ():
             update.knows_versions(versions[start : start + update.n_regularized])
             start += update.n_regularized
 
     def fits(self, optimizer: SpectralOptimizer) -> bool:
         """Return whether nothing has changed; the tables have the present gradients then."""
-        if not all(map(operator.is_, _parts(optimizer), self._parts)) or self._guard.look() != FITS:
+        if not all(map(operator.is_, _parts(optimizer), self._parts)) or self.guard.look() != FITS:
             return False
         for update in self._updates:
             update.grads = [p.grad for p in update.weights]
@@ -90,7 +90,7 @@ class PreparedUpdate:
         """Take the step; return False if something has changed."""
         if not all(map(operator.is_, _parts(optimizer), self._parts)):
             return False
-        found = self._guard.step()
+        found = self.guard.step()
         if found == FITS:
             return True
         if found < 0:

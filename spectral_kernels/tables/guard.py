@@ -103,13 +103,17 @@ class Guard:
             watched.jobs, least, factor, torch._C._increment_version,
             torch.is_inference_mode_enabled,
         )  # fmt: skip
+        self._look, self._step = self._native.look, self._native.step
+        self.was_useful = False  # whether it has fitted since it was made
 
     def look(self) -> int:
         """Return FITS, CHANGED or MISSING; if it fits, the tables have the present addresses.
 
         MISSING: all fits but gradients that are None where there were tensors.
         """
-        return self._native.look(self._objects)
+        found = self._look(self._objects)
+        self.was_useful = self.was_useful or found != CHANGED
+        return found
 
     def step(self) -> int:
         """Look; if it fits take the step, with torch's number of threads.
@@ -119,7 +123,9 @@ class Guard:
             whose vectors have jumped; an optimizer's update of it is done, the penalty's gradient
             is not added, and no job after it is begun; no version of a tensor counts the step yet.
         """
-        return self._native.step(self._objects, torch.get_num_threads())
+        found = self._step(self._objects, torch.get_num_threads())
+        self.was_useful = self.was_useful or found != CHANGED
+        return found
 
     def versions(self) -> list[int]:
         """Return the versions of the ``versioned`` tensors after the last step."""

@@ -16,7 +16,7 @@ from ...selection.changes import aligned
 from ...selection.parameters import ParameterRef
 from ...selection.warn import warn
 from ..model_buckets import ModelBuckets
-from ..untraced import untraced
+from ..untraced import outside, untraced
 from .decoupled import Decoupled
 from .once import StepPenalty, names_of, others_with
 from .optimizers import (
@@ -199,9 +199,11 @@ class _Hook:
         self._inside = False  # a step has begun and not ended; it may have raised an error
         self._nested = 0  # steps inside of it, of a base class, for which torch runs hooks too
 
-    @untraced
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]):
         """Add the penalty; with a closure, after its evaluation."""
+        # Without the wrapper of ``untraced``: in the step of a small network it counts.
+        if torch.compiler.is_compiling():
+            return outside(_Hook.before, self, optimizer, args, kwargs)
         if self._inside and _steps_under_way(optimizer) > 1:
             self._nested += 1
             return None
@@ -226,7 +228,6 @@ class _Hook:
             return (args[0], with_penalty, *args[2:]), kwargs
         return args, {**kwargs, "closure": with_penalty}
 
-    @untraced
     def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         """End the step."""
         if self._nested:
@@ -234,8 +235,12 @@ class _Hook:
             return
         self._inside = False
         if self._decoupled is not None:
-            with self._regularizer._buckets.lock:
-                self._decoupled.apply(optimizer)
+            self._apply(optimizer)
+
+    @untraced
+    def _apply(self, optimizer: torch.optim.Optimizer) -> None:
+        with self._regularizer._buckets.lock:
+            self._decoupled.apply(optimizer)
 
     @untraced
     def _after_closure(self, optimizer: torch.optim.Optimizer) -> None:
