@@ -24,7 +24,8 @@ def reasons(subject: Subject) -> dict[str, list[str]]:
             found.setdefault(name, []).append("weight: another number of dimensions")
         if p is not tracked.get(name):
             found.setdefault(name, []).append(REPLACED)
-            found[name] += [*_of_weight(name, p), *_of_grad(p)]
+            if subject.kind(name) is not None:  # else no step touches it
+                found[name] += [*_of_weight(name, p), *_of_grad(p)]
     for name, reason in _shared(subject, tracked):
         found.setdefault(name, []).append(reason)
     return found
