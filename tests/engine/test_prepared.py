@@ -35,6 +35,7 @@ class Run:
 
     def __init__(self, way, **options):
         self.model, self.way, self.n = net(), way, 0
+        self.in_place = self.to_frozen = False  # how gradients arrive
         options = {"strength": 0.05, **options}
         if way.startswith("Spectral"):
             kind = SpectralAdamW if way == "SpectralAdamW" else SpectralSGD
@@ -47,13 +48,14 @@ class Run:
             if way == "attached":
                 self.handle = self.reg.attach(self.optimizer)
 
-    def step(self, without=(), zero=True):
+    def step(self, without=()):
         generator = torch.Generator().manual_seed(self.n)
         self.n += 1
-        self.optimizer.zero_grad(set_to_none=zero)
+        self.optimizer.zero_grad(set_to_none=not self.in_place)
         for name, p in self.model.named_parameters():
-            if p.requires_grad and name not in without:
-                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            if (p.requires_grad or self.to_frozen) and name not in without:
+                grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+                p.grad = grad if p.grad is None else p.grad.copy_(grad)
         if self.way == "accumulated":
             self.reg.accumulate_grad_()
         self.optimizer.step()
@@ -215,15 +217,31 @@ def evaluate(run):
     run.optimizer.zero_grad()
 
 
-def one_group_less(run):
+def differentiate(run):
+    """The tables hold addresses of other gradients, though those of the step stay where they are."""
+    run.in_place = True
+    torch.autograd.grad(run.reg.penalty(), run.model[0].weight)
+
+
+def other_list(run):
     groups = run.optimizer.param_groups
     groups[0]["params"] = [p for p in groups[0]["params"] if p.dim() > 1 or p.numel() == 90]
+
+
+def shorter_list(run):
+    run.optimizer.param_groups[0]["params"].pop()
+
+
+def gradient_of_frozen(run):
+    run.to_frozen = not run.model[0].bias.requires_grad
+    run.model[0].bias.requires_grad_(False)
 
 
 CHANGES = [
     replace_layer, freeze, move, edit, edit_much, move_moment, count_anew, clear_state, other_lr,
     tensor_lr, other_betas, no_momentum, other_strength, no_strength, other_exponent, other_target,
-    more_vectors, auto, load, other_dtype, evaluate, one_group_less,
+    more_vectors, auto, load, other_dtype, evaluate, differentiate, other_list,
+    shorter_list, gradient_of_frozen,
 ]  # fmt: skip
 
 
