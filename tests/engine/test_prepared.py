@@ -23,7 +23,7 @@ WAYS = "accumulated", "attached", "SpectralAdamW", "SpectralSGD"
 def net(dtype=torch.float32):
     torch.manual_seed(0)
     layers = nn.Linear(70, 90), nn.ReLU(), nn.LayerNorm(90), nn.Linear(90, 5, bias=False)
-    model = nn.Sequential(*layers).to(dtype)
+    model = nn.Sequential(*layers, nn.Embedding(3, 4)).to(dtype)  # without a penalty
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -218,7 +218,7 @@ def evaluate(run):
 
 
 def differentiate(run):
-    """The tables hold addresses of other gradients, though those of the step stay where they are."""
+    """The tables get addresses of other gradients; those of the step stay where they are."""
     run.in_place = True
     torch.autograd.grad(run.reg.penalty(), run.model[0].weight)
 
@@ -233,8 +233,8 @@ def shorter_list(run):
 
 
 def gradient_of_frozen(run):
-    run.to_frozen = not run.model[0].bias.requires_grad
-    run.model[0].bias.requires_grad_(False)
+    run.to_frozen = not run.model[4].weight.requires_grad
+    run.model[4].weight.requires_grad_(False)
 
 
 CHANGES = [
