@@ -407,3 +407,22 @@ class Bucket:
         """Add the gradient at ``state`` to ``grads``, bound to the plan, or overwrite them."""
         with self.plan.pulled_to(state.targets):
             self.backend.rank_one(self.plan, state, grads, accumulate)
+
+
+def add_gradients(
+    buckets: Sequence[Bucket], n: int, scale: float | torch.Tensor | None = None
+) -> None:
+    """Run ``n`` power iterations of all buckets, and add their gradients to every ``.grad``.
+
+    Nothing is changed before all gradients are known to be usable.
+    """
+    grads = [bucket.grads() for bucket in buckets]
+    for bucket, own in zip(buckets, grads, strict=True):
+        bucket.plan.bind_grads(own)
+    for bucket, own in zip(buckets, grads, strict=True):
+        bucket.make_missing_grads(own)
+        bucket.state.set_scale(scale)
+    for bucket in buckets:
+        bucket.begin(n)
+    for bucket, own in zip(buckets, grads, strict=True):
+        bucket.finish(n, own)

@@ -21,7 +21,7 @@ from ..selection.matrices import Matrix, Selection, refs_of
 from ..selection.parameters import Computed
 from ..sharding import shards
 from ..sharding.shards import ShardAxes
-from .bucket import Bucket
+from .bucket import Bucket, add_gradients
 from .coefficients import Coefficients, Target
 from .loading import NOTHING_LOADED, Loaded
 from .prepared import Preparation, PreparedPenalty
@@ -302,25 +302,10 @@ class ModelBuckets:
                 if prepared.take(self, n_iterations, scale):
                     return
                 preparation.drop()
-            buckets = self._accumulate_gradients(n_iterations, scale, owner)
+            self.leave_out_computed()
+            buckets = self.of_owner(owner)
+            add_gradients(buckets, n_iterations, scale)
             preparation.renew(lambda: PreparedPenalty(self, buckets))
-
-    def _accumulate_gradients(
-        self, n_iterations: int, scale, owner: StepPenalty | None
-    ) -> list[Bucket]:
-        self.leave_out_computed()
-        buckets = self.of_owner(owner)
-        grads = [bucket.grads() for bucket in buckets]
-        for bucket, own in zip(buckets, grads, strict=True):
-            bucket.plan.bind_grads(own)
-        for bucket, own in zip(buckets, grads, strict=True):
-            bucket.make_missing_grads(own)
-            bucket.state.set_scale(scale)
-        for bucket in buckets:
-            bucket.begin(n_iterations)
-        for bucket, own in zip(buckets, grads, strict=True):
-            bucket.finish(n_iterations, own)
-        return buckets
 
     def _bound(
         self, values: Sequence[torch.Tensor] | None = None, owner: StepPenalty | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -16,8 +16,6 @@ from ..diagnostics.readings import Readings
 from ..engine.assignable import Assignable
 from ..engine.attach import in_steps_of
 from ..engine.bucket import Bucket
-from ..engine.initial import checked_initial
-from ..engine.loading import vectors_of
 from ..engine.model_buckets import ModelBuckets
 from ..engine.prepared import Preparation
 from ..engine.settings import iterations_of
@@ -31,19 +29,19 @@ from ..selection.arguments import (
     shown,
 )
 from ..selection.parameters import named_parameters
-from ..selection.warn import warn
 from ..sharding import shards
 from ..tables import device as device_tables
+from .checkpoints import Checkpoints
 from .groups import items_of, named_alike, not_in, source_and_groups
 from .prepared import Option, PreparedUpdate
-from .states import check_state, state_of
+from .states import state_of
 from .update import Rule, Update, check_dtype
 
 Loss = TypeVar("Loss")
 _GLOBAL_HOOKS = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 
 
-class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
+class SpectralOptimizer(Assignable, Readings, Checkpoints):
     """Base class of SpectralAdamW and SpectralSGD; see there."""
 
     regularizer: SpectralRegularizer
@@ -406,126 +404,9 @@ class SpectralOptimizer(Assignable, Readings, torch.optim.Optimizer):
         lines += self._listing()
         return "\n    ".join((groups.removesuffix(")") + "Penalty", *lines)) + "\n)"
 
-    # -------------------------------------------------------------------------------------- state
-
     @property
     def _buckets(self) -> ModelBuckets:
         return self.regularizer._buckets
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return a state_dict that torch's counterpart can load, with "spectral_..." entries added.
-
-        The vectors of a parameter's matrices, [n_vectors, N] each, and what was measured for the
-        target "initial" are in its state, so that torch.distributed.checkpoint finds them by the
-        parameter's name. States of parameters that are in no group any more are left out.
-        """
-        with self._buckets.lock:
-            self._keep_vectors()
-            held = {id(p) for group in self.param_groups for p in group["params"]}
-            everything = self.state
-            is_saved = {p: not isinstance(p, torch.Tensor) or id(p) in held for p in everything}
-            try:  # torch expects that all states are of parameters in the groups
-                self.state = {p: state for p, state in everything.items() if is_saved[p]}
-                found = super().state_dict()
-            finally:
-                self.state = everything
-        found["state"] = {
-            i: {**state, "step": state["step"].clone()} if "step" in state else state
-            for i, state in found["state"].items()
-        }
-        return found
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state_dict of this class or of its counterpart in torch.optim.
-
-        Raises:
-            TypeError, ValueError: groups, moments, step counts or vectors that do not fit or are
-                not finite; nothing is changed then.
-        """
-        for group in state_dict["param_groups"]:
-            self._check_options(group)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        states = [state_dict["state"].get(i, {}) for i in saved]
-        by_id = {id(p): state for p, state in zip(own, states, strict=False)}
-        vectors = {"vectors": {}, "left": {}, "initial": {}}
-        wanted, missing = set(self._buckets.coefficients.initial_names()), []
-        for entry, p, name in self._entries():
-            for kind, found in vectors.items():
-                key = f"spectral_{kind}{name}"
-                if key in by_id.get(id(p), {}):
-                    found[entry] = by_id[id(p)][key]
-            if entry in wanted and entry not in vectors["initial"] and by_id.get(id(p)):
-                missing.append(entry)
-        loaded = vectors_of(vectors, self._buckets.selection.matrices)
-        initial = checked_initial(vectors["initial"], self._buckets.selection)
-        for p, state in zip(own, states, strict=False):
-            check_state(self._name_of(p), p, state, self._rule.moments)
-        with self._buckets.lock:
-            super().load_state_dict(state_dict)  # it checks that the groups match
-            for p, state in zip(own, states, strict=True):
-                for name, kept in state.items():
-                    if name in self._rule.moments and kept is not None and self._state_dtype:
-                        # torch has converted it to the parameter's dtype.
-                        self.state[p][name] = kept.to(p.device, self._state_dtype, copy=True)
-                    elif isinstance(kept, torch.Tensor) and self.state[p].get(name) is kept:
-                        self.state[p][name] = kept.clone()  # state_dict keeps its own
-            for group in self.param_groups:
-                group.update(self._checked_options(group))  # Python's own numbers
-            self.regularizer._load(loaded, initial)
-            self._updates = None
-        if not loaded.vectors and not loaded.left and any(states):
-            warn(
-                f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty; "
-                "they are warmed up",
-            )
-        if missing:
-            warn(f"{type(self).__name__}: the checkpoint has no initial targets of "
-                 f"{', '.join(missing)}; those measured here are kept")  # fmt: skip
-
-    def _entries(self) -> Iterable[tuple[str, torch.Tensor, str]]:
-        """Yield name, parameter, and the name's suffix after the parameter's, of every entry."""
-        buckets = self._buckets
-        parameters = dict(zip(buckets.refs, buckets.tensors(), strict=True))
-        for entry in (*buckets.selection.matrices, *buckets.selection.elementwise):
-            yield entry.name, parameters[entry.ref], entry.name.removeprefix(entry.ref.name)
-
-    def _keep_vectors(self) -> None:
-        """Store vectors and measured targets in the state of the parameters that have one."""
-        if not self.state:
-            return
-        known = self.regularizer.state_dict()
-        for entry, p, name in self._entries():
-            if p not in self.state:
-                continue
-            state = self.state[p]
-            for kind in ("vectors", "left", "initial"):
-                state.pop(f"spectral_{kind}{name}", None)
-                value = known.get(kind, {}).get(entry)
-                if isinstance(value, float):
-                    value = torch.tensor(value, dtype=torch.float64, device="cpu")
-                if value is not None:
-                    state[f"spectral_{kind}{name}"] = value
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out addresses; copies and pickles carry moments and vectors."""
-        kept = ("regularizer", "_backend", "_state_dtype", "_decoupled", "_excluded", "_absent")
-        by_place = [[self._name_of(p) for p in g["params"]] for g in self.param_groups]
-        return {
-            **super().__getstate__(),
-            **{name: getattr(self, name) for name in kept},
-            "_by_place": by_place,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if (by_place := self.__dict__.pop("_by_place", None)) is not None:
-            self._updates, self._preparation = None, Preparation()
-            self._names = {
-                id(p): (p, name)
-                for names, group in zip(by_place, self.param_groups, strict=True)
-                for p, name in zip(group["params"], names, strict=True)
-            }
 
 
 def _same(now: list, before: list) -> bool:
