@@ -81,6 +81,8 @@ def compete(request, benchmark, _groups):
         })  # fmt: skip
         if contender in group.wrong:
             pytest.fail(f"{contender} was not timed: {group.wrong[contender]}")
+        durations = sorted(group.durations[contender])
+        benchmark.extra_info["p99_seconds"] = durations[int(0.99 * (len(durations) - 1))]
         if contender in group.first:
             benchmark.extra_info["first_step_seconds"] = group.first[contender]
         if contender in group.peak_bytes:

@@ -18,12 +18,14 @@ LABELS = {
     **FLOORS,
     "without": "without the regularizer",
     "attach": "ours, attached",
-    "attach_alone": "what attach() adds, alone",
     "penalty_in_graph": "penalty() in the graph",
     "penalty_beside": "penalty() beside it",
     "loop_in_graph": "autograd loop in the graph",
     "torch_adamw": "torch's fused AdamW alone",
+    "torch_adamw_one_thread": "torch's fused AdamW alone, one thread",
     "spectral_adamw": "ours, SpectralAdamW",
+    "torch_sgd": "torch's fused SGD alone",
+    "spectral_sgd": "ours, SpectralSGD",
     "loop": "per-layer autograd loop, then torch's",
 }
 

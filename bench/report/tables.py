@@ -54,8 +54,7 @@ def _training_table(results: list[Result]) -> list[str]:
         for name, result in found.items():
             more = ""
             if base is not None and name != "without":
-                share = result.median / base.median - (name != "attach_alone")
-                more = f"{100 * share:+.2f} %"
+                more = f"{100 * (result.median / base.median - 1):+.1f} %"
             lines.append(
                 f"| {case} | {result.info['batch']} | {LABELS.get(name, name)} "
                 f"| {milliseconds(result.median)} | {more} |"
@@ -66,8 +65,8 @@ def _training_table(results: list[Result]) -> list[str]:
 def _optimizer_table(results: list[Result]) -> list[str]:
     lines = [
         "| model | parameters | torch's fused AdamW alone, ms | ours, ms | ours / torch "
-        "| attached / torch | loop / torch |",
-        "|---|---|---|---|---|---|---|",
+        "| attached / torch | loop / torch | SpectralSGD / torch's fused SGD |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (case, _), found in by_case(results).items():
         base, own = found.get("torch_adamw"), found.get("spectral_adamw")
@@ -76,8 +75,23 @@ def _optimizer_table(results: list[Result]) -> list[str]:
             _ratio(found[name], base) if name in found else ""
             for name in ("spectral_adamw", "attach", "loop")
         ]
+        if "spectral_sgd" in found:
+            ratios.append(_ratio(found["spectral_sgd"], found.get("torch_sgd")))
         size = f"{next(iter(found.values())).info['weights'] / 1e6:.1f} M"
         lines.append(f"| {' | '.join((case, size, *times, *ratios))} |")
+    return lines
+
+
+def _busy_table(results: list[Result]) -> list[str]:
+    lines = [
+        "| model | busy processes | contender | median, ms | 99th percentile, ms |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.case} | {r.info['processes']} | {LABELS.get(r.contender, r.contender)} "
+        f"| {milliseconds(r.median)} | {milliseconds(r.info['p99_seconds'])} |"
+        for r in results
+    ]
     return lines
 
 
@@ -120,6 +134,7 @@ _TABLES = {
     "training_step": _training_table,
     "compiled_step": _training_table,
     "optimizer_step": _optimizer_table,
+    "busy_step": _busy_table,
     "memory": _memory_table,
     "scaling": _scaling_table,
 }

@@ -13,7 +13,7 @@ from tests.support import cases
 
 from . import devices
 from .baselines import FLOORS, Contender, start_vectors
-from .interleave import in_turn, measure
+from .interleave import in_turn, measure, measure_steps
 
 STRENGTH = 1.0  # large enough that an error of the gradient shows in .grad
 
@@ -128,6 +128,13 @@ class Group:
         """Time ``functions`` by name in turn."""
         clock = devices.CLOCKS[self.device]
         self.durations = measure(functions, self.rounds, self.min_time, clock=clock)
+
+    def time_steps(self, functions, most: int = 25) -> None:
+        """Time single calls of ``functions``, up to ``most`` in turn: every step counts."""
+        if self.device == "cpu":
+            self.durations = measure_steps(functions, self.rounds, self.min_time, most=most)
+        else:
+            self.time(functions)
 
 
 def floor_functions(weights):

@@ -39,6 +39,12 @@ def mlp() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def policy() -> nn.Module:
+    """A policy of two layers of 64 units, as in reinforcement learning."""
+    layers = [nn.Linear(17, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 6)]
+    return nn.Sequential(*layers)
+
+
 def resnet18() -> nn.Module:
     """ResNet-18."""
     config = transformers.ResNetConfig(
@@ -82,6 +88,7 @@ def tokens(vocabulary: int, length: int) -> Callable[[int], torch.Tensor]:
 
 GPU = ("cuda",)
 MODELS = {
+    "policy": Model(policy, lambda batch: torch.randn(batch, 17)),
     "mlp": Model(mlp, lambda batch: torch.randn(batch, 784)),
     "resnet18": Model(resnet18, images),
     "vit_tiny": Model(lambda: vit(192, 3), images),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralAdamW, SpectralRegularizer
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
 
 from . import baselines, devices, gate
 from .interleave import in_turn
@@ -39,6 +39,18 @@ def spectral_adamw(model: nn.Module, strength: float) -> Contender:
     return Contender(model, optimizer, optimizer.step)
 
 
+def torch_sgd(model: nn.Module, strength: float) -> Contender:
+    """Torch's fused SGD with momentum, without a penalty."""
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, fused=True)
+    return Contender(model, optimizer, optimizer.step)
+
+
+def spectral_sgd(model: nn.Module, strength: float) -> Contender:
+    """SpectralSGD with momentum."""
+    optimizer = SpectralSGD(model, LR, momentum=0.9, strength=strength)
+    return Contender(model, optimizer, optimizer.step)
+
+
 def attach(model: nn.Module, strength: float) -> Contender:
     """Torch's fused AdamW with the regularizer attached."""
     contender = torch_adamw(model, strength)
@@ -64,6 +76,8 @@ CONTENDERS = {
     "spectral_adamw": spectral_adamw,
     "attach": attach,
     "loop": loop,
+    "torch_sgd": torch_sgd,
+    "spectral_sgd": spectral_sgd,
 }
 
 
@@ -116,7 +130,7 @@ def run(group: gate.Group, names, build: Callable[[], nn.Module], dtype: torch.d
                 problem = disagreement(CONTENDERS[name], build, dtype, group.device)
                 gc.collect()
             if problem is None:
-                functions[name] = _ready(CONTENDERS[name], build, dtype, group.device)
+                functions[name] = ready(CONTENDERS[name], build, dtype, group.device)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         if problem is not None:
@@ -126,7 +140,7 @@ def run(group: gate.Group, names, build: Callable[[], nn.Module], dtype: torch.d
     gc.collect()  # hooks and optimizers reference each other
 
 
-def _ready(make, build, dtype: torch.dtype, device: str) -> Callable[[], object]:
+def ready(make, build, dtype: torch.dtype, device: str) -> Callable[[], object]:
     """Return a step on models that have taken their first one, which makes the moments."""
     n_bytes = 4 * n_parameters(build) * dtype.itemsize  # weights, gradients and two moments
     steps = []
