@@ -18,6 +18,7 @@ LABELS = {
     **FLOORS,
     "without": "without the regularizer",
     "attach": "ours, attached",
+    "attach_alone": "what attach() adds, alone",  # in results up to 2026-11-27
     "penalty_in_graph": "penalty() in the graph",
     "penalty_beside": "penalty() beside it",
     "loop_in_graph": "autograd loop in the graph",

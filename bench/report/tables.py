@@ -54,7 +54,8 @@ def _training_table(results: list[Result]) -> list[str]:
         for name, result in found.items():
             more = ""
             if base is not None and name != "without":
-                more = f"{100 * (result.median / base.median - 1):+.1f} %"
+                share = result.median / base.median - (name != "attach_alone")
+                more = f"{100 * share:+.2f} %"
             lines.append(
                 f"| {case} | {result.info['batch']} | {LABELS.get(name, name)} "
                 f"| {milliseconds(result.median)} | {more} |"
@@ -63,10 +64,11 @@ def _training_table(results: list[Result]) -> list[str]:
 
 
 def _optimizer_table(results: list[Result]) -> list[str]:
+    has_sgd = any(r.contender == "spectral_sgd" for r in results)
     lines = [
         "| model | parameters | torch's fused AdamW alone, ms | ours, ms | ours / torch "
-        "| attached / torch | loop / torch | SpectralSGD / torch's fused SGD |",
-        "|---|---|---|---|---|---|---|---|",
+        "| attached / torch | loop / torch |" + has_sgd * " SpectralSGD / torch's fused SGD |",
+        "|---|---|---|---|---|---|---|" + has_sgd * "---|",
     ]
     for (case, _), found in by_case(results).items():
         base, own = found.get("torch_adamw"), found.get("spectral_adamw")
@@ -75,8 +77,9 @@ def _optimizer_table(results: list[Result]) -> list[str]:
             _ratio(found[name], base) if name in found else ""
             for name in ("spectral_adamw", "attach", "loop")
         ]
-        if "spectral_sgd" in found:
-            ratios.append(_ratio(found["spectral_sgd"], found.get("torch_sgd")))
+        if has_sgd:
+            sgd = found.get("spectral_sgd")
+            ratios.append("" if sgd is None else _ratio(sgd, found.get("torch_sgd")))
         size = f"{next(iter(found.values())).info['weights'] / 1e6:.1f} M"
         lines.append(f"| {' | '.join((case, size, *times, *ratios))} |")
     return lines
