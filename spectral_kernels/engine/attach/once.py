@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _events = count(1)
 _last = 0  # number of the last event: a mark, or an optimizer whose steps add a penalty from now on
+adds_in_steps = False  # whether there has been such an optimizer; for compilers, which guard it
 
 
 def _next_event() -> int:
@@ -127,6 +128,8 @@ class StepPenalty:
         self._attachment = None if attachment is None else weakref.ref(attachment)
         self._ended, self._seen = False, _next_event() - 1  # the first step looks
         buckets.in_steps = [*(x for x in buckets.in_steps if x.is_active), self]
+        global adds_in_steps
+        adds_in_steps = True
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
