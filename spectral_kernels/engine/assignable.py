@@ -16,8 +16,8 @@ class Assignable:
     """Arguments of a penalty: each takes effect at the next step, and a bad value changes nothing.
 
     Assign them between steps: a backward pass uses the values of its own forward pass, in a
-    compiled graph except for ``exponent`` and for targets of elementwise parameters. A CUDA graph
-    keeps the numbers that it was captured with.
+    compiled graph that holds operators except for ``exponent`` and for targets of elementwise
+    parameters. A CUDA graph keeps the numbers that it was captured with.
     """
 
     _buckets: ModelBuckets

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..backends.base import Backend
 from ..backends.reference import jumped, ratios_of
 from ..selection.matrices import Elementwise, Matrix, refs_of
 from ..sharding import shards
@@ -15,6 +16,7 @@ from ..sharding.backend import ShardedBackend, check_ranks
 from ..tables import device as device_tables
 from ..tables.plan import Plan
 from ..tables.state import Ratios, State
+from .traceable import Traceable, can_be_traced
 
 # With n_power_iterations="auto", stale matrices (residual / sigma above TOLERANCE) get up to
 # MAX_EXTRA_ITERATIONS per step. An estimate that is 1 % off has a residual / sigma of 1 to 3 %.
@@ -57,6 +59,7 @@ class Bucket:
         self._kept: list = []  # targets that CUDA graphs read
         self._was_edited = False  # whether the weights had been edited before the last step
         self._ratios = Ratios(len(plan.matrices))
+        self.traceable: Traceable | None = None  # what graphs read, where they need no operators
 
     @classmethod
     def of(
@@ -134,6 +137,26 @@ class Bucket:
             self._kept.append(plan.targets)
         plan.set_targets(values)
         self.state.targets = self.state.plan.targets = plan.targets
+        self._update_options()
+
+    def set_exponent(self, exponent: float) -> None:
+        """Replace the exponent k."""
+        self.state.set_exponent(exponent)
+        self._update_options()
+
+    def make_traceable(self, backend: str | Backend) -> None:
+        """Set ``traceable``, if graphs of torch.compile can do without operators.
+
+        A ``backend`` other than "auto" does the work in graphs too.
+        """
+        if backend == "auto" and not self.is_sharded and can_be_traced(self.plan):
+            own = self.plan, self._ratios.values, self.warmup, self.state.exponent
+            self.traceable = self.traceable or Traceable(*own)
+
+    def _update_options(self) -> None:
+        """Have graphs of torch.compile read the present exponent and targets."""
+        if self.traceable is not None:
+            self.traceable.set_options(self.plan, self.state.exponent)
 
     def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks that hold other rows."""

@@ -4,7 +4,7 @@ Eager calls go straight to a backend: for a small model, torch's dispatcher take
 the parameters as the kernels take. A graph needs operators: every tensor that one reads or writes
 is an argument, and those it writes are marked as mutated, so that the compiler keeps the order.
 Tables and backend are not tensors: an operator finds them by the number of the regularizer's
-``ModelBuckets`` and a bucket's index.
+``ModelBuckets`` and a bucket's index. Small buckets need none but ``settle``: see ``traced``.
 
 This module is imported at the first trace, because its imports from torch take a second.
 """
@@ -21,9 +21,10 @@ from torch import Tensor
 from ..selection.changes import Follower
 from ..tables.device import fill
 from ..tables.state import State
-from .attach import mark_backward
+from .attach import mark_backward, once
 from .bucket import Bucket
 from .model_buckets import ModelBuckets
+from .traced import step
 
 _LIBRARY = torch.library.Library("spectral_kernels", "DEF")
 # cudagraph_unsafe keeps the operators out of the CUDA graphs of mode="reduce-overhead": a replay
@@ -112,6 +113,59 @@ def _power_iteration_fake(weights, v, v_next, s, scalars, strength, number, inde
     return scalars.new_empty(()), *map(torch.empty_like, (v, s, scalars))
 
 
+def settle(weights: list[Tensor], found: Tensor, wanted: Tensor, number: int, index: int) -> Tensor:
+    """Return what power iterations in plain PyTorch arrive at, warmed up if that is needed.
+
+    Args:
+        weights: the parameters of the bucket; constants for differentiation.
+        found: v, s, scalars and v_next after the iterations, flat.
+        wanted: 0-d; if it is false, a copy of ``found`` is all there is to do.
+        number: number of the ``ModelBuckets``.
+        index: index of the bucket among them.
+
+    Raises:
+        RuntimeError: the bucket is gone or does not fit ``weights``.
+    """
+    if not wanted:
+        return found.clone()
+    bucket = _bucket(number, index, weights)
+    plan, own = bucket.plan, bucket.state
+    sizes = plan.v_size, plan.s_size, sum(plan.scalar_sizes), plan.v_size
+    v, s, scalars, v_next = (part.clone() for part in found.split(sizes))
+    bucket.state = State(plan, v, v_next, s, scalars, own.exponent).check_sizes()
+    try:
+        if bucket.warm:
+            bucket.recover()
+        else:  # it does not matter which of the iterations are called the warm-up
+            bucket.iterate(bucket.warmup)
+        bucket.warm = bucket.measured = True
+        bucket.traceable.unsettled.fill_(False)
+        return torch.cat((bucket.state.v, s, scalars, bucket.state.v_next))
+    finally:
+        bucket.state = own
+
+
+def _settle_fake(weights, found, wanted, number, index):
+    return torch.empty_like(found)
+
+
+def mark(upstream: Tensor, number: int) -> Tensor:
+    """Return ``upstream``; leave a mark that a gradient of the penalty goes into ``.grad``."""
+    if (buckets := ModelBuckets.by_number.get(number)) is not None:
+        _mark(buckets)
+    return upstream.clone()
+
+
+def _mark_fake(upstream, number):
+    return torch.empty_like(upstream)
+
+
+def _mark(buckets: ModelBuckets) -> None:
+    # A graph may pass other objects for the parameters.
+    mark_backward(buckets, [p for own, tensors in buckets.with_tensors()
+                            for i, p in enumerate(tensors) if i not in own.idle])  # fmt: skip
+
+
 def evaluate(
     weights: list[Tensor], v_next: Tensor, scalars: Tensor, strength: Tensor | None,
     number: int, index: int,
@@ -154,10 +208,7 @@ def penalty_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Return upstream * strength * dR/dW of the ``wanted`` weights."""
     bucket = _bucket(number, index, weights)
-    buckets = ModelBuckets.by_number[number]
-    # A graph may pass other objects for the parameters.
-    mark_backward(buckets, [p for own, tensors in buckets.with_tensors()
-                            for i, p in enumerate(tensors) if i not in own.idle])  # fmt: skip
+    _mark(ModelBuckets.by_number[number])
     state = State(bucket.plan, v, None, s, scalars, bucket.state.exponent).check_sizes()
     grads = [torch.empty_like(w) if x else None for w, x in zip(weights, wanted, strict=True)]
     state.set_scale(upstream)
@@ -209,6 +260,12 @@ _define(
     number=-3,
 )
 _define(
+    f"(Tensor[] weights, Tensor found, Tensor wanted, {_WHERE}) -> Tensor",
+    settle,
+    _settle_fake,
+)
+_define("(Tensor upstream, SymInt number) -> Tensor", mark, _mark_fake, number=-1)
+_define(
     f"(Tensor[] weights, Tensor v_next, Tensor scalars, Tensor? strength, {_WHERE}) -> Tensor",
     evaluate,
     _evaluate_fake,
@@ -228,13 +285,14 @@ torch.library.register_autograd(
     "spectral_kernels::penalty", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
 # The vectors are constants for differentiation, and so is a penalty that is only evaluated.
-for _name in ("power_iteration", "evaluate"):
+for _name in ("power_iteration", "settle", "evaluate"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 # ------------------------------------------------------------------------------- what is traced
 
 torch.compiler.assume_constant_result(ModelBuckets.ready_to_trace)
+torch.compiler.allow_in_graph(step)  # there would be a guard for every function that it calls
 
 
 @torch.compiler.disable(
@@ -265,7 +323,9 @@ def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | No
         raise RuntimeError("the model has changed while penalty() was compiled")
     for index, (bucket, weights) in enumerate(buckets.with_tensors()):
         state, where = bucket.state, (number, index)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and bucket.traceable is not None and not bucket.extra_iterations:
+            value = _plain(bucket, weights, strength, iterations, *where)
+        elif torch.is_grad_enabled():
             found = own.power_iteration(
                 weights, state.v, state.v_next, state.s, state.scalars, strength, *where, iterations
             )
@@ -276,3 +336,17 @@ def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | No
             value = own.evaluate(weights, state.v_next, state.scalars, strength, *where)
         total = value if total is None else total + value.to(total.device)
     return total
+
+
+def _plain(bucket, weights, strength, iterations, number, index) -> Tensor:
+    """Return the penalty of a traceable bucket, as ``traced.step`` does."""
+    form, state = bucket.traceable, bucket.state
+    trained = tuple([w.requires_grad and i not in bucket.idle for i, w in enumerate(weights)])
+    if strength is not None:
+        strength = strength.detach().to(state.scalars).expand(form.n_entries).clone()
+        bucket.leave_out_frozen(strength)
+    return step(
+        form.key, iterations, number, index, trained, once.adds_in_steps, strength,
+        state.v, state.v_next, state.s, state.scalars, form.ratios, form.options, form.unsettled,
+        *weights,
+    )  # fmt: skip

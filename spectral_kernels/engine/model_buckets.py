@@ -242,7 +242,7 @@ class ModelBuckets:
         with self.lock:
             self.settings = replace(self.settings, exponent=exponent)
             for bucket in self.buckets or ():
-                bucket.state.set_exponent(exponent)
+                bucket.set_exponent(exponent)
 
     def set_iterations(self, iterations: int, extra_iterations: int) -> None:
         """Replace the numbers of iterations per step."""
@@ -363,7 +363,9 @@ class ModelBuckets:
         transforms.check_inactive("a compiled penalty()", "penalty() in a function run eagerly")
         ModelBuckets._some_traced = self._traced = True
         with self.lock:
-            return not any(bucket.is_sharded for bucket in self._bound())
+            for bucket in self._bound():
+                bucket.make_traceable(self.settings.backend)
+            return not any(bucket.is_sharded for bucket in self.buckets)
 
     def ready_for_graphs(self) -> None:
         """Build the buckets at once if a penalty has been compiled in this process.
@@ -423,6 +425,8 @@ class ModelBuckets:
             if bucket.is_sharded:
                 bucket.backend.agree(bucket.state.v_next)
             self.coefficients.fill(bucket)
+            if self._some_traced:
+                bucket.make_traceable(settings.backend)
             buckets.append(bucket)
             orders.append(order)
         self._part_of = [part for *_, part in groups]

@@ -31,7 +31,17 @@ CHECKS = [{"r": 1}, {"r": 4}, {"strength": 0.3}, {"dtype": torch.float64}, {"bac
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("options", CHECKS, ids=str)
-@pytest.mark.parametrize("name", ["power_iteration", "evaluate", "penalty", "penalty_backward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "power_iteration",
+        "settle",
+        "mark",
+        "evaluate",
+        "penalty",
+        "penalty_backward",
+    ],
+)
 def test_operators_do_what_their_schemas_say(name, options):
     reg, weights, state, strength, where = arguments(**options)
     copies = [x.clone() for x in (state.v, state.v_next, state.s, state.scalars)]
@@ -40,7 +50,10 @@ def test_operators_do_what_their_schemas_say(name, options):
     wanted = [i != 1 for i in range(len(weights))]
     if name == "penalty_backward":  # no derivative: compiled graphs have no second one
         weights = [w.detach() for w in weights]
+    found = torch.cat((v, s, scalars, v_next))
     calls = {
+        "settle": [(weights, found, torch.tensor(False), *where)],
+        "mark": [(upstream, where[0])],
         "power_iteration": [(weights, *copies, strength, *where, n) for n in (1, 2)],
         "evaluate": [(weights, v_next, scalars, strength, *where)],
         "penalty": [(weights, torch.tensor(2.0).to(v), v, s, scalars, *where)],
@@ -54,7 +67,7 @@ def test_operators_do_what_their_schemas_say(name, options):
 
 
 def test_operators_are_those_of_the_file():
-    checked = {"power_iteration", "evaluate", "penalty", "penalty_backward"}
+    checked = {"power_iteration", "settle", "mark", "evaluate", "penalty", "penalty_backward"}
     registered = {name.partition("::")[2].partition(".")[0]
                   for name in torch._C._dispatch_get_all_op_names()
                   if name.startswith("spectral_kernels::")}  # fmt: skip

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _events = count(1)
 _last = 0  # number of the last event: a mark, or an optimizer whose steps add a penalty from now on
+adds_in_steps = False  # whether there has been such an optimizer; for compilers, which guard it
 
 
 def _next_event() -> int:
@@ -129,6 +130,8 @@ class StepPenalty:
         self._ended, self._seen = False, _next_event() - 1  # the first step looks
         self.preparation: Preparation[PreparedPenalty] = Preparation()
         buckets.in_steps = [*(x for x in buckets.in_steps if x.is_active), self]
+        global adds_in_steps
+        adds_in_steps = True
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
