@@ -67,6 +67,13 @@ bool number(PyObject* object, double& found) {
   return true;
 }
 
+// See cpu::run.
+bool run_one(const cpu::Job& job, int threads) {
+  if (cpu::expected_time(job) < kLong) return cpu::run(job, threads);
+  py::gil_scoped_release unlocked;
+  return cpu::run(job, threads);
+}
+
 }  // namespace
 
 Guard::Guard(const TensorReader& reader, const py::tuple& objects, std::vector<int> grads,
@@ -285,18 +292,19 @@ int64_t Guard::step(const py::tuple& objects, int threads) {
   place_grads();
   for (size_t i = 0; i < options_.size(); ++i)
     *reinterpret_cast<double*>(options_[i].address) = values[i];
+  const auto count_edits = [&] {
+    increment_version_(edits_grads_ ? py::handle(grads) : py::handle(own.edited()));
+    read_versions(own, true);
+  };
   for (size_t i = 0; i < jobs_.size(); ++i) {
-    bool have_jumped = false;
-    if (cpu::expected_time(jobs_[i]) > kLong) {
-      py::gil_scoped_release unlocked;
-      have_jumped = cpu::run(jobs_[i], threads);
-    } else {
-      have_jumped = cpu::run(jobs_[i], threads);
+    try {
+      if (run_one(jobs_[i], threads)) return (int64_t)i;
+    } catch (...) {  // no memory for this one; those before it are done
+      if (i > 0) count_edits();
+      throw;
     }
-    if (have_jumped) return i;
   }
-  increment_version_(edits_grads_ ? py::handle(grads) : py::handle(own.edited()));
-  read_versions(own, true);
+  count_edits();
   return kFits;
 }
 

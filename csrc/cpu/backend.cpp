@@ -103,7 +103,7 @@ Once<Run> once(Run run) {
 // Runs stages one after the other in one parallel region. Throws NoScratch before any has run.
 template <class... Stages>
 void run_stages(int threads, const ScratchBytes& bytes, Stages... stages) {
-  const int64_t n_users = std::max({stages.n_users...});
+  const int64_t n_users = (stages.n_users + ...);  // each stage's may be other threads
   ScratchBlock block(bytes, std::min<int64_t>(n_users, threads));
   if (threads == 1) {
     const Scratch scratch = n_users > 0 ? block.take() : Scratch{};
@@ -349,7 +349,8 @@ double expected_time(const Job& job) {
 }
 
 bool run(const Job& job, int threads) {
-  const Header& header = *reinterpret_cast<const Header*>(job.header);
+  Header& header = *reinterpret_cast<Header*>(job.header);
+  header.tolerance = 0;  // should extra iterations have been interrupted
   threads = useful_threads(expected_time(job), threads);
   bool have_jumped = false;
   const auto looking = once(

@@ -128,12 +128,12 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         with self._buckets.lock:
             in_steps_of(self, self._buckets).check()
             if not self._take_prepared():
-                with torch.no_grad():
-                    self._step()
+                self._step()
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_whole_step)
 
+    @torch.no_grad()
     def _step(self) -> None:
         updates = self._bound()
         on_device = all(update.backend.scalars_on_device for update in updates)

@@ -123,7 +123,7 @@ def test_an_optimizer_whose_step_is_wrong_is_not_timed(monkeypatch, dtype):
         monkeypatch.setitem(optimizers.CONTENDERS, "spectral_adamw", wrong)
         group = gate.Group(rounds=2, min_time=0)
         optimizers.run(group, list(optimizers.CONTENDERS), small_net, dtype)
-        assert set(group.durations) == {"torch_adamw", "attach", "loop"}
+        assert set(group.durations) == set(optimizers.CONTENDERS) - {"spectral_adamw"}
         assert set(group.wrong) == {"spectral_adamw"}
         assert said in group.wrong["spectral_adamw"]
 

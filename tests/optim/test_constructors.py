@@ -165,7 +165,7 @@ def test_what_torchs_cases_say_is_wrong_is_refused_in_the_same_way(kind, cases):
                 holder.register_parameter(f"p{len(list(holder.parameters()))}", p)
         expected = pytest.warns if issubclass(case.error_type, Warning) else pytest.raises
         with expected(case.error_type):
-            kind(params, model=holder, **given.kwargs)
+            kind(params, model=holder, roles={"*": "matrix"}, **given.kwargs)
         n_refused += 1
     assert n_refused >= 7
 
