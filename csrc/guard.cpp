@@ -69,9 +69,10 @@ bool number(PyObject* object, double& found) {
 
 // See cpu::run.
 bool run_one(const cpu::Job& job, int threads) {
-  if (cpu::expected_time(job) < kLong) return cpu::run(job, threads);
+  const double time = cpu::expected_time(job);
+  if (time < kLong) return cpu::run(job, time, threads);
   py::gil_scoped_release unlocked;
-  return cpu::run(job, threads);
+  return cpu::run(job, time, threads);
 }
 
 }  // namespace
@@ -167,9 +168,7 @@ bool Guard::read_tensor(py::handle tensor, bool is_written, int64_t& address, bo
   }
   const int64_t n = found.n_dims, head[] = {found.device, found.type, n};
   if (is_first) {
-    layouts_.insert(layouts_.end(), head, head + 3);
-    layouts_.insert(layouts_.end(), found.shape, found.shape + n);
-    layouts_.insert(layouts_.end(), found.strides, found.strides + n);
+    append_layout(found, layouts_);
   } else {
     const int64_t* const before = layouts_.data() + in_layouts_;
     if (!std::equal(head, head + 3, before) ||
@@ -261,13 +260,8 @@ bool Guard::read_options(const Objects& objects, std::vector<double>& found) con
 void Guard::place_grads() {
   if (grads_now_ == grads_placed_) return;
   for (const GradColumn& column : columns_) {
-    const int64_t* const refs = reinterpret_cast<const int64_t*>(column.refs);
-    const int64_t* const offsets = reinterpret_cast<const int64_t*>(column.offsets);
-    for (int64_t i = 0; i < column.n_rows; ++i) {
-      const int64_t address = grads_now_[column.first + refs[i]];
-      *reinterpret_cast<int64_t*>(column.table + i * column.row_bytes) =
-          address == 0 ? 0 : address + offsets[i];
-    }
+    place_rows(grads_now_.data() + column.first, column.table, column.n_rows, column.row_bytes,
+               column.refs, column.offsets);
   }
   for (size_t i = 0; i < counters_.size(); ++i)
     counts_[i] = ++*reinterpret_cast<int64_t*>(counters_[i]);

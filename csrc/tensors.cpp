@@ -73,6 +73,12 @@ TensorReader::TensorReader(const py::tuple& types, const std::vector<int64_t>& f
     throw std::invalid_argument("type: _cdata and is_neg are not the descriptors of torch.Tensor");
 }
 
+void append_layout(const TensorFacts& facts, std::vector<int64_t>& layouts) {
+  layouts.insert(layouts.end(), {facts.device, facts.type, facts.n_dims});
+  layouts.insert(layouts.end(), facts.shape, facts.shape + facts.n_dims);
+  layouts.insert(layouts.end(), facts.strides, facts.strides + facts.n_dims);
+}
+
 std::pair<int64_t, int64_t> overlap(const std::vector<Span>& spans, size_t n_written,
                                     std::vector<uint32_t>& order) {
   const auto is_before = [&](uint32_t a, uint32_t b) { return spans[a].begin < spans[b].begin; };
@@ -114,19 +120,21 @@ bool TensorReader::read(py::handle tensor, TensorFacts& found) const {
   if (torch_.storage_size(&impl, &storage_bytes) != 0 || torch_.storage_offset(&impl, &offset) != 0)
     return false;
   const int64_t address = reinterpret_cast<int64_t>(x.data) + (int64_t)x.byte_offset;
-  const int64_t size = x.type_bits / 8, bytes = extent(x.shape, x.strides, x.n_dims) * size;
-  found.span = {address, address + bytes};
-  const bool is_behind = address != offset * size && offset * size + bytes <= storage_bytes;
-  found.is_freed = bytes != 0 && !is_behind;
-  found.is_negative = is_negative(tensor);
+  place_in_storage(tensor, address, x.type_bits / 8, offset, storage_bytes, found);
   return true;
 }
 
-bool TensorReader::is_negative(py::handle tensor) const {
+void TensorReader::place_in_storage(py::handle tensor, int64_t address, int64_t size,
+                                    int64_t offset, int64_t storage_bytes,
+                                    TensorFacts& found) const {
+  const int64_t bytes = extent(found.shape, found.strides, found.n_dims) * size;
+  found.span = {address, address + bytes};
+  const bool is_behind = address != offset * size && offset * size + bytes <= storage_bytes;
+  found.is_freed = bytes != 0 && !is_behind;
   const py::object negative =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor.ptr()));
   if (!negative) throw py::error_already_set();
-  return negative.ptr() == Py_True;
+  found.is_negative = negative.ptr() == Py_True;
 }
 
 bool TensorReader::read_plain(py::handle tensor, TensorFacts& found) const {
@@ -152,12 +160,7 @@ bool TensorReader::read_plain(py::handle tensor, TensorFacts& found) const {
   found.n_dims = (int32_t)n_dims;
   found.shape = shape;
   found.strides = strides;
-  const int64_t address = reinterpret_cast<int64_t>(data);
-  const int64_t bytes = extent(shape, strides, found.n_dims) * size;
-  found.span = {address, address + bytes};
-  found.is_freed =
-      bytes != 0 && (address == offset * size || offset * size + bytes > storage_bytes);
-  found.is_negative = is_negative(tensor);
+  place_in_storage(tensor, reinterpret_cast<int64_t>(data), size, offset, storage_bytes, found);
   return true;
 }
 
@@ -181,9 +184,7 @@ py::object TensorReader::look(const py::list& written, const py::list& read_only
     TensorFacts found;
     if (!read(tensor, found)) return py::none();
     addresses[is_read].push_back(found.span.begin);
-    own.insert(own.end(), {found.device, found.type, found.n_dims});
-    own.insert(own.end(), found.shape, found.shape + found.n_dims);
-    own.insert(own.end(), found.strides, found.strides + found.n_dims);
+    append_layout(found, own);
     spans.push_back(found.span);
     if (problem.is_none() && (found.is_freed || found.is_negative))
       problem = py::make_tuple(found.is_freed ? "freed" : "negative", i, i);
@@ -211,20 +212,26 @@ py::list entries(const py::list& dicts, const py::tuple& keys) {
   return found;
 }
 
+void place_rows(const int64_t* addresses, int64_t table, int64_t n_rows, int64_t row_bytes,
+                int64_t refs, int64_t offsets) {
+  const int64_t* const ref = reinterpret_cast<const int64_t*>(refs);
+  const int64_t* const offset = reinterpret_cast<const int64_t*>(offsets);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const int64_t address = addresses[ref[i]];
+    *reinterpret_cast<int64_t*>(table + i * row_bytes) = address == 0 ? 0 : address + offset[i];
+  }
+}
+
 void place(const py::bytes& addresses, int64_t table, int64_t n_rows, int64_t row_bytes,
            int64_t refs, int64_t offsets) {
   const int64_t* const found = reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(addresses.ptr()));
   const int64_t n = PyBytes_GET_SIZE(addresses.ptr()) / 8;
   const int64_t* const ref = reinterpret_cast<const int64_t*>(refs);
-  const int64_t* const offset = reinterpret_cast<const int64_t*>(offsets);
   for (int64_t i = 0; i < n_rows; ++i)
     if (ref[i] < 0 || ref[i] >= n)
       throw std::out_of_range("refs: row " + std::to_string(i) + " is about tensor " +
                               std::to_string(ref[i]) + " of " + std::to_string(n));
-  for (int64_t i = 0; i < n_rows; ++i) {
-    const int64_t address = found[ref[i]];
-    *reinterpret_cast<int64_t*>(table + i * row_bytes) = address == 0 ? 0 : address + offset[i];
-  }
+  place_rows(found, table, n_rows, row_bytes, refs, offsets);
 }
 
 }  // namespace spectral

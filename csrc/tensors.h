@@ -27,6 +27,10 @@ struct TensorFacts {
   bool is_negative;                // its negative bit is set
 };
 
+// Appends what is compared of a tensor beside its address: equal for equal devices, dtypes, shapes
+// and strides.
+void append_layout(const TensorFacts& facts, std::vector<int64_t>& layouts);
+
 // Returns the first overlap, in the order of addresses, that concerns one of the first `n_written`;
 // (-1, -1): there is none. `order` has the indices of `spans`, and is sorted by their beginnings.
 std::pair<int64_t, int64_t> overlap(const std::vector<Span>& spans, size_t n_written,
@@ -83,7 +87,10 @@ class TensorReader {
   }
 
  private:
-  bool is_negative(pybind11::handle tensor) const;
+  // Writes what depends on where the tensor, whose layout is in `found`, lies: at `address`, that
+  // is `offset` elements of `size` bytes into its storage.
+  void place_in_storage(pybind11::handle tensor, int64_t address, int64_t size, int64_t offset,
+                        int64_t storage_bytes, TensorFacts& found) const;
 
   pybind11::object type_, parameter_, impl_, is_neg_;
   const DLPackExchangeApi* api_;
@@ -97,6 +104,10 @@ pybind11::list entries(const pybind11::list& dicts, const pybind11::tuple& keys)
 // Writes addresses into a field of a table: row i gets addresses[refs[i]] + offsets[i], or 0 where
 // that address is 0. `table`, `refs` and `offsets` are the addresses of their first elements; rows
 // are `row_bytes` apart.
+void place_rows(const int64_t* addresses, int64_t table, int64_t n_rows, int64_t row_bytes,
+                int64_t refs, int64_t offsets);
+
+// The same of addresses as bytes. Throws std::out_of_range for a row about none of them.
 void place(const pybind11::bytes& addresses, int64_t table, int64_t n_rows, int64_t row_bytes,
            int64_t refs, int64_t offsets);
 

@@ -348,10 +348,10 @@ double expected_time(const Job& job) {
   return time_of_products(header) + time_of_gradient(header);
 }
 
-bool run(const Job& job, int threads) {
+bool run(const Job& job, double expected_time, int threads) {
   Header& header = *reinterpret_cast<Header*>(job.header);
   header.tolerance = 0;  // should extra iterations have been interrupted
-  threads = useful_threads(expected_time(job), threads);
+  threads = useful_threads(expected_time, threads);
   bool have_jumped = false;
   const auto looking = once(
       [&] { have_jumped = job.ratios != 0 && jumps(header, job.ratios, job.least, job.factor); });

@@ -40,7 +40,7 @@ struct Job {
 // then update and normalize. v is then the vectors that the products were taken with. Returns
 // whether vectors have jumped: the penalty's gradient is not added yet then. Throws std::bad_alloc,
 // with nothing changed.
-bool run(const Job& job, int threads);
+bool run(const Job& job, double expected_time, int threads);
 
 // The time that `run` takes with one thread, in nanoseconds, roughly.
 double expected_time(const Job& job);

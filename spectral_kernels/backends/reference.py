@@ -201,9 +201,14 @@ def _put_gradient(grad: Tensor, value: Tensor, accumulate: bool) -> None:
 
 
 def ratios_of(state) -> Tensor:
-    """Return residual / sigma of every matrix, [n_matrices] wide; 0 for a zero matrix."""
-    sigma = wide(state.sigma)
-    return torch.where(sigma == 0, torch.zeros_like(sigma), wide(state.residual) / sigma)
+    """Return residual / sigma of every matrix, [n_matrices] wide; see :func:`ratios`."""
+    return ratios(state.sigma, state.residual)
+
+
+def ratios(sigma: Tensor, residual: Tensor) -> Tensor:
+    """Return residual / sigma, wide; 0 for a zero matrix."""
+    sigma = wide(sigma)
+    return torch.where(sigma == 0, torch.zeros_like(sigma), wide(residual) / sigma)
 
 
 def jumped(ratios: Tensor, before: Tensor, least: float, factor: float) -> Tensor:

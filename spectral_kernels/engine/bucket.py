@@ -445,6 +445,14 @@ def add_gradients(
     for bucket, own in zip(buckets, grads, strict=True):
         bucket.make_missing_grads(own)
         bucket.state.set_scale(scale)
+    run_steps(buckets, grads, n)
+
+
+def run_steps(buckets: Sequence[Bucket], grads: Sequence[list], n: int) -> None:
+    """Run ``n`` power iterations of buckets that are bound to ``grads``, and add their gradients.
+
+    Sums over ranks of one bucket are in flight while others begin.
+    """
     for bucket in buckets:
         bucket.begin(n)
     for bucket, own in zip(buckets, grads, strict=True):

@@ -9,7 +9,7 @@ import torch
 
 from ..backends.native import Cpu
 from ..tables.guard import CHANGED, FITS, IGNORED, MISSING, NONE, TENSOR, Guard, Watched
-from .bucket import JUMP, JUMP_FACTOR, Bucket
+from .bucket import JUMP, JUMP_FACTOR, Bucket, run_steps
 
 if TYPE_CHECKING:
     from .model_buckets import ModelBuckets
@@ -24,10 +24,10 @@ class Step(Protocol):
         """End it: something has changed."""
 
 
-Any = TypeVar("Any", bound=Step)
+Prepared = TypeVar("Prepared", bound=Step)
 
 
-class Preparation(Generic[Any]):
+class Preparation(Generic[Prepared]):
     """The prepared step, if there is one, and when it is worth to prepare the next.
 
     Where something changes in every step, such as the addresses of weights, none stays prepared:
@@ -35,7 +35,7 @@ class Preparation(Generic[Any]):
     """
 
     def __init__(self):
-        self.step: Any | None = None
+        self.step: Prepared | None = None
         self._wait, self._pause = 0, 1
 
     def drop(self) -> None:
@@ -46,7 +46,7 @@ class Preparation(Generic[Any]):
         self._pause = 1 if self.step.guard.was_useful else min(2 * self._pause, 64)
         self._wait, self.step = self._pause - 1, None
 
-    def renew(self, prepare: Callable[[], Any]) -> None:
+    def renew(self, prepare: Callable[[], Prepared]) -> None:
         """Keep the step that ``prepare`` returns, or can't, if it is time for one."""
         if self._wait:
             self._wait -= 1
@@ -124,10 +124,7 @@ class PreparedPenalty:
             for bucket, own in zip(left[:begun], grads, strict=False):
                 bucket.count_edits(own)
             left, grads = left[begun + 1 :], grads[begun + 1 :]
-        for bucket in left:
-            bucket.begin(n)
-        for bucket, own in zip(left, grads, strict=True):
-            bucket.finish(n, own)
+        run_steps(left, grads, n)
 
 
 def watch_model(watched: Watched, model: ModelBuckets) -> None:

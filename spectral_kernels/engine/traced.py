@@ -122,12 +122,6 @@ def _split(recipe: Recipe, found: Tensor) -> tuple[tuple[Tensor, ...], tuple[Ten
     return buffers, buffers[2].split(recipe.scalar_sizes)
 
 
-def _ratios(sigma: Tensor, residual: Tensor) -> Tensor:
-    """Return residual / sigma, wide; 0 for a zero matrix: see ``reference.ratios_of``."""
-    sigma, residual = wide(sigma), wide(residual)
-    return torch.where(sigma == 0, 0.0, residual / sigma)
-
-
 class Penalty(torch.autograd.Function):
     """A penalty whose gradient is known: exact in the weights, given the vectors."""
 
@@ -247,14 +241,16 @@ def step(
         found, slopes = _iterations(recipe, plain, v_next, scalars, own, options, iterations)
         wanted = unsettled
         if recipe.warmup:
-            now = _ratios(*_split(recipe, found)[1][:2])
+            now = reference.ratios(*_split(recipe, found)[1][:2])
             wanted = wanted | reference.jumped(now, ratios, JUMP, JUMP_FACTOR).any()
         found = operators.settle(plain, found, wanted, number, index)
         # What the backward pass needs comes from here, never from the state: inductor (2.13) may
         # read a graph input in the backward pass that the forward pass has overwritten.
         (v, s, scalars, v_next), parts = _split(recipe, found)
         sigma, residual, norm, raw, own, target = parts
-        for old, new in zip(state, (v, v_next, s, scalars, _ratios(sigma, residual)), strict=True):
+        for old, new in zip(
+            state, (v, v_next, s, scalars, reference.ratios(sigma, residual)), strict=True
+        ):
             old.copy_(new)
         value = (own * raw).sum()
         norms, targets = wide(torch.cat((sigma, norm))), options[1 : 1 + len(recipe.elementwise)]

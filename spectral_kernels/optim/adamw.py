@@ -136,10 +136,6 @@ class SpectralAdamW(SpectralOptimizer):
             )
         return found
 
-    def _row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        beta1, beta2 = map(float, group["betas"])
-        return (group["lr"], float(group["weight_decay"]), beta1, beta2, float(group["eps"]), 0)
-
 
 def _checked_betas(betas: Any) -> tuple[float | torch.Tensor, ...]:
     """Return two decay rates as floats, or as 0-d tensors if both are tensors."""

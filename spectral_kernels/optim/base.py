@@ -31,6 +31,7 @@ from ..selection.arguments import (
 from ..selection.parameters import named_parameters
 from ..sharding import shards
 from ..tables import device as device_tables
+from ..tables.schema import GROUP
 from .checkpoints import Checkpoints
 from .groups import items_of, named_alike, not_in, source_and_groups
 from .prepared import Option, PreparedUpdate
@@ -394,8 +395,13 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         return found
 
     def _row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        """Return a group's hyperparameters in the order of schema.GROUP."""
-        raise NotImplementedError
+        """Return a group's hyperparameters in the order of schema.GROUP; lr may be a tensor."""
+        found = dict.fromkeys(GROUP.names, 0.0)
+        for option in self._options:
+            value = group[option.key]
+            found[option.field] = value if option.index < 0 else value[option.index]
+        lr, *others = found.values()
+        return (lr, *map(float, others))
 
     def __repr__(self) -> str:
         groups = super().__repr__()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Option(NamedTuple):
-    """A hyperparameter that native code reads in every step.
+    """A hyperparameter: where it is in a parameter group, and in schema.GROUP.
 
     Attributes:
         key: its key in a parameter group.

@@ -124,7 +124,3 @@ class SpectralSGD(SpectralOptimizer):
 
     def _keeps_moments(self) -> bool:
         return any(group["momentum"] != 0 for group in self.param_groups)
-
-    def _row(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        return (group["lr"], float(group["weight_decay"]), float(group["momentum"]),
-                float(group["dampening"]), 0, group["nesterov"])  # fmt: skip
