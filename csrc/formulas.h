@@ -98,8 +98,9 @@ struct ElementwiseGradient {
         norm(norm),
         targets(targets_of<S>(entry)),
         is_shift(entry.kind == kShift) {
-    shift_factor = !is_shift || targets == nullptr ? this->strength * power(norm, 2 * k - 2)
-                                                   : gradient_factor_of(norm, *targets, strength, k);
+    shift_factor = !is_shift || targets == nullptr
+                       ? this->strength * power(norm, 2 * k - 2)
+                       : gradient_factor_of(norm, *targets, strength, k);
   }
 
   // Of element i, x.
@@ -158,6 +159,7 @@ struct CappedGradient {
 template <class S, class Math>
 struct AdamW {
   static constexpr int kMoments = 2;
+  static constexpr bool kInParts = true;  // begin, change_of and end
   S keep, weight1, beta2, weight2, step_size, inverse_root, eps;
 
   AdamW() = default;
@@ -172,15 +174,34 @@ struct AdamW {
 
   template <class V>
   SPECTRAL_FORMULA void operator()(V& p, V g, V& m1, V& m2) const {
+    const V root = begin(g, m1, m2);
+    end(p, change_of(m1, root));
+  }
+
+  // Changes the moments; returns the root of the second one.
+  template <class V>
+  SPECTRAL_FORMULA V begin(V g, V& m1, V& m2) const {
     m1 += weight1 * (g - m1);
     m2 = beta2 * m2 + weight2 * g * g;
-    p = keep * p - Math::quotient_of(step_size * m1, Math::root_of(m2) * inverse_root + eps);
+    return Math::root_of(m2);
+  }
+
+  // Returns what end() takes from the weights.
+  template <class V>
+  SPECTRAL_FORMULA V change_of(V m1, V root) const {
+    return Math::quotient_of(step_size * m1, root * inverse_root + eps);
+  }
+
+  template <class V>
+  SPECTRAL_FORMULA void end(V& p, V change) const {
+    p = keep * p - change;
   }
 };
 
 template <class S, class Math>
 struct Sgd {
   static constexpr int kMoments = 1;  // none is stored without momentum
+  static constexpr bool kInParts = false;
   S lr, weight_decay, momentum, weight;
   bool nesterov;
 

@@ -4,18 +4,21 @@
 #include "elementwise.h"
 #include "isa.h"
 #include "scalar_math.h"
+#include "tiles.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
+
+constexpr int64_t kAheadInGradient = 1024;  // bytes between the addition and the prefetch
 
 // grad[c] = (accumulate ? grad[c] : 0) + a * v[c], v in split order if the type needs it
 template <bool kAccumulate, class G, class S>
 SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
   using L = Simd<G>;
   using V = typename L::V;
-  int64_t c = 0;
-  for (; c + 2 * L::kLanes <= n; c += 2 * L::kLanes) {
+  int64_t c = for_pairs<G>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
+    if (kAccumulate && prefetch) prefetch_pair(grad + c + kAheadInGradient / (int64_t)sizeof(G));
     V x0 = Simd<S>::load(v + c) * a, x1 = Simd<S>::load(v + c + L::kLanes) * a;
     if (kAccumulate) {
       V g0, g1;
@@ -24,7 +27,7 @@ SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
       x1 += g1;
     }
     L::store_pair(grad + c, x0, x1);
-  }
+  });
   if (c + L::kLanes <= n) {
     V x = Simd<S>::load(v + c) * a;
     if (kAccumulate) x += L::load(grad + c);
@@ -33,10 +36,13 @@ SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
   }
   if (c < n) {
     const Tail<G> tail(n, c);
-    if (kAccumulate)
+    if (kAccumulate && !PartOf<G>::kInOne) {
       tail.store(grad, tail.load_all(grad) + tail.load(v) * a);
-    else
-      store_part(grad + c, load_part(v + c, n - c) * a, n - c);
+    } else {
+      V x = load_part(v + c, n - c) * a;
+      if (kAccumulate) x += load_part(grad + c, n - c);
+      store_part(grad + c, x, n - c);
+    }
   }
 }
 

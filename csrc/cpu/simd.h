@@ -174,21 +174,6 @@ struct Simd<float16> : Contiguous<float16, f32v, float> {
 #endif
 };
 
-// The first n <= kLanes elements; the rest of the vector is zero.
-template <class T>
-SPECTRAL_INLINE typename Simd<T>::V load_part(const T* p, int64_t n) {
-  T padded[Simd<T>::kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-  return Simd<T>::load(padded);
-}
-
-template <class T>
-SPECTRAL_INLINE void store_part(T* p, typename Simd<T>::V x, int64_t n) {
-  T padded[Simd<T>::kLanes];
-  Simd<T>::store(padded, x);
-  for (int64_t i = 0; i < n && i < Simd<T>::kLanes; ++i) p[i] = padded[i];
-}
-
 alignas(64) constexpr int32_t kMask[2 * SPECTRAL_BYTES / 4] = {
 #if SPECTRAL_BYTES == 64
     0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
@@ -204,6 +189,108 @@ alignas(64) constexpr int32_t kMask[2 * SPECTRAL_BYTES / 4] = {
 template <class V>
 SPECTRAL_INLINE u32v last_lanes(int64_t n) {
   return load_bits<u32v>((const char*)kMask + n * sizeof(V{}[0]));
+}
+
+// The first n < kLanes elements of a vector of kBytes, as bits; the rest are zero. Only these n are
+// read or written.
+template <int kSize, int kBytes>
+struct Part {
+  static constexpr bool kInOne = false;  // one instruction
+  struct Bits {
+    char bytes[kBytes];
+  };
+
+  // In pieces of a power of two, at most one of each.
+  template <int kPiece>
+  static SPECTRAL_INLINE void copy(char* to, const char* from, int64_t bytes) {
+    if (bytes & kPiece) {
+      __builtin_memcpy(to, from, kPiece);
+      to += kPiece;
+      from += kPiece;
+    }
+    if constexpr (kPiece > kSize) copy<kPiece / 2>(to, from, bytes);
+  }
+  static SPECTRAL_INLINE Bits load(const void* p, int64_t n) {
+    Bits x{};
+    copy<kBytes / 2>(x.bytes, (const char*)p, n * kSize);
+    return x;
+  }
+  static SPECTRAL_INLINE void store(void* p, Bits x, int64_t n) {
+    copy<kBytes / 2>((char*)p, x.bytes, n * kSize);
+  }
+};
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+SPECTRAL_INLINE uint32_t first_bits(int64_t n) { return (1u << n) - 1; }
+template <>
+struct Part<4, 64> {
+  static constexpr bool kInOne = true;
+  static SPECTRAL_INLINE __m512i load(const void* p, int64_t n) {
+    return _mm512_maskz_loadu_epi32((__mmask16)first_bits(n), p);
+  }
+  static SPECTRAL_INLINE void store(void* p, __m512i x, int64_t n) {
+    _mm512_mask_storeu_epi32(p, (__mmask16)first_bits(n), x);
+  }
+};
+template <>
+struct Part<8, 64> {
+  static constexpr bool kInOne = true;
+  static SPECTRAL_INLINE __m512i load(const void* p, int64_t n) {
+    return _mm512_maskz_loadu_epi64((__mmask8)first_bits(n), p);
+  }
+  static SPECTRAL_INLINE void store(void* p, __m512i x, int64_t n) {
+    _mm512_mask_storeu_epi64(p, (__mmask8)first_bits(n), x);
+  }
+};
+template <>
+struct Part<2, 32> {
+  static constexpr bool kInOne = true;
+  static SPECTRAL_INLINE __m256i load(const void* p, int64_t n) {
+    return _mm256_maskz_loadu_epi16((__mmask16)first_bits(n), p);
+  }
+  static SPECTRAL_INLINE void store(void* p, __m256i x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)first_bits(n), x);
+  }
+};
+#elif defined(__AVX2__)
+template <>
+struct Part<4, 32> {
+  static constexpr bool kInOne = true;
+  static SPECTRAL_INLINE __m256i load(const void* p, int64_t n) {
+    return _mm256_maskload_epi32((const int*)p, (__m256i)~last_lanes<f32v>(8 - n));
+  }
+  static SPECTRAL_INLINE void store(void* p, __m256i x, int64_t n) {
+    _mm256_maskstore_epi32((int*)p, (__m256i)~last_lanes<f32v>(8 - n), x);
+  }
+};
+template <>
+struct Part<8, 32> {
+  static constexpr bool kInOne = true;
+  static SPECTRAL_INLINE __m256i load(const void* p, int64_t n) {
+    return _mm256_maskload_epi64((const long long*)p, (__m256i)~last_lanes<f64v>(4 - n));
+  }
+  static SPECTRAL_INLINE void store(void* p, __m256i x, int64_t n) {
+    _mm256_maskstore_epi64((long long*)p, (__m256i)~last_lanes<f64v>(4 - n), x);
+  }
+};
+#endif
+
+template <class T>
+using PartOf = Part<sizeof(T), sizeof(T) * Simd<T>::kLanes>;
+
+// The first n < kLanes elements; the rest of the vector is zero.
+template <class T>
+SPECTRAL_INLINE typename Simd<T>::V load_part(const T* p, int64_t n) {
+  T padded[Simd<T>::kLanes];
+  store_bits(padded, PartOf<T>::load(p, n));
+  return Simd<T>::load(padded);
+}
+
+template <class T>
+SPECTRAL_INLINE void store_part(T* p, typename Simd<T>::V x, int64_t n) {
+  T padded[Simd<T>::kLanes];
+  Simd<T>::store(padded, x);
+  PartOf<T>::store(p, load_bits<decltype(PartOf<T>::load(p, n))>(padded), n);
 }
 
 // The end of a row that full vectors have not covered, n = 1 to kLanes - 1 elements: if the row

@@ -78,6 +78,84 @@ SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n
   }
 }
 
+// The products of a row that an update hands over vector by vector, right after it has stored them:
+// the row times v, and the row before it, which is still in the cache, into t. The sums are those
+// of dot_rows and add_rows, in the same order.
+template <class T>
+struct RowProducts {
+  using L = Simd<T>;
+  using S = typename L::Accumulator;
+  using V = typename L::V;
+  const S* v;  // in split order if the type needs it
+  S* t;        // the same
+  const T* before;
+  S a = 0;  // what goes with the row before; the first one has none
+  V even{}, odd{};
+
+  SPECTRAL_INLINE void pair(const T* row, int64_t c) {
+    V w0, w1;
+    L::load_pair(row + c, w0, w1);
+    even += w0 * Simd<S>::load(v + c);
+    odd += w1 * Simd<S>::load(v + c + L::kLanes);
+    L::load_pair(before + c, w0, w1);
+    Simd<S>::store(t + c, Simd<S>::load(t + c) + w0 * a);
+    Simd<S>::store(t + c + L::kLanes, Simd<S>::load(t + c + L::kLanes) + w1 * a);
+  }
+
+  SPECTRAL_INLINE void one(const T* row, int64_t c) {
+    even += L::load(row + c) * Simd<S>::load(v + c);
+    Simd<S>::store(t + c, Simd<S>::load(t + c) + L::load(before + c) * a);
+  }
+
+  SPECTRAL_INLINE void part(const T* row, int64_t c, int64_t n) {
+    const Tail<T> tail(n, c);
+    odd += tail.load(row) * tail.load_all(v);
+    tail.store(t, tail.load_all(t) + tail.load(before) * a);
+  }
+
+  // The row times v, of which all vectors have been handed over; the next row follows.
+  SPECTRAL_INLINE S next_row(const T* row, double scale) {
+    const S product = sum_lanes(even + odd);
+    even = odd = V{};
+    before = row;
+    a = (S)(product * scale);
+    return product;
+  }
+};
+
+// Writes s, the partial t and the sum of squares of a tile of a matrix with one vector and rows in
+// one piece, v_next being the vector. update(row, products) updates a row and hands it over.
+template <class T, class UpdateRow>
+SPECTRAL_INLINE void products_along(const Header& header, const Tile& tile, const Scratch& scratch,
+                                    UpdateRow update) {
+  using S = typename Simd<T>::Accumulator;
+  const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
+  const int64_t n = m.inner;
+  const double sigma = reinterpret_cast<const S*>(header.sigmas)[tile.matrix];
+  const double scale = inverse_power_of_two(sigma);
+  const S* v = reinterpret_cast<const S*>(header.v_next) + m.v_offset;
+  S* s = reinterpret_cast<S*>(header.s) + m.s_offset;
+  S* t = reinterpret_cast<S*>(header.t_partial) + tile.t_offset;
+  if constexpr (Simd<T>::kSplits) {
+    split_order<T>(v, scratch.v, n);
+    v = scratch.v;
+  }
+  __builtin_memset(t, 0, n * sizeof(S));
+  const T* row = reinterpret_cast<const T*>(m.weight) + tile.row_begin * m.row_stride;
+  RowProducts<T> products{v, t, row};
+  double sum_of_squares = 0;
+  for (int64_t i = tile.row_begin; i < tile.row_end; ++i, row += m.row_stride) {
+    update(i, products);
+    const double product = s[i] = products.next_row(row, scale);
+    sum_of_squares += product * product;
+  }
+  const T* const last[] = {products.before};
+  add_rows<1, false>(last, {products.a}, n, t, false, last);
+  if (Simd<T>::kSplits) memory_order<T>(t, n);
+  const int64_t index = &tile - reinterpret_cast<const Tile*>(header.tiles);
+  reinterpret_cast<double*>(header.gram_partial)[index] = sum_of_squares;
+}
+
 // before(row) is called for every row before it is read.
 template <class T, bool kPrefetch, class S, class Before>
 struct TileTask {

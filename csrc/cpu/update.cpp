@@ -48,6 +48,14 @@ struct Lanes {
   }
 };
 
+// For weights that are not multiplied, or later.
+template <class T>
+struct NoProducts {
+  SPECTRAL_INLINE void pair(const T*, int64_t) {}
+  SPECTRAL_INLINE void one(const T*, int64_t) {}
+  SPECTRAL_INLINE void part(const T*, int64_t, int64_t) {}
+};
+
 // The update of a stretch of elements: g / grad_scale + in_gradient * x goes through the rule,
 // beside_it * x straight to the weights, where x is the element-dependent factor of the penalty's
 // gradient.
@@ -56,7 +64,7 @@ struct Stretch {
   using V = typename Simd<T>::V;
   static constexpr int kLanes = Simd<T>::kLanes;
   // Split order is used if all arrays are split alike.
-  static constexpr bool kPairs = is_same<T, M>;
+  static constexpr bool kPairs = is_same<T, M> || !Simd<T>::kSplits;
   static constexpr bool kSplits = kPairs && Simd<T>::kSplits;
 
   T* p;
@@ -82,14 +90,14 @@ struct Stretch {
     weight += x * beside_it;
   }
 
-  // Where a pair takes more than a line, fetching ahead made the step 3 to 5 % slower.
   template <class E>
   static SPECTRAL_INLINE void prefetch(const E* p) {
-    if (2 * kLanes * (int)sizeof(E) <= kLine)
-      __builtin_prefetch((const char*)p + kAheadInRow, 0, 3);
+    for (int i = 0; i < 2 * kLanes * (int)sizeof(E); i += kLine)
+      __builtin_prefetch((const char*)p + kAheadInRow + i, 0, 3);
   }
 
-  SPECTRAL_INLINE void pair(const Rule& rule, int64_t c, V x0, V x1) const {
+  template <class Products>
+  SPECTRAL_INLINE void pair(const Rule& rule, int64_t c, V x0, V x1, Products& products) const {
     V p0, p1, g0{}, g1{}, a0{}, a1{}, b0{}, b1{};
     prefetch(p + c);
     prefetch(g + c);
@@ -102,17 +110,78 @@ struct Stretch {
     apply(rule, p0, g0, x0, a0, b0);
     apply(rule, p1, g1, x1, a1, b1);
     Simd<T>::store_pair(p + c, p0, p1);
+    products.pair(p, c);
     if (first != nullptr) Simd<M>::store_pair(first + c, a0, a1);
     if (Rule::kMoments > 1) Simd<M>::store_pair(second + c, b0, b1);
   }
 
-  SPECTRAL_INLINE void one(const Rule& rule, int64_t c, V x) const {
+  // A pair whose moments have changed and whose weights have not.
+  struct Begun {
+    V m0, m1, root0, root1;
+  };
+
+  template <class X>
+  SPECTRAL_INLINE Begun begin_pair(const Rule& rule, int64_t c, const X& x) const {
+    V x0, x1, g0{}, g1{}, a0, a1, b0, b1;
+    prefetch(p + c);
+    prefetch(g + c);
+    prefetch(first + c);
+    prefetch(second + c);
+    x.pair(c, x0, x1);
+    if (g != nullptr) Simd<T>::load_pair(g + c, g0, g1);
+    Simd<M>::load_pair(first + c, a0, a1);
+    Simd<M>::load_pair(second + c, b0, b1);
+    const V root0 = rule.begin(g0 * inverse_scale + x0 * in_gradient, a0, b0);
+    const V root1 = rule.begin(g1 * inverse_scale + x1 * in_gradient, a1, b1);
+    Simd<M>::store_pair(first + c, a0, a1);
+    Simd<M>::store_pair(second + c, b0, b1);
+    return {a0, a1, root0, root1};
+  }
+
+  template <class X, class Products>
+  SPECTRAL_INLINE void end_pair(const Rule& rule, int64_t c, const X& x, V change0, V change1,
+                                Products& products) const {
+    V x0, x1, p0, p1;
+    x.pair(c, x0, x1);
+    Simd<T>::load_pair(p + c, p0, p1);
+    rule.end(p0, change0);
+    rule.end(p1, change1);
+    p0 += x0 * beside_it;
+    p1 += x1 * beside_it;
+    Simd<T>::store_pair(p + c, p0, p1);
+    products.pair(p, c);
+  }
+
+  // All pairs by a rule that comes in parts: between a pair's roots, its quotients and its weights
+  // there is work on the pair after it, so that the processor does not fill up with operations
+  // that wait. Returns where it stopped.
+  template <class X, class Products>
+  SPECTRAL_INLINE int64_t run_in_parts(const Rule& rule, int64_t n, const X& x,
+                                       Products& products) const {
+    constexpr int kPair = 2 * kLanes;
+    if (n < kPair) return 0;
+    Begun begun = begin_pair(rule, 0, x);
+    int64_t c = kPair;
+    for (; c + kPair <= n; c += kPair) {
+      const V change0 = rule.change_of(begun.m0, begun.root0);
+      const V change1 = rule.change_of(begun.m1, begun.root1);
+      begun = begin_pair(rule, c, x);
+      end_pair(rule, c - kPair, x, change0, change1, products);
+    }
+    end_pair(rule, c - kPair, x, rule.change_of(begun.m0, begun.root0),
+             rule.change_of(begun.m1, begun.root1), products);
+    return c;
+  }
+
+  template <class Products>
+  SPECTRAL_INLINE void one(const Rule& rule, int64_t c, V x, Products& products) const {
     V weight = Simd<T>::load(p + c), gradient{}, m1{}, m2{};
     if (g != nullptr) gradient = Simd<T>::load(g + c);
     if (first != nullptr) m1 = Simd<M>::load(first + c);
     if (Rule::kMoments > 1) m2 = Simd<M>::load(second + c);
     apply(rule, weight, gradient, x, m1, m2);
     Simd<T>::store(p + c, weight);
+    products.one(p, c);
     if (first != nullptr) Simd<M>::store(first + c, m1);
     if (Rule::kMoments > 1) Simd<M>::store(second + c, m2);
   }
@@ -128,24 +197,36 @@ struct Stretch {
     if (Rule::kMoments > 1) store_part(second + c, m2, n);
   }
 
-  // x by its methods pair, one and part.
-  template <class X>
-  SPECTRAL_INLINE void run(const Rule& rule, int64_t n, const X& x) const {
+  // x by its methods pair, one and part; the new weights go to those of products.
+  template <class X, class Products>
+  SPECTRAL_INLINE void run(const Rule& rule, int64_t n, const X& x, Products& products) const {
     int64_t c = 0;
-    if (kPairs)
+    if constexpr (kPairs && Rule::kInParts && X::kIsRead) {
+      c = run_in_parts(rule, n, x, products);
+    } else if (kPairs) {
       for (; c + 2 * kLanes <= n; c += 2 * kLanes) {
         V x0, x1;
         x.pair(c, x0, x1);
-        pair(rule, c, x0, x1);
+        pair(rule, c, x0, x1, products);
       }
-    for (; c + kLanes <= n; c += kLanes) one(rule, c, x.one(c));
-    if (c < n) part(rule, c, n - c, x.part(c, n - c));
+    }
+    for (; c + kLanes <= n; c += kLanes) one(rule, c, x.one(c), products);
+    if (c == n) return;
+    part(rule, c, n - c, x.part(c, n - c));
+    products.part(p, c, n);
+  }
+
+  template <class X>
+  SPECTRAL_INLINE void run(const Rule& rule, int64_t n, const X& x) const {
+    NoProducts<T> none;
+    run(rule, n, x, none);
   }
 };
 
 // x of a row of a matrix: v, in split order if pairs are.
 template <class S>
 struct RowFactor {
+  static constexpr bool kIsRead = true;  // and not computed: it may be asked for twice
   const S* v;
   template <class V>
   SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
@@ -160,6 +241,7 @@ struct RowFactor {
 template <class T, class S, class Gradient>
 struct ElementwiseFactor {
   using V = typename Simd<T>::V;
+  static constexpr bool kIsRead = false;
   const T* p;
   const Gradient& gradient;
 
@@ -174,9 +256,7 @@ struct ElementwiseFactor {
     x0 = of(x0, c, kStep, kLanes);
     x1 = of(x1, c + (Simd<T>::kSplits ? 1 : kLanes), kStep, kLanes);
   }
-  SPECTRAL_INLINE V one(int64_t c) const {
-    return of(Simd<T>::load(p + c), c, 1, Simd<T>::kLanes);
-  }
+  SPECTRAL_INLINE V one(int64_t c) const { return of(Simd<T>::load(p + c), c, 1, Simd<T>::kLanes); }
   SPECTRAL_INLINE V part(int64_t c, int64_t n) const { return of(load_part(p + c, n), c, 1, n); }
 };
 
@@ -184,6 +264,7 @@ struct ElementwiseFactor {
 template <class T>
 struct OneRowFactor {
   using V = typename Simd<T>::V;
+  static constexpr bool kIsRead = false;
   const T* p;
   const RowGradient<T> gradient;
 
@@ -199,6 +280,7 @@ struct OneRowFactor {
 // x of a parameter without a penalty.
 template <class V>
 struct NoFactor {
+  static constexpr bool kIsRead = true;
   SPECTRAL_INLINE void pair(int64_t, V& x0, V& x1) const { x0 = x1 = V{}; }
   SPECTRAL_INLINE V one(int64_t) const { return V{}; }
   SPECTRAL_INLINE V part(int64_t, int64_t) const { return V{}; }
@@ -240,35 +322,49 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
     return;
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
-  const RuleOf<S, Lanes> rule(group, steps_of<S>(update, moment));
+  using Rule = RuleOf<S, Lanes>;
+  const Rule rule(group, steps_of<S>(update, moment));
   double factor = gradient_factor<S>(header, tile.matrix);
   if (update.decoupled)
     factor = capped_factor_of(factor, reinterpret_cast<const S*>(header.sigmas)[tile.matrix],
                               reinterpret_cast<const S*>(header.target)[tile.matrix], group.lr);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
-  using Piece = Stretch<RuleOf<S, Lanes>, T, M, S>;
+  using Piece = Stretch<Rule, T, M, S>;
   if constexpr (Piece::kSplits) {
     for (int64_t o = 0; o < m.outer; ++o)
       split_order<T>(v + o * m.inner, scratch.gradient_v + o * m.inner, m.inner);
     v = scratch.gradient_v;
   }
-  const Piece whole = stretch_of<RuleOf<S, Lanes>, T, M, S>(update, m.weight, m.grad, moment);
-  const auto update_row = [&](int64_t row) __attribute__((always_inline)) {
+  const Piece whole = stretch_of<Rule, T, M, S>(update, m.weight, m.grad, moment);
+  // Updates piece o of a row, and hands the new weights over.
+  const auto update_piece = [&](int64_t row, int64_t o, auto& to) __attribute__((always_inline)) {
     const S a = factor == 0 ? 0 : plain_nan((S)(factor * s[row]));
-    for (int64_t o = 0; o < m.outer; ++o) {
-      Piece piece = whole;
-      const int64_t at = row * m.row_stride + o * m.outer_stride;
-      piece.p += at;
-      if (piece.g != nullptr) piece.g += row * m.grad_row_stride + o * m.grad_outer_stride;
-      if (piece.first != nullptr) piece.first += at;
-      if (piece.second != nullptr) piece.second += at;
-      put_penalty(piece, update, group, a);
-      piece.run(rule, m.inner, RowFactor<S>{v + o * m.inner});
+    Piece piece = whole;
+    const int64_t at = row * m.row_stride + o * m.outer_stride;
+    piece.p += at;
+    if (piece.g != nullptr) piece.g += row * m.grad_row_stride + o * m.grad_outer_stride;
+    if (piece.first != nullptr) piece.first += at;
+    if (piece.second != nullptr) piece.second += at;
+    put_penalty(piece, update, group, a);
+    piece.run(rule, m.inner, RowFactor<S>{v + o * m.inner}, to);
+  };
+  // With little to compute, t would cost more, written for every row, than a second look at 16-bit
+  // weights, four rows at a time.
+  constexpr bool kAlong = Piece::kPairs && (Rule::kInParts || is_same<T, S>);
+  if constexpr (kAlong) {
+    if (header.r == 1 && m.outer == 1 && header.t_partial != 0) {
+      const auto update_row = [&](int64_t row, auto& to)
+                                  __attribute__((always_inline)) { update_piece(row, 0, to); };
+      return products_along<T>(header, tile, scratch, update_row);
     }
+  }
+  const auto update_row = [&](int64_t row) {
+    NoProducts<T> none;
+    for (int64_t o = 0; o < m.outer; ++o) update_piece(row, o, none);
   };
   // No prefetching of weights as in gram_matvec: it made the step up to 10 % slower.
-  tile_products<T, false>(header, tile, next, v_next, scratch, update_row);
+  tile_products<T, false>(header, tile, next, v_next, scratch, RowFunction(update_row));
 }
 
 template <template <class, class> class RuleOf, class T, class M>

@@ -13,8 +13,7 @@ constexpr int64_t kShortRow = 256;  // elements of a row that one thread takes
 // The gradient of a bias, shift or gain at the norm in the state.
 __device__ __forceinline__ ElementwiseGradient<float> elementwise_gradient_of(
     const Header& header, const Elementwise& entry, int64_t index) {
-  return ElementwiseGradient<float>(header.exponent,
-                                    strength_of(header, header.n_matrices + index),
+  return ElementwiseGradient<float>(header.exponent, strength_of(header, header.n_matrices + index),
                                     at<const float>(header.norm)[index], entry);
 }
 
