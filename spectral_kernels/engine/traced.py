@@ -50,8 +50,9 @@ def _iterated(
     own = [v[x.v_offset : x.v_offset + x.cols] for x in views]
     # Not by matrix products, which autocast would compute in 16 bits.
     s = [(weight * x).sum(1) for weight, x in zip(matrices, own, strict=True)]
-    t = [(weight * (x * scale[i])[:, None]).sum(0)
-         for i, (weight, x) in enumerate(zip(matrices, s, strict=True))]  # fmt: skip
+    # A compiler computes what goes into torch.cat once, not for every column of a matrix.
+    scaled = torch.cat([x * scale[i] for i, x in enumerate(s)]).split([len(x) for x in s])
+    t = [(weight * x[:, None]).sum(0) for weight, x in zip(matrices, scaled, strict=True)]
     squares, length = torch.cat(_squares(s)), torch.cat(_squares(t)).sqrt()
     good = torch.isfinite(length) & (length > 0) & torch.isfinite(squares)
     inverse = 1 / length

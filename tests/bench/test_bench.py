@@ -204,6 +204,15 @@ def test_the_report_gives_ratios_and_bandwidth(tmp_path):
     assert "| mlp | 1.0 M | per-layer autograd loop | 5 | 5.00 | 6.25 | 2.4 |  |" in text
 
 
+def test_the_summary_compares_with_the_best_rival(tmp_path):
+    medians = {"cpu": 1e-3, "floor": 8e-4, "autograd_loop": 5e-3, "compiled_loop": 3e-3,
+               "inplace_loop": 2e-3, "spectral_norm": 1e-4}  # fmt: skip
+    files = [result_file(tmp_path / f"{name}.json", contender=name, median=median)
+             for name, median in medians.items()]  # fmt: skip
+    row = "| mlp | 1.0 M | 5 ms | in place, 2 ms | **1 ms** | 5.0 | 2.0 | 1.25 |"
+    assert row in tables.summary(results.load(files)).splitlines()
+
+
 def test_the_report_of_memory_and_scaling(tmp_path):
     memory_file = result_file(
         tmp_path / "a.json", suite="memory", peak_bytes=40_000, sides=1000, median=1e-3

@@ -22,7 +22,7 @@ SUITE = (
     "tables/test_layout.py", "tables/test_plan.py", "tables/test_addresses.py",
     "backends/test_backends.py", "backends/test_subspace.py", "backends/test_partials.py",
     "optim/test_optim.py", "optim/test_changes.py", "optim/test_surgery.py",
-    "optim/test_large_steps.py", "regularizer/test_replaced_weights.py",
+    "optim/test_large_steps.py", "regularizer/test_replaced_weights.py", "engine/test_prepared.py",
 )  # fmt: skip
 # The kernel begins in the second row of a weight, and reads a row that the weight does not have.
 PLANTED = """
