@@ -221,56 +221,40 @@ struct Part {
 };
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-SPECTRAL_INLINE uint32_t first_bits(int64_t n) { return (1u << n) - 1; }
-template <>
-struct Part<4, 64> {
+template <int kSize>
+struct Part<kSize, 64> {
   static constexpr bool kInOne = true;
+  static SPECTRAL_INLINE __mmask64 mask(int64_t n) { return ((uint64_t)1 << n * kSize) - 1; }
   static SPECTRAL_INLINE __m512i load(const void* p, int64_t n) {
-    return _mm512_maskz_loadu_epi32((__mmask16)first_bits(n), p);
+    return _mm512_maskz_loadu_epi8(mask(n), p);
   }
   static SPECTRAL_INLINE void store(void* p, __m512i x, int64_t n) {
-    _mm512_mask_storeu_epi32(p, (__mmask16)first_bits(n), x);
+    _mm512_mask_storeu_epi8(p, mask(n), x);
   }
 };
-template <>
-struct Part<8, 64> {
+template <int kSize>
+struct Part<kSize, 32> {
   static constexpr bool kInOne = true;
-  static SPECTRAL_INLINE __m512i load(const void* p, int64_t n) {
-    return _mm512_maskz_loadu_epi64((__mmask8)first_bits(n), p);
-  }
-  static SPECTRAL_INLINE void store(void* p, __m512i x, int64_t n) {
-    _mm512_mask_storeu_epi64(p, (__mmask8)first_bits(n), x);
-  }
-};
-template <>
-struct Part<2, 32> {
-  static constexpr bool kInOne = true;
+  static SPECTRAL_INLINE __mmask32 mask(int64_t n) { return ((uint32_t)1 << n * kSize) - 1; }
   static SPECTRAL_INLINE __m256i load(const void* p, int64_t n) {
-    return _mm256_maskz_loadu_epi16((__mmask16)first_bits(n), p);
+    return _mm256_maskz_loadu_epi8(mask(n), p);
   }
   static SPECTRAL_INLINE void store(void* p, __m256i x, int64_t n) {
-    _mm256_mask_storeu_epi16(p, (__mmask16)first_bits(n), x);
+    _mm256_mask_storeu_epi8(p, mask(n), x);
   }
 };
 #elif defined(__AVX2__)
-template <>
-struct Part<4, 32> {
+template <int kSize>
+struct Part<kSize, 32> {
   static constexpr bool kInOne = true;
+  static SPECTRAL_INLINE __m256i mask(int64_t n) {
+    return (__m256i)~last_lanes<f32v>(8 - n * kSize / 4);
+  }
   static SPECTRAL_INLINE __m256i load(const void* p, int64_t n) {
-    return _mm256_maskload_epi32((const int*)p, (__m256i)~last_lanes<f32v>(8 - n));
+    return _mm256_maskload_epi32((const int*)p, mask(n));
   }
   static SPECTRAL_INLINE void store(void* p, __m256i x, int64_t n) {
-    _mm256_maskstore_epi32((int*)p, (__m256i)~last_lanes<f32v>(8 - n), x);
-  }
-};
-template <>
-struct Part<8, 32> {
-  static constexpr bool kInOne = true;
-  static SPECTRAL_INLINE __m256i load(const void* p, int64_t n) {
-    return _mm256_maskload_epi64((const long long*)p, (__m256i)~last_lanes<f64v>(4 - n));
-  }
-  static SPECTRAL_INLINE void store(void* p, __m256i x, int64_t n) {
-    _mm256_maskstore_epi64((long long*)p, (__m256i)~last_lanes<f64v>(4 - n), x);
+    _mm256_maskstore_epi32((int*)p, mask(n), x);
   }
 };
 #endif

@@ -2,7 +2,8 @@
 //
 // Rows are taken in blocks of a few: their products with v read the block from memory, and adding
 // s_r times the rows to t finds it in the cache. Both passes can prefetch half of the rows that
-// come some blocks later, so that memory does not idle.
+// come some blocks later, so that memory does not idle. An update hands over its rows vector by
+// vector instead, while they are in the first-level cache.
 #pragma once
 
 #include "scalar_math.h"
