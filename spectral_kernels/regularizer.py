@@ -25,7 +25,7 @@ from .engine.untraced import outside, untraced
 from .selection import transforms
 from .selection.arguments import check_choice, check_count, check_number, known_keywords
 from .selection.changes import selected
-from .selection.options import Patterns, Roles, Source, Splits
+from .selection.options import Convolutions, Patterns, Roles, Source, Splits
 from .selection.rules import select
 from .tables.schema import N_VECTORS
 
@@ -82,6 +82,12 @@ class SpectralRegularizer(Assignable, Readings):
         roles: pattern -> what the parameter is, where the default is not right: "matrix" (dim 0,
             rest), "stack" (E matrices along dim 0), "bias" (pulled to 0), "gain" (each element
             pulled to 1) or "skip". :func:`register_layer` says it for a class of layers.
+        convolutions: "flattened": the matrix of a convolution is its kernel, (dim 0, rest), as in
+            the paper. "operator": it is the operator on images, whose norm is 1.6 to 2.7 times that
+            of usual 3x3 and 5x5 kernels. Its sigma is the largest singular value over all
+            frequencies, an upper bound for images of any size with zeros around them, and tight for
+            large ones; the strength may have to be smaller. One complex vector and a frequency per
+            operator are iterated, ``n_vectors`` is 1. See docs/convolutions.md.
         warmup: power iterations at first use, so that the first sigma is meaningful; and on a CPU
             for every matrix whose residual jumps between two steps (above 0.3 sigma and three
             times what it was), as that of a layer that is initialized again. On a GPU, where a
@@ -113,6 +119,7 @@ class SpectralRegularizer(Assignable, Readings):
         splits: Splits | None = None,
         stacked: Patterns | None = (),
         roles: Roles | None = None,
+        convolutions: Convolutions = "flattened",
         warmup: int = 10,
         backend: BackendName | Backend = "auto",
         seed: int = 0,
@@ -130,7 +137,7 @@ class SpectralRegularizer(Assignable, Readings):
         )
         self._selection = selected(
             select, model, biases=biases, norms=norms, include=include, exclude=exclude,
-            splits=splits, stacked=stacked, roles=roles,
+            splits=splits, stacked=stacked, roles=roles, convolutions=convolutions,
         )  # fmt: skip
         self._coefficients = Coefficients(self._selection, strength, target, backend)
         self._buckets = ModelBuckets(self._selection, settings, self._coefficients)

@@ -84,12 +84,15 @@ def finished(s: Tensor, v: Tensor, gram: Tensor, t: Tensor, scale: Tensor | floa
         t_norm = torch.linalg.vector_norm(t, dim=1)
         v_next = orthonormal_rows(t)
     good = torch.isfinite(t_norm).all() & (t_norm[0] > 0) & torch.isfinite(sigmas[0])
-    # ||W^T u - sigma v||^2 = ||W^T u||^2 - sigma^2
-    wtu = t_norm / (scale * sigmas)
-    residuals = ((wtu - sigmas) * (wtu + sigmas)).clamp(min=0).sqrt()
-    unknown = ~torch.isfinite(sigmas) | (sigmas == 0)
-    residuals = torch.where(unknown, sigmas, residuals)
+    residuals = residual_of(sigmas, t_norm, scale)
     return Iteration(sigmas, residuals, s, v, torch.where(good, v_next, v))
+
+
+def residual_of(sigma: Tensor, t_norm: Tensor, scale: Tensor | float) -> Tensor:
+    """Return ||W^T u - sigma v|| = (||W^T u||^2 - sigma^2)^(1/2), from t = scale * W^T s."""
+    wtu = t_norm / (scale * sigma)
+    residual = ((wtu - sigma) * (wtu + sigma)).clamp(min=0).sqrt()
+    return torch.where(~torch.isfinite(sigma) | (sigma == 0), sigma, residual)
 
 
 def singular_values(gram: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +163,10 @@ def orthonormal_if_finite(v: Tensor) -> Tensor | None:
 
 
 def raw_penalty(weight: Tensor, v: Tensor, exponent: float, target: float | Tensor) -> Tensor:
-    """Return R of a matrix ``weight`` [M, N] given ``v`` [N]; differentiable in ``weight``."""
+    """Return R of a matrix ``weight`` [M, N] given ``v`` [N]; differentiable in ``weight``.
+
+    Of an operator, ``v`` [N, 2] has the real and the imaginary part: see ``operators``.
+    """
     return raw_penalty_at(torch.linalg.vector_norm(weight @ v), exponent, target)
 
 
@@ -170,8 +176,11 @@ def raw_penalty_at(sigma: Tensor, exponent: float, target: float | Tensor) -> Te
 
 
 def penalty_gradient(s: Tensor, v: Tensor, factor: Tensor) -> Tensor:
-    """Return strength * dR/dW [M, N], from ``s`` = W v [M], ``v`` [N] and the gradient's factor."""
-    return torch.outer(factor * s, v)
+    """Return strength * dR/dW [M, N], from ``s`` = W v [M], ``v`` [N] and the gradient's factor.
+
+    Of an operator, ``s`` [2, M] and ``v`` [2, N] have real and imaginary parts.
+    """
+    return torch.atleast_2d(factor * s).mT @ torch.atleast_2d(v)
 
 
 def gradient_factor(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tables.device import wide
-from . import formulas
+from . import formulas, operators
 
 
 def stored(plan, i: int, tensor: Tensor) -> Tensor:
@@ -118,21 +118,55 @@ def collect(plan, state, t: Tensor | None, gram: Tensor) -> None:
             state.columns(i, t).copy_(t_parts.sum(0))
 
 
+def taps(plan, i: int) -> operators.Taps:
+    """Return the taps of matrix ``i``, an operator."""
+    own, periods = plan.operators[i], plan.matrices[i].periods
+    sizes = tuple(int(own[f"size_{d}"]) for d in range(len(periods)))
+    return operators.taps_of(sizes, periods, plan.device)
+
+
+def _singular_values(plan, gram: Tensor) -> Tensor:
+    """Return the estimates of a matrix from the products of its rows of s."""
+    if plan.operators is not None:
+        return gram.trace()[None].sqrt()
+    return formulas.singular_values(gram)[0]
+
+
+def _finished_operator(plan, i: int):
+    """Return what finishes an iteration of operator ``i`` as ``formulas.finished`` does."""
+    layout, own = plan.layouts[i], taps(plan, i)
+
+    def logical(x: Tensor) -> Tensor:
+        return layout.to_logical(x).view(2, -1, len(own.phases))
+
+    def finish(s, v, gram, t, scale) -> formulas.Iteration:
+        sigma = gram.trace().sqrt()
+        found, t_norm = operators.next_vector(logical(t), logical(v), own)
+        v_next = layout.from_logical(found.reshape(2, -1))
+        residual = formulas.residual_of(sigma, t_norm, scale)
+        good = torch.isfinite(v_next).all() & torch.isfinite(sigma)
+        v_next = torch.where(good, v_next, wide(v))
+        return formulas.Iteration(sigma[None], residual[None], s, v, v_next)
+
+    return finish
+
+
 def normalize(plan, state) -> None:
     """See :meth:`base.Backend.normalize`."""
     k, stale = state.exponent, _stale(state)
     scales = wide(formulas.inverse_power_of_two(state.sigma))
-    sigmas, residuals = (x.view(plan.r, -1) for x in (state.sigmas, state.residuals))
+    sigmas, residuals = (x.view(plan.n_values, -1) for x in (state.sigmas, state.residuals))
     for i in range(len(plan.matrices)):
         s, v, (t_parts, gram_parts) = state.rows(i), state.columns(i, state.v), _parts(plan, i)
         gram = gram_parts.sum(0)
         if state.v_next is None:
-            found, _ = formulas.singular_values(gram)
+            found = _singular_values(plan, gram)
         else:
             v_next = state.columns(i, state.v_next)
             if state.tolerance > 0:
                 _put(v, v_next, stale[i])
-            done = formulas.finished(s, v, gram, t_parts.sum(0), scales[i])
+            finish = formulas.finished if plan.operators is None else _finished_operator(plan, i)
+            done = finish(s, v, gram, t_parts.sum(0), scales[i])
             found = done.sigmas
             _put(s, done.s, stale[i])
             _put(v, done.v, stale[i])
@@ -157,9 +191,12 @@ def rank_one(plan, state, grads, accumulate: bool, lrs=None) -> None:
     for i, ref in enumerate(plan.matrix_ref):
         if grads[ref] is None:
             continue
-        s, v, factor = state.rows(i)[0], state.columns(i, state.v)[0], factors[i]
+        s, v, factor = _terms(plan, state.rows(i)), _terms(plan, state.columns(i, state.v)), factors[i]
         if lrs is not None:
-            factor = formulas.capped(factor, (sigma[i] - target[i]).abs() / sigma[i], lrs[ref])
+            most = (sigma[i] - target[i]).abs() / sigma[i]
+            if plan.operators is not None:
+                most = most / taps(plan, i).most
+            factor = formulas.capped(factor, most, lrs[ref])
         view = stored(plan, i, grads[ref].detach())
         value = formulas.penalty_gradient(s, v, factor).reshape(view.shape)
         _put_gradient(view, value, accumulate)
@@ -169,6 +206,11 @@ def rank_one(plan, state, grads, accumulate: bool, lrs=None) -> None:
         x, lr = wide(plan.tensors[ref].detach()), None if lrs is None else lrs[ref]
         value = _elementwise_gradient(plan, i, x, norm[i], strength[n + i], k, lr)
         _put_gradient(grads[ref].detach(), value, accumulate)
+
+
+def _terms(plan, x: Tensor) -> Tensor:
+    """Return those of the vectors x [r, n] of a matrix that its gradient is made of."""
+    return x[:1] if plan.operators is None else x
 
 
 def _elementwise_gradient(plan, i: int, x: Tensor, norm, strength, k: float, lr) -> Tensor:
@@ -267,9 +309,8 @@ def differentiable_penalty(plan, state, weights) -> Tensor:
     for i, ref in enumerate(plan.matrix_ref):
         layout = plan.layouts[i]
         weight = stored(plan, i, weights[ref]).reshape(layout.rows, layout.cols)
-        value = formulas.raw_penalty(
-            weight.to(plan.state_dtype), state.columns(i, state.v)[0], k, state.target[i]
-        )
+        v = _terms(plan, state.columns(i, state.v)).mT
+        value = formulas.raw_penalty(weight.to(plan.state_dtype), v, k, state.target[i])
         total = total + state.strength[i] * value
     for i, ref in enumerate(plan.elementwise_ref):
         x = weights[ref].to(plan.state_dtype)

@@ -178,9 +178,9 @@ def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch
     first, by_name = buckets[0].plan, {}
     for bucket in buckets:
         bucket.measure()
-        values = getattr(bucket.state, field).view(first.r, -1).mT
+        values = getattr(bucket.state, field).view(first.n_values, -1).mT
         if rows := rows_of(bucket):
-            own = values.new_zeros(len(rows), first.r)
+            own = values.new_zeros(len(rows), first.n_values)
             if field == "sigmas":
                 own[:, 0] = bucket.state.norm[rows]
             values = torch.cat((values, own))
@@ -191,7 +191,7 @@ def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch
         by_name.update(zip(own_names, values.unbind(), strict=True))
     dtype = _dtype(by_name.values())
     if not names:
-        return torch.empty(0, first.r, dtype=dtype, device=first.device)
+        return torch.empty(0, first.n_values, dtype=dtype, device=first.device)
     return torch.stack([by_name[n].to(device=first.device, dtype=dtype) for n in names])
 
 

@@ -16,6 +16,7 @@ from ..sharding.backend import ShardedBackend, check_ranks
 from ..tables import device as device_tables
 from ..tables.plan import Plan
 from ..tables.state import Ratios, State
+from .operators import search
 from .traceable import Traceable, can_be_traced
 
 # With n_power_iterations="auto", stale matrices (residual / sigma above TOLERANCE) get up to
@@ -48,6 +49,7 @@ class Bucket:
         self.state = State.allocate(backend.reduced if self.is_sharded else plan, exponent)
         self._parameters: list[torch.Tensor] | None = None
         self._placements: list[tuple | None] = []
+        self.matrices = plan.matrices  # whole ones, where the plan has shards
         self.warm = self.measured = self._captured = False
         self.idle: frozenset[int] = frozenset()
         self.frozen: frozenset[int] = frozenset()
@@ -87,7 +89,7 @@ class Bucket:
         plan = Plan([one.local for one in own], elementwise, local, r)
         backend = ShardedBackend(backend, plan, own, axes)
         found = cls(plan, backend, exponent, extra_iterations, warmup)
-        found._parameters = list(parameters)
+        found._parameters, found.matrices = list(parameters), list(matrices)
         found._placements = [shards.placement(p) for p in parameters]
         return found
 
@@ -177,6 +179,22 @@ class Bucket:
             self._products()
             self.backend.normalize(self.plan, self.state)
         self._catch_up()
+
+    def put_vectors(self, i: int, v: torch.Tensor) -> None:
+        """Let matrix ``i`` go on from ``v`` [r, N], in memory order."""
+        for vectors in (self.state.v_next, self.state.v):  # an interrupted step starts from v
+            self.state.columns(i, vectors).copy_(v)
+
+    def search(self, indices: Sequence[int]) -> None:
+        """Let operators go on from the best vectors on a grid of frequencies."""
+        by_ref: dict[int, list[int]] = {}
+        for i in indices:
+            by_ref.setdefault(int(self.plan.matrix_ref[i]), []).append(i)
+        for ref, own in by_ref.items():
+            peaks = search([self.matrices[i] for i in own], self.parameters[ref])
+            for i, peak in zip(own, peaks, strict=True):
+                v = self.state.plan.layouts[i].from_logical(peak.v.to(self.state.v))
+                self.put_vectors(i, v)
 
     def warm_up(self) -> None:
         """Run the iterations of the warm-up."""
@@ -346,6 +364,8 @@ class Bucket:
         """Run the warm-up for matrices whose residual / sigma has jumped from ``before``."""
         residual = self.state.residual
         is_new, kept = jumped(ratios_of(self.state), before, JUMP, JUMP_FACTOR), residual.clone()
+        if self.plan.operators is not None:
+            self.search(is_new.nonzero()[:, 0].tolist())
         residual.masked_fill_(~is_new, 0)  # the others are not stale
         self._iterate_stale(self.warmup)
         residual.copy_(torch.where(is_new, residual, kept))

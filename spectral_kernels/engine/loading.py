@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backends import operators
 from ..backends.formulas import orthonormal
 from ..selection.matrices import Matrix
 from ..tables.device import wide
@@ -44,6 +45,11 @@ def vectors_of(state: Mapping[str, Any], matrices: Sequence[Matrix]) -> Loaded:
     given = list(dict.fromkeys((*right, *left)))
     # Right vectors fit a matrix that has got other rows, left ones then do not.
     left = {n: v for n, v in left.items() if n not in right or _fits(by_name.get(n), v)}
+    # Vectors of a flattened kernel do not fit its operator.
+    right, left = (
+        {n: v for n, v in own.items() if n not in by_name or _is_alike(by_name[n], v)}
+        for own in (right, left)
+    )
     found, found_left = (
         {name: _checked(by_name[name], v, side) for name, v in own.items() if name in by_name}
         for own, side in ((right, 1), (left, 0))
@@ -77,8 +83,16 @@ def _fits(matrix: Matrix | None, left) -> bool:
     return matrix is None or tuple(getattr(left, "shape", ()))[1:] == (matrix.shape_now()[0],)
 
 
+def _is_alike(matrix: Matrix, v) -> bool:
+    """Return whether ``v`` may be of ``matrix``: [2, N] of an operator."""
+    return matrix.periods is None or len(v) == 2
+
+
 def _checked(matrix: Matrix, v, side: int) -> torch.Tensor:
-    """Return right (``side`` 1) or left vectors (0) of ``matrix``, orthonormal."""
+    """Return right (``side`` 1) or left vectors (0) of ``matrix``, orthonormal.
+
+    Those of an operator are the nearest that it can have.
+    """
     sizes = matrix.shape_now()
     shape, n = tuple(getattr(v, "shape", ())), sizes[side]
     if not isinstance(v, torch.Tensor) or len(shape) != 2 or shape[0] < 1 or shape[1] != n:
@@ -91,7 +105,20 @@ def _checked(matrix: Matrix, v, side: int) -> torch.Tensor:
     norms = torch.linalg.vector_norm(wide(found), dim=1)
     if not torch.isfinite(norms).all() or (norms[0] == 0 and v.numel()):
         raise ValueError(f"state: the vectors of {matrix.name!r} have norms {norms.tolist()}")
+    if matrix.periods is not None:
+        return _of_operator(matrix, found)
     # Vectors that are already orthonormal keep their bits; those beyond N are zero.
     gram = wide(found) @ wide(found).mT
     off = (gram - torch.diag((norms > 0).to(gram))).abs().max()
     return found.clone() if off < 2e-6 else orthonormal(found)
+
+
+def _of_operator(matrix: Matrix, v: torch.Tensor) -> torch.Tensor:
+    """Return ``v`` [2, N], or if it is no vector of an operator, what is nearest to it."""
+    shape = tuple(matrix.of(matrix.ref.get()).shape)
+    taps = operators.taps_of(shape[2:], matrix.periods, v.device)
+    found = operators.projected(v.view(2, shape[1], -1), taps)
+    if found is None:
+        raise ValueError(f"state: the vectors of {matrix.name!r} have no part that an operator has")
+    found = found.flatten(1).to(v.dtype)
+    return v.clone() if (found - v).abs().max() < 2e-6 else found

@@ -401,7 +401,8 @@ class ModelBuckets:
                     "the regularizer is first used"
                 )
             part = 0 if self.parts is None else self.parts[i]
-            key = tensor.device, tensor.dtype, self._axes_of(i, tensor), part
+            is_operator = getattr(self._first[ref], "periods", None) is not None
+            key = tensor.device, tensor.dtype, self._axes_of(i, tensor), is_operator, part
             groups.setdefault(key, []).append(i)
         settings, buckets, orders = self.settings, [], []
         measured = self.coefficients
@@ -410,7 +411,7 @@ class ModelBuckets:
         start = Start(settings.seed, settings.n_vectors, right, left)
         known = {*self.start_vectors, *self.start_left}
         warm = self._warm and known.issuperset((*measured.right, *measured.left))
-        for (device, dtype, _, _), members in groups.items():
+        for (device, dtype, *_), members in groups.items():
             inside = set(members)
             matrices = [m for m in self.selection.matrices if place[m.ref] in inside]
             elementwise = [v for v in self.selection.elementwise if place[v.ref] in inside]

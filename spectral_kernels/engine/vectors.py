@@ -65,6 +65,8 @@ class Start:
 
     def write(self, bucket: Bucket) -> bool:
         """Write the vectors of ``bucket``; return whether all of them were known."""
+        if bucket.plan.operators is not None:
+            return self._write_operators(bucket)
         state, all_known = bucket.state, True
         for i, (matrix, layout) in enumerate(
             zip(bucket.plan.matrices, state.plan.layouts, strict=True)
@@ -78,9 +80,22 @@ class Start:
                 if v is not None:
                     random[: len(v)] = v
                 v = orthonormal(random)
-            state.columns(i, state.v_next).copy_(v)
-            state.columns(i, state.v).copy_(v)  # what an interrupted step starts from
+            bucket.put_vectors(i, v)
         return all_known
+
+    def _write_operators(self, bucket: Bucket) -> bool:
+        """Write the vectors of operators: unknown ones are the best on a grid of frequencies."""
+        state, unknown = bucket.state, []
+        for i, (matrix, layout) in enumerate(
+            zip(bucket.matrices, state.plan.layouts, strict=True)
+        ):
+            v = self.right.get(matrix.name)
+            if v is not None and v.shape == (2, layout.cols):
+                bucket.put_vectors(i, layout.from_logical(v.to(state.v)))
+            else:
+                unknown.append(i)
+        bucket.search(unknown)
+        return not unknown
 
     def _known(self, i: int, name: str, layout: Layout, bucket: Bucket) -> torch.Tensor | None:
         """Return vectors [r, N] to start matrix ``i`` of ``bucket`` from, if some are known."""

@@ -30,6 +30,8 @@ class Matrix:
     ``whole`` is the shape of the parameter.
     A rank's shard is a matrix of the local tensor: ``side`` is then the required side of its layout
     (see ``tables.layout.Layout``), and ``absent`` the shape of a shard that is empty on this rank.
+    ``periods`` are those of the taps of a convolution that is taken as an operator (see
+    ``convolutions``); the dimensions of its kernel are then rows, channels and taps.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Matrix:
     side: str | None = None
     absent: tuple[int, ...] | None = None
     part_dim: int | None = None
+    periods: tuple[int, ...] | None = None
 
     def shape_now(self) -> tuple[int, int]:
         """Return the current (M, N); ``shape`` is that at selection."""
@@ -131,7 +134,11 @@ class NothingSelected(ValueError):
 
 
 def matrices_of(
-    ref: ParameterRef, tensor: torch.Tensor, kind: str, splits: tuple[str, Any] | None
+    ref: ParameterRef,
+    tensor: torch.Tensor,
+    kind: str,
+    splits: tuple[str, Any] | None,
+    periods: tuple[int, ...] | None = None,
 ) -> list[Matrix]:
     """Return the matrices of a parameter.
 
@@ -140,6 +147,7 @@ def matrices_of(
         tensor: its value; only the shape counts.
         kind: "matrix", "stack" or "groups", see ``layers.Role``.
         splits: the pattern that names it and its sizes, if there is one.
+        periods: of a convolution that is taken as an operator, see ``Matrix``.
     """
     shape = whole = tuple(tensor.shape)
     view = []
@@ -169,7 +177,10 @@ def matrices_of(
         parts = [(label, (a, n)) for label, a, n in zip(labels, starts, sizes, strict=True)]
     else:  # without parts a matrix and its transpose are the same
         row_dim = part_dim = 1 if transposed else 0
-    if len(shape) > 2 or transposed:
+    if periods is not None:
+        row_dim = 0
+        view.append("operator of a convolution" + _shown_periods(periods))
+    elif len(shape) > 2 or transposed:
         view.append(f"flattened (dim {row_dim}, rest)")
     matrices = []
     for index in stack:
@@ -183,9 +194,16 @@ def matrices_of(
                 Matrix(
                     name, ref, (rows, math.prod(size)), ", ".join(view), whole, row_dim, index,
                     part, part_dim=None if part_dim == row_dim else part_dim,
+                    side=None if periods is None else "right", periods=periods,
                 )
             )  # fmt: skip
     return matrices
+
+
+def _shown_periods(periods: tuple[int, ...]) -> str:
+    if set(periods) == {1}:
+        return ""
+    return f", {' x '.join(map(str, periods))} phases by its stride"
 
 
 def elementwise_of(ref: ParameterRef, tensor: torch.Tensor, kind: str) -> Elementwise | None:

@@ -15,6 +15,9 @@ Splits = Mapping[str, int | Iterable[int]]
 Roles = Mapping[str, Literal["matrix", "stack", "bias", "gain", "skip"]]
 
 
+Convolutions = Literal["flattened", "operator"]
+
+
 class MatrixOptions(TypedDict, total=False):
     """Which parameters are matrices; see ``SpectralRegularizer``."""
 
@@ -23,6 +26,7 @@ class MatrixOptions(TypedDict, total=False):
     splits: Splits | None
     stacked: Patterns | None
     roles: Roles | None
+    convolutions: Convolutions
 
 
 class SelectionOptions(MatrixOptions, total=False):

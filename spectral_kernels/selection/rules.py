@@ -16,6 +16,7 @@ from .arguments import (
     check_splits,
     match_any,
 )
+from .convolutions import check_convolutions, periods_of
 from .layers import is_embedding
 from .matrices import (
     COMPUTED,
@@ -45,6 +46,7 @@ def select(
     splits: Splits | None = None,
     stacked: Patterns | None = (),
     roles: Roles | None = None,
+    convolutions: str = "flattened",
     trainable_only: bool = True,
     computed: bool = True,
     before: Selection | None = None,
@@ -69,6 +71,7 @@ def select(
             and of their biases (E, out); short for the role "stack".
         roles: pattern -> "matrix" (dim 0, rest), "stack", "bias" (pulled to 0), "gain" (each
             element pulled to 1) or "skip"; see ``layers.register_layer``.
+        convolutions: "flattened", or "operator": see ``convolutions``.
         trainable_only: leave out parameters that do not require a gradient.
         computed: take weights that a parametrization computes at every use.
         before: the selection before, when a changed model is selected again: what it has need not
@@ -84,6 +87,7 @@ def select(
     exclude = check_pattern_list("exclude", exclude) or []
     stacked = check_pattern_list("stacked", stacked) or []
     roles, splits = check_roles(roles), check_splits(splits)
+    as_operators = check_convolutions(convolutions)
     refs = parameter_refs(source)
     names = [ref.name for group in refs for ref in group]
     for argument, patterns in (
@@ -129,11 +133,14 @@ def select(
             continue
         pattern = match_any(aliases, splits)
         split = None if pattern is None else (pattern, splits[pattern])
-        # A convolution that is split by hand is no rows.
-        is_split = split is not None and role.kind == "groups"
+        periods = None
+        if as_operators and said is None and role.kind in ("matrix", "groups"):
+            periods = periods_of(ref, tensor)
+        # A convolution that is split by hand, or an operator, is no rows.
+        is_split = role.kind == "groups" and (split is not None or periods is not None)
         entry = None if is_split else elementwise_of(ref, tensor, role.kind)
         if entry is None:
-            found.matrices += matrices_of(ref, tensor, role.kind, split)
+            found.matrices += matrices_of(ref, tensor, role.kind, split, periods)
         else:
             found.elementwise.append(entry)
             if role.kind == "gain" and said is None:

@@ -13,6 +13,7 @@ from ..selection.matrices import Elementwise, Matrix, refs_of
 from .addresses import Column, Counter, Memory, look
 from .device import DeviceTables, wide_dtype
 from .layout import Layout, layout_of, row_order, same_strides
+from .operators import most_taps, operator_table
 from .schema import (
     CHUNK,
     CHUNK_COLUMNS,
@@ -92,7 +93,13 @@ class Tables:
         sizes: the number of elements of each elementwise parameter.
         device: device of the weights.
         dtype: dtype of the weights.
-        r: singular vectors per matrix, one of N_VECTORS.
+        r: singular vectors per matrix, one of N_VECTORS. For operators of convolutions, of which
+            one plan has either all matrices or none, it is 1, and ``r`` of the tables 2: the real
+            and the imaginary part of one vector.
+
+    Attributes:
+        n_values: singular values per matrix.
+        operators: rows of OPERATOR, one per matrix, or None if the matrices are no operators.
     """
 
     def __init__(
@@ -110,13 +117,15 @@ class Tables:
             list(elementwise),
             list(layouts),
         )
-        self.device, self.dtype, self.r = device, dtype, r
+        self.operators = operator_table(self.matrices, self.layouts)
+        self.device, self.dtype, self.n_values = device, dtype, r
+        self.r = r if self.operators is None else 2
         self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         nm, nv = len(self.matrices), len(self.elementwise)
         self.scalar_sizes = scalar_sizes(nm, nv, r)
         self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
-        self.v_size = r * sum(x.cols for x in self.layouts)  # elements of v in the state
-        self.s_size = r * sum(x.rows for x in self.layouts)  # of s
+        self.v_size = self.r * sum(x.cols for x in self.layouts)  # elements of v in the state
+        self.s_size = self.r * sum(x.rows for x in self.layouts)  # of s
         # Of each elementwise parameter what it is pulled to, or None: see set_targets of a plan.
         self.targets: Targets = (None,) * nv
         self.counter = Counter()  # of changes of the tables, counted before they are made
@@ -183,6 +192,8 @@ class Tables:
             "n_bytes": (self.n_elements + n_in_rows) * self.dtype.itemsize, "r": self.r,
             "chunks": address(self.chunks), "n_chunks": len(chunks),
             "chunk_squares": self.chunk_squares.data_ptr(), "arrivals": self.arrivals.data_ptr(),
+            "operators": 0 if self.operators is None else address(self.operators),
+            "most_taps": most_taps(self.operators),
         }  # fmt: skip
         for name, value in fields.items():
             self.header[SLOT[name]] = value

@@ -1,0 +1,215 @@
+"""The norm of a convolution as an operator, by a search over frequencies, and where it is attained.
+
+The largest singular value of F(theta) (see ``backends.operators``) is estimated on a grid of
+frequencies by power iteration. What comes out best begins the iterations of a regularizer. For the
+norm to a tolerance, every local maximum of the grid that is not far below the best is climbed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import operators
+from ..backends.operators import Taps
+from ..selection.matrices import Matrix
+from ..sharding.shards import whole_of
+from ..tables.device import wide, wide_dtype
+
+PER_TAP, LEAST = 4, 8  # frequencies of the grid along a dimension: per tap of a phase, at least
+ITERATIONS = 8  # at each frequency of the grid; estimates are then some per cent too small
+NEAR = 0.8  # of the best estimate: local maxima that are climbed
+MOST_CLIMBS = 16
+BYTES = 2**26  # of F at the frequencies that are looked at together
+
+
+class Peak(NamedTuple):
+    """The norm of an operator, and the vector of it.
+
+    Attributes:
+        sigma: the norm, or a lower bound of it.
+        v: [2, N], real and imaginary part, in the parameter's order; for a kernel that is zero or
+            not finite, some one.
+    """
+
+    sigma: float
+    v: Tensor
+
+
+def search(matrices: Sequence[Matrix], tensor: Tensor, seed: int = 0) -> list[Peak]:
+    """Return what is best on the grid for the operators of a parameter, which are alike.
+
+    The same on all ranks that hold it.
+    """
+    kernels, scales, taps = _kernels(matrices, tensor)
+    parts = list(_grid(kernels, taps, seed))
+    found = []
+    for i, scale in enumerate(scales):
+        if not 0 < scale < math.inf:
+            found.append(Peak(scale, _some(kernels, taps)))
+            continue
+        sigmas, theta, vectors = max((_of(part, i) for part in parts), key=_largest)
+        best = int(sigmas.argmax())
+        v = _vector(vectors[best], theta[best], taps)
+        found.append(Peak(float(sigmas[best]) * scale, v))
+    return found
+
+
+def norm(matrix: Matrix, tensor: Tensor, rtol: float) -> Peak:
+    """Return the norm of an operator within ``rtol``, unless a maximum hides between the grid's."""
+    kernels, (scale,), taps = _kernels([matrix], tensor)
+    if not 0 < scale < math.inf:
+        return Peak(scale, _some(kernels, taps))
+    parts = [_of(part, 0) for part in _grid(kernels, taps, 0)]
+    sigmas, thetas, vectors = (torch.cat([part[j] for part in parts]) for j in range(3))
+    climbed = [
+        _climb(kernels[0], vectors[i], thetas[i], taps, rtol) for i in _peaks(sigmas, taps)
+    ]
+    best = max(climbed, key=lambda peak: peak.sigma)
+    return Peak(best.sigma * scale, best.v)
+
+
+def _kernels(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, list[float], Taps]:
+    """Return the kernels [G, M, C, taps...], wide and divided by their largest number; these; taps.
+
+    A number is NaN where an element is not finite. What is sharded is gathered.
+    """
+    whole = whole_of(tensor.detach())
+    kernels = wide(torch.stack([matrix.of(whole) for matrix in matrices]))
+    taps = operators.taps_of(tuple(kernels.shape[3:]), matrices[0].periods, kernels.device)
+    if not kernels.numel():
+        return kernels, [0.0] * len(kernels), taps
+    scales = kernels.flatten(1).abs().amax(1)
+    scales = torch.where(torch.isfinite(scales), scales, math.nan)
+    good = torch.where(scales > 0, scales, 1.0).view(-1, *[1] * (kernels.dim() - 1))
+    return kernels / good, scales.tolist(), taps
+
+
+def _of(part: tuple[Tensor, Tensor, Tensor], i: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the part of the grid of kernel ``i``."""
+    sigmas, theta, vectors = part
+    return sigmas[i], theta, vectors[i]
+
+
+def _largest(part: tuple[Tensor, Tensor, Tensor]) -> float:
+    return float(part[0].max())
+
+
+def _vector(a: Tensor, theta: Tensor, taps: Taps) -> Tensor:
+    """Return v [2, N] of a [C * phases]."""
+    a = a.view(-1, taps.n_phases)
+    return operators.as_parts(operators.vector_of(a, theta, taps)).flatten(1)
+
+
+def _some(kernels: Tensor, taps: Taps) -> Tensor:
+    """Return a v [2, N] that goes with no kernel in particular."""
+    n = kernels.shape[2] * taps.n_phases
+    a = torch.full((n,), (n or 1) ** -0.5, dtype=kernels.dtype, device=kernels.device)
+    theta = a.new_zeros(len(taps.dims))
+    return _vector(torch.complex(a, torch.zeros_like(a)), theta, taps)
+
+
+def _sizes(taps: Taps) -> list[int]:
+    """Return the number of frequencies of the grid along each dimension."""
+    return [max(PER_TAP * n, LEAST) for n in taps.counts]
+
+
+def _frequencies(taps: Taps, device: torch.device) -> Tensor:
+    """Return the frequencies of the grid [n, dims], wide."""
+    axes = [2 * math.pi * torch.arange(n, dtype=torch.float64) / n for n in _sizes(taps)]
+    found = torch.cartesian_prod(*axes).view(-1, len(axes))
+    return found.to(device, wide_dtype(device))
+
+
+def matrices_at(kernels: Tensor, theta: Tensor, taps: Taps) -> Tensor:
+    """Return F [G, n, M, C * phases], complex, of kernels [G, M, C, taps...] at theta [n, dims]."""
+    g, m, c = kernels.shape[:3]
+    waves = operators.waves(theta, taps)  # [n, taps]
+    spread = waves.new_zeros(len(theta), len(taps.phases), taps.n_phases)
+    spread.scatter_(2, taps.phases.expand(len(theta), -1)[..., None], waves[..., None])
+    flat = kernels.reshape(g, 1, m * c, -1).to(waves.dtype)
+    return (flat @ spread).view(g, len(theta), m, -1)
+
+
+def _grid(kernels: Tensor, taps: Taps, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield estimates [G, n], frequencies [n, dims], vectors [G, n, C * phases] of parts of a grid.
+
+    An estimate is never above sigma_1 of F, and that is never above the norm.
+    """
+    theta = _frequencies(taps, kernels.device)
+    n = kernels.shape[2] * taps.n_phases
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(2, n, 1, generator=generator, dtype=torch.float64, device="cpu")
+    start = operators.as_complex(start.to(kernels.device))
+    together = max(1, BYTES // max(16 * len(kernels) * kernels.shape[1] * n, 1))
+    for part in theta.split(together):
+        f = matrices_at(kernels, part, taps)
+        a = start.expand(*f.shape[:2], -1, -1)
+        for _ in range(ITERATIONS):
+            a = f.mH @ (f @ a)
+            a = a / _norms(a).clamp(min=torch.finfo(kernels.dtype).tiny)
+        yield _norms(f @ a)[..., 0, 0], part, a[..., 0]
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+
+
+def _peaks(sigmas: Tensor, taps: Taps) -> list[int]:
+    """Return the local maxima of the grid that may be near the largest, the best first."""
+    sizes = _sizes(taps)
+    grid = sigmas.view(sizes)
+    is_peak = grid >= NEAR * grid.max()
+    for d in range(len(sizes)):
+        is_peak &= (grid >= grid.roll(1, d)) & (grid >= grid.roll(-1, d))
+    found = is_peak.flatten().nonzero()[:, 0].tolist()
+    return sorted(found, key=lambda i: -float(sigmas[i]))[:MOST_CLIMBS]
+
+
+def _climb(kernel: Tensor, a: Tensor, theta: Tensor, taps: Taps, rtol: float) -> Peak:
+    """Return the local maximum near ``theta``: Newton's steps between exact singular values."""
+    m, c = kernel.shape[:2]
+    before = 0.0
+    for _ in range(200):
+        f = matrices_at(kernel[None], theta[None], taps)[0, 0]
+        sigma, a = _top(f, a, rtol)
+        if not sigma > before * (1 + 0.01 * rtol):
+            break
+        before = sigma
+        v = operators.vector_of(a.view(c, -1), theta, taps).reshape(-1)
+        flat = kernel.reshape(m, -1).to(v.dtype)
+        t = (flat.mT @ (flat @ v)).view(c, -1)
+        theta = operators.improved(t, theta, taps)
+    return Peak(max(sigma, before), _vector(a, theta, taps))
+
+
+def _top(f: Tensor, a: Tensor, rtol: float) -> tuple[float, Tensor]:
+    """Return sigma_1 of F [M, n] within ``rtol`` and its right vector, by Lanczos from ``a`` [n].
+
+    Golub and Van Loan, "Matrix Computations", section 10.1, with full reorthogonalization.
+    """
+    limit = min(f.shape[1], f.shape[0] + 1)
+    v, basis, alphas, betas = a / torch.linalg.vector_norm(a), [], [], []
+    while True:
+        basis.append(v)
+        t = f.mH @ (f @ v)
+        alphas.append(float(torch.linalg.vecdot(v, t).real))
+        stacked = torch.stack(basis, 1)
+        for _ in range(2):
+            t = t - stacked @ (stacked.mH @ t)
+        beta = float(torch.linalg.vector_norm(t))
+        tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+        if betas:
+            off = torch.diag(torch.tensor(betas, dtype=torch.float64), 1)
+            tridiagonal = tridiagonal + off + off.mT
+        values, weights = torch.linalg.eigh(tridiagonal)
+        value, rest = float(values[-1]), beta * abs(float(weights[-1, -1]))
+        if len(basis) >= limit or rest <= 0.1 * rtol * value or beta <= 1e-14 * alphas[0]:
+            vector = stacked @ weights[:, -1].to(stacked)
+            return math.sqrt(max(value, 0.0)), vector / torch.linalg.vector_norm(vector)
+        betas.append(beta)
+        v = t / beta
