@@ -26,6 +26,7 @@ namespace {
 // Names and offsets of the fields of a struct, compared with tables/schema.py when the module is
 // loaded.
 #define FIELD(type, name) {#name, offsetof(spectral::type, name)}
+#define ITEM(type, name, i) {#name "_" #i, offsetof(spectral::type, name) + i * sizeof(int64_t)}
 py::dict fields(size_t size, std::initializer_list<std::pair<const char*, size_t>> offsets) {
   py::dict found;
   for (const auto& [name, offset] : offsets) found[name] = offset;
@@ -119,6 +120,12 @@ PYBIND11_MODULE(_native, m) {
        FIELD(Matrix, first_tile), FIELD(Matrix, n_tiles)});
   tables["Tile"] = fields(sizeof(spectral::Tile), {FIELD(Tile, matrix), FIELD(Tile, row_begin),
                                                    FIELD(Tile, row_end), FIELD(Tile, t_offset)});
+  tables["Operator"] =
+      fields(sizeof(spectral::Operator),
+             {FIELD(Operator, channels), FIELD(Operator, channel_stride), ITEM(Operator, size, 0),
+              ITEM(Operator, size, 1), ITEM(Operator, size, 2), ITEM(Operator, stride, 0),
+              ITEM(Operator, stride, 1), ITEM(Operator, stride, 2), ITEM(Operator, period, 0),
+              ITEM(Operator, period, 1), ITEM(Operator, period, 2)});
   tables["Chunk"] = fields(sizeof(spectral::Chunk), {FIELD(Chunk, matrix), FIELD(Chunk, begin)});
   tables["Elementwise"] =
       fields(sizeof(spectral::Elementwise),
@@ -164,7 +171,9 @@ PYBIND11_MODULE(_native, m) {
                                                        FIELD(Header, chunks),
                                                        FIELD(Header, n_chunks),
                                                        FIELD(Header, chunk_squares),
-                                                       FIELD(Header, arrivals)});
+                                                       FIELD(Header, arrivals),
+                                                       FIELD(Header, operators),
+                                                       FIELD(Header, most_taps)});
   m.attr("tables") = tables;
 
   py::class_<spectral::TensorReader>(m, "TensorReader", py::module_local(),

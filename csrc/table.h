@@ -41,6 +41,17 @@ struct Chunk {
 
 constexpr int kChunkColumns = 128;
 
+// A convolution taken as an operator: how the columns of its kernel, which is the matrix, are
+// channels and taps. In dimension d, tap p is tap p / period_d of the phase p % period_d;
+// dimensions that there are not have one tap. See spectral_kernels/backends/operators.py for the
+// mathematics.
+struct Operator {
+  int64_t channels, channel_stride;  // strides are in columns
+  int64_t size[3];
+  int64_t stride[3];
+  int64_t period[3];
+};
+
 enum ElementwiseKind : int64_t { kShift = 0, kGain = 1, kRows = 2 };
 
 // A bias or a norm's shift, whose Euclidean norm is pulled to a target; a norm's gain, each element
@@ -121,6 +132,10 @@ struct Header {
   int64_t chunk_squares;     // per chunk, float64: squares of its sums of t, summed
   int64_t arrivals;  // per matrix, int32: programs that are done with a chunk of it; 0 again
                      // when the last one has finished the matrix
+  // Per matrix, if all of them are operators; 0: they are matrices. r is then 2, for the real and
+  // the imaginary part of one vector, and sigmas and residuals have one row.
+  int64_t operators;
+  int64_t most_taps;  // of an operator
 };
 
 }  // namespace spectral

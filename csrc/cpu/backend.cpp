@@ -149,13 +149,19 @@ ScratchBytes bytes_for_products(const Header& header) {
 
 ScratchBytes bytes_for_normalize(const Header& header) {
   ScratchBytes bytes;
-  if (header.r > 1) bytes.ritz = kRitzBytes;
+  if (header.operators != 0)
+    bytes.ritz = header.most_taps * (int64_t)sizeof(Tap);
+  else if (header.r > 1)
+    bytes.ritz = kRitzBytes;
   return bytes;
 }
 
+// Vectors that a gradient is made of.
+int64_t n_terms(const Header& header) { return header.operators != 0 ? 2 : 1; }
+
 ScratchBytes bytes_for_gradient(const Header& header) {
   ScratchBytes bytes;
-  bytes.gradient_v = (int64_t)sizeof(float) * widest(header, [](const Matrix& m) {
+  bytes.gradient_v = n_terms(header) * (int64_t)sizeof(float) * widest(header, [](const Matrix& m) {
                        return m.grad != 0 && splits(m.grad_dtype);
                      });
   return bytes;
@@ -164,7 +170,7 @@ ScratchBytes bytes_for_gradient(const Header& header) {
 ScratchBytes bytes_for_update(const Header& header, const Update& update) {
   ScratchBytes bytes = bytes_for_products(header);
   if (splits(header.weight_dtype) && update.moment_dtype == header.weight_dtype)
-    bytes.gradient_v = (int64_t)sizeof(float) * widest(header, any);
+    bytes.gradient_v = n_terms(header) * (int64_t)sizeof(float) * widest(header, any);
   return bytes;
 }
 

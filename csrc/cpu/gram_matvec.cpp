@@ -2,6 +2,7 @@
 
 #include "elementwise.h"
 #include "isa.h"
+#include "operators.h"
 #include "ritz.h"
 #include "scalar_math.h"
 #include "tile_products.h"
@@ -11,11 +12,27 @@ namespace spectral {
 namespace SPECTRAL_LEVEL {
 namespace {
 
-// Results of normalize for one matrix: r values each, the largest first.
+// Results of normalize for one matrix: one or r values each, the largest first.
 struct Estimates {
   double sigma[kMaxVectors];
   double t_norm[kMaxVectors];  // norms of the corresponding t
 };
+
+// The next v of an operator; `squares` are those of s.
+template <class S>
+void next_wave(const Header& header, const Matrix& m, const Operator& op, double squares,
+               const Scratch& scratch, Estimates& found) {
+  const int64_t n = m.outer * m.inner;
+  found.sigma[0] = __builtin_sqrt(squares);
+  if (header.t_partial == 0) return;
+  const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
+  S* v_next = reinterpret_cast<S*>(header.v_next) + m.v_offset;
+  for (int j = 0; j < 2; ++j) reduce_tiles(header, m, j * n, v_next + j * n, n);
+  const Kernel<S> kernel(op, n, reinterpret_cast<Tap*>(scratch.ritz));
+  const bool good = kernel.next(v, v_next, found.t_norm[0]) && is_finite(found.sigma[0]);
+  if (!good)
+    for (int64_t c = 0; c < 2 * n; ++c) v_next[c] = v[c];
+}
 
 // The next v is t / ||t||.
 template <class S>
@@ -82,6 +99,7 @@ template <class S>
 void normalize_matrix(const Header& header, int64_t index, const Scratch& scratch) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[index];
   const int64_t r = header.r;
+  const Operator* op = operator_of(header, index);
   S* sigmas = reinterpret_cast<S*>(header.sigmas) + index;
   S* residuals = reinterpret_cast<S*>(header.residuals) + index;
   if (!takes_part<S>(header, index)) return;
@@ -96,7 +114,11 @@ void normalize_matrix(const Header& header, int64_t index, const Scratch& scratc
   const double scale = inverse_power_of_two(sigmas[0]);
   const double target = reinterpret_cast<const S*>(header.target)[index];
   Estimates found;
-  if (r == 1) {
+  if (op != nullptr) {
+    double squares = 0;
+    for (int64_t i = 0; i < m.n_tiles; ++i) squares += partial[4 * i] + partial[4 * i + 3];
+    next_wave<S>(header, m, *op, squares, scratch, found);
+  } else if (r == 1) {
     double squares = 0;
     for (int64_t i = 0; i < m.n_tiles; ++i) squares += partial[i];
     next_vector<S>(header, m, squares, found);
@@ -109,7 +131,7 @@ void normalize_matrix(const Header& header, int64_t index, const Scratch& scratc
   }
   reinterpret_cast<S*>(header.raw_penalty)[index] =
       (S)raw_penalty_of(found.sigma[0], target, header.exponent);
-  for (int64_t j = 0; j < r; ++j) {
+  for (int64_t j = 0; j < (op != nullptr ? 1 : r); ++j) {
     sigmas[j * header.n_matrices] = (S)found.sigma[j];
     if (header.t_partial != 0)
       residuals[j * header.n_matrices] = (S)residual_of(found.sigma[j], found.t_norm[j], scale);

@@ -13,13 +13,21 @@ constexpr int64_t kRitzBytes = 52 * 1024;
 // Whether vectors that go with numbers of a type are brought into split order (simd.h).
 constexpr bool splits(int64_t dtype) { return dtype == kBFloat16; }
 
+// A tap of the kernel of an operator: its first column, whether it is the last one of its phase,
+// which tap of its phase it is, and e^(i q theta).
+struct Tap {
+  int64_t column, is_last;
+  double number[3];
+  double re, im;
+};
+
 // Memory of one thread for intermediate results; scratch.h allocates what the matrices of a call
 // need, and the rest is null.
 struct Scratch {
   void* rows;         // kMaxRows rows of a matrix that is not one piece per row (outer > 1)
   float* v;           // [r, N] what split weights are multiplied by, in split order
-  float* gradient_v;  // [N] what is added to split gradients, in split order
-  void* ritz;         // kRitzBytes for several vectors
+  float* gradient_v;  // [N] what is added to split gradients, in split order; of operators [2, N]
+  void* ritz;         // kRitzBytes for several vectors; for operators the taps of a kernel
 };
 
 // They run on the threads of a parallel region, which an exception must not leave, and with a stack

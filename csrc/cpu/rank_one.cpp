@@ -12,14 +12,40 @@ namespace {
 
 constexpr int64_t kAheadInGradient = 1024;  // bytes between the addition and the prefetch
 
-// grad[c] = (accumulate ? grad[c] : 0) + a * v[c], v in split order if the type needs it
-template <bool kAccumulate, class G, class S>
-SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
+// The sum of the terms a[j] * v[j] of a row; v in split order if the type needs it.
+template <int kTerms, class S>
+struct Row {
+  const S* v;
+  int64_t distance;  // between the vectors
+  S a[kTerms];
+
+  // Of the full vector of elements from c on; of the first n elements from there.
+  SPECTRAL_INLINE auto at(int64_t c) const {
+    auto sum = Simd<S>::load(v + c) * a[0];
+    if constexpr (kTerms > 1) sum += Simd<S>::load(v + distance + c) * a[1];
+    return sum;
+  }
+  SPECTRAL_INLINE auto part(int64_t c, int64_t n) const {
+    auto sum = load_part(v + c, n) * a[0];
+    if constexpr (kTerms > 1) sum += load_part(v + distance + c, n) * a[1];
+    return sum;
+  }
+  template <class G>
+  SPECTRAL_INLINE auto tail(const Tail<G>& of) const {
+    auto sum = of.load(v) * a[0];
+    if constexpr (kTerms > 1) sum += of.load(v + distance) * a[1];
+    return sum;
+  }
+};
+
+// grad[c] = (accumulate ? grad[c] : 0) + row[c]
+template <bool kAccumulate, class G, class R>
+SPECTRAL_INLINE void add_row(G* grad, const R& row, int64_t n) {
   using L = Simd<G>;
   using V = typename L::V;
   int64_t c = for_pairs<G>(n, [&](int64_t c, bool prefetch) __attribute__((always_inline)) {
     if (kAccumulate && prefetch) prefetch_pair(grad + c + kAheadInGradient / (int64_t)sizeof(G));
-    V x0 = Simd<S>::load(v + c) * a, x1 = Simd<S>::load(v + c + L::kLanes) * a;
+    V x0 = row.at(c), x1 = row.at(c + L::kLanes);
     if (kAccumulate) {
       V g0, g1;
       L::load_pair(grad + c, g0, g1);
@@ -29,7 +55,7 @@ SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
     L::store_pair(grad + c, x0, x1);
   });
   if (c + L::kLanes <= n) {
-    V x = Simd<S>::load(v + c) * a;
+    V x = row.at(c);
     if (kAccumulate) x += L::load(grad + c);
     L::store(grad + c, x);
     c += L::kLanes;
@@ -37,31 +63,33 @@ SPECTRAL_INLINE void add_scaled(G* grad, const S* v, S a, int64_t n) {
   if (c < n) {
     const Tail<G> tail(n, c);
     if (kAccumulate && !PartOf<G>::kInOne) {
-      tail.store(grad, tail.load_all(grad) + tail.load(v) * a);
+      tail.store(grad, tail.load_all(grad) + row.tail(tail));
     } else {
-      V x = load_part(v + c, n - c) * a;
+      V x = row.part(c, n - c);
       if (kAccumulate) x += load_part(grad + c, n - c);
       store_part(grad + c, x, n - c);
     }
   }
 }
 
-template <bool kAccumulate, class G, class S = typename Simd<G>::Accumulator>
+template <bool kAccumulate, int kTerms, class G, class S = typename Simd<G>::Accumulator>
 void rank_one_tile(const Header& header, const Tile& tile, const Scratch& scratch) {
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   const double factor = gradient_factor<S>(header, tile.matrix);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   if constexpr (Simd<G>::kSplits) {
-    for (int64_t o = 0; o < m.outer; ++o)
+    for (int64_t o = 0; o < kTerms * m.outer; ++o)
       split_order<G>(v + o * m.inner, scratch.gradient_v + o * m.inner, m.inner);
     v = scratch.gradient_v;
   }
-  for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
-    G* grad = reinterpret_cast<G*>(m.grad) + row * m.grad_row_stride;
-    const S a = factor == 0 ? 0 : plain_nan((S)(factor * s[row]));
-    for (int64_t o = 0; o < m.outer; ++o)
-      add_scaled<kAccumulate>(grad + o * m.grad_outer_stride, v + o * m.inner, a, m.inner);
+  for (int64_t i = tile.row_begin; i < tile.row_end; ++i) {
+    G* grad = reinterpret_cast<G*>(m.grad) + i * m.grad_row_stride;
+    Row<kTerms, S> row{v, m.outer * m.inner, {}};
+    for (int j = 0; j < kTerms; ++j)
+      row.a[j] = factor == 0 ? 0 : plain_nan((S)(factor * s[j * m.rows + i]));
+    for (int64_t o = 0; o < m.outer; ++o, row.v += m.inner)
+      add_row<kAccumulate>(grad + o * m.grad_outer_stride, row, m.inner);
   }
 }
 
@@ -146,10 +174,13 @@ void rank_one(const Header& header, const Tile& tile, bool accumulate,
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   if (m.grad == 0) return;
   with_dtype(m.grad_dtype, [&](auto g) {
-    if (accumulate)
-      rank_one_tile<true, decltype(g)>(header, tile, scratch);
+    using G = decltype(g);
+    if (header.operators != 0)
+      accumulate ? rank_one_tile<true, 2, G>(header, tile, scratch)
+                 : rank_one_tile<false, 2, G>(header, tile, scratch);
     else
-      rank_one_tile<false, decltype(g)>(header, tile, scratch);
+      accumulate ? rank_one_tile<true, 1, G>(header, tile, scratch)
+                 : rank_one_tile<false, 1, G>(header, tile, scratch);
   });
 }
 

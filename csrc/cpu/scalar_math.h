@@ -28,6 +28,11 @@ SPECTRAL_INLINE double strength_of(const Header& header, int64_t entry) {
   return scale * (double)reinterpret_cast<const S*>(header.strength)[entry];
 }
 
+SPECTRAL_INLINE const Operator* operator_of(const Header& header, int64_t matrix) {
+  return header.operators == 0 ? nullptr
+                               : reinterpret_cast<const Operator*>(header.operators) + matrix;
+}
+
 template <class S>
 SPECTRAL_INLINE double gradient_factor(const Header& header, int64_t matrix) {
   return gradient_factor_of(reinterpret_cast<const S*>(header.sigmas)[matrix],

@@ -237,6 +237,26 @@ struct RowFactor {
   SPECTRAL_INLINE auto part(int64_t c, int64_t n) const { return load_part(v + c, n); }
 };
 
+// x of a row of an operator: the gradient itself, of two terms a * v; in split order if pairs are.
+template <class S>
+struct TwoTermFactor {
+  static constexpr bool kIsRead = true;  // it costs little
+  const S* v;
+  int64_t distance;  // between the vectors
+  S a0, a1;
+  SPECTRAL_INLINE auto one(int64_t c) const {
+    return Simd<S>::load(v + c) * a0 + Simd<S>::load(v + distance + c) * a1;
+  }
+  template <class V>
+  SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
+    x0 = one(c);
+    x1 = one(c + Simd<S>::kLanes);
+  }
+  SPECTRAL_INLINE auto part(int64_t c, int64_t n) const {
+    return load_part(v + c, n) * a0 + load_part(v + distance + c, n) * a1;
+  }
+};
+
 // x of a bias, shift or gain: the gradient itself.
 template <class T, class S, class Gradient>
 struct ElementwiseFactor {
@@ -325,28 +345,54 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   using Rule = RuleOf<S, Lanes>;
   const Rule rule(group, steps_of<S>(update, moment));
   double factor = gradient_factor<S>(header, tile.matrix);
-  if (update.decoupled)
-    factor = capped_factor_of(factor, reinterpret_cast<const S*>(header.sigmas)[tile.matrix],
-                              reinterpret_cast<const S*>(header.target)[tile.matrix], group.lr);
+  const Operator* op = operator_of(header, tile.matrix);
+  if (update.decoupled) {
+    const double sigma = reinterpret_cast<const S*>(header.sigmas)[tile.matrix];
+    const double target = reinterpret_cast<const S*>(header.target)[tile.matrix];
+    factor = op == nullptr ? capped_factor_of(factor, sigma, target, group.lr)
+                           : capped_operator_factor_of(factor, sigma, target, group.lr, *op);
+  }
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<Rule, T, M, S>;
   if constexpr (Piece::kSplits) {
-    for (int64_t o = 0; o < m.outer; ++o)
+    for (int64_t o = 0; o < (op == nullptr ? 1 : 2) * m.outer; ++o)
       split_order<T>(v + o * m.inner, scratch.gradient_v + o * m.inner, m.inner);
     v = scratch.gradient_v;
   }
   const Piece whole = stretch_of<Rule, T, M, S>(update, m.weight, m.grad, moment);
-  // Updates piece o of a row, and hands the new weights over.
-  const auto update_piece = [&](int64_t row, int64_t o, auto& to) __attribute__((always_inline)) {
-    const S a = factor == 0 ? 0 : plain_nan((S)(factor * s[row]));
+  // s of a row, or its imaginary part, times the factor.
+  const auto scaled = [&](int64_t i) __attribute__((always_inline)) {
+    return factor == 0 ? 0 : plain_nan((S)(factor * s[i]));
+  };
+  // Piece o of a row.
+  const auto piece_of = [&](int64_t row, int64_t o) __attribute__((always_inline)) {
     Piece piece = whole;
     const int64_t at = row * m.row_stride + o * m.outer_stride;
     piece.p += at;
     if (piece.g != nullptr) piece.g += row * m.grad_row_stride + o * m.grad_outer_stride;
     if (piece.first != nullptr) piece.first += at;
     if (piece.second != nullptr) piece.second += at;
-    put_penalty(piece, update, group, a);
+    return piece;
+  };
+  if (op != nullptr) {
+    const auto update_row = [&](int64_t row) {
+      NoProducts<T> none;
+      const S a0 = scaled(row), a1 = scaled(m.rows + row);
+      for (int64_t o = 0; o < m.outer; ++o) {
+        Piece piece = piece_of(row, o);
+        put_penalty(piece, update, group, (S)1);
+        const TwoTermFactor<S> x{v + o * m.inner, m.outer * m.inner, a0, a1};
+        piece.run(rule, m.inner, x, none);
+      }
+    };
+    tile_products<T, false>(header, tile, next, v_next, scratch, RowFunction(update_row));
+    return;
+  }
+  // Updates piece o of a row, and hands the new weights over.
+  const auto update_piece = [&](int64_t row, int64_t o, auto& to) __attribute__((always_inline)) {
+    Piece piece = piece_of(row, o);
+    put_penalty(piece, update, group, scaled(row));
     piece.run(rule, m.inner, RowFactor<S>{v + o * m.inner}, to);
   };
   // With little to compute, t would cost more, written for every row, than a second look at 16-bit

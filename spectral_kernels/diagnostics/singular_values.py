@@ -10,8 +10,10 @@ from typing_extensions import Unpack
 
 from ..backends.base import Backend
 from ..backends.choice import BackendName, check_backend
+from ..engine import operators
 from ..engine.initial import row_norms
 from ..engine.lanczos import singular_values
+from ..engine.settings import check_one_vector
 from ..selection.arguments import check_choice, check_number, known_keywords
 from ..selection.matrices import Elementwise, Selection
 from ..selection.options import MatrixOptions, Source
@@ -75,7 +77,9 @@ def spectral_norms(
         rtol: relative error, at least 1e-5 (1e-12 for float64 weights).
         n_vectors: how many singular values: 1, 2, 4, 8 or 16.
         backend: as for SpectralRegularizer.
-        selection: ``include``, ``exclude``, ``splits``, ``stacked`` as for SpectralRegularizer.
+        selection: ``include``, ``exclude``, ``splits``, ``stacked``, ``roles`` and ``convolutions``
+            as for SpectralRegularizer. The norms of "operator" are the largest that are found by
+            climbing from the local maxima of a grid of frequencies, four per tap, in float64.
 
     Returns:
         name -> sigma_1; with several vectors name -> that many singular values, largest first, each
@@ -93,10 +97,14 @@ def spectral_norms(
     n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
     rtol = check_number("rtol", rtol)
     chosen = _selected(model_or_named_tensors, selection)
-    found = {
-        matrix.name: singular_values(matrix, matrix.ref.get().detach(), rtol, backend, n_vectors)
-        for matrix in chosen.matrices
-    }
+    check_one_vector(chosen, n_vectors)
+    found = {}
+    for matrix in chosen.matrices:
+        tensor = matrix.ref.get().detach()
+        if matrix.periods is None:
+            found[matrix.name] = singular_values(matrix, tensor, rtol, backend, n_vectors)
+        else:
+            found[matrix.name] = (operators.norm(matrix, tensor, rtol).sigma,)
     for entry in filter(is_matrix, chosen.elementwise):
         norms = _row_norms(entry)[:n_vectors].tolist()
         found[entry.name] = (*norms, *[0.0] * (n_vectors - len(norms)))
@@ -138,6 +146,11 @@ def spectra(
         ValueError: a pattern that matches nothing, no matrix.
     """
     found, chosen = {}, _selected(model_or_named_tensors, selection)
+    if any(matrix.periods for matrix in chosen.matrices):
+        raise ValueError(
+            "convolutions: got 'operator'; accepted here is 'flattened': an operator has a spectrum "
+            "at every frequency"
+        )
     for matrix in chosen.matrices:
         part = matrix.of(whole_of(matrix.ref.get().detach()))
         weight = wide(part.movedim(matrix.row_dim, 0).flatten(1))

@@ -193,7 +193,7 @@ class Bucket:
         for ref, own in by_ref.items():
             peaks = search([self.matrices[i] for i in own], self.parameters[ref])
             for i, peak in zip(own, peaks, strict=True):
-                v = self.state.plan.layouts[i].from_logical(peak.v.to(self.state.v))
+                v = self.state.plan.layouts[i].from_logical(peak.right.to(self.state.v))
                 self.put_vectors(i, v)
 
     def warm_up(self) -> None:

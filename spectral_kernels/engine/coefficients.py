@@ -12,7 +12,7 @@ from ..selection import transforms
 from ..selection.arguments import by_name, check_by_pattern, check_number, shown
 from ..selection.matrices import Elementwise, Matrix, Selection
 from ..tables import device as device_tables
-from . import initial, lanczos
+from . import initial, lanczos, operators
 from .bucket import Bucket
 from .initial import Initial
 
@@ -177,7 +177,10 @@ class Coefficients:
                     found[entry.name] = initial.measured(entry, tensor)
                     continue
                 with torch.inference_mode(False):
-                    top = lanczos.top(entry, tensor, rtol=1e-4, backend=self._backend)
+                    if entry.periods is None:
+                        top = lanczos.top(entry, tensor, rtol=1e-4, backend=self._backend)
+                    else:
+                        top = operators.norm(entry, tensor, rtol=1e-4)
             found[entry.name] = top.sigma
             for vectors, v in ((self.right, top.right), (self.left, top.left)):
                 if v is not None:

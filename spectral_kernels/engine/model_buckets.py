@@ -25,7 +25,7 @@ from .bucket import Bucket, add_gradients
 from .coefficients import Coefficients, Target
 from .loading import NOTHING_LOADED, Loaded
 from .prepared import Preparation, PreparedPenalty
-from .settings import Settings
+from .settings import Settings, check_one_vector
 from .shares import ShareWatch
 from .stability import StabilityWatch
 from .vectors import Start, left_of, right_of
@@ -48,6 +48,7 @@ class ModelBuckets:
     _numbers = count(2)  # compilers specialize on 0 and 1
 
     def __init__(self, selection: Selection, settings: Settings, coefficients: Coefficients):
+        check_one_vector(selection, settings.n_vectors)
         self.selection, self.settings, self.coefficients = selection, settings, coefficients
         # One step, reading or change at a time: threads wait for each other.
         self.lock = threading.RLock()
@@ -257,6 +258,7 @@ class ModelBuckets:
     def set_n_vectors(self, n_vectors: int) -> None:
         """Replace the number of vectors per matrix; those that there are go on."""
         with self.lock:
+            check_one_vector(self.selection, n_vectors)
             if n_vectors == self.settings.n_vectors:
                 return
             warm = self._warm if self.buckets is None else self.is_warm

@@ -32,12 +32,13 @@ class Peak(NamedTuple):
 
     Attributes:
         sigma: the norm, or a lower bound of it.
-        v: [2, N], real and imaginary part, in the parameter's order; for a kernel that is zero or
+        right: v [2, N], real and imaginary part, in the parameter's order; for a kernel that is zero or
             not finite, some one.
     """
 
     sigma: float
-    v: Tensor
+    right: Tensor
+    left: None = None  # as lanczos.Top has it for matrices
 
 
 def search(matrices: Sequence[Matrix], tensor: Tensor, seed: int = 0) -> list[Peak]:
@@ -70,7 +71,7 @@ def norm(matrix: Matrix, tensor: Tensor, rtol: float) -> Peak:
         _climb(kernels[0], vectors[i], thetas[i], taps, rtol) for i in _peaks(sigmas, taps)
     ]
     best = max(climbed, key=lambda peak: peak.sigma)
-    return Peak(best.sigma * scale, best.v)
+    return Peak(best.sigma * scale, best.right)
 
 
 def _kernels(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, list[float], Taps]:

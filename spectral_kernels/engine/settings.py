@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..backends.base import Backend
 from ..selection.arguments import check_count
+from ..selection.matrices import Selection
 from .bucket import MAX_EXTRA_ITERATIONS
 
 
@@ -32,6 +33,14 @@ class Settings:
     iterations: int = 1
     extra_iterations: int = 0
     is_in_optimizer: bool = False
+
+
+def check_one_vector(selection: Selection, n_vectors: int) -> None:
+    """Raise ValueError for several vectors per matrix where there are operators."""
+    if n_vectors != 1 and any(matrix.periods for matrix in selection.matrices):
+        raise ValueError(
+            f"n_vectors: got {n_vectors}; accepted with convolutions='operator' is 1"
+        )
 
 
 def iterations_of(n_power_iterations, is_in_optimizer: bool = False) -> tuple[int, int]:

@@ -125,7 +125,7 @@ def can_be_traced(plan: Plan) -> bool:
     sizes = [layout.rows * layout.cols for layout in plan.layouts]
     return (
         plan.device.type == "cpu"
-        and plan.r == 1
+        and plan.r == 1  # nor operators
         and 0 < sum(sizes) <= MOST_ELEMENTS
         and len(plan.matrices) + len(plan.elementwise) <= MOST_ENTRIES
         and all(tensor.numel() for tensor in plan.tensors)

@@ -244,8 +244,9 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         of: dict[tuple, Bucket] = {}
         taken: set[int] = set()
         for i, b in enumerate(buckets):
-            # Parameters without a penalty go with the unsharded ones of their device and dtype.
-            key = (b.plan.device, b.plan.dtype, i if b.is_sharded else None)
+            # Parameters without a penalty go with the unsharded matrices of their device and dtype.
+            is_apart = b.is_sharded or b.plan.operators is not None
+            key = (b.plan.device, b.plan.dtype, i if is_apart else None)
             parts[key], of[key] = list(b.parameters), b
             taken |= {id(p) for p in b.parameters}
         for p in (p for group in self.param_groups for p in group["params"]):
