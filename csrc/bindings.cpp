@@ -117,15 +117,18 @@ PYBIND11_MODULE(_native, m) {
        FIELD(Matrix, outer), FIELD(Matrix, inner), FIELD(Matrix, row_stride),
        FIELD(Matrix, outer_stride), FIELD(Matrix, grad_row_stride),
        FIELD(Matrix, grad_outer_stride), FIELD(Matrix, v_offset), FIELD(Matrix, s_offset),
-       FIELD(Matrix, first_tile), FIELD(Matrix, n_tiles)});
+       FIELD(Matrix, first_tile), FIELD(Matrix, n_tiles), FIELD(Matrix, reach)});
   tables["Tile"] = fields(sizeof(spectral::Tile), {FIELD(Tile, matrix), FIELD(Tile, row_begin),
                                                    FIELD(Tile, row_end), FIELD(Tile, t_offset)});
   tables["Operator"] =
       fields(sizeof(spectral::Operator),
-             {FIELD(Operator, channels), FIELD(Operator, channel_stride), ITEM(Operator, size, 0),
-              ITEM(Operator, size, 1), ITEM(Operator, size, 2), ITEM(Operator, stride, 0),
-              ITEM(Operator, stride, 1), ITEM(Operator, stride, 2), ITEM(Operator, period, 0),
-              ITEM(Operator, period, 1), ITEM(Operator, period, 2)});
+             {FIELD(Operator, channels), FIELD(Operator, channel_stride),
+              FIELD(Operator, first_tap), FIELD(Operator, n_taps), ITEM(Operator, count, 0),
+              ITEM(Operator, count, 1), ITEM(Operator, count, 2)});
+  tables["Tap"] =
+      fields(sizeof(spectral::Tap),
+             {FIELD(Tap, column), FIELD(Tap, is_last), ITEM(Tap, number, 0), ITEM(Tap, number, 1),
+              ITEM(Tap, number, 2), ITEM(Tap, next, 0), ITEM(Tap, next, 1), ITEM(Tap, next, 2)});
   tables["Chunk"] = fields(sizeof(spectral::Chunk), {FIELD(Chunk, matrix), FIELD(Chunk, begin)});
   tables["Elementwise"] =
       fields(sizeof(spectral::Elementwise),
@@ -173,6 +176,7 @@ PYBIND11_MODULE(_native, m) {
                                                        FIELD(Header, chunk_squares),
                                                        FIELD(Header, arrivals),
                                                        FIELD(Header, operators),
+                                                       FIELD(Header, taps),
                                                        FIELD(Header, most_taps)});
   m.attr("tables") = tables;
 

@@ -121,21 +121,10 @@ SPECTRAL_FORMULA double capped(double value, double most, double lr) {
 }
 
 // gradient_factor_of, capped: W - lr * (factor * s) v^T has sigma carried to the target at most.
-SPECTRAL_FORMULA double capped_factor_of(double factor, double sigma, double target, double lr) {
-  return capped(factor, abs_of(sigma - target) / sigma, lr);
-}
-
-// The largest number of taps of a phase: no more than by this times what it does to s v^T does a
-// step along the gradient change sigma of an operator.
-SPECTRAL_FORMULA double taps_of_phase(const Operator& op) {
-  int64_t found = 1;
-  for (int d = 0; d < 3; ++d) found *= (op.size[d] + op.period[d] - 1) / op.period[d];
-  return (double)found;
-}
-
-SPECTRAL_FORMULA double capped_operator_factor_of(double factor, double sigma, double target,
-                                                  double lr, const Operator& op) {
-  return capped(factor, abs_of(sigma - target) / (sigma * taps_of_phase(op)), lr);
+// See Matrix for reach.
+SPECTRAL_FORMULA double capped_factor_of(double factor, double sigma, double target, double lr,
+                                         int64_t reach = 1) {
+  return capped(factor, abs_of(sigma - target) / ((double)reach * sigma), lr);
 }
 
 // What a row is multiplied by, capped; its squares are summed up.

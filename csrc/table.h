@@ -23,6 +23,8 @@ struct Matrix {
   int64_t v_offset;  // first element in v and v_next, r times outer * inner of them
   int64_t s_offset;  // first element in s, r times rows of them
   int64_t first_tile, n_tiles;
+  int64_t reach;  // a step along d sigma / dW of this size changes sigma by one at most: 1, and of
+                  // an operator the taps of a phase
 };
 
 // A block of rows of one matrix, the unit of work.
@@ -41,15 +43,20 @@ struct Chunk {
 
 constexpr int kChunkColumns = 128;
 
-// A convolution taken as an operator: how the columns of its kernel, which is the matrix, are
-// channels and taps. In dimension d, tap p is tap p / period_d of the phase p % period_d;
-// dimensions that there are not have one tap. See spectral_kernels/backends/operators.py for the
-// mathematics.
+// A convolution taken as an operator: the columns of its kernel, which is the matrix, are channels
+// and taps. Strides are in columns. See spectral_kernels/backends/operators.py for the mathematics.
 struct Operator {
-  int64_t channels, channel_stride;  // strides are in columns
-  int64_t size[3];
-  int64_t stride[3];
-  int64_t period[3];
+  int64_t channels, channel_stride;
+  int64_t first_tap, n_taps;  // in the list of taps, those of a phase one after the other
+  int64_t count[3];           // taps of a phase along each dimension, at most; 1: no frequency
+};
+
+// A tap of the kernel of an operator.
+struct Tap {
+  int64_t column;     // that of the first channel
+  int64_t is_last;    // of its phase
+  int64_t number[3];  // which tap of its phase it is along each dimension
+  int64_t next[3];    // columns from it to the next one of the phase along it; 0: there is none
 };
 
 enum ElementwiseKind : int64_t { kShift = 0, kGain = 1, kRows = 2 };
@@ -133,8 +140,9 @@ struct Header {
   int64_t arrivals;  // per matrix, int32: programs that are done with a chunk of it; 0 again
                      // when the last one has finished the matrix
   // Per matrix, if all of them are operators; 0: they are matrices. r is then 2, for the real and
-  // the imaginary part of one vector, and sigmas and residuals have one row.
+  // the imaginary part of one vector, and only the first row of sigmas and residuals is used.
   int64_t operators;
+  int64_t taps;
   int64_t most_taps;  // of an operator
 };
 

@@ -150,7 +150,7 @@ ScratchBytes bytes_for_products(const Header& header) {
 ScratchBytes bytes_for_normalize(const Header& header) {
   ScratchBytes bytes;
   if (header.operators != 0)
-    bytes.ritz = header.most_taps * (int64_t)sizeof(Tap);
+    bytes.ritz = header.most_taps * (int64_t)sizeof(Complex);
   else if (header.r > 1)
     bytes.ritz = kRitzBytes;
   return bytes;

@@ -28,7 +28,8 @@ void next_wave(const Header& header, const Matrix& m, const Operator& op, double
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   S* v_next = reinterpret_cast<S*>(header.v_next) + m.v_offset;
   for (int j = 0; j < 2; ++j) reduce_tiles(header, m, j * n, v_next + j * n, n);
-  const Kernel<S> kernel(op, n, reinterpret_cast<Tap*>(scratch.ritz));
+  const Kernel<S> kernel{op, reinterpret_cast<const Tap*>(header.taps) + op.first_tap, n,
+                         reinterpret_cast<Complex*>(scratch.ritz)};
   const bool good = kernel.next(v, v_next, found.t_norm[0]) && is_finite(found.sigma[0]);
   if (!good)
     for (int64_t c = 0; c < 2 * n; ++c) v_next[c] = v[c];

@@ -13,11 +13,7 @@ constexpr int64_t kRitzBytes = 52 * 1024;
 // Whether vectors that go with numbers of a type are brought into split order (simd.h).
 constexpr bool splits(int64_t dtype) { return dtype == kBFloat16; }
 
-// A tap of the kernel of an operator: its first column, whether it is the last one of its phase,
-// which tap of its phase it is, and e^(i q theta).
-struct Tap {
-  int64_t column, is_last;
-  double number[3];
+struct Complex {
   double re, im;
 };
 
@@ -27,7 +23,7 @@ struct Scratch {
   void* rows;         // kMaxRows rows of a matrix that is not one piece per row (outer > 1)
   float* v;           // [r, N] what split weights are multiplied by, in split order
   float* gradient_v;  // [N] what is added to split gradients, in split order; of operators [2, N]
-  void* ritz;         // kRitzBytes for several vectors; for operators the taps of a kernel
+  void* ritz;         // kRitzBytes for several vectors; for operators a Complex per tap
 };
 
 // They run on the threads of a parallel region, which an exception must not leave, and with a stack

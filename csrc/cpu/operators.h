@@ -14,13 +14,10 @@ constexpr int kDims = 3;
 constexpr int kTrials = 2;  // steps that are tried, each a quarter of the one before
 constexpr double kHalfPi = 1.57079632679489661923;
 
-struct Complex {
-  double re, im;
-  SPECTRAL_INLINE void add(double x, Complex y) {
-    re += x * y.re;
-    im += x * y.im;
-  }
-};
+SPECTRAL_INLINE void add(Complex& sum, double x, Complex y) {
+  sum.re += x * y.re;
+  sum.im += x * y.im;
+}
 
 SPECTRAL_INLINE double square_of(Complex x) { return x.re * x.re + x.im * x.im; }
 
@@ -33,13 +30,14 @@ struct Height {
   double square = 0, gradient[kDims] = {}, hessian[kDims][kDims] = {};
 };
 
-// Solves (shift - H) x = g by Cholesky's method for the dimensions of a frequency, of which there
-// are n; returns false if the matrix is not positive definite.
-SPECTRAL_INLINE bool solve(const Height& height, const int* dims, int n, double shift, double* x) {
+// Solves (shift - H) x = g by Cholesky's method; returns false if the matrix is not positive
+// definite. Dimensions with a count of 1 have no frequency: x is 0.
+SPECTRAL_INLINE bool solve(const Height& height, const int64_t* count, double shift, double* x) {
   double lower[kDims][kDims];
-  for (int j = 0; j < n; ++j) {
+  for (int j = 0; j < kDims; ++j) {
     for (int k = 0; k <= j; ++k) {
-      double sum = (j == k ? shift : 0) - height.hessian[dims[j]][dims[k]];
+      double sum = (j == k ? shift : 0) - height.hessian[j][k];
+      if (j == k && count[j] == 1) sum = 1;
       for (int i = 0; i < k; ++i) sum -= lower[j][i] * lower[k][i];
       if (k < j)
         lower[j][k] = sum / lower[k][k];
@@ -48,86 +46,58 @@ SPECTRAL_INLINE bool solve(const Height& height, const int* dims, int n, double 
       else
         return false;
     }
-    x[j] = height.gradient[dims[j]];
+    x[j] = height.gradient[j];
     for (int i = 0; i < j; ++i) x[j] -= lower[j][i] * x[i];
     x[j] /= lower[j][j];
   }
-  for (int j = n - 1; j >= 0; --j) {
-    for (int i = j + 1; i < n; ++i) x[j] -= lower[i][j] * x[i];
+  for (int j = kDims - 1; j >= 0; --j) {
+    for (int i = j + 1; i < kDims; ++i) x[j] -= lower[i][j] * x[i];
     x[j] /= lower[j][j];
   }
   return true;
 }
 
-// The taps of a kernel with n columns, in scratch memory.
+// The kernel of an operator, with n columns; `waves` is scratch memory.
 template <class S>
 struct Kernel {
   const Operator& op;
-  const int64_t n;
-  Tap* const taps;
-  int64_t n_taps = 0;
-  int dims[kDims], n_dims = 0;  // those along which a phase has several taps
-
-  Kernel(const Operator& op, int64_t n, Tap* taps) : op(op), n(n), taps(taps) {
-    for (int d = 0; d < kDims; ++d)
-      if (op.size[d] > op.period[d]) dims[n_dims++] = d;
-    int64_t phase[kDims], number[kDims];
-    for (phase[0] = 0; phase[0] < phases(0); ++phase[0])
-      for (phase[1] = 0; phase[1] < phases(1); ++phase[1])
-        for (phase[2] = 0; phase[2] < phases(2); ++phase[2]) {
-          for (number[0] = 0; number[0] < count(0, phase[0]); ++number[0])
-            for (number[1] = 0; number[1] < count(1, phase[1]); ++number[1])
-              for (number[2] = 0; number[2] < count(2, phase[2]); ++number[2]) {
-                Tap& tap = taps[n_taps++];
-                tap.column = tap.is_last = 0;
-                for (int d = 0; d < kDims; ++d) {
-                  tap.column += (phase[d] + number[d] * op.period[d]) * op.stride[d];
-                  tap.number[d] = (double)number[d];
-                }
-              }
-          taps[n_taps - 1].is_last = 1;
-        }
-  }
-
-  int64_t phases(int d) const { return op.size[d] < op.period[d] ? op.size[d] : op.period[d]; }
-  int64_t count(int d, int64_t phase) const {
-    return (op.size[d] - phase + op.period[d] - 1) / op.period[d];
-  }
+  const Tap* taps;
+  int64_t n;
+  Complex* waves;  // e^(i q theta) of every tap
 
   void set_waves(const double* theta) const {
-    for (int64_t i = 0; i < n_taps; ++i) {
+    for (int64_t i = 0; i < op.n_taps; ++i) {
       double angle = 0;
-      for (int d = 0; d < kDims; ++d) angle += taps[i].number[d] * theta[d];
-      taps[i].re = __builtin_cos(angle);
-      taps[i].im = __builtin_sin(angle);
+      for (int d = 0; d < kDims; ++d) angle += (double)taps[i].number[d] * theta[d];
+      waves[i] = {__builtin_cos(angle), __builtin_sin(angle)};
     }
   }
 
-  SPECTRAL_INLINE static Complex at(const S* x, int64_t n, int64_t i) {
+  SPECTRAL_INLINE Complex at(const S* x, int64_t i) const {
     return {(double)x[i], (double)x[n + i]};
   }
 
-  // x times the conjugate of a tap's wave.
-  SPECTRAL_INLINE static Complex turned(Complex x, const Tap& tap) {
-    return {x.re * tap.re + x.im * tap.im, x.im * tap.re - x.re * tap.im};
+  // The number at a tap times the conjugate of its wave.
+  SPECTRAL_INLINE Complex turned(const S* own, int64_t i) const {
+    const Complex x = at(own, taps[i].column), wave = waves[i];
+    return {x.re * wave.re + x.im * wave.im, x.im * wave.re - x.re * wave.im};
   }
 
   // Of v: the angle between taps that follow each other; 0 where v does not depend on it.
   void frequency(const S* v, double* theta) const {
-    for (int d = 0; d < kDims; ++d) theta[d] = 0;
-    for (int i = 0; i < n_dims; ++i) {
-      const int d = dims[i];
-      const int64_t step = op.period[d] * op.stride[d];
+    for (int d = 0; d < kDims; ++d) {
+      theta[d] = 0;
+      if (op.count[d] == 1) continue;
       Complex sum{};
-      for (int64_t c = 0; c < op.channels; ++c)
-        for (int64_t j = 0; j < n_taps; ++j) {
-          const int64_t column = c * op.channel_stride + taps[j].column;
-          const int64_t place = taps[j].column / op.stride[d] % op.size[d];
-          if (place + op.period[d] >= op.size[d]) continue;
-          const Complex x = at(v, n, column), y = at(v, n, column + step);
+      for (int64_t c = 0; c < op.channels; ++c) {
+        const S* own = v + c * op.channel_stride;
+        for (int64_t i = 0; i < op.n_taps; ++i) {
+          if (taps[i].next[d] == 0) continue;
+          const Complex x = at(own, taps[i].column), y = at(own, taps[i].column + taps[i].next[d]);
           sum.re += real_of(x, y);
           sum.im += imaginary_of(x, y);
         }
+      }
       theta[d] = __builtin_atan2(sum.im, sum.re);
     }
   }
@@ -138,8 +108,8 @@ struct Kernel {
     for (int64_t c = 0; c < op.channels; ++c) {
       const S* own = t + c * op.channel_stride;
       Complex a{};
-      for (int64_t i = 0; i < n_taps; ++i) {
-        a.add(1, turned(at(own, n, taps[i].column), taps[i]));
+      for (int64_t i = 0; i < op.n_taps; ++i) {
+        add(a, 1, turned(own, i));
         if (taps[i].is_last) sum += square_of(a), a = {};
       }
     }
@@ -153,25 +123,24 @@ struct Kernel {
     for (int64_t c = 0; c < op.channels; ++c) {
       const S* own = t + c * op.channel_stride;
       Complex a{}, first[kDims]{}, second[kDims][kDims]{};
-      for (int64_t i = 0; i < n_taps; ++i) {
+      for (int64_t i = 0; i < op.n_taps; ++i) {
         const Tap& tap = taps[i];
-        const Complex y = turned(at(own, n, tap.column), tap);
-        a.add(1, y);
-        for (int j = 0; j < n_dims; ++j) {
-          const double q = tap.number[dims[j]];
-          first[j].add(q, y);
-          for (int k = 0; k <= j; ++k) second[j][k].add(q * tap.number[dims[k]], y);
+        const Complex y = turned(own, i);
+        add(a, 1, y);
+        for (int j = 0; j < kDims; ++j) {
+          const double q = (double)tap.number[j];
+          add(first[j], q, y);
+          for (int k = 0; k <= j; ++k) add(second[j][k], q * (double)tap.number[k], y);
         }
         if (!tap.is_last) continue;
         found.square += square_of(a);
-        for (int j = 0; j < n_dims; ++j) {
-          found.gradient[dims[j]] += 2 * imaginary_of(a, first[j]);
+        for (int j = 0; j < kDims; ++j) {
+          found.gradient[j] += 2 * imaginary_of(a, first[j]);
           for (int k = 0; k <= j; ++k)
-            found.hessian[dims[j]][dims[k]] +=
-                2 * (real_of(first[j], first[k]) - real_of(a, second[j][k]));
+            found.hessian[j][k] += 2 * (real_of(first[j], first[k]) - real_of(a, second[j][k]));
         }
         a = {};
-        for (int j = 0; j < n_dims; ++j) {
+        for (int j = 0; j < kDims; ++j) {
           first[j] = {};
           for (int k = 0; k <= j; ++k) second[j][k] = {};
         }
@@ -183,21 +152,20 @@ struct Kernel {
   // Newton's step towards a maximum, at most pi / (2 taps) along each dimension; where the Hessian
   // is not negative definite, a multiple of the identity makes it so.
   bool newton_step(const Height& height, double* step) const {
-    double x[kDims], norm = 0;
-    for (int j = 0; j < n_dims; ++j)
-      for (int k = 0; k < n_dims; ++k) {
-        const double h = height.hessian[dims[j > k ? j : k]][dims[j > k ? k : j]];
+    double norm = 0, most = 1;
+    for (int j = 0; j < kDims; ++j)
+      for (int k = 0; k < kDims; ++k) {
+        const double h = height.hessian[j > k ? j : k][j > k ? k : j];
         norm += h * h;
       }
-    if (!solve(height, dims, n_dims, 0, x) &&
-        !solve(height, dims, n_dims, 2 * __builtin_sqrt(norm), x))
+    if (!solve(height, op.count, 0, step) &&
+        !solve(height, op.count, 2 * __builtin_sqrt(norm), step))
       return false;
-    double most = 1;
-    for (int j = 0; j < n_dims; ++j) {
-      const double relative = abs_of(x[j]) * (double)count(dims[j], 0) / kHalfPi;
+    for (int d = 0; d < kDims; ++d) {
+      const double relative = abs_of(step[d]) * (double)op.count[d] / kHalfPi;
       most = relative > most ? relative : most;
     }
-    for (int j = 0; j < n_dims; ++j) step[dims[j]] = x[j] / most;
+    for (int d = 0; d < kDims; ++d) step[d] /= most;
     return true;
   }
 
@@ -210,7 +178,7 @@ struct Kernel {
     const Height height = this->height(v_next);
     double square = height.square;
     t_norm = __builtin_sqrt(square);
-    bool is_better = n_dims > 0 && newton_step(height, step);
+    bool is_better = newton_step(height, step);
     if (is_better) {
       is_better = false;
       for (int trial = 0; trial < kTrials && !is_better; ++trial) {
@@ -236,13 +204,13 @@ struct Kernel {
       S* own = x + c * op.channel_stride;
       Complex a{};
       int64_t first = 0;
-      for (int64_t i = 0; i < n_taps; ++i) {
-        a.add(inverse, turned(at(own, n, taps[i].column), taps[i]));
+      for (int64_t i = 0; i < op.n_taps; ++i) {
+        add(a, inverse, turned(own, i));
         if (!taps[i].is_last) continue;
         for (int64_t j = first; j <= i; ++j) {
-          const Tap& tap = taps[j];
-          own[tap.column] = (S)(a.re * tap.re - a.im * tap.im);
-          own[n + tap.column] = (S)(a.re * tap.im + a.im * tap.re);
+          const Complex wave = waves[j];
+          own[taps[j].column] = (S)(a.re * wave.re - a.im * wave.im);
+          own[n + taps[j].column] = (S)(a.re * wave.im + a.im * wave.re);
         }
         a = {};
         first = i + 1;

@@ -345,18 +345,17 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   using Rule = RuleOf<S, Lanes>;
   const Rule rule(group, steps_of<S>(update, moment));
   double factor = gradient_factor<S>(header, tile.matrix);
-  const Operator* op = operator_of(header, tile.matrix);
+  const int terms = header.operators != 0 ? 2 : 1;
   if (update.decoupled) {
     const double sigma = reinterpret_cast<const S*>(header.sigmas)[tile.matrix];
     const double target = reinterpret_cast<const S*>(header.target)[tile.matrix];
-    factor = op == nullptr ? capped_factor_of(factor, sigma, target, group.lr)
-                           : capped_operator_factor_of(factor, sigma, target, group.lr, *op);
+    factor = capped_factor_of(factor, sigma, target, group.lr, m.reach);
   }
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<Rule, T, M, S>;
   if constexpr (Piece::kSplits) {
-    for (int64_t o = 0; o < (op == nullptr ? 1 : 2) * m.outer; ++o)
+    for (int64_t o = 0; o < terms * m.outer; ++o)
       split_order<T>(v + o * m.inner, scratch.gradient_v + o * m.inner, m.inner);
     v = scratch.gradient_v;
   }
@@ -375,7 +374,7 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
     if (piece.second != nullptr) piece.second += at;
     return piece;
   };
-  if (op != nullptr) {
+  if (terms > 1) {
     const auto update_row = [&](int64_t row) {
       NoProducts<T> none;
       const S a0 = scaled(row), a1 = scaled(m.rows + row);

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..tables.device import wide
+from ..tables.operators import counts_of
 
 TRIALS = 2  # steps that are tried, each a quarter of the one before
 
@@ -40,8 +41,9 @@ class Taps:
         counts: largest number of taps of a phase along each of ``dims``.
         phases: [n], which phase a tap belongs to.
         numbers: [n, len(dims)], which tap of its phase it is, float64.
+        n: number of taps.
         n_phases: number of phases.
-        most: largest number of taps of a phase.
+        in_phase: [n_phases], how many taps each has.
         pairs: for each of ``dims`` the taps that follow each other, two index tensors.
     """
 
@@ -52,9 +54,11 @@ class Taps:
         for d, (size, step) in enumerate(zip(sizes, periods, strict=True)):
             self.phases = self.phases * min(size, step) + place[:, d] % step
             self.n_phases *= min(size, step)
-        counts = [-(-n // p) for n, p in zip(sizes, periods, strict=True)]
+        self.n = len(place)
+        self.in_phase = torch.bincount(self.phases, minlength=self.n_phases)
+        counts = counts_of(sizes, periods)
         self.dims = [d for d, n in enumerate(counts) if n > 1]
-        self.counts, self.most = [counts[d] for d in self.dims], math.prod(counts)
+        self.counts = [counts[d] for d in self.dims]
         self.numbers = (place // period)[:, self.dims].double()
         self.pairs = []
         step = math.prod(sizes)
@@ -70,7 +74,8 @@ class Taps:
         """Return them on a device."""
         found = object.__new__(Taps)
         found.__dict__.update(self.__dict__)
-        found.phases, found.numbers = self.phases.to(device), wide(self.numbers.to(device))
+        found.phases, found.in_phase = self.phases.to(device), self.in_phase.to(device)
+        found.numbers = wide(self.numbers.to(device))
         found.pairs = [(a.to(device), b.to(device)) for a, b in self.pairs]
         return found
 
@@ -189,9 +194,7 @@ def projected(v: Tensor, taps: Taps) -> Tensor | None:
     x = as_complex(v)
     theta = frequency_of(x, taps)
     a = contracted(x, theta, taps)
-    # Phases with few taps count as much as others.
-    n = x.real.new_zeros(taps.n_phases).index_add_(0, taps.phases, torch.ones_like(x.real[0]))
-    a = a / n
+    a = a / taps.in_phase  # phases with few taps count as much as others
     norm = _square(a).sqrt()
     if not bool(torch.isfinite(norm)) or not bool(norm > 0):
         return None

@@ -120,8 +120,9 @@ def collect(plan, state, t: Tensor | None, gram: Tensor) -> None:
 
 def taps(plan, i: int) -> operators.Taps:
     """Return the taps of matrix ``i``, an operator."""
-    own, periods = plan.operators[i], plan.matrices[i].periods
-    sizes = tuple(int(own[f"size_{d}"]) for d in range(len(periods)))
+    layout, periods = plan.layouts[i], plan.matrices[i].periods
+    sizes = dict(zip(layout.column_dims, layout.column_sizes, strict=True))
+    sizes = tuple(sizes.get(d + 2, 1) for d in range(len(periods)))
     return operators.taps_of(sizes, periods, plan.device)
 
 
@@ -137,7 +138,7 @@ def _finished_operator(plan, i: int):
     layout, own = plan.layouts[i], taps(plan, i)
 
     def logical(x: Tensor) -> Tensor:
-        return layout.to_logical(x).view(2, -1, len(own.phases))
+        return layout.to_logical(x).view(2, -1, own.n)
 
     def finish(s, v, gram, t, scale) -> formulas.Iteration:
         sigma = gram.trace().sqrt()
@@ -155,7 +156,9 @@ def normalize(plan, state) -> None:
     """See :meth:`base.Backend.normalize`."""
     k, stale = state.exponent, _stale(state)
     scales = wide(formulas.inverse_power_of_two(state.sigma))
-    sigmas, residuals = (x.view(plan.n_values, -1) for x in (state.sigmas, state.residuals))
+    sigmas, residuals = (
+        x.view(plan.r, -1)[: plan.n_values] for x in (state.sigmas, state.residuals)
+    )
     for i in range(len(plan.matrices)):
         s, v, (t_parts, gram_parts) = state.rows(i), state.columns(i, state.v), _parts(plan, i)
         gram = gram_parts.sum(0)
@@ -191,11 +194,14 @@ def rank_one(plan, state, grads, accumulate: bool, lrs=None) -> None:
     for i, ref in enumerate(plan.matrix_ref):
         if grads[ref] is None:
             continue
-        s, v, factor = _terms(plan, state.rows(i)), _terms(plan, state.columns(i, state.v)), factors[i]
+        s, v, factor = (
+            _terms(plan, state.rows(i)),
+            _terms(plan, state.columns(i, state.v)),
+            factors[i],
+        )
         if lrs is not None:
-            most = (sigma[i] - target[i]).abs() / sigma[i]
-            if plan.operators is not None:
-                most = most / taps(plan, i).most
+            reach = int(plan.table["reach"][i])
+            most = (sigma[i] - target[i]).abs() / (reach * sigma[i])
             factor = formulas.capped(factor, most, lrs[ref])
         view = stored(plan, i, grads[ref].detach())
         value = formulas.penalty_gradient(s, v, factor).reshape(view.shape)

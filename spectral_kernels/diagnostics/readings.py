@@ -178,7 +178,7 @@ def gather(buckets: Sequence[Bucket], names: Sequence[str], field: str) -> torch
     first, by_name = buckets[0].plan, {}
     for bucket in buckets:
         bucket.measure()
-        values = getattr(bucket.state, field).view(first.n_values, -1).mT
+        values = getattr(bucket.state, field).view(bucket.plan.r, -1)[: first.n_values].mT
         if rows := rows_of(bucket):
             own = values.new_zeros(len(rows), first.n_values)
             if field == "sigmas":

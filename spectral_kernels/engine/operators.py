@@ -20,11 +20,14 @@ from ..selection.matrices import Matrix
 from ..sharding.shards import whole_of
 from ..tables.device import wide, wide_dtype
 
-PER_TAP, LEAST = 4, 8  # frequencies of the grid along a dimension: per tap of a phase, at least
-ITERATIONS = 8  # at each frequency of the grid; estimates are then some per cent too small
-NEAR = 0.8  # of the best estimate: local maxima that are climbed
-MOST_CLIMBS = 16
-BYTES = 2**26  # of F at the frequencies that are looked at together
+PER_TAP, LEAST = 4, 8  # frequencies along a dimension: per tap of a phase, and at least
+ITERATIONS = 8  # of the power method at each frequency; estimates are then some per cent too small
+NEAR, MOST_CLIMBS = (
+    0.8,
+    16,
+)  # local maxima that are climbed: from this part of the best, and so many
+ROUGH = 0.01  # relative error to which all of them are; then those that may be the best, to the end
+BYTES = 2**26  # of what belongs to the frequencies that are looked at together
 
 
 class Peak(NamedTuple):
@@ -32,8 +35,8 @@ class Peak(NamedTuple):
 
     Attributes:
         sigma: the norm, or a lower bound of it.
-        right: v [2, N], real and imaginary part, in the parameter's order; for a kernel that is zero or
-            not finite, some one.
+        right: v [2, N], real and imaginary part, in the parameter's order; some v for a kernel that
+            is zero or not finite.
     """
 
     sigma: float
@@ -41,13 +44,13 @@ class Peak(NamedTuple):
     left: None = None  # as lanczos.Top has it for matrices
 
 
-def search(matrices: Sequence[Matrix], tensor: Tensor, seed: int = 0) -> list[Peak]:
+def search(matrices: Sequence[Matrix], tensor: Tensor) -> list[Peak]:
     """Return what is best on the grid for the operators of a parameter, which are alike.
 
     The same on all ranks that hold it.
     """
     kernels, scales, taps = _kernels(matrices, tensor)
-    parts = list(_grid(kernels, taps, seed))
+    parts = list(_grid(kernels, taps))
     found = []
     for i, scale in enumerate(scales):
         if not 0 < scale < math.inf:
@@ -65,13 +68,14 @@ def norm(matrix: Matrix, tensor: Tensor, rtol: float) -> Peak:
     kernels, (scale,), taps = _kernels([matrix], tensor)
     if not 0 < scale < math.inf:
         return Peak(scale, _some(kernels, taps))
-    parts = [_of(part, 0) for part in _grid(kernels, taps, 0)]
+    parts = [_of(part, 0) for part in _grid(kernels, taps)]
     sigmas, thetas, vectors = (torch.cat([part[j] for part in parts]) for j in range(3))
-    climbed = [
-        _climb(kernels[0], vectors[i], thetas[i], taps, rtol) for i in _peaks(sigmas, taps)
-    ]
-    best = max(climbed, key=lambda peak: peak.sigma)
-    return Peak(best.sigma * scale, best.right)
+    start = [(vectors[i], thetas[i]) for i in _peaks(sigmas, taps)]
+    rough = [_climb(kernels[0], *one, taps, max(rtol, ROUGH)) for one in start]
+    least = (1 - 3 * ROUGH) * max(sigma for sigma, *_ in rough)
+    climbed = [_climb(kernels[0], *own, taps, rtol) for sigma, *own in rough if sigma >= least]
+    sigma, a, theta = max(climbed, key=lambda one: one[0])
+    return Peak(sigma * scale, _vector(a, theta, taps))
 
 
 def _kernels(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, list[float], Taps]:
@@ -120,72 +124,106 @@ def _sizes(taps: Taps) -> list[int]:
 
 
 def _frequencies(taps: Taps, device: torch.device) -> Tensor:
-    """Return the frequencies of the grid [n, dims], wide."""
-    axes = [2 * math.pi * torch.arange(n, dtype=torch.float64) / n for n in _sizes(taps)]
+    """Return the frequencies of the grid [n, dims], wide, those of the last dimension up to pi.
+
+    F(-theta) is the conjugate of F(theta).
+    """
+    sizes = _sizes(taps)
+    axes = [2 * math.pi * torch.arange(n, dtype=torch.float64) / n for n in sizes]
+    if axes:
+        axes[-1] = axes[-1][: sizes[-1] // 2 + 1]
     found = torch.cartesian_prod(*axes).view(-1, len(axes))
     return found.to(device, wide_dtype(device))
 
 
-def matrices_at(kernels: Tensor, theta: Tensor, taps: Taps) -> Tensor:
-    """Return F [G, n, M, C * phases], complex, of kernels [G, M, C, taps...] at theta [n, dims]."""
-    g, m, c = kernels.shape[:3]
-    waves = operators.waves(theta, taps)  # [n, taps]
-    spread = waves.new_zeros(len(theta), len(taps.phases), taps.n_phases)
-    spread.scatter_(2, taps.phases.expand(len(theta), -1)[..., None], waves[..., None])
-    flat = kernels.reshape(g, 1, m * c, -1).to(waves.dtype)
-    return (flat @ spread).view(g, len(theta), m, -1)
-
-
-def _grid(kernels: Tensor, taps: Taps, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _grid(kernels: Tensor, taps: Taps) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield estimates [G, n], frequencies [n, dims], vectors [G, n, C * phases] of parts of a grid.
 
-    An estimate is never above sigma_1 of F, and that is never above the norm.
+    An estimate is never above sigma_1 of F, and that is never above the norm. They are in float32:
+    products of the kernels with the vectors of many frequencies at once.
     """
+    g, m, c = kernels.shape[:3]
     theta = _frequencies(taps, kernels.device)
-    n = kernels.shape[2] * taps.n_phases
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(2, n, 1, generator=generator, dtype=torch.float64, device="cpu")
-    start = operators.as_complex(start.to(kernels.device))
-    together = max(1, BYTES // max(16 * len(kernels) * kernels.shape[1] * n, 1))
-    for part in theta.split(together):
-        f = matrices_at(kernels, part, taps)
-        a = start.expand(*f.shape[:2], -1, -1)
+    flat = kernels.reshape(g, m, -1).float()
+    start = torch.randn(2, c, taps.n_phases, 1, generator=torch.Generator().manual_seed(0))
+    start = torch.complex(*start.to(kernels.device))
+    n_bytes = 32 * flat[:, 0].numel()  # of the vectors of one frequency and what is made of them
+    for part in theta.split(max(1, BYTES // max(n_bytes, 1))):
+        waves = operators.waves(part, taps).mT.to(start.dtype)  # [taps, n]
+        a = start.expand(g, -1, -1, len(part))
         for _ in range(ITERATIONS):
-            a = f.mH @ (f @ a)
-            a = a / _norms(a).clamp(min=torch.finfo(kernels.dtype).tiny)
-        yield _norms(f @ a)[..., 0, 0], part, a[..., 0]
+            t = _real_product(flat.mT, _real_product(flat, _spread(a, waves, taps)))
+            t = t.view(g, c, -1, len(part)) * waves.conj()
+            a = torch.zeros_like(a, memory_format=torch.contiguous_format)
+            a.index_add_(2, taps.phases, t)
+            a = a / _norms(a.flatten(1, 2)).clamp(min=1e-30)[:, None, None]
+        s = _real_product(flat, _spread(a, waves, taps))
+        yield _norms(s), part, a.flatten(1, 2).mT
+
+
+def _spread(a: Tensor, waves: Tensor, taps: Taps) -> Tensor:
+    """Return v [G, C * taps, n] of a [G, C, phases, n]."""
+    return (a[:, :, taps.phases] * waves).flatten(1, 2)
+
+
+def _real_product(x: Tensor, y: Tensor) -> Tensor:
+    """Return x y of real x and complex y."""
+    return torch.view_as_complex(
+        (x @ torch.view_as_real(y).flatten(2)).view(*y.shape[:1], -1, *y.shape[2:], 2)
+    )
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+    """Return the norms [G, n] of x [G, m, n]."""
+    return torch.linalg.vector_norm(x, dim=1)
 
 
 def _peaks(sigmas: Tensor, taps: Taps) -> list[int]:
     """Return the local maxima of the grid that may be near the largest, the best first."""
     sizes = _sizes(taps)
+    if sizes:
+        sizes[-1] = sizes[-1] // 2 + 1
     grid = sigmas.view(sizes)
     is_peak = grid >= NEAR * grid.max()
-    for d in range(len(sizes)):
+    for d in range(len(sizes) - 1):
         is_peak &= (grid >= grid.roll(1, d)) & (grid >= grid.roll(-1, d))
+    if sizes:  # half of the last dimension is there
+        is_peak[..., 1:] &= grid[..., 1:] >= grid[..., :-1]
+        is_peak[..., :-1] &= grid[..., :-1] >= grid[..., 1:]
     found = is_peak.flatten().nonzero()[:, 0].tolist()
     return sorted(found, key=lambda i: -float(sigmas[i]))[:MOST_CLIMBS]
 
 
-def _climb(kernel: Tensor, a: Tensor, theta: Tensor, taps: Taps, rtol: float) -> Peak:
-    """Return the local maximum near ``theta``: Newton's steps between exact singular values."""
+def matrix_at(kernel: Tensor, theta: Tensor, taps: Taps) -> Tensor:
+    """Return F [M, C * phases], complex, of a kernel [M, C, taps...] at ``theta`` [dims]."""
     m, c = kernel.shape[:2]
-    before = 0.0
+    waves = operators.waves(theta, taps)
+    spread = waves.new_zeros(len(waves), taps.n_phases).scatter_(
+        1, taps.phases[:, None], waves[:, None]
+    )
+    return (kernel.reshape(m * c, -1).to(spread.dtype) @ spread).view(m, -1)
+
+
+def _climb(
+    kernel: Tensor, a: Tensor, theta: Tensor, taps: Taps, rtol: float
+) -> tuple[float, Tensor, Tensor]:
+    """Return sigma, a and theta of the local maximum near ``theta``.
+
+    Newton's steps between singular values to ``rtol``.
+    """
+    m, c = kernel.shape[:2]
+    flat = kernel.reshape(1, m, -1)
+    a, before = a.to(torch.complex128 if kernel.dtype == torch.float64 else a.dtype), 0.0
     for _ in range(200):
-        f = matrices_at(kernel[None], theta[None], taps)[0, 0]
+        f = matrix_at(kernel, theta, taps)
         sigma, a = _top(f, a, rtol)
         if not sigma > before * (1 + 0.01 * rtol):
             break
         before = sigma
-        v = operators.vector_of(a.view(c, -1), theta, taps).reshape(-1)
-        flat = kernel.reshape(m, -1).to(v.dtype)
-        t = (flat.mT @ (flat @ v)).view(c, -1)
+        v = operators.vector_of(a.view(c, -1), theta, taps).view(1, -1, 1)
+        t = _real_product(flat.mT, _real_product(flat, v)).view(c, -1)
         theta = operators.improved(t, theta, taps)
-    return Peak(max(sigma, before), _vector(a, theta, taps))
+    return max(sigma, before), a, theta
 
 
 def _top(f: Tensor, a: Tensor, rtol: float) -> tuple[float, Tensor]:

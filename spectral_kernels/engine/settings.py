@@ -38,9 +38,7 @@ class Settings:
 def check_one_vector(selection: Selection, n_vectors: int) -> None:
     """Raise ValueError for several vectors per matrix where there are operators."""
     if n_vectors != 1 and any(matrix.periods for matrix in selection.matrices):
-        raise ValueError(
-            f"n_vectors: got {n_vectors}; accepted with convolutions='operator' is 1"
-        )
+        raise ValueError(f"n_vectors: got {n_vectors}; accepted with convolutions='operator' is 1")
 
 
 def iterations_of(n_power_iterations, is_in_optimizer: bool = False) -> tuple[int, int]:

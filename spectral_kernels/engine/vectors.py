@@ -86,9 +86,7 @@ class Start:
     def _write_operators(self, bucket: Bucket) -> bool:
         """Write the vectors of operators: unknown ones are the best on a grid of frequencies."""
         state, unknown = bucket.state, []
-        for i, (matrix, layout) in enumerate(
-            zip(bucket.matrices, state.plan.layouts, strict=True)
-        ):
+        for i, (matrix, layout) in enumerate(zip(bucket.matrices, state.plan.layouts, strict=True)):
             v = self.right.get(matrix.name)
             if v is not None and v.shape == (2, layout.cols):
                 bucket.put_vectors(i, layout.from_logical(v.to(state.v)))

@@ -32,7 +32,9 @@ def check_convolutions(convolutions) -> bool:
             f"convolutions: got {shown(convolutions)}; accepted are {' and '.join(CHOICES)}"
         )
     if convolutions not in CHOICES:
-        raise ValueError(f"convolutions: got {convolutions!r}; accepted are {' and '.join(CHOICES)}")
+        raise ValueError(
+            f"convolutions: got {convolutions!r}; accepted are {' and '.join(CHOICES)}"
+        )
     return convolutions == "operator"
 
 

@@ -41,7 +41,12 @@ class ReducedTables(Tables):
     def __init__(self, plan: Plan, layouts: Sequence[Layout]):
         sizes = [0] * len(plan.elementwise)
         super().__init__(
-            plan.matrices, plan.elementwise, layouts, sizes, plan.device, plan.dtype,
+            plan.matrices,
+            plan.elementwise,
+            layouts,
+            sizes,
+            plan.device,
+            plan.dtype,
             plan.n_values,
         )
 

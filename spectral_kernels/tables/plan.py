@@ -13,7 +13,7 @@ from ..selection.matrices import Elementwise, Matrix, refs_of
 from .addresses import Column, Counter, Memory, look
 from .device import DeviceTables, wide_dtype
 from .layout import Layout, layout_of, row_order, same_strides
-from .operators import most_taps, operator_table
+from .operators import OperatorTables
 from .schema import (
     CHUNK,
     CHUNK_COLUMNS,
@@ -99,7 +99,7 @@ class Tables:
 
     Attributes:
         n_values: singular values per matrix.
-        operators: rows of OPERATOR, one per matrix, or None if the matrices are no operators.
+        operators: their tables, or None if the matrices are no operators.
     """
 
     def __init__(
@@ -117,12 +117,14 @@ class Tables:
             list(elementwise),
             list(layouts),
         )
-        self.operators = operator_table(self.matrices, self.layouts)
+        self.operators: OperatorTables | None = None
+        if any(matrix.periods for matrix in self.matrices):
+            self.operators = OperatorTables(self.matrices, self.layouts)
         self.device, self.dtype, self.n_values = device, dtype, r
         self.r = r if self.operators is None else 2
         self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         nm, nv = len(self.matrices), len(self.elementwise)
-        self.scalar_sizes = scalar_sizes(nm, nv, r)
+        self.scalar_sizes = scalar_sizes(nm, nv, self.r)
         self.scalar_starts = tuple(sum(self.scalar_sizes[:i]) for i in range(len(SCALARS)))
         self.v_size = self.r * sum(x.cols for x in self.layouts)  # elements of v in the state
         self.s_size = self.r * sum(x.rows for x in self.layouts)  # of s
@@ -130,6 +132,7 @@ class Tables:
         self.targets: Targets = (None,) * nv
         self.counter = Counter()  # of changes of the tables, counted before they are made
         self._device_tables: DeviceTables | None = None
+        self._operator_tables: DeviceTables | None = None
         self._build(sizes)
 
     def _tiles(self) -> list[list[tuple[int, int]]]:
@@ -159,7 +162,7 @@ class Tables:
         for i, (x, own) in enumerate(zip(self.layouts, every, strict=True)):
             table[i] = (
                 0, 0, DTYPES[self.dtype], x.rows, x.outer, x.inner, *x.strides, *x.strides,
-                v_starts[i], s_offset, len(tiles), len(own),
+                v_starts[i], s_offset, len(tiles), len(own), self._reach(i),
             )  # fmt: skip
             for j, (begin, end) in enumerate(own):
                 tiles.append((i, begin, end, t_starts[i] + j * self.r * x.cols))
@@ -192,11 +195,19 @@ class Tables:
             "n_bytes": (self.n_elements + n_in_rows) * self.dtype.itemsize, "r": self.r,
             "chunks": address(self.chunks), "n_chunks": len(chunks),
             "chunk_squares": self.chunk_squares.data_ptr(), "arrivals": self.arrivals.data_ptr(),
-            "operators": 0 if self.operators is None else address(self.operators),
-            "most_taps": most_taps(self.operators),
         }  # fmt: skip
+        if (own := self.operators) is not None:
+            fields |= {"operators": address(own.operators), "taps": address(own.taps),
+                       "most_taps": own.most_taps}  # fmt: skip
         for name, value in fields.items():
             self.header[SLOT[name]] = value
+
+    def _reach(self, i: int) -> int:
+        """Return by how much more than a step of a matrix one of matrix ``i`` changes its sigma."""
+        if self.operators is None:
+            return 1
+        own = self.operators.operators[i]
+        return int(own["count_0"] * own["count_1"] * own["count_2"])
 
     def device_tables(self) -> DeviceTables:
         """Return up-to-date device tables: matrices, tiles, elementwise, chunks."""
@@ -206,6 +217,14 @@ class Tables:
             self._device_tables = DeviceTables(tables, self.device, what)
         self._device_tables.refresh(self.counter.value)
         return self._device_tables
+
+    def operator_tables(self) -> DeviceTables:
+        """Return device tables of operators: these and taps, which do not change."""
+        if self._operator_tables is None:
+            own = self.operators.operators, self.operators.taps
+            self._operator_tables = DeviceTables(own, self.device, "a kernel")
+        self._operator_tables.refresh(0)
+        return self._operator_tables
 
 
 class Plan(Tables):

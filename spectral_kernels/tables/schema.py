@@ -25,14 +25,12 @@ def _struct(fields: str, floats: str = "") -> np.dtype:
 
 MATRIX = _struct(
     "weight grad grad_dtype rows outer inner row_stride outer_stride grad_row_stride "
-    "grad_outer_stride v_offset s_offset first_tile n_tiles"
+    "grad_outer_stride v_offset s_offset first_tile n_tiles reach"
 )
 TILE = _struct("matrix row_begin row_end t_offset")
 CHUNK = _struct("matrix begin")
-OPERATOR = _struct(
-    "channels channel_stride size_0 size_1 size_2 stride_0 stride_1 stride_2 period_0 period_1 "
-    "period_2"
-)
+OPERATOR = _struct("channels channel_stride first_tap n_taps count_0 count_1 count_2")
+TAP = _struct("column is_last number_0 number_1 number_2 next_0 next_1 next_2")
 ELEMENTWISE = _struct("weight grad grad_dtype size kind length targets")
 MOMENT = _struct("first second parameter group")
 _OPTIONS = "lr weight_decay option_1 option_2 eps nesterov"
@@ -45,11 +43,11 @@ HEADER = _struct(
     "weight_dtype matrices n_matrices tiles n_tiles elementwise n_elementwise t_partial "
     "gram_partial v v_next s sigmas residuals norm raw_penalty strength target scale exponent "
     "scratch_size n_bytes r tolerance chunks n_chunks chunk_squares arrivals "
-    "operators most_taps",
+    "operators taps most_taps",
     floats="exponent tolerance",
 )
 STRUCTS = {
-    "Matrix": MATRIX, "Tile": TILE, "Chunk": CHUNK, "Operator": OPERATOR,
+    "Matrix": MATRIX, "Tile": TILE, "Chunk": CHUNK, "Operator": OPERATOR, "Tap": TAP,
     "Elementwise": ELEMENTWISE, "Moment": MOMENT, "Group": GROUP, "Update": UPDATE,
     "Header": HEADER,
 }  # fmt: skip
@@ -62,9 +60,12 @@ UPDATE_SLOT = {name: i for i, name in enumerate(UPDATE.names)}
 SCALARS = ("sigmas", "residuals", "norm", "raw_penalty", "strength", "target")
 
 
-def scalar_sizes(n_matrices: int, n_elementwise: int, n_values: int) -> tuple[int, ...]:
-    """Return the number of elements of each of SCALARS for ``n_values`` sigmas per matrix."""
-    n_sigmas, n_entries = n_values * n_matrices, n_matrices + n_elementwise
+def scalar_sizes(n_matrices: int, n_elementwise: int, r: int) -> tuple[int, ...]:
+    """Return the number of elements of each of SCALARS for ``r`` vectors per matrix.
+
+    Of operators, whose vectors have two parts, the second half of sigmas and residuals is unused.
+    """
+    n_sigmas, n_entries = r * n_matrices, n_matrices + n_elementwise
     return n_sigmas, n_sigmas, n_elementwise, n_entries, n_entries, n_matrices
 
 

@@ -84,6 +84,17 @@ class Triton(Backend):
         """See :meth:`Backend.normalize`."""
         if plan.r == 1:
             self._rank_one(plan, state, finish=True, gradient=False, accumulate=False)
+        elif plan.matrices and plan.operators is not None:
+            matrices, tiles, _, _ = plan.device_tables().views
+            pointers = (
+                matrices, tiles, *plan.operator_tables().views, plan.t_partial, plan.gram_partial,
+                state.v, state.v if state.v_next is None else state.v_next, state.scalars,
+            )  # fmt: skip
+            found = variant(
+                "waves", capability_of(plan.device), with_t=state.v_next is not None,
+                tolerance=float(state.tolerance),
+            )  # fmt: skip
+            found.launch(plan.device, len(plan.matrices), pointers, self._numbers(plan, state))
         elif plan.matrices:
             matrices, tiles, _, _ = plan.device_tables().views
             pointers = (
@@ -94,9 +105,12 @@ class Triton(Backend):
                 "ritz", capability_of(plan.device), None, plan.r,
                 with_t=state.v_next is not None, tolerance=float(state.tolerance),
             )  # fmt: skip
-            numbers = (len(plan.matrices), len(plan.elementwise), float(state.exponent),
-                       integer_exponent(state.exponent))  # fmt: skip
-            found.launch(plan.device, len(plan.matrices), pointers, numbers)
+            found.launch(plan.device, len(plan.matrices), pointers, self._numbers(plan, state))
+
+    @staticmethod
+    def _numbers(plan, state) -> tuple:
+        k = state.exponent
+        return len(plan.matrices), len(plan.elementwise), float(k), integer_exponent(k)
 
     def rank_one(self, plan, state, grads, accumulate: bool) -> None:
         """See :meth:`Backend.rank_one`; the plan is bound to ``grads`` already."""
@@ -130,7 +144,7 @@ class Triton(Backend):
                     "rank_one", capability_of(plan.device), plan.dtype, grad_type=dtype,
                     finish=n_chunks > 0, with_t=with_t and n_chunks > 0, gradient=gradient,
                     accumulate=accumulate,
-                    tolerance=float(state.tolerance) if n_chunks else 0.0,
+                    tolerance=float(state.tolerance) if n_chunks else 0.0, terms=_terms(plan),
                 ).launch(plan.device, grid, pointers, numbers)  # fmt: skip
             n_chunks = 0
 
@@ -165,11 +179,17 @@ class Triton(Backend):
             "update", capability_of(step.device), step.dtype, 1,
             moment_type=step.moment_dtype, rule=step.rule.number,
             with_moment=bool(step.moments[0]), decoupled=bool(step.decoupled), products=r == 1,
+            terms=1 if step.plan is None else _terms(step.plan),
         ).launch(
             step.device, grid, pointers, (*numbers, float(k), integer_exponent(k))
         )  # fmt: skip
         if r > 1:
             self._products(plan, state, state.v_next, 0)
+
+
+def _terms(plan) -> int:
+    """Return how many products s v^T of vectors a gradient is the sum of."""
+    return 1 if plan.operators is None else 2
 
 
 def _variant(kernel: str, plan, **constants):

@@ -22,18 +22,19 @@ from .sizes import sizes
 from .subspace_products import subspace_grams, subspace_products
 from .tables import TYPES
 from .update import update
+from .waves import waves
 
 KERNELS = {
     function.__name__: function
     for function in (
         gram_matvec, gram_matvec_long, rank_one, update, subspace_products, subspace_grams, ritz,
-        transposed, collect, collect_chunks,
+        transposed, collect, collect_chunks, waves,
     )
 }  # fmt: skip
 # Types of the pointers among their arguments; every other argument is a 32-bit integer, except the
 # exponent k. Pointers that are specialized for alignment start at a multiple of 16 bytes.
 _BY_TYPE = {
-    torch.int64: "matrices tiles elementwise chunks others matrix_moments "
+    torch.int64: "matrices tiles operators taps elementwise chunks others matrix_moments "
     "elementwise_moments other_moments",
     torch.int32: "arrivals",
     torch.float64: "gram_partial chunk_squares groups gram",

@@ -57,7 +57,10 @@ def capped(value, most, lr):
 
 
 @triton.jit
-def capped_factor(factor, sigma, target, lr):
-    """Return :func:`matrix_factor` so that a step of ``lr`` carries sigma to the target at most."""
+def capped_factor(factor, sigma, target, lr, reach):
+    """Return :func:`matrix_factor` so that a step of ``lr`` carries sigma to the target at most.
+
+    See csrc/table.h for ``reach``.
+    """
     sigma, target = sigma.to(tl.float64), target.to(tl.float64)
-    return capped(factor, tl.abs(sigma - target) / tl.where(sigma == 0, 1.0, sigma), lr)
+    return capped(factor, tl.abs(sigma - target) / (reach * tl.where(sigma == 0, 1.0, sigma)), lr)

@@ -34,6 +34,7 @@ from .tables import (
     MATRIX_FIELDS,
     OUTER,
     PLAIN,
+    ROWS,
     ROWS_KIND,
     SIZE,
     TILE_FIELDS,
@@ -121,15 +122,17 @@ def _factor(
 def _tile_gradient(
     m, tile, v, s, index, gram_partial, scalars, strengths, targets, multiplier, k, integer,
     DTYPE: tl.constexpr, ACCUMULATE: tl.constexpr, FINISH: tl.constexpr, LAYOUT: tl.constexpr,
-    R: tl.constexpr, BN: tl.constexpr,
+    TERMS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Add factor * s v^T to the rows of a tile, or write it over them.
 
-    Blocks of R rows and BN columns follow each other along the rows; the next one is loaded before
-    this one is stored, and the first one while the factor is not yet known.
+    Of an operator, whose s and v have two parts, the sum of two such TERMS. Blocks of R rows and BN
+    columns follow each other along the rows; the next one is loaded before this one is stored, and
+    the first one while the factor is not yet known.
     """
     elements = elements_of(m, GRAD, GRAD_ROW_STRIDE, GRAD_OUTER_STRIDE, DTYPE, LAYOUT)
     grad, n = elements[0], elements[4]
+    n_rows = tl.load(m + ROWS)
     v, s, _, row_begin, row_end = parts_of(m, tile, v, s, s, LAYOUT)
     r, j = tl.arange(0, R), tl.arange(0, BN)
     row, first = row_begin, row_begin * 0
@@ -143,6 +146,10 @@ def _tile_gradient(
         x = tl.load(v + first + j, mask=first + j < n, other=0.0)
         a = tl.load(s + row + r, mask=row + r < row_end, other=0.0).to(tl.float64) * factor
         value = a.to(tl.float32)[:, None] * x[None, :]
+        if TERMS == 2:
+            x = tl.load(v + n + first + j, mask=first + j < n, other=0.0)
+            a = tl.load(s + n_rows + row + r, mask=row + r < row_end, other=0.0).to(tl.float64)
+            value += (a * factor).to(tl.float32)[:, None] * x[None, :]
         this, inside = block, mask
         first += BN
         row = tl.where(first < n, row, row + R)
@@ -219,7 +226,7 @@ def rank_one(
     n_matrices, n_chunks, n_tiles, n_elementwise, n_sigmas, grad_dtype, k, integer,
     DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     FINISH: tl.constexpr, WITH_T: tl.constexpr, GRADIENT: tl.constexpr,
-    ACCUMULATE: tl.constexpr, TOLERANCE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, TOLERANCE: tl.constexpr, TERMS: tl.constexpr,
     TILES: tl.constexpr, BN_SUM: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     R_NARROW: tl.constexpr, BN_NARROW: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
@@ -263,19 +270,19 @@ def rank_one(
                     if outer > 1:
                         _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
                                    targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
-                                   FINISH, IN_PIECES, R_PIECES, BN_PIECES)  # fmt: skip
+                                   FINISH, IN_PIECES, TERMS, R_PIECES, BN_PIECES)  # fmt: skip
                     else:
                         _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
                                    targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
-                                   FINISH, PLAIN, R_PLAIN, BN_PLAIN)  # fmt: skip
+                                   FINISH, PLAIN, TERMS, R_PLAIN, BN_PLAIN)  # fmt: skip
                 elif outer * tl.load(m + INNER) <= BN_NARROW:
                     _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
                                    targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
-                                   FINISH, ALIGNED, R_NARROW, BN_NARROW)  # fmt: skip
+                                   FINISH, ALIGNED, TERMS, R_NARROW, BN_NARROW)  # fmt: skip
                 else:
                     _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
                                    targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
-                                   FINISH, ALIGNED, R, BN)  # fmt: skip
+                                   FINISH, ALIGNED, TERMS, R, BN)  # fmt: skip
         else:
             i = tile_index - n_tiles
             vector = elementwise + i * ELEMENTWISE_FIELDS

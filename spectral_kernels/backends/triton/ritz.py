@@ -165,7 +165,7 @@ def _combine(c, x, n, VECTORS: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _reduce_tiles(
+def reduce_tiles(
     t, n_tiles, v, v_next, n, VECTORS: tl.constexpr, TOLERANCE: tl.constexpr, BN: tl.constexpr
 ):
     """Write the sum over tiles of t to v_next; with a tolerance, copy v_next to v first."""
@@ -219,7 +219,7 @@ def _iterate(
     if VECTORS % 4 == 0:  # they are multiples of four elements: loads may be wide
         v_offset, t_offset = whole_loads(v_offset, tl.float32), whole_loads(t_offset, tl.float32)
     v, v_next, t = v + v_offset, v_next + v_offset, t_partial + t_offset
-    _reduce_tiles(t, n_tiles, v, v_next, n, VECTORS, TOLERANCE, BN_SUM)
+    reduce_tiles(t, n_tiles, v, v_next, n, VECTORS, TOLERANCE, BN_SUM)
     gram = gram_of(v_next, n, 0, n, VECTORS, BN_GRAM)
     half = _product(q, gram)
     t_squares = tl.sum(half * q, 1)

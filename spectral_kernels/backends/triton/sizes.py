@@ -22,7 +22,8 @@ With several vectors a program takes GROUP of them, each with BN numbers of v an
 (R + 2 GROUP) BN / threads. Four is what rows of 4096 columns leave room for, and few enough for a
 kernel that compiles in seconds; with 8 or 16 vectors each tile has two or four programs, which read
 its rows from the second-level cache together. ritz holds VECTORS^2 BN products in float64.
-transposed reads each block once, and holds (R + GROUP) BN / threads.
+transposed reads each block once, and holds (R + GROUP) BN / threads. waves takes BC channels of an
+operator at a time.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Sizes(NamedTuple):
     transposed: dict[str, int]
     collect: dict[str, int]
     collect_chunks: dict[str, int]
+    waves: dict[str, int]
     gram_matvec_warps: int = 8
     gram_matvec_long_warps: int = 16
     rank_one_warps: int = 4
@@ -57,6 +59,7 @@ class Sizes(NamedTuple):
     transposed_warps: int = 8
     collect_warps: int = 2
     collect_chunks_warps: int = 8
+    waves_warps: int = 4
 
 
 LARGE = 2**28  # elements of a plan from which on gram_matvec has other sizes
@@ -84,6 +87,7 @@ _NARROW = Sizes(  # two bytes per element
     transposed=_TRANSPOSED,
     collect={"BN": 256},
     collect_chunks={"TILES": _RANK_ONE["TILES"]},
+    waves={"BN": 2048, "BC": 128},
     gram_matvec_warps=4,
 )
 _WIDE = _NARROW._replace(  # four bytes

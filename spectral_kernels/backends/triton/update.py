@@ -49,8 +49,10 @@ from .tables import (
     OUTER_STRIDE,
     PARAMETER,
     PLAIN,
+    REACH,
     ROW_BEGIN,
     ROW_STRIDE,
+    ROWS,
     ROWS_KIND,
     SECOND,
     SIZE,
@@ -151,11 +153,12 @@ def _rows(
     m, tile, moment, groups, steps, v, x, s, t_partial, scale, factor, acts, inverse_scale,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
     WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, PRODUCTS: tl.constexpr,
-    LAYOUT: tl.constexpr, LONG: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    TERMS: tl.constexpr, LAYOUT: tl.constexpr, LONG: tl.constexpr, R: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time (all of them if not LONG); return sum of s^2.
 
-    PRODUCTS are for one vector; for several there is a separate launch.
+    PRODUCTS are for one vector; for several there is a separate launch. TERMS: two of an operator.
     """
     elements = elements_of(m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT)
     w, n = elements[0], elements[4]
@@ -163,6 +166,7 @@ def _rows(
     first = tl.load(moment + FIRST).to(tl.pointer_type(MOMENT_TYPE))
     second = tl.load(moment + SECOND).to(tl.pointer_type(MOMENT_TYPE))
     has_grad = tl.load(m + GRAD) != 0
+    n_rows = tl.load(m + ROWS)
     v_offset = tl.load(m + V_OFFSET)
     if LAYOUT == ALIGNED:
         grad = tl.multiple_of(grad, ALIGNMENT)
@@ -179,6 +183,9 @@ def _rows(
         r = row + tl.arange(0, R)
         old_s = tl.load(s + r, mask=r < row_end, other=0.0).to(tl.float64)
         a = tl.where(factor == 0, 0.0, old_s * factor).to(tl.float32)
+        if TERMS == 2:
+            old_s = tl.load(s + n_rows + r, mask=r < row_end, other=0.0).to(tl.float64)
+            b = tl.where(factor == 0, 0.0, old_s * factor).to(tl.float32)
         if PRODUCTS:
             tl.debug_barrier()  # a thread may write the new s where another one reads the old
         rows = tl.zeros([R, BN], tl.float32)
@@ -187,6 +194,9 @@ def _rows(
             c = begin + tl.arange(0, BN)
             offsets, mask = block_of(elements, r, row_end, c, LAYOUT)
             penalty = a[:, None] * tl.load(v + c, mask=c < n, other=0.0)[None, :]
+            if TERMS == 2:
+                other = tl.load(v + n + c, mask=c < n, other=0.0)
+                penalty += b[:, None] * other[None, :]
             rows = _next(w, grad, first, second, offsets, mask, acts, has_grad, penalty,
                          inverse_scale, options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
             if PRODUCTS:
@@ -313,7 +323,7 @@ def update(
     n_matrices, n_tiles, n_elementwise, n_sigmas, k, integer,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
     WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, PRODUCTS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
     R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -364,7 +374,8 @@ def update(
         target = tl.load(targets + index)
         factor = matrix_factor(sigma, target, strength, k, integer)
         if DECOUPLED:
-            factor = capped_factor(factor, sigma, target, _lr(moment, groups))
+            factor = capped_factor(factor, sigma, target, _lr(moment, groups),
+                                   tl.load(m + REACH))  # fmt: skip
         outer = tl.load(m + OUTER)
         n = outer * tl.load(m + INNER)
         x = v_next
@@ -378,23 +389,24 @@ def update(
             if outer > 1:
                 squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t,
                                 factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
-                                DECOUPLED, PRODUCTS, IN_PIECES, True,
+                                DECOUPLED, PRODUCTS, TERMS, IN_PIECES, True,
                                 R_PIECES, BN_PIECES)  # fmt: skip
             else:
                 squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t,
                                 factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
-                                DECOUPLED, PRODUCTS, PLAIN, True, R_PLAIN, BN_PLAIN)  # fmt: skip
+                                DECOUPLED, PRODUCTS, TERMS, PLAIN, True, R_PLAIN,
+                                BN_PLAIN)  # fmt: skip
         elif n > 64 * 2**WIDTHS:
             squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                             acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            PRODUCTS, ALIGNED, True, R_LONG, BN_LONG)  # fmt: skip
+                            PRODUCTS, TERMS, ALIGNED, True, R_LONG, BN_LONG)  # fmt: skip
         else:
             for i in tl.static_range(WIDTHS):
                 if (n <= 128 * 2**i) & ((n > 64 * 2**i) | (i == 0)):
                     squares = _rows(
                         m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
                         acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                        PRODUCTS, ALIGNED, False, max(BLOCK // (128 * 2**i), 1), 128 * 2**i,
+                        PRODUCTS, TERMS, ALIGNED, False, max(BLOCK // (128 * 2**i), 1), 128 * 2**i,
                     )  # fmt: skip
         if PRODUCTS:
             tl.store(gram_partial + program, squares)
