@@ -52,13 +52,19 @@ def interpreted() -> bool:
     return importlib.import_module("triton").knobs.runtime.interpret
 
 
-def failed_check(name: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> str | None:
+def failed_check(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    r: int = 1,
+    operators: bool = False,
+) -> str | None:
     """Return how an available backend differs from the reference on a small problem, or None.
 
-    The check runs once per process, device, dtype and number ``r`` of vectors.
+    The check runs once per process, device, dtype and number ``r`` of vectors, or for operators.
     """
-    key = name, device, dtype, r
-    return _check(key, lambda: disagreement(_make(name, dtype), device, dtype, r))
+    key = name, device, dtype, "operators" if operators else r
+    return _check(key, lambda: disagreement(_make(name, dtype), device, dtype, r, operators))
 
 
 def for_steps(
@@ -106,14 +112,19 @@ def check_backend(backend: str | Backend) -> None:
 
 
 def choose(
-    name: str | Backend, device: torch.device, dtype: torch.dtype = torch.float32, r: int = 1
+    name: str | Backend,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    r: int = 1,
+    operators: bool = False,
 ) -> Backend:
     """Return the backend for ``device``: the named one, or with "auto" the fastest that works.
 
     float64 weights on a GPU go to the reference. A GPU backend that "auto" finds must agree with
     the reference on a small problem, once per process, device, dtype and number ``r`` of vectors;
     if it does not, the next one is used, with a warning. There is no warning for a backend that is
-    not installed or not built for the device, unless only the reference is left.
+    not installed or not built for the device, unless only the reference is left. Operators of
+    convolutions have no kernels in CUDA C++: those of Triton stand in for "cuda".
 
     Raises:
         ValueError: an unknown name.
@@ -122,6 +133,10 @@ def choose(
     check_backend(name)
     if isinstance(name, Backend):
         return name
+    if operators and name == "cuda":
+        if (reason := _refused(name, device)) is not None:
+            raise RuntimeError(f"backend: {reason}")
+        name = "auto"
     if name != "auto":
         if (reason := _refused(name, device)) is not None:
             raise RuntimeError(f"backend: {reason}")
@@ -131,12 +146,14 @@ def choose(
     if device.type not in _AUTO:
         _say(f"no compiled backend supports {device.type} devices", "reference")
     candidates, missing = _AUTO.get(device.type, ()), []
+    if operators:
+        candidates = tuple(candidate for candidate in candidates if candidate != "cuda")
     for i, candidate in enumerate(candidates):
         if (reason := unavailable(candidate) or _refused(candidate, device)) is not None:
             missing.append(reason)
             continue
         if device.type == "cuda":
-            reason = failed_check(candidate, device, dtype, r)
+            reason = failed_check(candidate, device, dtype, r, operators)
         if reason is None:
             return _make(candidate, dtype)
         _say(reason, next(filter(_is_there(device), candidates[i + 1 :]), "reference"))

@@ -13,26 +13,37 @@ from ..selection.rules import select
 from ..tables import device as device_tables
 from ..tables.plan import Plan
 from ..tables.state import Ratios, State
-from . import formulas, reference
+from . import formulas, operators, reference
 from .base import Backend, Reference
 
 # (M, N): short and long rows that allow vector loads, rows that do not, several tiles, and several
 # tiles together with several chunks.
 SHAPES = ((70, 192), (5, 2048), (130, 31), (3, 9000))
+KERNELS = (
+    (nn.Conv2d, (20, 70, 3), {"bias": False}),
+    (nn.Conv2d, (3, 5, 7), {"bias": False, "stride": 2}),
+    (nn.Conv1d, (160, 9, 4), {"bias": False}),
+    (nn.Conv3d, (2, 3, (2, 3, 2)), {"bias": False}),
+)
 EXPONENT, STRENGTH, TARGET = 2.0, 0.5, 0.7
 
 
 def disagreement(
-    backend: Backend, device: torch.device, dtype: torch.dtype, r: int = 1
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    r: int = 1,
+    operators: bool = False,
 ) -> str | None:
     """Return how ``backend`` differs from the reference on ``device``, or None if it agrees.
 
-    Runs two power iterations with ``r`` vectors per matrix at random weights; after the first, the
+    Runs two power iterations with ``r`` vectors per matrix, or of ``operators`` of convolutions
+    instead of matrices, at random weights; after the first, the
     penalty's gradient is added to gradients and written over others. torch's random state does not
     change. Calls every method of a Backend but ``update``, for which there is
     :func:`step_disagreement`. Synchronizes the device.
     """
-    model = small_model(device, dtype)
+    model = small_model(device, dtype, operators)
     return _difference(lambda own: _steps(model, own, r), backend)
 
 
@@ -55,14 +66,17 @@ def _difference(steps: Callable, backend, dtype: torch.dtype | None = None, when
     return None
 
 
-def small_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a model with matrices of SHAPES, frozen, the same at every call."""
+def small_model(device: torch.device, dtype: torch.dtype, convolutions: bool = False) -> nn.Module:
+    """Return a model with matrices of SHAPES, or KERNELS, frozen, the same at every call."""
 
-    def fresh(kind, *sizes):
-        return nn.utils.skip_init(kind, *sizes, device=device, dtype=dtype)
+    def fresh(kind, *sizes, **given):
+        return nn.utils.skip_init(kind, *sizes, **given, device=device, dtype=dtype)
 
     linears = [fresh(nn.Linear, n, m) for m, n in SHAPES]
     model = nn.Sequential(*linears, fresh(nn.LayerNorm, 40))
+    if convolutions:
+        model = nn.Sequential(*(fresh(kind, *sizes, **given)
+                                for kind, sizes, given in KERNELS))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -88,8 +102,10 @@ def _more_elementwise(model: nn.Module) -> list[Elementwise]:
 
 def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     """Return the results of two iterations, by name."""
-    selection = select(model, trainable_only=False)
+    selection = select(model, trainable_only=False, convolutions="operator")
     elementwise = [*selection.elementwise, *_more_elementwise(model)]
+    if any(matrix.periods for matrix in selection.matrices):
+        elementwise = []
     refs = refs_of(selection.matrices, elementwise)
     tensors = [ref.get() for ref in refs]
     plan = Plan(selection.matrices, elementwise, tensors, r)
@@ -98,8 +114,13 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     state.target.fill_(TARGET)
     generator = torch.Generator().manual_seed(1)
     for i, layout in enumerate(plan.layouts):
-        x = torch.randn(r, layout.cols, generator=generator, dtype=torch.float64, device="cpu")
-        state.columns(i, state.v).copy_(formulas.orthonormal_rows(x))
+        x = torch.randn(plan.r, layout.cols, generator=generator, dtype=torch.float64, device="cpu")
+        if plan.operators is None:
+            v = formulas.orthonormal_rows(x)
+        else:
+            taps = reference.taps(plan, i)
+            v = operators.projected(x.to(plan.device).view(2, -1, taps.n), taps).flatten(1)
+        state.columns(i, state.v).copy_(v)
     grads = [0.1 * t.flip(0) for t in tensors]
     plan.bind_grads(grads)
     backend.gram_matvec(plan, state)
@@ -119,12 +140,13 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     backend.gram_matvec(plan, state)
     # The calls for sharded weights: W^T s again, and sums over the tiles.
     t = torch.full_like(state.v, torch.nan)
-    gram = plan.gram_partial.new_full((len(plan.matrices) * r * r,), torch.nan)
+    n = plan.r
+    gram = plan.gram_partial.new_full((len(plan.matrices) * n * n,), torch.nan)
     for parts in (plan.t_partial, plan.gram_partial):
         parts.fill_(torch.nan)
     backend.transposed(plan, state)
     backend.collect(plan, state, t, gram)
-    made["the collected s^T s"] = gram.view(-1, r, r).diagonal(dim1=1, dim2=2).sum(1)
+    made["the collected s^T s"] = gram.view(-1, n, n).diagonal(dim1=1, dim2=2).sum(1)
     if r == 1:
         made["the collected t"] = t
     backend.normalize(plan, state)
@@ -135,7 +157,8 @@ def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
         ratios.values /= 2
         found.append(backend.jumps(state, ratios, 0.0, 1.0))
         made["what jumps"] = torch.tensor(found, dtype=torch.float32, device="cpu")
-    return {**made, "the next sigmas": state.sigmas}  # do not depend on the basis v_next
+    sigmas = state.sigmas[: r * len(plan.matrices)]
+    return {**made, "the next sigmas": sigmas}  # do not depend on the basis v_next
 
 
 STEPS = 2

@@ -126,6 +126,7 @@ def penalty(model_buckets: ModelBuckets, iterations: int) -> torch.Tensor:
         return _transformed(model_buckets, iterations)
     buckets = model_buckets.bound()
     if torch.is_grad_enabled():
+        model_buckets.searches.count(buckets)
         weights = [tensor for bucket in buckets for tensor in bucket.parameters]
         return SpectralPenalty.apply(model_buckets, iterations, *weights)
     values = [bucket.value(bucket.evaluated()) for bucket in buckets]

@@ -185,16 +185,21 @@ class Bucket:
         for vectors in (self.state.v_next, self.state.v):  # an interrupted step starts from v
             self.state.columns(i, vectors).copy_(v)
 
-    def search(self, indices: Sequence[int]) -> None:
-        """Let operators go on from the best vectors on a grid of frequencies."""
+    def search(self, least: torch.Tensor) -> None:
+        """Let operators go on from the best vectors on a grid of frequencies.
+
+        Those of which an estimate of sigma is above ``least`` [n_matrices], or that is NaN.
+        """
         by_ref: dict[int, list[int]] = {}
-        for i in indices:
-            by_ref.setdefault(int(self.plan.matrix_ref[i]), []).append(i)
-        for ref, own in by_ref.items():
-            peaks = search([self.matrices[i] for i in own], self.parameters[ref])
-            for i, peak in zip(own, peaks, strict=True):
-                v = self.state.plan.layouts[i].from_logical(peak.right.to(self.state.v))
-                self.put_vectors(i, v)
+        for i, ref in enumerate(self.plan.matrix_ref.tolist()):
+            by_ref.setdefault(ref, []).append(i)
+        for ref, indices in by_ref.items():
+            found = search([self.matrices[i] for i in indices], self.parameters[ref])
+            for i, sigma, v in zip(indices, *found, strict=True):
+                takes = (sigma > least[i]) | least[i].isnan()
+                own = self.state.columns(i, self.state.v_next)
+                v = self.state.plan.layouts[i].from_logical(v)
+                own.copy_(torch.where(takes, v.to(own), own))
 
     def warm_up(self) -> None:
         """Run the iterations of the warm-up."""
@@ -365,7 +370,7 @@ class Bucket:
         residual = self.state.residual
         is_new, kept = jumped(ratios_of(self.state), before, JUMP, JUMP_FACTOR), residual.clone()
         if self.plan.operators is not None:
-            self.search(is_new.nonzero()[:, 0].tolist())
+            self.search(torch.where(is_new, torch.nan, torch.inf))
         residual.masked_fill_(~is_new, 0)  # the others are not stale
         self._iterate_stale(self.warmup)
         residual.copy_(torch.where(is_new, residual, kept))

@@ -24,6 +24,7 @@ from ..sharding.shards import ShardAxes
 from .bucket import Bucket, add_gradients
 from .coefficients import Coefficients, Target
 from .loading import NOTHING_LOADED, Loaded
+from .operators import SearchClock
 from .prepared import Preparation, PreparedPenalty
 from .settings import Settings, check_one_vector
 from .shares import ShareWatch
@@ -60,7 +61,7 @@ class ModelBuckets:
         self.in_steps: list[StepPenalty] = []  # which optimizers' steps add the penalty
         # The parameters that were there when these last added it.
         self.held: WeakKeyDictionary[StepPenalty, list[torch.Tensor]] = WeakKeyDictionary()
-        self.watch, self.shares = StabilityWatch(), ShareWatch()
+        self.watch, self.shares, self.searches = StabilityWatch(), ShareWatch(), SearchClock()
         self.preparation: Preparation[PreparedPenalty] = Preparation()
         self.at_next_build: Callable[[ModelBuckets], None] | None = None
         self.buckets: list[Bucket] | None = None
@@ -70,7 +71,7 @@ class ModelBuckets:
         self._sharded: dict[int, torch.Tensor] = {}  # sharded parameters, as last seen
         self._warm = True  # start_vectors need no warm-up
         self._managed: set | None = None  # modules that FSDP2 manages
-        self.start_vectors: dict[str, torch.Tensor] = {}  # vectors to start from, in logical order
+        self.start_vectors: dict[str, torch.Tensor] = {}  # to start from, in logical order
         # Where matrices are stored column by column: v as it is, a left vector.
         self.start_left: dict[str, torch.Tensor] = {}
         self._refer()
@@ -248,9 +249,8 @@ class ModelBuckets:
     def set_iterations(self, iterations: int, extra_iterations: int) -> None:
         """Replace the numbers of iterations per step."""
         with self.lock:
-            self.settings = replace(
-                self.settings, iterations=iterations, extra_iterations=extra_iterations
-            )
+            new = {"iterations": iterations, "extra_iterations": extra_iterations}
+            self.settings = replace(self.settings, **new)
             self.iterations = iterations
             for bucket in self.buckets or ():
                 bucket.extra_iterations = extra_iterations
@@ -300,6 +300,7 @@ class ModelBuckets:
         """
         preparation = (self if owner is None else owner).preparation
         with self.lock:
+            self.searches.count(self.buckets)
             if (prepared := preparation.step) is not None:
                 if prepared.take(self, n_iterations, scale):
                     return
@@ -413,16 +414,16 @@ class ModelBuckets:
         start = Start(settings.seed, settings.n_vectors, right, left)
         known = {*self.start_vectors, *self.start_left}
         warm = self._warm and known.issuperset((*measured.right, *measured.left))
-        for (device, dtype, *_), members in groups.items():
+        for (device, dtype, _, is_operator, _), members in groups.items():
             inside = set(members)
             matrices = [m for m in self.selection.matrices if place[m.ref] in inside]
             elementwise = [v for v in self.selection.elementwise if place[v.ref] in inside]
             order = list(dict.fromkeys(place[x.ref] for x in (*matrices, *elementwise)))
-            backend = choice.choose(settings.backend, device, dtype, settings.n_vectors)
-            own = [tensors[i] for i in order]
+            kind = settings.n_vectors, is_operator
+            backend = choice.choose(settings.backend, device, dtype, *kind)
             bucket = Bucket.of(
-                matrices, elementwise, own, backend, settings.exponent, settings.n_vectors,
-                settings.extra_iterations, settings.warmup,
+                matrices, elementwise, [tensors[i] for i in order], backend, settings.exponent,
+                settings.n_vectors, settings.extra_iterations, settings.warmup,
             )  # fmt: skip
             bucket.warm = start.write(bucket) and warm
             if bucket.is_sharded:
@@ -448,28 +449,13 @@ class ModelBuckets:
             return shards.matrix_shard(first, parameter).shard_axes
         return shards.elementwise_axes(first, parameter)
 
+    @torch.inference_mode(False)  # copies may go into an optimizer's state, which outlives one
     def vectors(self) -> dict[str, torch.Tensor]:
         """Return copies of the right singular vectors to continue from: name -> [r, N].
 
         They do not depend on the memory layout of the weight. A matrix that is stored column by
-        column has none if it is zero or sharded.
+        column has none if it is zero or sharded. Those of an operator have two parts.
         """
-        # Copies may go into an optimizer's state, which outlives an inference mode.
-        with torch.inference_mode(False):
-            return self._vectors()
-
-    def left_vectors(self) -> dict[str, torch.Tensor]:
-        """Return copies of the left singular vectors to continue from: name -> [r, M].
-
-        Only of matrices that are stored column by column, which are iterated by them.
-        """
-        with torch.inference_mode(False):
-            found = dict(self.start_left)
-            for bucket in self.buckets or ():
-                found.update(left_of(bucket))
-            return found
-
-    def _vectors(self) -> dict[str, torch.Tensor]:
         found = {name: v.clone() for name, v in self.start_vectors.items()}
         for bucket, indices in zip(self.buckets or (), self._indices, strict=False):
             is_known = bucket.is_sharded or bucket.measured
@@ -479,6 +465,17 @@ class ModelBuckets:
                 if bucket.bind([tensors[i] for i in indices]):
                     bucket.measure()
             found.update(right_of(bucket))
+        return found
+
+    @torch.inference_mode(False)
+    def left_vectors(self) -> dict[str, torch.Tensor]:
+        """Return copies of the left singular vectors to continue from: name -> [r, M].
+
+        Only of matrices that are stored column by column, which are iterated by them.
+        """
+        found = dict(self.start_left)
+        for bucket in self.buckets or ():
+            found.update(left_of(bucket))
         return found
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """The norm of a convolution as an operator, by a search over frequencies, and where it is attained.
 
 The largest singular value of F(theta) (see ``backends.operators``) is estimated on a grid of
-frequencies by power iteration. What comes out best begins the iterations of a regularizer. For the
-norm to a tolerance, every local maximum of the grid that is not far below the best is climbed.
+frequencies by power iteration. What comes out best begins the iterations of a regularizer, and
+replaces what they have followed where that is only a local maximum. For the norm to a tolerance,
+every local maximum of the grid that is not far below the best is climbed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,171 +19,208 @@ from ..backends import operators
 from ..backends.operators import Taps
 from ..selection.matrices import Matrix
 from ..sharding.shards import whole_of
-from ..tables.device import wide, wide_dtype
+from ..tables.device import is_capturing, wide, wide_dtype
 
-PER_TAP, LEAST = 4, 8  # frequencies along a dimension: per tap of a phase, and at least
-ITERATIONS = 8  # of the power method at each frequency; estimates are then some per cent too small
-NEAR, MOST_CLIMBS = (
-    0.8,
-    16,
-)  # local maxima that are climbed: from this part of the best, and so many
-ROUGH = 0.01  # relative error to which all of them are; then those that may be the best, to the end
+if TYPE_CHECKING:
+    from .bucket import Bucket
+
+EVERY = 200  # steps between two searches
+BETTER = 1.01  # times its sigma: what an operator goes on from instead of what it has
+ROUGH = 0.01  # relative error to which peaks are climbed; those that may be the best, to the end
 BYTES = 2**26  # of what belongs to the frequencies that are looked at together
 
 
-class Peak(NamedTuple):
-    """The norm of an operator, and the vector of it.
+class Grid(NamedTuple):
+    """How frequencies are searched.
 
     Attributes:
-        sigma: the norm, or a lower bound of it.
+        per_tap: frequencies along a dimension per tap of a phase.
+        least: frequencies along a dimension, at least.
+        iterations: of the power method at each frequency.
+    """
+
+    per_tap: int
+    least: int
+    iterations: int
+
+
+QUICK, FINE = Grid(3, 6, 4), Grid(4, 8, 8)
+N_BEST, MORE_ITERATIONS = 4, 8  # of a quick search: the best are iterated further
+NEAR, MOST_CLIMBS = 0.8, 16  # of a fine one: peaks above this part of the best, and so many
+
+
+class Top(NamedTuple):
+    """The norm of an operator, and its vector, as ``lanczos.Top`` has them for matrices.
+
+    Attributes:
+        sigma: the norm.
         right: v [2, N], real and imaginary part, in the parameter's order; some v for a kernel that
             is zero or not finite.
     """
 
     sigma: float
     right: Tensor
-    left: None = None  # as lanczos.Top has it for matrices
+    left: None = None
 
 
-def search(matrices: Sequence[Matrix], tensor: Tensor) -> list[Peak]:
+class SearchClock:
+    """Counts steps, and has the operators of a model searched again every now and then."""
+
+    def __init__(self):
+        self.n_steps = 0
+
+    def count(self, buckets: Sequence[Bucket] | None) -> None:
+        """Begin a step; ``buckets`` are those of the model, None before they are built."""
+        if buckets is None or all(bucket.plan.operators is None for bucket in buckets):
+            return
+        self.n_steps += 1
+        if self.n_steps % EVERY:
+            return
+        for bucket in buckets:
+            if bucket.plan.operators is not None and not is_capturing(bucket.plan.device):
+                bucket.search(bucket.state.sigma * BETTER)
+
+
+def search(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is best on the grid for the operators of a parameter, which are alike.
 
-    The same on all ranks that hold it.
+    The same on all ranks that hold it. The host does not wait for a GPU.
+
+    Returns:
+        sigma [G], at most the norm, and v [G, 2, N] in the parameter's order; some v for a kernel
+        that is zero or not finite.
     """
     kernels, scales, taps = _kernels(matrices, tensor)
-    parts = list(_grid(kernels, taps))
-    found = []
-    for i, scale in enumerate(scales):
-        if not 0 < scale < math.inf:
-            found.append(Peak(scale, _some(kernels, taps)))
-            continue
-        sigmas, theta, vectors = max((_of(part, i) for part in parts), key=_largest)
-        best = int(sigmas.argmax())
-        v = _vector(vectors[best], theta[best], taps)
-        found.append(Peak(float(sigmas[best]) * scale, v))
-    return found
+    g, c = len(kernels), kernels.shape[2]
+    sigmas, theta, a = _on_grid(kernels, taps, QUICK)
+    _, best = sigmas.topk(min(N_BEST, sigmas.shape[1]))
+    theta = theta[best]  # [G, best, dims]
+    a = a.take_along_dim(best[:, None, None], 3)
+    sigmas, a = _power_method(kernels, a, theta, taps, MORE_ITERATIONS)
+    sigma, first = sigmas.max(1)
+    a = a.take_along_dim(first[:, None, None, None], 3)[..., 0]
+    theta = theta[torch.arange(g, device=first.device), first]
+    known = ((scales > 0) & (sigma > 0))[:, None, None]
+    a = torch.where(known, a.to(_complex(kernels)), (c * taps.n_phases or 1) ** -0.5)
+    a = a / torch.linalg.vector_norm(a, dim=(1, 2), keepdim=True)
+    waves = operators.waves(theta, taps)[:, None]
+    v = a[:, :, taps.phases] * waves
+    return sigma * scales, torch.stack((v.real, v.imag), 1).flatten(2)
 
 
-def norm(matrix: Matrix, tensor: Tensor, rtol: float) -> Peak:
+def norm(matrix: Matrix, tensor: Tensor, rtol: float) -> Top:
     """Return the norm of an operator within ``rtol``, unless a maximum hides between the grid's."""
-    kernels, (scale,), taps = _kernels([matrix], tensor)
+    kernels, scales, taps = _kernels([matrix], tensor)
+    scale = float(scales[0])
     if not 0 < scale < math.inf:
-        return Peak(scale, _some(kernels, taps))
-    parts = [_of(part, 0) for part in _grid(kernels, taps)]
-    sigmas, thetas, vectors = (torch.cat([part[j] for part in parts]) for j in range(3))
-    start = [(vectors[i], thetas[i]) for i in _peaks(sigmas, taps)]
+        return Top(scale, search([matrix], tensor)[1][0])
+    sigmas, thetas, a = _on_grid(kernels, taps, FINE)
+    start = [(a[0, ..., i].flatten(), thetas[i]) for i in _peaks(sigmas[0], taps)]
     rough = [_climb(kernels[0], *one, taps, max(rtol, ROUGH)) for one in start]
     least = (1 - 3 * ROUGH) * max(sigma for sigma, *_ in rough)
     climbed = [_climb(kernels[0], *own, taps, rtol) for sigma, *own in rough if sigma >= least]
     sigma, a, theta = max(climbed, key=lambda one: one[0])
-    return Peak(sigma * scale, _vector(a, theta, taps))
+    v = operators.vector_of(a.view(-1, taps.n_phases), theta, taps)
+    return Top(sigma * scale, operators.as_parts(v).flatten(1))
 
 
-def _kernels(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, list[float], Taps]:
-    """Return the kernels [G, M, C, taps...], wide and divided by their largest number; these; taps.
+def _kernels(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, Tensor, Taps]:
+    """Return kernels [G, M, C, taps...], wide, divided by their largest numbers; these [G]; taps.
 
-    A number is NaN where an element is not finite. What is sharded is gathered.
+    A number is NaN where an element is not finite; the kernel is then zero. What is sharded is
+    gathered.
     """
     whole = whole_of(tensor.detach())
     kernels = wide(torch.stack([matrix.of(whole) for matrix in matrices]))
     taps = operators.taps_of(tuple(kernels.shape[3:]), matrices[0].periods, kernels.device)
     if not kernels.numel():
-        return kernels, [0.0] * len(kernels), taps
+        return kernels, kernels.new_zeros(len(kernels)), taps
     scales = kernels.flatten(1).abs().amax(1)
-    scales = torch.where(torch.isfinite(scales), scales, math.nan)
-    good = torch.where(scales > 0, scales, 1.0).view(-1, *[1] * (kernels.dim() - 1))
-    return kernels / good, scales.tolist(), taps
+    good = torch.isfinite(scales) & (scales > 0)
+    shape = -1, *[1] * (kernels.dim() - 1)
+    kernels = torch.where(good.view(shape), kernels / scales.view(shape), 0.0)
+    return kernels, torch.where(torch.isfinite(scales), scales, math.nan), taps
 
 
-def _of(part: tuple[Tensor, Tensor, Tensor], i: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the part of the grid of kernel ``i``."""
-    sigmas, theta, vectors = part
-    return sigmas[i], theta, vectors[i]
+# ---------------------------------------------------------------------- the grid of frequencies
 
 
-def _largest(part: tuple[Tensor, Tensor, Tensor]) -> float:
-    return float(part[0].max())
-
-
-def _vector(a: Tensor, theta: Tensor, taps: Taps) -> Tensor:
-    """Return v [2, N] of a [C * phases]."""
-    a = a.view(-1, taps.n_phases)
-    return operators.as_parts(operators.vector_of(a, theta, taps)).flatten(1)
-
-
-def _some(kernels: Tensor, taps: Taps) -> Tensor:
-    """Return a v [2, N] that goes with no kernel in particular."""
-    n = kernels.shape[2] * taps.n_phases
-    a = torch.full((n,), (n or 1) ** -0.5, dtype=kernels.dtype, device=kernels.device)
-    theta = a.new_zeros(len(taps.dims))
-    return _vector(torch.complex(a, torch.zeros_like(a)), theta, taps)
-
-
-def _sizes(taps: Taps) -> list[int]:
-    """Return the number of frequencies of the grid along each dimension."""
-    return [max(PER_TAP * n, LEAST) for n in taps.counts]
-
-
-def _frequencies(taps: Taps, device: torch.device) -> Tensor:
-    """Return the frequencies of the grid [n, dims], wide, those of the last dimension up to pi.
+def _sizes(taps: Taps, grid: Grid) -> list[int]:
+    """Return the number of frequencies along each dimension; of the last one, up to pi.
 
     F(-theta) is the conjugate of F(theta).
     """
-    sizes = _sizes(taps)
-    axes = [2 * math.pi * torch.arange(n, dtype=torch.float64) / n for n in sizes]
-    if axes:
-        axes[-1] = axes[-1][: sizes[-1] // 2 + 1]
-    found = torch.cartesian_prod(*axes).view(-1, len(axes))
-    return found.to(device, wide_dtype(device))
+    sizes = [max(grid.per_tap * n, grid.least) for n in taps.counts]
+    return [*sizes[:-1], *(n // 2 + 1 for n in sizes[-1:])]
 
 
-def _grid(kernels: Tensor, taps: Taps) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield estimates [G, n], frequencies [n, dims], vectors [G, n, C * phases] of parts of a grid.
+def _frequencies(taps: Taps, grid: Grid, device: torch.device) -> Tensor:
+    """Return the frequencies of the grid [n, dims], wide."""
+    axes = []
+    for size, n in zip(_sizes(taps, grid), taps.counts, strict=True):
+        whole = max(grid.per_tap * n, grid.least)
+        axes.append(2 * math.pi * torch.arange(size, dtype=torch.float64) / whole)
+    return torch.cartesian_prod(*axes).view(-1, len(axes)).to(device, wide_dtype(device))
 
-    An estimate is never above sigma_1 of F, and that is never above the norm. They are in float32:
-    products of the kernels with the vectors of many frequencies at once.
+
+def _on_grid(kernels: Tensor, taps: Taps, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Return estimates [G, n], frequencies [n, dims] and vectors a [G, C, phases, n].
+
+    An estimate is never above sigma_1 of F, but for rounding to float32, and that is never above
+    the norm.
+    """
+    g, _, c = kernels.shape[:3]
+    theta = _frequencies(taps, grid, kernels.device)
+    start = torch.randn(2, c, taps.n_phases, 1, generator=torch.Generator().manual_seed(0),
+                        device="cpu")  # fmt: skip
+    start = torch.complex(*start.to(kernels.device))
+    n_bytes = 32 * g * c * taps.n  # of the vectors of one frequency and what is made of them
+    found = [
+        _power_method(kernels, start.expand(g, -1, -1, len(part)), part, taps, grid.iterations)
+        for part in theta.split(max(1, BYTES // max(n_bytes, 1)))
+    ]
+    sigmas, a = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    return sigmas, theta, a
+
+
+def _power_method(
+    kernels: Tensor, a: Tensor, theta: Tensor, taps: Taps, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Return estimates [G, n] and vectors a [G, C, phases, n] at theta [n, dims] or [G, n, dims].
+
+    In float32, by products of the kernels with the vectors of all frequencies at once.
     """
     g, m, c = kernels.shape[:3]
-    theta = _frequencies(taps, kernels.device)
-    flat = kernels.reshape(g, m, -1).float()
-    start = torch.randn(2, c, taps.n_phases, 1, generator=torch.Generator().manual_seed(0))
-    start = torch.complex(*start.to(kernels.device))
-    n_bytes = 32 * flat[:, 0].numel()  # of the vectors of one frequency and what is made of them
-    for part in theta.split(max(1, BYTES // max(n_bytes, 1))):
-        waves = operators.waves(part, taps).mT.to(start.dtype)  # [taps, n]
-        a = start.expand(g, -1, -1, len(part))
-        for _ in range(ITERATIONS):
-            t = _real_product(flat.mT, _real_product(flat, _spread(a, waves, taps)))
-            t = t.view(g, c, -1, len(part)) * waves.conj()
-            a = torch.zeros_like(a, memory_format=torch.contiguous_format)
-            a.index_add_(2, taps.phases, t)
-            a = a / _norms(a.flatten(1, 2)).clamp(min=1e-30)[:, None, None]
-        s = _real_product(flat, _spread(a, waves, taps))
-        yield _norms(s), part, a.flatten(1, 2).mT
-
-
-def _spread(a: Tensor, waves: Tensor, taps: Taps) -> Tensor:
-    """Return v [G, C * taps, n] of a [G, C, phases, n]."""
-    return (a[:, :, taps.phases] * waves).flatten(1, 2)
+    flat = kernels.reshape(g, m, c * taps.n).float()
+    waves = operators.waves(theta, taps).mT.to(a.dtype)  # [(G,) taps, n]
+    waves = waves[:, None] if waves.dim() > 2 else waves
+    for _ in range(iterations):
+        v = (a[:, :, taps.phases] * waves).flatten(1, 2)
+        t = _real_product(flat.mT, _real_product(flat, v))
+        t = t.view(g, c, -1, a.shape[-1]) * waves.conj()
+        a = torch.zeros_like(a, memory_format=torch.contiguous_format)
+        a.index_add_(2, taps.phases, t)
+        a = a / torch.linalg.vector_norm(a, dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    s = _real_product(flat, (a[:, :, taps.phases] * waves).flatten(1, 2))
+    return torch.linalg.vector_norm(s, dim=1).to(kernels.dtype), a
 
 
 def _real_product(x: Tensor, y: Tensor) -> Tensor:
-    """Return x y of real x and complex y."""
-    return torch.view_as_complex(
-        (x @ torch.view_as_real(y).flatten(2)).view(*y.shape[:1], -1, *y.shape[2:], 2)
-    )
+    """Return x y of real x [G, m, k] and complex y [G, k, n]."""
+    found = x @ torch.view_as_real(y).flatten(2)
+    return torch.view_as_complex(found.view(*found.shape[:2], y.shape[2], 2))
 
 
-def _norms(x: Tensor) -> Tensor:
-    """Return the norms [G, n] of x [G, m, n]."""
-    return torch.linalg.vector_norm(x, dim=1)
+def _complex(x: Tensor) -> torch.dtype:
+    return torch.complex128 if x.dtype == torch.float64 else torch.complex64
+
+
+# ------------------------------------------------------------------------------ to a tolerance
 
 
 def _peaks(sigmas: Tensor, taps: Taps) -> list[int]:
-    """Return the local maxima of the grid that may be near the largest, the best first."""
-    sizes = _sizes(taps)
-    if sizes:
-        sizes[-1] = sizes[-1] // 2 + 1
+    """Return the local maxima of a fine grid that may be near the largest, the best first."""
+    sizes = _sizes(taps, FINE)
     grid = sigmas.view(sizes)
     is_peak = grid >= NEAR * grid.max()
     for d in range(len(sizes) - 1):
@@ -194,29 +232,17 @@ def _peaks(sigmas: Tensor, taps: Taps) -> list[int]:
     return sorted(found, key=lambda i: -float(sigmas[i]))[:MOST_CLIMBS]
 
 
-def matrix_at(kernel: Tensor, theta: Tensor, taps: Taps) -> Tensor:
-    """Return F [M, C * phases], complex, of a kernel [M, C, taps...] at ``theta`` [dims]."""
-    m, c = kernel.shape[:2]
-    waves = operators.waves(theta, taps)
-    spread = waves.new_zeros(len(waves), taps.n_phases).scatter_(
-        1, taps.phases[:, None], waves[:, None]
-    )
-    return (kernel.reshape(m * c, -1).to(spread.dtype) @ spread).view(m, -1)
-
-
 def _climb(
     kernel: Tensor, a: Tensor, theta: Tensor, taps: Taps, rtol: float
 ) -> tuple[float, Tensor, Tensor]:
-    """Return sigma, a and theta of the local maximum near ``theta``.
+    """Return sigma, a [C * phases] and theta of the local maximum near ``theta``.
 
     Newton's steps between singular values to ``rtol``.
     """
     m, c = kernel.shape[:2]
-    flat = kernel.reshape(1, m, -1)
-    a, before = a.to(torch.complex128 if kernel.dtype == torch.float64 else a.dtype), 0.0
+    flat, a, before = kernel.reshape(1, m, -1), a.to(_complex(kernel)), 0.0
     for _ in range(200):
-        f = matrix_at(kernel, theta, taps)
-        sigma, a = _top(f, a, rtol)
+        sigma, a = _top(matrix_at(kernel, theta, taps), a, rtol)
         if not sigma > before * (1 + 0.01 * rtol):
             break
         before = sigma
@@ -224,6 +250,15 @@ def _climb(
         t = _real_product(flat.mT, _real_product(flat, v)).view(c, -1)
         theta = operators.improved(t, theta, taps)
     return max(sigma, before), a, theta
+
+
+def matrix_at(kernel: Tensor, theta: Tensor, taps: Taps) -> Tensor:
+    """Return F [M, C * phases], complex, of a kernel [M, C, taps...] at ``theta`` [dims]."""
+    m, c = kernel.shape[:2]
+    waves = operators.waves(theta, taps)
+    spread = waves.new_zeros(taps.n, taps.n_phases)
+    spread.scatter_(1, taps.phases[:, None], waves[:, None])
+    return (kernel.reshape(m * c, -1).to(spread.dtype) @ spread).view(m, -1)
 
 
 def _top(f: Tensor, a: Tensor, rtol: float) -> tuple[float, Tensor]:
@@ -241,9 +276,9 @@ def _top(f: Tensor, a: Tensor, rtol: float) -> tuple[float, Tensor]:
         for _ in range(2):
             t = t - stacked @ (stacked.mH @ t)
         beta = float(torch.linalg.vector_norm(t))
-        tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+        tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
         if betas:
-            off = torch.diag(torch.tensor(betas, dtype=torch.float64), 1)
+            off = torch.diag(torch.tensor(betas, dtype=torch.float64, device="cpu"), 1)
             tridiagonal = tridiagonal + off + off.mT
         values, weights = torch.linalg.eigh(tridiagonal)
         value, rest = float(values[-1]), beta * abs(float(weights[-1, -1]))

@@ -85,15 +85,17 @@ class Start:
 
     def _write_operators(self, bucket: Bucket) -> bool:
         """Write the vectors of operators: unknown ones are the best on a grid of frequencies."""
-        state, unknown = bucket.state, []
+        state, least = bucket.state, torch.full_like(bucket.state.sigma, torch.inf)
         for i, (matrix, layout) in enumerate(zip(bucket.matrices, state.plan.layouts, strict=True)):
             v = self.right.get(matrix.name)
             if v is not None and v.shape == (2, layout.cols):
                 bucket.put_vectors(i, layout.from_logical(v.to(state.v)))
             else:
-                unknown.append(i)
-        bucket.search(unknown)
-        return not unknown
+                least[i] = torch.nan
+        if is_new := bool(least.isnan().any()):
+            bucket.search(least)
+            state.v.copy_(state.v_next)
+        return not is_new
 
     def _known(self, i: int, name: str, layout: Layout, bucket: Bucket) -> torch.Tensor | None:
         """Return vectors [r, N] to start matrix ``i`` of ``bucket`` from, if some are known."""

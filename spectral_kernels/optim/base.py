@@ -128,6 +128,7 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
                 loss = closure()
         with self._buckets.lock:
             in_steps_of(self, self._buckets).check()
+            self._buckets.searches.count(self._buckets.buckets)
             if not self._take_prepared():
                 self._step()
         return loss

@@ -39,10 +39,11 @@ def check_convolutions(convolutions) -> bool:
 
 
 def periods_of(ref: ParameterRef, tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the period of each dimension of a kernel's taps, or None if it acts as a matrix.
+    """Return the period of each dimension of a kernel's taps, or None if it is no kernel.
 
-    Without its module, a parameter of three to five dimensions is the kernel of a convolution with
-    stride 1 and one group.
+    () if no two taps meet the same element: the operator then has the singular values of the matrix
+    (dim 0, rest), of a transposed convolution too. Without its module, a parameter of three to five
+    dimensions is the kernel of a convolution with stride 1 and one group.
     """
     module, sizes = ref.module, tuple(tensor.shape[2:])
     n = len(sizes)
@@ -58,5 +59,5 @@ def periods_of(ref: ParameterRef, tensor: torch.Tensor) -> tuple[int, ...] | Non
     else:
         return None
     if all(size <= period for size, period in zip(sizes, periods, strict=True)):
-        return None
+        return ()
     return periods

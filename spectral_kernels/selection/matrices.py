@@ -147,7 +147,8 @@ def matrices_of(
         tensor: its value; only the shape counts.
         kind: "matrix", "stack" or "groups", see ``layers.Role``.
         splits: the pattern that names it and its sizes, if there is one.
-        periods: of a convolution that is taken as an operator, see ``Matrix``.
+        periods: of a convolution that is taken as an operator, see ``Matrix``; () if that has the
+            singular values of the matrix (dim 0, rest).
     """
     shape = whole = tuple(tensor.shape)
     view = []
@@ -179,6 +180,7 @@ def matrices_of(
         row_dim = part_dim = 1 if transposed else 0
     if periods is not None:
         row_dim = 0
+    if periods:
         view.append("operator of a convolution" + _shown_periods(periods))
     elif len(shape) > 2 or transposed:
         view.append(f"flattened (dim {row_dim}, rest)")
@@ -194,7 +196,7 @@ def matrices_of(
                 Matrix(
                     name, ref, (rows, math.prod(size)), ", ".join(view), whole, row_dim, index,
                     part, part_dim=None if part_dim == row_dim else part_dim,
-                    side=None if periods is None else "right", periods=periods,
+                    side="right" if periods else None, periods=periods or None,
                 )
             )  # fmt: skip
     return matrices

@@ -17,7 +17,7 @@ from .arguments import (
     match_any,
 )
 from .convolutions import check_convolutions, periods_of
-from .layers import is_embedding
+from .layers import TRANSPOSED, is_embedding
 from .matrices import (
     COMPUTED,
     FROZEN,
@@ -137,7 +137,8 @@ def select(
         if as_operators and said is None and role.kind in ("matrix", "groups"):
             periods = periods_of(ref, tensor)
         # A convolution that is split by hand, or an operator, is no rows.
-        is_split = role.kind == "groups" and (split is not None or periods is not None)
+        is_operator = bool(periods) or (periods == () and isinstance(ref.module, TRANSPOSED))
+        is_split = role.kind == "groups" and (split is not None or is_operator)
         entry = None if is_split else elementwise_of(ref, tensor, role.kind)
         if entry is None:
             found.matrices += matrices_of(ref, tensor, role.kind, split, periods)

@@ -150,6 +150,8 @@ def layout_of(matrix: Matrix, tensor: torch.Tensor) -> Layout:
             offset, rows, outer, pieces[-1][0], row_stride, outer_stride, "right",
             permutation, column_sizes, tuple(rest),
         )  # fmt: skip
+    if matrix.periods is not None and pieces:
+        raise _unusable(matrix, tensor, "the rows of the kernel of an operator are not contiguous")
     if len(pieces) <= 1 and (row_stride == 1 or rows == 1) and (pieces or matrix.side != "right"):
         step = last_stride or rows
         permutation = (*permutation[1:], row_dim)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectral_kernels import SpectralAdamW, SpectralSGD
 from spectral_kernels.backends import choice, operators, reference
 from spectral_kernels.engine.bucket import Bucket
 from spectral_kernels.selection.matrices import refs_of
@@ -141,9 +142,10 @@ def test_sigma_rises_to_the_norm_and_never_above(backend, name):
         pytest.skip("slow in the interpreter")
     conv = convolutions.made(name, torch.float32)
     bucket = bucket_of(conv, backend)
-    bucket.search(range(len(bucket.plan.matrices)))
+    bucket.search(torch.full_like(bucket.state.sigma, math.nan))
     truth = [convolutions.norm_over_frequencies(k, conv) for k in convolutions.kernels_of(conv)]
     highest = convolutions.norm_on(copy.deepcopy(conv).double(), convolutions.image_of(name))
+    between = 0.01 if len(conv.kernel_size) == 3 else 4e-3
     before = torch.zeros(len(truth))
     for _ in range(60):
         bucket.iterate(1)
@@ -151,16 +153,14 @@ def test_sigma_rises_to_the_norm_and_never_above(backend, name):
         assert (sigma >= before * (1 - 1e-6)).all(), name
         before = sigma
     for sigma, exact in zip(before.tolist(), truth, strict=True):
-        # Between the frequencies of the grid there may be a higher one, by a part of 1e-3.
-        assert 0.999 * exact <= sigma <= exact * (1 + 1e-3), name
+        # Between the frequencies of the grid there may be a higher one.
+        assert 0.999 * exact <= sigma <= exact * (1 + between), name
     assert highest <= max(before.tolist()) * (1 + 1e-3), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_steps_of_optimizers_are_those_of_the_reference(backend, dtype):
-    from spectral_kernels import SpectralAdamW, SpectralSGD
-
-    kinds = "3x3", "stride 2", "depthwise"
+    kinds = "3x3", "stride 2", "transposed by groups"
     for cls in (SpectralAdamW, SpectralSGD):
         for decoupled in (False, True):
             results = []
@@ -168,7 +168,9 @@ def test_steps_of_optimizers_are_those_of_the_reference(backend, dtype):
                 model = nn.ModuleList(convolutions.made(kind, dtype) for kind in kinds)
                 optimizer = cls(model.parameters(), 0.05, model=model, strength=0.5, target=0.3,
                                 convolutions="operator", decoupled=decoupled,
-                                backend=name, state_dtype=torch.float32)  # fmt: skip
+                                backend=name, state_dtype=torch.float32, warmup=3)  # fmt: skip
+                for bucket in optimizer._buckets.bound():
+                    bucket.warmup = 0  # a GPU does not see which operators to warm up again
                 generator = torch.Generator().manual_seed(1)
                 for _ in range(3):
                     for p in model.parameters():
@@ -179,7 +181,7 @@ def test_steps_of_optimizers_are_those_of_the_reference(backend, dtype):
                     optimizer.step()
                 results.append([*model.parameters(), optimizer.sigma])
             for found, truth in zip(*results, strict=True):
-                tolerance = 0.02 if dtype == torch.bfloat16 else 1e-4
+                tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
                 error = (found.double() - truth.double()).abs().max()
                 assert error <= tolerance * truth.double().abs().max(), (cls, decoupled)
 

@@ -74,10 +74,11 @@ def phases_of(kernel, conv):
     return parts.flatten(1, 2)
 
 
-def norm_over_frequencies(kernel, conv, n=256):
+def norm_over_frequencies(kernel, conv, n=None):
     """The largest sigma_1 over ``n`` frequencies per dimension, by FFT, in float64."""
     parts = phases_of(kernel.detach().double(), conv)
     dims = tuple(range(2, parts.dim()))
+    n = n or {1: 1024, 2: 96, 3: 24}[len(dims)]
     sizes = [n if parts.shape[d] > 1 else 1 for d in dims]
     spectrum = torch.fft.fftn(parts, s=sizes, dim=dims).flatten(2).permute(2, 0, 1)
     gram = spectrum @ spectrum.mH if parts.shape[0] < parts.shape[1] else spectrum.mH @ spectrum

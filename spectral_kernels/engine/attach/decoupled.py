@@ -72,6 +72,7 @@ class _Entries:
         state: one with exponent 1, for the kernels that add.
         is_matrix: whether each parameter consists of matrices.
         elementwise: those whose changes are computed together, laid end to end.
+        most: the largest strength of each operator; None for matrices.
     """
 
     def __init__(self, bucket: Bucket):
@@ -84,6 +85,10 @@ class _Entries:
         self._groups: list[int] = []  # of each entry, the index of its group
         self._targets_seen: Targets | None = None
         self.elementwise: list[_Flat] = []
+        self.most = None
+        if plan.operators is not None:
+            reach = torch.from_numpy(plan.table["reach"].copy()).to(plan.device)
+            self.most = 0.5 / reach.to(plan.state_dtype)
 
     def update_targets(self, plan: Plan) -> None:
         """Lay the elementwise parameters end to end, those with targets with theirs."""
@@ -143,7 +148,8 @@ class _Change:
     """What a step adds to the parameters of a bucket.
 
     Kernels add c u v^T with an exponent of 1: its factor, 2 strength (sigma - target), then is c
-    for a strength of at most 1/2, and stays finite where sigma^k would not.
+    for a strength of at most 1/2, and stays finite where sigma^k would not. For operators it is at
+    most 1/2 over their reach, see csrc/table.h.
     """
 
     def __init__(self, bucket: Bucket, n_iterations: int, entries: _Entries, rate: float | Tensor):
@@ -154,6 +160,8 @@ class _Change:
         state.use(own.v, own.v_next)
         state.scalars.copy_(own.scalars)
         found = matrix_strength(own.sigma, own.target, strength[:n], k)
+        if entries.most is not None:
+            found = found.clamp(-entries.most, entries.most)
         state.strength[:n].copy_(found)
         self._values = [
             _CHANGES[flat.kind](flat.elements(bucket.plan), flat, own.norm, strength[n:], k)
