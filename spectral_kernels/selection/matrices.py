@@ -195,7 +195,7 @@ def matrices_of(
             matrices.append(
                 Matrix(
                     name, ref, (rows, math.prod(size)), ", ".join(view), whole, row_dim, index,
-                    part, part_dim=None if part_dim == row_dim else part_dim,
+                    part, part_dim=part_dim if part is not None and part_dim != row_dim else None,
                     side="right" if periods else None, periods=periods or None,
                 )
             )  # fmt: skip

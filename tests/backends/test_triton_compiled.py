@@ -20,6 +20,7 @@ from ..support.triton_compiled import (  # noqa: E402
     compiled,
     core,
     largest,
+    operators,
     partials,
     rare,
     several_vectors,
@@ -34,7 +35,7 @@ STACK = {"update": 256, "gram_matvec_long": 160, "gram_matvec large": 128, "rank
 IN_3_7 = 16 if triton.__version__.startswith("3.7.") else 0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Nothing shows the compiler here that vectors are aligned.
-NARROW = ("ritz", "subspace_grams", "collect")
+NARROW = ("ritz", "subspace_grams", "collect", "waves")
 
 # Everything for one architecture; for the others what decides about their registers: the largest
 # kernels of a usual step in both widths, and those with the most vectors.
@@ -48,7 +49,9 @@ USUAL = [(MAIN, d) for dtype in DTYPES for d in usual(dtype)] + [
     if d.kernel != "rank_one" or dict(d.constants)["accumulate"]
 ]
 OTHERS = [
-    (MAIN, d) for dtype in DTYPES for d in (*rare(dtype), *several_vectors(dtype), *partials(dtype))
+    (MAIN, d)
+    for dtype in DTYPES
+    for d in (*rare(dtype), *several_vectors(dtype), *partials(dtype), *operators(dtype))
 ] + [(sm, d) for sm in CAPABILITIES if sm != MAIN for d in largest()]
 
 
@@ -117,4 +120,5 @@ def test_compiling_ahead_leaves_what_a_launch_finds(tmp_path, monkeypatch):
 def precompile_one(dtype):
     """The cheapest kernel of the core set."""
     return [precompile.describe("rank_one", dtype, grad_type=dtype, finish=True, with_t=True,
-                                tolerance=0.0, gradient=False, accumulate=False)]  # fmt: skip
+                                tolerance=0.0, gradient=False, accumulate=False,
+                                terms=1)]  # fmt: skip

@@ -62,7 +62,8 @@ def usual(dtype: torch.dtype) -> list[Description]:
 
     With float16 only the core: it differs from bfloat16 in conversions alone.
     """
-    adamw = {"rule": 0, "with_moment": True, "decoupled": False, "products": True}
+    adamw = {"rule": 0, "with_moment": True, "decoupled": False, "products": True,
+             "terms": 1}  # fmt: skip
     changes = {
         torch.float32: [{"decoupled": True}, {"rule": 1}, {"rule": 1, "with_moment": False}],
         torch.bfloat16: [{"decoupled": True}, {"rule": 1}, {"moment_type": torch.float32}],
@@ -83,7 +84,7 @@ def rare(dtype: torch.dtype) -> Iterator[Description]:
     if dtype == torch.float16:
         return
     plain = {"grad_type": dtype, "finish": True, "with_t": True, "gradient": True,
-             "accumulate": True, "tolerance": 0.0}  # fmt: skip
+             "accumulate": True, "tolerance": 0.0, "terms": 1}  # fmt: skip
     finish = {**plain, "gradient": False, "accumulate": False}
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     yield describe("gram_matvec", dtype, with_t=False, tolerance=0.0)
@@ -113,6 +114,22 @@ def several_vectors(dtype: torch.dtype) -> Iterator[Description]:
         for r in N_VECTORS[1:]:
             yield describe("ritz", None, r, with_t=True, tolerance=TOLERANCE if r == 8 else 0.0)
         yield describe("subspace_grams", dtype, 16, tolerance=0.0)
+
+
+def operators(dtype: torch.dtype) -> list[Description]:
+    """Return what steps start with convolutions as operators; none with float16."""
+    if dtype == torch.float16:
+        return []
+    gradient = {"grad_type": dtype, "finish": False, "with_t": False, "gradient": True,
+                "accumulate": True, "tolerance": 0.0, "terms": 2}  # fmt: skip
+    step = {"moment_type": dtype, "rule": 0, "with_moment": True, "products": False, "terms": 2}
+    found = [
+        describe("rank_one", dtype, **gradient),
+        *(describe("update", dtype, **step, decoupled=x) for x in (False, True)),
+    ]
+    if dtype == torch.float32:
+        found += [describe("waves", None, with_t=True, tolerance=x) for x in (0.0, TOLERANCE)]
+    return found
 
 
 def partials(dtype: torch.dtype) -> Iterator[Description]:

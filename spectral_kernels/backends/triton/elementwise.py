@@ -87,7 +87,7 @@ def row_factors(vector, squares, r, n_rows, strength, k, integer, lr):
     targets, _ = targets_at(vector)
     target = tl.load(targets + r, mask=r < n_rows, other=0.0)
     norm = tl.sqrt(squares)
-    return capped_factor(matrix_factor(norm, target, strength, k, integer), norm, target, lr)
+    return capped_factor(matrix_factor(norm, target, strength, k, integer), norm, target, lr, 1)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ...selection.convolutions import CHOICES
 from ..console import FAILED, integer, non_negative, png, say, split, tell, writable
 from . import report, table
 from .checkpoint import Checkpoint, CheckpointError
@@ -43,6 +44,11 @@ def add_parser(commands) -> None:
         help="divide dim 0 into N equal parts, or by sizes: '*.qkv.weight=768,256,256'",
     )  # fmt: skip
     parser.add_argument("--stacked", **several, default=[], help="E matrices from (E, out, in)")
+    parser.add_argument(
+        "--convolutions", choices=CHOICES, default=CHOICES[0],
+        help="operator: also the norms of the convolutions whose kernels have 3 to 5 dimensions, "
+        "for stride 1 and one group",
+    )  # fmt: skip
     parser.add_argument("--sort", choices=SORTS,
                          help="largest first (default: as the layers come)")  # fmt: skip
     parser.add_argument("--top", type=integer(1), metavar="N",
@@ -82,8 +88,9 @@ def _run(arguments: argparse.Namespace) -> int:
     _need("matplotlib" if arguments.plot else None, None if to_stdout else "rich")
 
     patterns = Patterns(
-        arguments.include, arguments.exclude, dict(arguments.splits), arguments.stacked
-    )
+        arguments.include, arguments.exclude, dict(arguments.splits), arguments.stacked,
+        arguments.convolutions,
+    )  # fmt: skip
     paths = [p for p in (arguments.checkpoint, arguments.other) if p is not None]
     checkpoints = [Checkpoint(path) for path in paths]
     for checkpoint in checkpoints:

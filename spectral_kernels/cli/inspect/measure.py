@@ -6,14 +6,16 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from ...engine import operators
 from ...engine.lanczos import singular_values
 from ...selection.arguments import check_patterns
 from ...selection.matrices import Matrix, NothingSelected
+from ...selection.options import Convolutions
 from ...selection.rules import FLOAT_DTYPES, select
 from ...tables.layout import layout_of
 from .checkpoint import Checkpoint, Entry, natural
@@ -40,6 +42,8 @@ class MatrixRow:
     sigma: float
     norm: float
     """||W||_F."""
+    operator: float | None = None
+    """Norm of the convolution with stride 1 and one group; None: not asked for, or no kernel."""
 
     @property
     def size(self) -> int:
@@ -87,6 +91,7 @@ class Patterns:
     exclude: Sequence[str] = ()
     splits: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     stacked: Sequence[str] = ()
+    convolutions: Convolutions = "flattened"
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError for a pattern that matches none of the names."""
@@ -103,6 +108,7 @@ class Patterns:
             "exclude": [p for p in self.exclude if p in here],
             "splits": {p: n for p, n in self.splits.items() if p in here},
             "stacked": [p for p in self.stacked if p in here],
+            "convolutions": self.convolutions,
         }
 
 
@@ -197,6 +203,10 @@ def _rows(
     tensor = checkpoint.read(entry)
     rows = []
     for matrix in matrices:
+        operator = None
+        if matrix.periods:
+            operator = operators.norm(matrix, tensor, RTOL).sigma
+            matrix = replace(matrix, periods=None, side=None)
         part = matrix.of(tensor)
         norm = _norm(part)
         if not math.isfinite(norm):
@@ -215,7 +225,7 @@ def _rows(
         rows.append(
             MatrixRow(
                 matrix.name, named + (label[0] if label else ""), tuple(part.shape), *matrix.shape,
-                entry.dtype, sigma, norm,
+                entry.dtype, sigma, norm, operator,
             )
         )  # fmt: skip
     return rows

@@ -21,6 +21,7 @@ _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "norm": lambda row: row.norm,
     "usual_sigma": lambda row: row.usual,
     "ratio": lambda row: row.ratio,
+    "operator_norm": lambda row: row.operator,
 }
 _COMPARED = ("sigma", "stable_rank", "norm")
 
@@ -56,6 +57,11 @@ class Result:
     def is_comparison(self) -> bool:
         """Whether there are two checkpoints."""
         return len(self.measured) > 1
+
+    @property
+    def has_operators(self) -> bool:
+        """Whether there are norms of operators."""
+        return any(row.operator is not None for one in self.measured for row in one.rows)
 
 
 def as_json(result: Result) -> str:

@@ -106,6 +106,7 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
         numbers += ["stable rank,\nfirst", "other"] if has_ranks else []
     else:
         numbers = ["sigma_1", "stable\nrank", "||W||_F", "sigma_1\n/ usual"]
+        numbers += ["as an\noperator"] * result.has_operators
     table = _Table([*texts, *numbers], [False] * len(texts) + [True] * len(numbers))
     for one, other in result.pairs:
         cells = [one.name, size(one.shape)]
@@ -113,6 +114,8 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
             cells += [one.dtype] if has_dtypes else []
             cells += [_number(one.sigma), _number(one.stable_rank, 1), _number(one.norm, 2),
                       _number(one.ratio, 2)]  # fmt: skip
+            if result.has_operators:
+                cells.append("" if one.operator is None else _number(one.operator))
         else:
             if other.shape != one.shape:
                 cells[1] += f"\n-> {size(other.shape)}"
