@@ -54,11 +54,12 @@ def counts_of(sizes: Sequence[int], periods: Sequence[int]) -> list[int]:
 def _dimensions(layout: Layout, n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return sizes and strides, in columns, of the channels and the ``n`` dimensions of taps."""
     sizes, strides, step = [1] * (n + 2), [0] * (n + 2), 1  # by dimension of the kernel
+    if not layout.column_dims:  # without elements, or with one column
+        sizes[1], strides[1] = layout.cols, 1
+        return tuple(sizes[1:]), tuple(strides[1:])
     for d, size in zip(layout.column_dims[::-1], layout.column_sizes[::-1], strict=True):
         sizes[d], strides[d] = size, step
         step *= size
-    if not layout.column_dims:  # without elements, or with one column
-        sizes[1], strides[1] = layout.cols, 1
     return tuple(sizes[1:]), tuple(strides[1:])
 
 
