@@ -120,5 +120,4 @@ def test_compiling_ahead_leaves_what_a_launch_finds(tmp_path, monkeypatch):
 def precompile_one(dtype):
     """The cheapest kernel of the core set."""
     return [precompile.describe("rank_one", dtype, grad_type=dtype, finish=True, with_t=True,
-                                tolerance=0.0, gradient=False, accumulate=False,
-                                terms=1)]  # fmt: skip
+                                tolerance=0.0, gradient=False, accumulate=False)]  # fmt: skip

@@ -62,8 +62,7 @@ def usual(dtype: torch.dtype) -> list[Description]:
 
     With float16 only the core: it differs from bfloat16 in conversions alone.
     """
-    adamw = {"rule": 0, "with_moment": True, "decoupled": False, "products": True,
-             "terms": 1}  # fmt: skip
+    adamw = {"rule": 0, "with_moment": True, "decoupled": False, "products": True}
     changes = {
         torch.float32: [{"decoupled": True}, {"rule": 1}, {"rule": 1, "with_moment": False}],
         torch.bfloat16: [{"decoupled": True}, {"rule": 1}, {"moment_type": torch.float32}],
@@ -84,7 +83,7 @@ def rare(dtype: torch.dtype) -> Iterator[Description]:
     if dtype == torch.float16:
         return
     plain = {"grad_type": dtype, "finish": True, "with_t": True, "gradient": True,
-             "accumulate": True, "tolerance": 0.0, "terms": 1}  # fmt: skip
+             "accumulate": True, "tolerance": 0.0}  # fmt: skip
     finish = {**plain, "gradient": False, "accumulate": False}
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     yield describe("gram_matvec", dtype, with_t=False, tolerance=0.0)

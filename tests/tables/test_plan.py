@@ -203,6 +203,11 @@ def test_rows_have_the_fields_of_the_structs_in_order(name):
         for kind, line in re.findall(r"(\w+) ([^;]+);", body)
         for field in line.split(",")
     ]
+    fields = [
+        (f"{field.partition('[')[0]}_{i}" if "[" in field else field, kind)
+        for field, kind in fields
+        for i in range(int(field.partition("[")[2][:-1] or 1))
+    ]
     assert np.dtype(fields) == schema.STRUCTS[name]
 
 
