@@ -346,6 +346,9 @@ class SpectralRegularizer(Assignable, Readings):
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all vectors, [n_vectors, N], and of measured targets, by name.
 
+        The vector of an operator of a convolution, with its frequency in it, is [2, N]: its real
+        and its imaginary part.
+
         "initial" has a float for a matrix, a bias or a shift, and a tensor [n] for a gain or for
         rows; of whole parameters, also where they are sharded.
 

@@ -37,7 +37,8 @@ INTERPRETED = [
     "-k", "triton or do_not_know_them",
     *(f"tests/{name}" for name in (
         "backends/test_triton.py", "backends/test_selfcheck.py", "backends/test_backends.py",
-        "backends/test_subspace.py", "backends/test_partials.py", "optim/test_optim.py",
+        "backends/test_subspace.py", "backends/test_partials.py", "backends/test_operators.py",
+        "optim/test_optim.py",
         "optim/test_changes.py", "engine/test_compile.py", "regularizer/test_gpu_like.py",
         "bench/test_gpu_sizes.py",
     )),

@@ -85,7 +85,7 @@ def _fits(matrix: Matrix | None, left) -> bool:
 
 def _is_alike(matrix: Matrix, v) -> bool:
     """Return whether ``v`` may be of ``matrix``: [2, N] of an operator."""
-    return matrix.periods is None or len(v) == 2
+    return matrix.periods is None or tuple(getattr(v, "shape", ()))[:1] == (2,)
 
 
 def _checked(matrix: Matrix, v, side: int) -> torch.Tensor:
@@ -98,8 +98,9 @@ def _checked(matrix: Matrix, v, side: int) -> torch.Tensor:
     if not isinstance(v, torch.Tensor) or len(shape) != 2 or shape[0] < 1 or shape[1] != n:
         kind = "vectors" if side else "left vectors"
         raise ValueError(
-            f"state: the {kind} of {matrix.name!r} have shape {shape}; accepted is (1, {n}), "
-            f"or one row per vector, for this matrix of {sizes[0]} x {sizes[1]}"
+            f"state: the {kind} of {matrix.name!r} have shape {shape}; accepted is "
+            f"({1 if matrix.periods is None else 2}, {n}), or one row per vector, for this matrix "
+            f"of {sizes[0]} x {sizes[1]}"
         )
     found = v.detach().to(torch.promote_types(v.dtype, torch.float32))
     norms = torch.linalg.vector_norm(wide(found), dim=1)

@@ -78,7 +78,8 @@ class StabilityWatch:
         at, to = torch.from_numpy(sigma), torch.from_numpy(target)
         factor = formulas.gradient_factor(at, torch.from_numpy(strength), k, to).numpy()
         with np.errstate(all="ignore"):  # sigma may be nan or huge
-            step = lr * np.abs(factor) * sigma
+            # Of an operator d sigma / dW has a squared norm of at least half its reach.
+            step = lr * np.abs(factor) * sigma * np.maximum(plan.table["reach"] / 2, 1)
             is_unstable = np.isfinite(sigma) & (step > 2 * np.abs(sigma - target))
         if not is_unstable.any():
             return

@@ -73,9 +73,9 @@ class SpectralAdamW(SpectralOptimizer):
             dtype, as in torch.
         backend: see :class:`SpectralRegularizer`.
         options: ``biases``, ``norms``, ``include``, ``exclude``, ``splits``, ``stacked``,
-            ``warmup``, ``seed`` of :class:`SpectralRegularizer`; and keywords of
-            ``torch.optim.AdamW``: ``foreach``, ``fused`` and ``capturable`` change nothing, since
-            a step is fused and can be captured anyway; ``amsgrad``, ``maximize`` and
+            ``roles``, ``convolutions``, ``warmup``, ``seed`` of :class:`SpectralRegularizer`; and
+            keywords of ``torch.optim.AdamW``: ``foreach``, ``fused`` and ``capturable`` change
+            nothing, since a step is fused and can be captured anyway; ``amsgrad``, ``maximize`` and
             ``differentiable`` may be False.
 
     Raises:

@@ -23,6 +23,27 @@ def test_every_backend_passes(backend, dtype):
     assert disagreement(own, torch.get_default_device(), dtype) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_backend_passes_with_operators(backend, dtype):
+    if backend.startswith("cuda"):
+        pytest.skip("operators have no kernels in CUDA C++")
+    own = choice.choose(backend, torch.get_default_device(), dtype)
+    assert disagreement(own, torch.get_default_device(), dtype, operators=True) is None
+
+
+def test_kernels_of_triton_stand_in_for_cuda(monkeypatch):
+    """For operators, which have none in CUDA C++, whether it is named or found."""
+    monkeypatch.setattr(choice, "unavailable", lambda name: None)
+    monkeypatch.setattr(choice, "_refused", lambda name, device: None)
+    monkeypatch.setattr(choice, "failed_check", lambda *_: None)
+    made = []
+    monkeypatch.setattr(choice, "_make", lambda name, dtype: made.append(name))
+    for name in ("auto", "cuda"):
+        choice.choose(name, GPU, torch.float32, 1, True)
+        choice.choose(name, GPU, torch.float32)
+    assert made == ["triton", "cuda", "triton", "cuda"]
+
+
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("name", ["reference", "cpu"])  # too slow in Triton's interpreter
 def test_the_steps_for_compute_sanitizer_run(name):

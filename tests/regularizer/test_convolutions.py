@@ -143,6 +143,20 @@ def test_norms_of_extreme_kernels():
 # ------------------------------------------------------------------------------------ the penalty
 
 
+def test_unstable_steps_of_sgd_are_told():
+    """A step changes sigma of an operator by more than one of a matrix does."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(2 / spectral_norms(model, convolutions="operator")["0.weight"])
+    # d penalty / d sigma = 4 (4 - 1) 2: times lr and strength 0.6, less than twice the way to 1.
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    reg = regularizer(model, strength=0.025)
+    reg.attach(optimizer)
+    zero_gradients(model)
+    with pytest.warns(RuntimeWarning, match=r"unstable for '0.weight'"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("way", ["penalty", "accumulate", "attach"])
 def test_three_ways_have_one_gradient(way):
     model = net()
