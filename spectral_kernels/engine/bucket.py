@@ -194,6 +194,8 @@ class Bucket:
         for i, ref in enumerate(self.plan.matrix_ref.tolist()):
             by_ref.setdefault(ref, []).append(i)
         for ref, indices in by_ref.items():
+            if self.on_host and bool((least[indices] == torch.inf).all()):
+                continue
             found = search([self.matrices[i] for i in indices], self.parameters[ref])
             for i, sigma, v in zip(indices, *found, strict=True):
                 takes = (sigma > least[i]) | least[i].isnan()

@@ -13,8 +13,6 @@ Source = nn.Module | Iterable[tuple[str, torch.Tensor]]
 Patterns = str | Iterable[str]
 Splits = Mapping[str, int | Iterable[int]]
 Roles = Mapping[str, Literal["matrix", "stack", "bias", "gain", "skip"]]
-
-
 Convolutions = Literal["flattened", "operator"]
 
 
