@@ -303,11 +303,12 @@ Stretch<Rule, T, M, S> stretch_of(const Update& update, int64_t weight, int64_t 
           0};
 }
 
-// The penalty's gradient is a * x: through the rule, or decoupled from it.
+// The penalty's gradient is a * x: through the rule, or decoupled from it; or a constraint takes
+// a * x from the weights.
 template <class Any, class S>
 SPECTRAL_INLINE void put_penalty(Any& stretch, const Update& update, const Group& group, S a) {
   stretch.in_gradient = update.decoupled ? 0 : a;
-  stretch.beside_it = update.decoupled ? (S)(-group.lr) * a : 0;
+  stretch.beside_it = update.constraint != kFree ? -a : update.decoupled ? (S)(-group.lr) * a : 0;
 }
 
 template <template <class, class> class RuleOf, class T, class M>
@@ -323,11 +324,18 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   using Rule = RuleOf<S, Lanes>;
-  const Rule rule(group, steps_of<S>(update, moment));
-  double factor = gradient_factor<S>(header, tile.matrix);
-  if (update.decoupled)
+  Rule rule(group, steps_of<S>(update, moment));
+  double factor = update.constraint != kFree
+                      ? held_factor<S>(header, tile.matrix, update.constraint)
+                      : gradient_factor<S>(header, tile.matrix);
+  if (update.constraint == kSphere) {
+    if constexpr (Rule::kScales)
+      if (factor != 0) rule.shrink(factor);
+    factor = 0;
+  } else if (update.decoupled && update.constraint == kFree) {
     factor = capped_factor_of(factor, reinterpret_cast<const S*>(header.sigmas)[tile.matrix],
                               reinterpret_cast<const S*>(header.target)[tile.matrix], group.lr);
+  }
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<Rule, T, M, S>;
@@ -385,12 +393,17 @@ void update_elements(const Header& header, const Update& update, const Elementwi
     for (int64_t row = 0; row < rows_of(entry); ++row) {
       const auto piece = stretch.from(row * entry.length);
       piece.run(rule, entry.length,
-                OneRowFactor<T>{piece.p, RowGradient<T>(header, entry, index, row, lr)});
+                OneRowFactor<T>{piece.p,
+                                RowGradient<T>(header, entry, index, row, lr, update.constraint)});
     }
     return;
   }
   const ElementwiseGradient<S> gradient = elementwise_gradient_of<S>(header, entry, index);
-  if (update.decoupled) {
+  if (update.constraint != kFree) {
+    const HeldElements<S> held(strength_of<S>(header, header.n_matrices + index), gradient.norm,
+                               entry, update.constraint, gradient.above);
+    stretch.run(rule, entry.size, ElementwiseFactor<T, S, HeldElements<S>>{stretch.p, held});
+  } else if (update.decoupled) {
     const CappedGradient<S> capped(gradient, group.lr);
     stretch.run(rule, entry.size, ElementwiseFactor<T, S, CappedGradient<S>>{stretch.p, capped});
   } else {
@@ -418,6 +431,8 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   with_dtypes(header, update, [&](auto t, auto m) {
     if (update.rule == kAdamW)
       update_tile<AdamW, decltype(t), decltype(m)>(header, update, tile, next, scratch);
+    else if (update.constraint == kSphere)
+      update_tile<SgdOnSphere, decltype(t), decltype(m)>(header, update, tile, next, scratch);
     else
       update_tile<Sgd, decltype(t), decltype(m)>(header, update, tile, next, scratch);
   });
