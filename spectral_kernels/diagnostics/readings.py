@@ -91,16 +91,17 @@ class Readings:
         """Return name -> (u [M], sigma, v [N]) of every matrix, on its device; sigma is 0-d.
 
         With r vectors per matrix, [r, M], [r] and [r, N], the largest sigma first. They are those
-        of the last step, in float32 (float64 for float64 weights): u = W v / sigma, with the
-        matrix's outputs as rows and its columns in the parameter's own order, however it is stored.
+        of the last step, in float32 (float64 for float64 weights): u = W v / sigma, or of a matrix
+        that is stored column by column v = W^T u / sigma. Outputs are rows, and columns are in the
+        parameter's own order, however it is stored.
         Before the first step they are those of the warm-up, as ``sigma`` is. For an optimizer they
         are of the weights after its step. Where sigma is 0, u is too.
 
-        v and sigma are views, which the next step writes to: ``clone()`` what is to be kept. u is a
-        copy. Of a matrix that is stored column by column, such as a transposed one, v is the copy
-        and u the view, and both v are copies where columns lie in another order than the
-        parameter's, as in channels_last. Rows of depthwise convolutions have no vectors of their
-        own. Of sharded weights, the copy has this rank's part.
+        sigma and v are views, which the next step writes to: ``clone()`` what is to be kept. u is a
+        copy. Of a matrix that is stored column by column, such as a transposed one, u is the view
+        and v the copy; v is a copy too where columns lie in another order than the parameter's, as
+        in channels_last. Rows of depthwise convolutions have no vectors of their own. Of sharded
+        weights the vector along sharded rows of the memory has this rank's part.
         """
         with self._buckets.lock:
             found = {}

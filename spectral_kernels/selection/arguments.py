@@ -104,7 +104,7 @@ def check_choice(argument: str, value, accepted: Sequence[int]) -> int:
 def check_word(argument: str, value, accepted: Sequence[str | None]) -> str | None:
     """Return ``value`` if it is one of ``accepted``; TypeError or ValueError if not."""
     listed = ", ".join(map(repr, accepted))
-    if not (isinstance(value, str) or value is None):
+    if not isinstance(value, str) and (value is not None or None not in accepted):
         raise TypeError(f"{argument}: got {shown(value)}; accepted are {listed}")
     if value not in accepted:
         raise ValueError(f"{argument}: got {value!r}; accepted are {listed}")
@@ -279,7 +279,8 @@ def check_by_pattern(
 def _number_or_word(argument: str, value, words: Sequence[str]) -> float | str:
     if isinstance(value, str) and (value in words or ("mup" in words and mup_factor(value))):
         return str(value)
-    return check_number(argument, value, words=words)
+    multiple = ["0.5*mup"] if "mup" in words else []
+    return check_number(argument, value, words=[*words, *multiple])
 
 
 def mup_factor(target: float | str) -> float | None:
