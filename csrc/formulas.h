@@ -139,11 +139,13 @@ SPECTRAL_FORMULA double capped_factor_of(double factor, double sigma, double tar
 // With what part of itself, or of its s v^T, a matrix of that sigma is brought to its target by a
 // constraint: (sigma - tau) / sigma; 0: it stays as it is. A sigma that is zero beside the target
 // has no direction to move along.
+// A step takes at most all but a millionth of a huge one: more would be lost in rounding.
 SPECTRAL_FORMULA double held_factor_of(double sigma, double target, double strength,
                                        int64_t constraint, bool above) {
-  constexpr double kZero = 1e-30;
+  constexpr double kZero = 1e-30, kMost = 1 - 1e-6;
   if (strength == 0 || !is_finite(sigma) || !(sigma > kZero * target)) return 0;
-  return pulled(sigma - target, above || constraint == kCap) / sigma;
+  const double part = pulled(sigma - target, above || constraint == kCap) / sigma;
+  return part < kMost ? part : kMost;
 }
 
 // How the penalty acts on a row.

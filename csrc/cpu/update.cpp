@@ -306,9 +306,39 @@ Stretch<Rule, T, M, S> stretch_of(const Update& update, int64_t weight, int64_t 
 // The penalty's gradient is a * x: through the rule, or decoupled from it; or a constraint takes
 // a * x from the weights.
 template <class Any, class S>
-SPECTRAL_INLINE void put_penalty(Any& stretch, const Update& update, const Group& group, S a) {
+SPECTRAL_INLINE void put_penalty(Any& stretch, const Update& update, double lr, S a) {
   stretch.in_gradient = update.decoupled ? 0 : a;
-  stretch.beside_it = update.constraint != kFree ? -a : update.decoupled ? (S)(-group.lr) * a : 0;
+  stretch.beside_it = update.decoupled ? (S)(-lr) * a : 0;
+}
+
+// What put_penalty wants: a constraint does not depend on the learning rate.
+SPECTRAL_INLINE double pull_lr(const Update& update, const Group& group) {
+  return update.constraint != kFree ? 1 : group.lr;
+}
+
+// What s is multiplied by, and in `part` what the step takes of the weights.
+template <class S>
+double matrix_factor(const Header& header, const Update& update, int64_t index, double lr,
+                     double& part) {
+  part = 0;
+  if (update.constraint != kFree) {
+    const double held = held_factor<S>(header, index, update.constraint);
+    if (update.constraint == kCap) return held;
+    part = held;
+    return 0;
+  }
+  const double factor = gradient_factor<S>(header, index);
+  if (!update.decoupled) return factor;
+  return capped_factor_of(factor, reinterpret_cast<const S*>(header.sigmas)[index],
+                          reinterpret_cast<const S*>(header.target)[index], lr);
+}
+
+template <class Rule>
+SPECTRAL_INLINE Rule rule_of(const Group& group, double step, double part) {
+  Rule rule(group, step);
+  if constexpr (Rule::kScales)
+    if (part != 0) rule.shrink(part);
+  return rule;
 }
 
 template <template <class, class> class RuleOf, class T, class M>
@@ -324,18 +354,10 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   using Rule = RuleOf<S, Lanes>;
-  Rule rule(group, steps_of<S>(update, moment));
-  double factor = update.constraint != kFree
-                      ? held_factor<S>(header, tile.matrix, update.constraint)
-                      : gradient_factor<S>(header, tile.matrix);
-  if (update.constraint == kSphere) {
-    if constexpr (Rule::kScales)
-      if (factor != 0) rule.shrink(factor);
-    factor = 0;
-  } else if (update.decoupled && update.constraint == kFree) {
-    factor = capped_factor_of(factor, reinterpret_cast<const S*>(header.sigmas)[tile.matrix],
-                              reinterpret_cast<const S*>(header.target)[tile.matrix], group.lr);
-  }
+  const double lr = pull_lr(update, group);
+  double part;
+  const double factor = matrix_factor<S>(header, update, tile.matrix, lr, part);
+  const Rule rule = rule_of<Rule>(group, steps_of<S>(update, moment), part);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<Rule, T, M, S>;
@@ -354,7 +376,7 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
     if (piece.g != nullptr) piece.g += row * m.grad_row_stride + o * m.grad_outer_stride;
     if (piece.first != nullptr) piece.first += at;
     if (piece.second != nullptr) piece.second += at;
-    put_penalty(piece, update, group, a);
+    put_penalty(piece, update, lr, a);
     piece.run(rule, m.inner, RowFactor<S>{v + o * m.inner}, to);
   };
   // With little to compute, t would cost more, written for every row, than a second look at 16-bit
@@ -387,7 +409,7 @@ void update_elements(const Header& header, const Update& update, const Elementwi
     stretch.run(rule, entry.size, NoFactor<typename Simd<T>::V>{});
     return;
   }
-  put_penalty(stretch, update, group, (S)1);
+  put_penalty(stretch, update, pull_lr(update, group), (S)1);
   if (entry.kind == kRows) {
     const double lr = update.decoupled ? group.lr : 0;
     for (int64_t row = 0; row < rows_of(entry); ++row) {

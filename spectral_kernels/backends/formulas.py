@@ -266,10 +266,11 @@ def held_factor(sigma: Tensor, strength: Tensor, target: Tensor | float, above: 
 
     It takes that part of s v^T ("cap", where ``above`` is true, only where sigma is above tau) or
     of W itself ("sphere") from the weights. 0 without strength, where sigma is not finite, and
-    where it is zero beside tau: there is no direction to move along.
+    where it is zero beside tau: there is no direction to move along. At most all but a millionth of
+    a huge sigma goes in a step: more would be lost in rounding.
     """
     goes = (strength != 0) & torch.isfinite(sigma) & (sigma > 1e-30 * target)
-    found = pulled(sigma - target, above) / torch.where(goes, sigma, 1.0)
+    found = (pulled(sigma - target, above) / torch.where(goes, sigma, 1.0)).clamp(max=1 - 1e-6)
     return torch.where(goes, found, torch.zeros_like(found))
 
 

@@ -132,7 +132,8 @@ class Checkpoints(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_constraint": None, **state})  # older pickles have none
+        super().__setstate__(state)
+        self.__dict__.setdefault("_constraint", None)  # older pickles have none
         if (by_place := self.__dict__.pop("_by_place", None)) is not None:
             self._updates, self._preparation = None, Preparation()
             self._names = {

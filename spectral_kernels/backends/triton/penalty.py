@@ -81,4 +81,5 @@ def held_factor(sigma, target, strength, above):
     sigma, target = sigma.to(tl.float64), target.to(tl.float64)
     goes = (strength != 0) & (sigma < INFINITY) & (sigma > 1e-30 * target)
     excess = pulled(sigma - target, above)
-    return tl.where(goes, excess / tl.where(goes, sigma, 1.0), 0.0)
+    part = excess / tl.where(goes, sigma, 1.0)
+    return tl.where(goes, tl.where(part < 1 - 1e-6, part, 1 - 1e-6), 0.0)
