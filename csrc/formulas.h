@@ -296,10 +296,11 @@ struct Sgd {
 template <class S, class Math>
 struct SgdOnSphere : Sgd<S, Math> {
   static constexpr bool kScales = true;
-  S part = 0;
+  S part;
 
   SgdOnSphere() = default;
-  SPECTRAL_FORMULA SgdOnSphere(const Group& group, double step) : Sgd<S, Math>(group, step) {}
+  SPECTRAL_FORMULA SgdOnSphere(const Group& group, double step)
+      : Sgd<S, Math>(group, step), part(0) {}
 
   // See AdamW.
   SPECTRAL_FORMULA void shrink(double part) { this->part = (S)part; }

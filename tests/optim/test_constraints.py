@@ -279,7 +279,7 @@ def test_prepared_steps_have_the_bits_of_others(ours, constraint):
         model = Layers()
         optimizer = ours(model, 0.01, target=TARGET, decoupled=True, constraint=constraint)
         found.append(steps(optimizer, model, prepared=prepared))
-        assert (optimizer._preparation.step is not None and prepared) or not prepared
+        assert (optimizer._preparation.step is not None) or not prepared
     for x, y in zip(*found, strict=True):
         assert torch.equal(x, y)
 
