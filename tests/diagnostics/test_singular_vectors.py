@@ -115,3 +115,15 @@ def test_what_needs_no_copy_is_a_view():
     before = reg.sigma
     found["linear.weight"][0].zero_()
     assert torch.equal(reg.sigma, before)
+
+
+@pytest.mark.parametrize("n_vectors", [1, 4])
+def test_u_belongs_to_v_while_both_are_far_from_those_of_the_svd(backend, n_vectors):
+    model = nn.Linear(20, 30, bias=False).to(torch.get_default_device())
+    reg = SpectralRegularizer(model, n_vectors=n_vectors, warmup=1, backend=backend)
+    for _ in range(2):
+        ((u, sigma, v),) = reg.singular_vectors().values()
+        sigma = sigma[..., None] if n_vectors > 1 else sigma
+        product = v @ model.weight.detach().mT
+        torch.testing.assert_close(product, sigma * u, rtol=0, atol=1e-5)
+        reg.accumulate_grad_()
