@@ -64,13 +64,13 @@ def held_elements(vector, value, norm, c, mask, gain, strength, above, DECOUPLED
     """Return what a constraint takes from elements ``c`` of a gain or of a shift, ``value``."""
     targets, present = targets_at(vector)
     target = tl.load(targets, mask=present, other=0.0)
-    factor = tl.where(present, held_factor(norm, target, strength, 1), 0.0)
+    factor = tl.where(present, held_factor(norm, target, strength, above | 1), 0.0)
+    result = tl.where(factor == 0, 0.0, factor * value)
     if gain:
         bound = gain_targets(vector, c, mask)
-        factor = held_factor(tl.abs(value), bound, strength, above | (DECOUPLED == CAP))
-    else:
-        factor += tl.zeros_like(value)
-    return tl.where(factor == 0, 0.0, factor * value)
+        own = held_factor(tl.abs(value), bound, strength, above | (DECOUPLED == CAP))
+        result = tl.where(own == 0, 0.0, own * value)
+    return result
 
 
 @triton.jit

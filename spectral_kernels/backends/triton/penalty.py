@@ -79,7 +79,8 @@ def held_factor(sigma, target, strength, above):
     See ``formulas.held_factor``.
     """
     sigma, target = sigma.to(tl.float64), target.to(tl.float64)
-    goes = (strength != 0) & (sigma < INFINITY) & (sigma > 1e-30 * target)
+    known = (sigma < INFINITY) & (sigma > target * 1e-30)
+    goes = tl.where(strength != 0, known, False)
     excess = pulled(sigma - target, above)
     part = excess / tl.where(goes, sigma, 1.0)
     return tl.where(goes, tl.where(part < 1 - 1e-6, part, 1 - 1e-6), 0.0)
