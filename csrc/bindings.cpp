@@ -146,7 +146,8 @@ PYBIND11_MODULE(_native, m) {
              {FIELD(Update, rule), FIELD(Update, moment_dtype), FIELD(Update, matrix_moments),
               FIELD(Update, elementwise_moments), FIELD(Update, others), FIELD(Update, n_others),
               FIELD(Update, other_moments), FIELD(Update, groups), FIELD(Update, steps),
-              FIELD(Update, decoupled), FIELD(Update, grad_scale), FIELD(Update, found_inf)});
+              FIELD(Update, decoupled), FIELD(Update, grad_scale), FIELD(Update, found_inf),
+              FIELD(Update, constraint)});
   tables["Header"] = fields(sizeof(spectral::Header), {FIELD(Header, weight_dtype),
                                                        FIELD(Header, matrices),
                                                        FIELD(Header, n_matrices),
@@ -177,7 +178,8 @@ PYBIND11_MODULE(_native, m) {
                                                        FIELD(Header, arrivals),
                                                        FIELD(Header, operators),
                                                        FIELD(Header, taps),
-                                                       FIELD(Header, most_taps)});
+                                                       FIELD(Header, most_taps),
+                                                       FIELD(Header, above)});
   m.attr("tables") = tables;
 
   py::class_<spectral::TensorReader>(m, "TensorReader", py::module_local(),

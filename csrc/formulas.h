@@ -41,9 +41,14 @@ SPECTRAL_FORMULA bool is_stale(double tolerance, double residual, double sigma) 
   return residual > tolerance * sigma;
 }
 
+// By how much x^k exceeds what is wanted; with `above` what falls short of it counts as equal.
+SPECTRAL_FORMULA double pulled(double excess, bool above) {
+  return above && excess < 0 ? 0 : excess;
+}
+
 // R of a matrix: (sigma^k - tau^k)^2.
-SPECTRAL_FORMULA double raw_penalty_of(double sigma, double target, double k) {
-  const double excess = power(sigma, k) - power(target, k);
+SPECTRAL_FORMULA double raw_penalty_of(double sigma, double target, double k, bool above) {
+  const double excess = pulled(power(sigma, k) - power(target, k), above);
   return excess * excess;
 }
 
@@ -57,9 +62,11 @@ SPECTRAL_FORMULA double residual_of(double sigma, double t_norm, double scale) {
 
 // What s is multiplied by: strength * 2 k (sigma^k - tau^k) sigma^(k-1) / sigma. At sigma = 0 there
 // is no direction to move along: the gradient is zero.
-SPECTRAL_FORMULA double gradient_factor_of(double sigma, double target, double strength, double k) {
+SPECTRAL_FORMULA double gradient_factor_of(double sigma, double target, double strength, double k,
+                                           bool above) {
   if (sigma == 0) return 0;
-  return strength * 2 * k * (power(sigma, k) - power(target, k)) * power(sigma, k - 1) / sigma;
+  return strength * 2 * k * pulled(power(sigma, k) - power(target, k), above) *
+         power(sigma, k - 1) / sigma;
 }
 
 // Returns the larger number; NaN if one of them is.
@@ -73,15 +80,18 @@ SPECTRAL_FORMULA const S* targets_of(const Elementwise& entry) {
 
 // (|x|^k - tau^k)^2 of element i of a gain.
 template <class S>
-SPECTRAL_FORMULA double gain_penalty_of(double x, const S* targets, int64_t i, double k) {
-  const double excess = power(abs_of(x), k) - (targets == nullptr ? 1 : power(targets[i], k));
+SPECTRAL_FORMULA double gain_penalty_of(double x, const S* targets, int64_t i, double k,
+                                        bool above) {
+  const double excess =
+      pulled(power(abs_of(x), k) - (targets == nullptr ? 1 : power(targets[i], k)), above);
   return excess * excess;
 }
 
 // R of a bias or shift, from the sum of its squares.
 template <class S>
-SPECTRAL_FORMULA double shift_penalty_of(double squares, const S* targets, double k) {
-  return targets == nullptr ? power(squares, k) : raw_penalty_of(sqrt_of(squares), *targets, k);
+SPECTRAL_FORMULA double shift_penalty_of(double squares, const S* targets, double k, bool above) {
+  return targets == nullptr ? power(squares, k)
+                            : raw_penalty_of(sqrt_of(squares), *targets, k, above);
 }
 
 // strength * dR/dx of the elements of a bias, shift or gain, whose Euclidean norm is given.
@@ -89,18 +99,19 @@ template <class S>
 struct ElementwiseGradient {
   double k, strength, norm, shift_factor;  // strength times 2 k
   const S* targets;
-  bool is_shift;
+  bool is_shift, above;
 
   SPECTRAL_FORMULA ElementwiseGradient(double k, double strength, double norm,
-                                       const Elementwise& entry)
+                                       const Elementwise& entry, bool above)
       : k(k),
         strength(strength * 2 * k),
         norm(norm),
         targets(targets_of<S>(entry)),
-        is_shift(entry.kind == kShift) {
+        is_shift(entry.kind == kShift),
+        above(above) {
     shift_factor = !is_shift || targets == nullptr
                        ? this->strength * power(norm, 2 * k - 2)
-                       : gradient_factor_of(norm, *targets, strength, k);
+                       : gradient_factor_of(norm, *targets, strength, k, above);
   }
 
   // Of element i, x.
@@ -109,8 +120,8 @@ struct ElementwiseGradient {
     const double magnitude = abs_of(x);
     const double least = targets == nullptr ? 1 : power(targets[i], k);
     return x == 0 ? 0
-                  : strength * (power(magnitude, k) - least) * power(magnitude, k - 1) *
-                        (x > 0 ? 1 : -1);
+                  : strength * pulled(power(magnitude, k) - least, above) *
+                        power(magnitude, k - 1) * (x > 0 ? 1 : -1);
   }
 };
 
@@ -127,11 +138,33 @@ SPECTRAL_FORMULA double capped_factor_of(double factor, double sigma, double tar
   return capped(factor, abs_of(sigma - target) / ((double)reach * sigma), lr);
 }
 
-// What a row is multiplied by, capped; its squares are summed up.
-SPECTRAL_FORMULA double row_factor_of(double squares, double target, double strength, double k,
-                                      double lr) {
+// With what part of itself, or of its s v^T, a matrix of that sigma is brought to its target by a
+// constraint: (sigma - tau) / sigma; 0: it stays as it is. A sigma that is zero beside the target
+// has no direction to move along.
+// A step takes at most all but a millionth of a huge one: more would be lost in rounding.
+SPECTRAL_FORMULA double held_factor_of(double sigma, double target, double strength,
+                                       int64_t constraint, bool above) {
+  constexpr double kZero = 1e-30, kMost = 1 - 1e-6;
+  if (strength == 0 || !is_finite(sigma) || !(sigma > kZero * target)) return 0;
+  const double part = pulled(sigma - target, above || constraint == kCap) / sigma;
+  return part < kMost ? part : kMost;
+}
+
+// How the penalty acts on a row.
+struct RowPull {
+  double k, lr;  // lr: 0, or the learning rate that the gradient is capped for
+  bool above;
+  int64_t constraint;  // in place of the gradient
+};
+
+// What a row is multiplied by, capped or held; its squares are summed up.
+SPECTRAL_FORMULA double row_factor_of(double squares, double target, double strength,
+                                      const RowPull& pull) {
   const double norm = sqrt_of(squares);
-  return capped_factor_of(gradient_factor_of(norm, target, strength, k), norm, target, lr);
+  if (pull.constraint != kFree)  // with a target of 0 it is a bias, which has no bound
+    return target == 0 ? 0 : held_factor_of(norm, target, strength, pull.constraint, pull.above);
+  return capped_factor_of(gradient_factor_of(norm, target, strength, pull.k, pull.above), norm,
+                          target, pull.lr);
 }
 
 // ElementwiseGradient, capped: x - lr * of(x) is carried to the target at most.
@@ -155,6 +188,36 @@ struct CappedGradient {
   }
 };
 
+// What a constraint takes from the elements of a bias, shift or gain: those of a gain are singular
+// values; a bias is capped, if it has a target.
+template <class S>
+struct HeldElements {
+  const S* targets;
+  double strength, factor;  // of a bias
+  int64_t constraint;
+  bool is_shift, above;
+
+  SPECTRAL_FORMULA HeldElements(double strength, double norm, const Elementwise& entry,
+                                int64_t constraint, bool above)
+      : targets(targets_of<S>(entry)),
+        strength(strength),
+        factor(0),
+        constraint(constraint),
+        is_shift(entry.kind == kShift),
+        above(above) {
+    if (is_shift && targets != nullptr)
+      factor = held_factor_of(norm, *targets, strength, kCap, above);
+  }
+
+  // From element i, x.
+  SPECTRAL_FORMULA double of(double x, int64_t i) const {
+    const double target = is_shift || targets == nullptr ? 1 : (double)targets[i];
+    const double own =
+        is_shift ? factor : held_factor_of(abs_of(x), target, strength, constraint, above);
+    return own == 0 ? 0 : own * x;
+  }
+};
+
 // The rules as in torch.optim: change p and the moments m1, m2 by the gradient g. V is a number or
 // several side by side; Math has the processor's square root and quotient.
 
@@ -162,6 +225,7 @@ template <class S, class Math>
 struct AdamW {
   static constexpr int kMoments = 2;
   static constexpr bool kInParts = true;  // begin, change_of and end
+  static constexpr bool kScales = true;   // shrink
   S keep, weight1, beta2, weight2, step_size, inverse_root, eps;
 
   AdamW() = default;
@@ -173,6 +237,9 @@ struct AdamW {
         step_size((S)(group.lr / (1 - pow_of(group.option_1, step)))),
         inverse_root((S)(1 / sqrt_of(1 - pow_of(group.option_2, step)))),
         eps((S)group.eps) {}
+
+  // Let the step take `part` of the weights too.
+  SPECTRAL_FORMULA void shrink(double part) { keep = (S)(keep - part); }
 
   template <class V>
   SPECTRAL_FORMULA void operator()(V& p, V g, V& m1, V& m2) const {
@@ -203,7 +270,7 @@ struct AdamW {
 template <class S, class Math>
 struct Sgd {
   static constexpr int kMoments = 1;  // none is stored without momentum
-  static constexpr bool kInParts = false;
+  static constexpr bool kInParts = false, kScales = false;
   S lr, weight_decay, momentum, weight;
   bool nesterov;
 
@@ -224,6 +291,27 @@ struct Sgd {
       direction = nesterov ? g + momentum * m1 : m1;
     }
     p -= lr * direction;
+  }
+};
+
+// A rule of its own: in Sgd, one more term would change which products compilers fuse with sums.
+template <class S, class Math>
+struct SgdOnSphere : Sgd<S, Math> {
+  static constexpr bool kScales = true;
+  S part;
+
+  SgdOnSphere() = default;
+  SPECTRAL_FORMULA SgdOnSphere(const Group& group, double step)
+      : Sgd<S, Math>(group, step), part(0) {}
+
+  // See AdamW.
+  SPECTRAL_FORMULA void shrink(double part) { this->part = (S)part; }
+
+  template <class V>
+  SPECTRAL_FORMULA void operator()(V& p, V g, V& m1, V& m2) const {
+    const V before = p;
+    Sgd<S, Math>::operator()(p, g, m1, m2);
+    if (part != 0) p -= part * before;
   }
 };
 

@@ -76,6 +76,10 @@ struct Elementwise {
 
 enum Rule : int64_t { kAdamW = 0, kSgd = 1 };
 
+// What a step does with sigma instead of the penalty's pull: nothing else, W <- W - max(sigma -
+// tau, 0) u v^T, or W <- (tau / sigma) W.
+enum Constraint : int64_t { kFree = 0, kCap = 1, kSphere = 2 };
+
 // The optimizer's state of one matrix, one elementwise parameter or (a part of) another parameter.
 struct Moment {
   int64_t first;   // address that goes with the first element: exp_avg or momentum_buffer; 0: none
@@ -105,6 +109,7 @@ struct Update {
   int64_t decoupled;   // the penalty acts on the weights, beside weight decay
   int64_t grad_scale;  // one float32 number by which gradients are multiplied; 0: there is none
   int64_t found_inf;   // one float32 number: above zero nothing changes; 0: there is none
+  int64_t constraint;  // Constraint: takes the place of the penalty, and then decoupled is 1
 };
 
 constexpr int kMaxVectors = 16;  // per matrix
@@ -144,6 +149,7 @@ struct Header {
   int64_t operators;
   int64_t taps;
   int64_t most_taps;  // of an operator
+  int64_t above;      // 1: what is at or below its target has neither penalty nor gradient
 };
 
 }  // namespace spectral

@@ -19,11 +19,17 @@ from .engine.coefficients import Coefficients, Strength, Target
 from .engine.initial import Initial, checked_initial, copied
 from .engine.loading import Loaded, LoadResult, vectors_of, with_initial
 from .engine.model_buckets import ModelBuckets
-from .engine.settings import Settings, iterations_of
+from .engine.settings import SIDES, Settings, iterations_of
 from .engine.shares import look_when_built
 from .engine.untraced import outside, untraced
 from .selection import transforms
-from .selection.arguments import check_choice, check_count, check_number, known_keywords
+from .selection.arguments import (
+    check_choice,
+    check_count,
+    check_number,
+    check_word,
+    known_keywords,
+)
 from .selection.changes import selected
 from .selection.options import Convolutions, Patterns, Roles, Source, Splits
 from .selection.rules import select
@@ -43,8 +49,8 @@ class SpectralRegularizer(Assignable, Readings):
 
     There are three ways to apply it, with the same gradient: add :meth:`penalty` to the loss; call
     :meth:`accumulate_grad_` between ``backward`` and ``optimizer.step``; or call :meth:`attach`
-    once. ``strength``, ``target``, ``exponent``, ``n_power_iterations`` and ``n_vectors`` may be
-    assigned later too.
+    once. ``strength``, ``target``, ``exponent``, ``side``, ``n_power_iterations`` and ``n_vectors``
+    may be assigned later too.
 
     Modules of ``model`` that are replaced, resized, deleted, frozen or unfrozen are followed at the
     next step, see docs/continual.md; :meth:`reselect` takes in those that are added.
@@ -57,8 +63,10 @@ class SpectralRegularizer(Assignable, Readings):
             (the first matching pattern counts). The value of a tensor is checked once, here. With
             the number 0, a parameter gets no gradient of the penalty, as if it were excluded.
         exponent: k, at least 1.
-        target: tau; a number, "initial", or a mapping from name patterns to these. A number is
-            for the matrices; biases and shifts are pulled to 0 and gains to 1. "initial" holds
+        target: tau; a number, "initial", "mup", or a mapping from name patterns to these. A number
+            is for the matrices; biases and shifts are pulled to 0 and gains to 1. "mup" is
+            sqrt(rows / cols) of each matrix, outputs over inputs, and "0.5*mup" half of that; 1 or
+            0.5 for a gain. "initial" holds
             everything that is selected at what it is when the regularizer is built: sigma_1 of a
             matrix, the norm of a bias or shift, the absolute value of each element of a gain. The
             penalty then begins at 0.
@@ -68,6 +76,8 @@ class SpectralRegularizer(Assignable, Readings):
         n_vectors: singular vectors iterated per matrix: 1, 2, 4, 8 or 16. More vectors make sigma
             more accurate where the largest singular values are close together, as they become
             under the penalty; the penalty itself uses only the largest.
+        side: "both", or "above": what is at or below its target has neither penalty nor gradient,
+            matrices and gains, and biases that have a target; others are pulled to 0 as before.
         biases: regularize biases of layers. The shifts of norms, named "bias" too, stay with
             ``norms``.
         norms: regularize the gains and shifts of normalization layers.
@@ -112,6 +122,7 @@ class SpectralRegularizer(Assignable, Readings):
         n_power_iterations: int | Literal["auto"] = 1,
         *,
         n_vectors: int = 1,
+        side: Literal["both", "above"] = "both",
         biases: bool = True,
         norms: bool = True,
         include: Patterns | None = None,
@@ -134,6 +145,7 @@ class SpectralRegularizer(Assignable, Readings):
             n_vectors=check_choice("n_vectors", n_vectors, N_VECTORS),
             iterations=iterations,
             extra_iterations=extra_iterations,
+            side=check_word("side", side, SIDES),
         )
         self._selection = selected(
             select, model, biases=biases, norms=norms, include=include, exclude=exclude,
@@ -226,6 +238,7 @@ class SpectralRegularizer(Assignable, Readings):
         decoupled: bool = False,
         replace: bool = False,
         shared: bool = False,
+        constraint: Literal["cap", "sphere"] | None = None,
     ) -> Attachment:
         """Let every ``optimizer.step()`` contain the penalty, once.
 
@@ -261,6 +274,9 @@ class SpectralRegularizer(Assignable, Readings):
                 runs again after its last handle was lost.
             shared: allow other regularizers or optimizers that add a penalty of these parameters
                 too, and gradients of one in ``.grad``.
+            constraint: with ``decoupled``: hold the weights at their target instead of pulling
+                them to it; see :class:`SpectralAdamW`. "sphere" scales the weights before the step,
+                so that a closure and weight decay see the scaled ones; the rest is added after it.
 
         Returns:
             A handle; ``handle.remove()`` detaches the regularizer.
@@ -271,12 +287,13 @@ class SpectralRegularizer(Assignable, Readings):
                 closure), optimizers with ``first_step()`` and ``second_step()``, SpectralAdamW and
                 SpectralSGD.
             ValueError: a selected parameter is in no optimizer, in two of them, in a group with
-                ``maximize=True``; with ``decoupled``, a group without lr.
+                ``maximize=True``; with ``decoupled``, a group without lr; a ``constraint`` without
+                ``decoupled``, or with several vectors.
             RuntimeError: attached to this optimizer already, or a parameter gets a penalty in the
                 steps of an optimizer that is still there (unless it is this regularizer's, and the
                 optimizer does not hold all parameters any more).
         """
-        return attach(self, optimizer, decoupled, replace, shared)
+        return attach(self, optimizer, decoupled, replace, shared, constraint)
 
     # ------------------------------------------------------------------- settings and checks
 

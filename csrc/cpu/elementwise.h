@@ -14,7 +14,8 @@ SPECTRAL_INLINE ElementwiseGradient<S> elementwise_gradient_of(const Header& hea
                                                                const Elementwise& entry,
                                                                int64_t index) {
   return ElementwiseGradient<S>(header.exponent, strength_of<S>(header, header.n_matrices + index),
-                                reinterpret_cast<const S*>(header.norm)[index], entry);
+                                reinterpret_cast<const S*>(header.norm)[index], entry,
+                                header.above != 0);
 }
 
 // Half of a vector of float32, as many numbers as a vector of float64 has. A vector of twice the
@@ -68,20 +69,21 @@ struct RowGradient {
   double factor;
   bool has_nan;  // some x may be NaN; see plain_nan
 
-  // lr: 0, or the learning rate that the gradient is capped for.
+  // lr and constraint: see RowPull.
   SPECTRAL_INLINE RowGradient(const Header& header, const Elementwise& entry, int64_t index,
-                              int64_t row, double lr) {
+                              int64_t row, double lr, int64_t constraint) {
     const T* x = reinterpret_cast<const T*>(entry.weight) + row * entry.length;
     const double squares = row_squares(x, entry.length);
     factor = row_factor_of(squares, targets_of<S>(entry)[row],
-                           strength_of<S>(header, header.n_matrices + index), header.exponent, lr);
+                           strength_of<S>(header, header.n_matrices + index),
+                           {header.exponent, lr, header.above != 0, constraint});
     has_nan = !is_finite(squares);
   }
 
   SPECTRAL_INLINE V of(V x) const {
     x = scaled(factor, x);
     if (has_nan)
-      for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = plain_nan(x[i]);
+      for (int i = 0; i < Simd<T>::kLanes; ++i) x[i] = factor == 0 ? 0 : plain_nan(x[i]);
     return x;
   }
 };
@@ -100,7 +102,7 @@ void rows_norm_of(const Header& header, const Elementwise& entry, int64_t index)
   for (int64_t row = 0; row < n_rows; ++row) {
     const double norm = __builtin_sqrt(row_squares(x + row * entry.length, entry.length));
     most = larger(most, norm);
-    penalty += raw_penalty_of(norm, targets[row], header.exponent);
+    penalty += raw_penalty_of(norm, targets[row], header.exponent, header.above != 0);
   }
   reinterpret_cast<S*>(header.norm)[index] = (S)most;
   reinterpret_cast<S*>(header.raw_penalty)[header.n_matrices + index] = (S)penalty;
@@ -114,6 +116,7 @@ void elementwise_norm_of(const Header& header, int64_t index) {
   const T* x = reinterpret_cast<const T*>(entry.weight);
   const S* targets = targets_of<S>(entry);
   const double k = header.exponent;
+  const bool above = header.above != 0;
   double squares = 0, gains = 0;
   for (int64_t i = 0; i < entry.size; i += Simd<T>::kLanes) {
     const int64_t left = entry.size - i;
@@ -121,11 +124,11 @@ void elementwise_norm_of(const Header& header, int64_t index) {
     for (int j = 0; j < Simd<T>::kLanes; ++j) squares += (double)lanes[j] * (double)lanes[j];
     if (entry.kind == kGain)
       for (int64_t j = 0; j < Simd<T>::kLanes && j < left; ++j)
-        gains += gain_penalty_of(lanes[j], targets, i + j, k);
+        gains += gain_penalty_of(lanes[j], targets, i + j, k, above);
   }
   reinterpret_cast<S*>(header.norm)[index] = (S)__builtin_sqrt(squares);
   reinterpret_cast<S*>(header.raw_penalty)[header.n_matrices + index] =
-      (S)(entry.kind == kGain ? gains : shift_penalty_of(squares, targets, k));
+      (S)(entry.kind == kGain ? gains : shift_penalty_of(squares, targets, k, above));
 }
 
 }  // namespace

@@ -131,7 +131,7 @@ void normalize_matrix(const Header& header, int64_t index, const Scratch& scratc
     next_vectors<S>(header, m, scale, ritz, found);
   }
   reinterpret_cast<S*>(header.raw_penalty)[index] =
-      (S)raw_penalty_of(found.sigma[0], target, header.exponent);
+      (S)raw_penalty_of(found.sigma[0], target, header.exponent, header.above != 0);
   for (int64_t j = 0; j < (op != nullptr ? 1 : r); ++j) {
     sigmas[j * header.n_matrices] = (S)found.sigma[j];
     if (header.t_partial != 0)

@@ -123,7 +123,7 @@ void add_rows_gradient(const Header& header, const Elementwise& entry, int64_t i
   G* grad = reinterpret_cast<G*>(entry.grad);
   const int64_t n = entry.length, n_rows = rows_of(entry);
   const auto of = [&](int64_t row) __attribute__((always_inline)) {
-    return RowGradient<T>(header, entry, index, row, 0);
+    return RowGradient<T>(header, entry, index, row, 0, kFree);
   };
   int64_t row = 0;
   for (; row + kTogether <= n_rows; row += kTogether) {

@@ -37,7 +37,14 @@ template <class S>
 SPECTRAL_INLINE double gradient_factor(const Header& header, int64_t matrix) {
   return gradient_factor_of(reinterpret_cast<const S*>(header.sigmas)[matrix],
                             reinterpret_cast<const S*>(header.target)[matrix],
-                            strength_of<S>(header, matrix), header.exponent);
+                            strength_of<S>(header, matrix), header.exponent, header.above != 0);
+}
+
+template <class S>
+SPECTRAL_INLINE double held_factor(const Header& header, int64_t matrix, int64_t constraint) {
+  return held_factor_of(reinterpret_cast<const S*>(header.sigmas)[matrix],
+                        reinterpret_cast<const S*>(header.target)[matrix],
+                        strength_of<S>(header, matrix), constraint, header.above != 0);
 }
 
 }  // namespace

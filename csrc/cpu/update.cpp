@@ -323,11 +323,43 @@ Stretch<Rule, T, M, S> stretch_of(const Update& update, int64_t weight, int64_t 
           0};
 }
 
-// The penalty's gradient is a * x: through the rule, or decoupled from it.
+// The penalty's gradient is a * x: through the rule, or decoupled from it; or a constraint takes
+// a * x from the weights.
 template <class Any, class S>
-SPECTRAL_INLINE void put_penalty(Any& stretch, const Update& update, const Group& group, S a) {
+SPECTRAL_INLINE void put_penalty(Any& stretch, const Update& update, double lr, S a) {
   stretch.in_gradient = update.decoupled ? 0 : a;
-  stretch.beside_it = update.decoupled ? (S)(-group.lr) * a : 0;
+  stretch.beside_it = update.decoupled ? (S)(-lr) * a : 0;
+}
+
+// What put_penalty wants: a constraint does not depend on the learning rate.
+SPECTRAL_INLINE double pull_lr(const Update& update, const Group& group) {
+  return update.constraint != kFree ? 1 : group.lr;
+}
+
+// What s is multiplied by, and in `part` what the step takes of the weights.
+template <class S>
+double matrix_factor(const Header& header, const Update& update, int64_t index, double lr,
+                     double& part) {
+  const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[index];
+  part = 0;
+  if (update.constraint != kFree) {
+    const double held = held_factor<S>(header, index, update.constraint);
+    if (update.constraint == kCap) return held / (double)m.reach;
+    part = held;
+    return 0;
+  }
+  const double factor = gradient_factor<S>(header, index);
+  if (!update.decoupled) return factor;
+  return capped_factor_of(factor, reinterpret_cast<const S*>(header.sigmas)[index],
+                          reinterpret_cast<const S*>(header.target)[index], lr, m.reach);
+}
+
+template <class Rule>
+SPECTRAL_INLINE Rule rule_of(const Group& group, double step, double part) {
+  Rule rule(group, step);
+  if constexpr (Rule::kScales)
+    if (part != 0) rule.shrink(part);
+  return rule;
 }
 
 template <template <class, class> class RuleOf, class T, class M>
@@ -343,14 +375,11 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   using Rule = RuleOf<S, Lanes>;
-  const Rule rule(group, steps_of<S>(update, moment));
-  double factor = gradient_factor<S>(header, tile.matrix);
   const int terms = header.operators != 0 ? 2 : 1;
-  if (update.decoupled) {
-    const double sigma = reinterpret_cast<const S*>(header.sigmas)[tile.matrix];
-    const double target = reinterpret_cast<const S*>(header.target)[tile.matrix];
-    factor = capped_factor_of(factor, sigma, target, group.lr, m.reach);
-  }
+  const double lr = pull_lr(update, group);
+  double part;
+  const double factor = matrix_factor<S>(header, update, tile.matrix, lr, part);
+  const Rule rule = rule_of<Rule>(group, steps_of<S>(update, moment), part);
   const S* v = reinterpret_cast<const S*>(header.v) + m.v_offset;
   const S* s = reinterpret_cast<const S*>(header.s) + m.s_offset;
   using Piece = Stretch<Rule, T, M, S>;
@@ -380,7 +409,7 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
       const S a0 = scaled(row), a1 = scaled(m.rows + row);
       for (int64_t o = 0; o < m.outer; ++o) {
         Piece piece = piece_of(row, o);
-        put_penalty(piece, update, group, (S)1);
+        put_penalty(piece, update, lr, (S)1);
         const TwoTermFactor<S> x{v + o * m.inner, m.outer * m.inner, a0, a1};
         piece.run(rule, m.inner, x, none);
       }
@@ -391,7 +420,7 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   // Updates piece o of a row, and hands the new weights over.
   const auto update_piece = [&](int64_t row, int64_t o, auto& to) __attribute__((always_inline)) {
     Piece piece = piece_of(row, o);
-    put_penalty(piece, update, group, scaled(row));
+    put_penalty(piece, update, lr, scaled(row));
     piece.run(rule, m.inner, RowFactor<S>{v + o * m.inner}, to);
   };
   // With little to compute, t would cost more, written for every row, than a second look at 16-bit
@@ -424,18 +453,23 @@ void update_elements(const Header& header, const Update& update, const Elementwi
     stretch.run(rule, entry.size, NoFactor<typename Simd<T>::V>{});
     return;
   }
-  put_penalty(stretch, update, group, (S)1);
+  put_penalty(stretch, update, pull_lr(update, group), (S)1);
   if (entry.kind == kRows) {
     const double lr = update.decoupled ? group.lr : 0;
     for (int64_t row = 0; row < rows_of(entry); ++row) {
       const auto piece = stretch.from(row * entry.length);
       piece.run(rule, entry.length,
-                OneRowFactor<T>{piece.p, RowGradient<T>(header, entry, index, row, lr)});
+                OneRowFactor<T>{piece.p,
+                                RowGradient<T>(header, entry, index, row, lr, update.constraint)});
     }
     return;
   }
   const ElementwiseGradient<S> gradient = elementwise_gradient_of<S>(header, entry, index);
-  if (update.decoupled) {
+  if (update.constraint != kFree) {
+    const HeldElements<S> held(strength_of<S>(header, header.n_matrices + index), gradient.norm,
+                               entry, update.constraint, gradient.above);
+    stretch.run(rule, entry.size, ElementwiseFactor<T, S, HeldElements<S>>{stretch.p, held});
+  } else if (update.decoupled) {
     const CappedGradient<S> capped(gradient, group.lr);
     stretch.run(rule, entry.size, ElementwiseFactor<T, S, CappedGradient<S>>{stretch.p, capped});
   } else {
@@ -463,6 +497,8 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   with_dtypes(header, update, [&](auto t, auto m) {
     if (update.rule == kAdamW)
       update_tile<AdamW, decltype(t), decltype(m)>(header, update, tile, next, scratch);
+    else if (update.constraint == kSphere)
+      update_tile<SgdOnSphere, decltype(t), decltype(m)>(header, update, tile, next, scratch);
     else
       update_tile<Sgd, decltype(t), decltype(m)>(header, update, tile, next, scratch);
   });

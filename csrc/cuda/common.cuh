@@ -203,8 +203,8 @@ __device__ __forceinline__ bool takes_part(const Header& header, int64_t matrix)
 }
 
 __device__ __forceinline__ void put_penalty(const Header& header, int64_t index, double sigma) {
-  at<float>(header.raw_penalty)[index] =
-      (float)raw_penalty_of(sigma, at<const float>(header.target)[index], header.exponent);
+  at<float>(header.raw_penalty)[index] = (float)raw_penalty_of(
+      sigma, at<const float>(header.target)[index], header.exponent, header.above != 0);
 }
 
 }  // namespace cuda

@@ -14,7 +14,7 @@ constexpr int64_t kShortRow = 256;  // elements of a row that one thread takes
 __device__ __forceinline__ ElementwiseGradient<float> elementwise_gradient_of(
     const Header& header, const Elementwise& entry, int64_t index) {
   return ElementwiseGradient<float>(header.exponent, strength_of(header, header.n_matrices + index),
-                                    at<const float>(header.norm)[index], entry);
+                                    at<const float>(header.norm)[index], entry, header.above != 0);
 }
 
 // The largest number of a block, in every thread; NaN if one is. Every thread must call it.
@@ -49,12 +49,13 @@ __device__ __forceinline__ void for_rows(const Elementwise& entry, Value value, 
   }
 }
 
-// What a row is multiplied by; lr: 0, or the learning rate that it is capped for.
+// What a row is multiplied by; lr and constraint: see RowPull.
 __device__ __forceinline__ double row_factor(const Header& header, const Elementwise& entry,
-                                             int64_t index, int64_t row, double squares,
-                                             double lr) {
+                                             int64_t index, int64_t row, double squares, double lr,
+                                             int64_t constraint) {
   return row_factor_of(squares, targets_of<float>(entry)[row],
-                       strength_of(header, header.n_matrices + index), header.exponent, lr);
+                       strength_of(header, header.n_matrices + index),
+                       {header.exponent, lr, header.above != 0, constraint});
 }
 
 template <class T>
@@ -63,13 +64,14 @@ __device__ __forceinline__ void elementwise_norm(const Header& header, int64_t i
   const T* x = at<const T>(entry.weight);
   const float* targets = targets_of<float>(entry);
   const double k = header.exponent;
+  const bool above = header.above != 0;
   double norm = 0, penalty = 0;
   if (entry.kind == kRows) {
     for_rows(
         entry, [&](int64_t i) { return (double)to_float(x[i]); },
         [&](int64_t row, double squares, int64_t first, int64_t) {
           norm = larger(norm, sqrt(squares));
-          if (first == 0) penalty += raw_penalty_of(sqrt(squares), targets[row], k);
+          if (first == 0) penalty += raw_penalty_of(sqrt(squares), targets[row], k, above);
         });
     norm = larger_over_block(norm);
     penalty = sum_over_block(penalty);
@@ -78,12 +80,12 @@ __device__ __forceinline__ void elementwise_norm(const Header& header, int64_t i
     for (int64_t i = threadIdx.x; i < entry.size; i += kThreads) {
       const double value = to_float(x[i]);
       squares += value * value;
-      if (entry.kind == kGain) gains += gain_penalty_of(value, targets, i, k);
+      if (entry.kind == kGain) gains += gain_penalty_of(value, targets, i, k, above);
     }
     squares = sum_over_block(squares);
     gains = sum_over_block(gains);
     norm = sqrt(squares);
-    penalty = entry.kind == kGain ? gains : shift_penalty_of(squares, targets, k);
+    penalty = entry.kind == kGain ? gains : shift_penalty_of(squares, targets, k, above);
   }
   if (threadIdx.x > 0) return;
   at<float>(header.norm)[index] = (float)norm;

@@ -14,7 +14,14 @@ __device__ __forceinline__ double strength_of(const Header& header, int64_t entr
 __device__ __forceinline__ double gradient_factor(const Header& header, int64_t index,
                                                   double sigma) {
   return gradient_factor_of(sigma, at<const float>(header.target)[index],
-                            strength_of(header, index), header.exponent);
+                            strength_of(header, index), header.exponent, header.above != 0);
+}
+
+__device__ __forceinline__ double held_factor(const Header& header, int64_t index,
+                                              int64_t constraint) {
+  return held_factor_of(at<const float>(header.sigmas)[index],
+                        at<const float>(header.target)[index], strength_of(header, index),
+                        constraint, header.above != 0);
 }
 
 }  // namespace cuda

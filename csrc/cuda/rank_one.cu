@@ -211,7 +211,7 @@ __device__ __forceinline__ void elementwise_gradient(const Header& header, int64
   };
   if (entry.kind == kRows)
     return for_rows(entry, value, [&](int64_t row, double squares, int64_t first, int64_t step) {
-      const double factor = row_factor(header, entry, index, row, squares, 0);
+      const double factor = row_factor(header, entry, index, row, squares, 0, kFree);
       for (int64_t j = first; j < entry.length; j += step) {
         const int64_t i = row * entry.length + j;
         put(i, (float)(factor * value(i)));

@@ -5,7 +5,10 @@
 namespace spectral {
 namespace cuda {
 void sgd(const Header& header, const Update& update, int device, int64_t stream) {
-  launch_rule<Sgd<float, void>>(header, update, device, stream);
+  if (update.constraint == kSphere)
+    launch_rule<SgdOnSphere<float, void>>(header, update, device, stream);
+  else
+    launch_rule<Sgd<float, void>>(header, update, device, stream);
 }
 
 }  // namespace cuda

@@ -61,11 +61,13 @@ __device__ __forceinline__ bool is_skipped(const Update& update) {
 }
 
 // Every thread of the block must call it, once; it is a barrier. One thread computes, since float64
-// is slow on many devices, and the result stays in shared memory, to save registers.
-template <class Rule, class T, class M>
+// is slow on many devices, and the result stays in shared memory, to save registers. part(): what
+// the step takes of the weights too.
+template <class Rule, class T, class M, class Part>
 __device__ __forceinline__ const Change<Rule, T, M>& change_of(const Update& update,
                                                                const Moment& moment,
-                                                               const Arrays<T, M>& arrays) {
+                                                               const Arrays<T, M>& arrays,
+                                                               Part part) {
   __shared__ Change<Rule, T, M> change;
   if (threadIdx.x == 0) {
     change.arrays = arrays;
@@ -73,14 +75,20 @@ __device__ __forceinline__ const Change<Rule, T, M>& change_of(const Update& upd
     if (change.acts) {
       const Group& group = at<const Group>(update.groups)[moment.group];
       change.rule = Rule(group, at<const float>(update.steps)[moment.parameter]);
+      if constexpr (Rule::kScales) {
+        const double taken = part();
+        if (taken != 0) change.rule.shrink(taken);
+      }
       change.inverse_scale = update.grad_scale == 0 ? 1 : 1 / *at<const float>(update.grad_scale);
       change.in_gradient = update.decoupled ? 0 : 1;
-      change.beside_it = update.decoupled ? (float)-group.lr : 0;
+      change.beside_it = update.constraint != kFree ? -1 : update.decoupled ? (float)-group.lr : 0;
     }
   }
   __syncthreads();
   return change;
 }
+
+__device__ __forceinline__ double no_part() { return 0; }
 
 // kWidth neighbouring elements as in memory, in as few loads as possible.
 template <class E, int kWidth>
@@ -268,14 +276,19 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
   const Matrix& m = at<const Matrix>(header.matrices)[tile.matrix];
   const Moment moment = at<const Moment>(update.matrix_moments)[tile.matrix];
   __shared__ double factor;
+  const bool scales = update.constraint == kSphere;
   if (threadIdx.x == kThreads - 1) {
     const double sigma = at<const float>(header.sigmas)[tile.matrix];
-    factor =
-        capped_factor_of(gradient_factor(header, tile.matrix, sigma), sigma,
-                         at<const float>(header.target)[tile.matrix], capping_lr(update, moment));
+    if (update.constraint == kFree)
+      factor =
+          capped_factor_of(gradient_factor(header, tile.matrix, sigma), sigma,
+                           at<const float>(header.target)[tile.matrix], capping_lr(update, moment));
+    else
+      factor = scales ? 0 : held_factor(header, tile.matrix, update.constraint);
   }
   const Change<Rule, T, M>& change = change_of<Rule, T, M>(
-      update, moment, arrays_at<T, M>(m.weight, m.grad, moment, tile.row_begin * m.row_stride));
+      update, moment, arrays_at<T, M>(m.weight, m.grad, moment, tile.row_begin * m.row_stride),
+      [&] { return scales ? held_factor(header, tile.matrix, update.constraint) : 0.0; });
   // A step that is skipped leaves the state as it is: the products with v again, which the caller
   // will take from v_next.
   const bool skipped = is_skipped(update);
@@ -315,18 +328,28 @@ __device__ __forceinline__ void update_elementwise(const Header& header, const U
                                                    int64_t index) {
   const Elementwise entry = at<const Elementwise>(header.elementwise)[index];
   const Moment moment = at<const Moment>(update.elementwise_moments)[index];
-  const Change<Rule, T, M>& change =
-      change_of<Rule, T, M>(update, moment, arrays_at<T, M>(entry.weight, entry.grad, moment, 0));
+  const Change<Rule, T, M>& change = change_of<Rule, T, M>(
+      update, moment, arrays_at<T, M>(entry.weight, entry.grad, moment, 0), no_part);
   if (change.acts && entry.kind == kRows) {
     for_rows(
         entry, [&](int64_t i) { return (double)to_float(change.arrays.p[i]); },
         [&](int64_t row, double squares, int64_t first, int64_t step) {
-          const double factor =
-              row_factor(header, entry, index, row, squares, capping_lr(update, moment));
+          const double factor = row_factor(header, entry, index, row, squares,
+                                           capping_lr(update, moment), update.constraint);
           const int64_t begin = row * entry.length;
-          update_elements<1>(change, begin + first, begin + entry.length, step,
-                             [&](float p, int64_t) { return (float)(factor * p); });
+          update_elements<1>(
+              change, begin + first, begin + entry.length, step, [&](float p, int64_t) {
+                const bool stays =
+                    update.constraint != kFree && factor == 0;  // it may not be finite
+                return stays ? 0.0f : (float)(factor * p);
+              });
         });
+  } else if (change.acts && update.constraint != kFree) {
+    const HeldElements<float> held(strength_of(header, header.n_matrices + index),
+                                   at<const float>(header.norm)[index], entry, update.constraint,
+                                   header.above != 0);
+    update_elements<1>(change, threadIdx.x, entry.size, kThreads,
+                       [&](float p, int64_t i) { return (float)held.of(p, i); });
   } else if (change.acts) {
     const CappedGradient<float> gradient(elementwise_gradient_of(header, entry, index),
                                          capping_lr(update, moment));
@@ -340,8 +363,8 @@ template <class Rule, class T, class M>
 __device__ __forceinline__ void update_other(const Update& update, int64_t index) {
   const Elementwise other = at<const Elementwise>(update.others)[index];
   const Moment moment = at<const Moment>(update.other_moments)[index];
-  const Change<Rule, T, M>& change =
-      change_of<Rule, T, M>(update, moment, arrays_at<T, M>(other.weight, other.grad, moment, 0));
+  const Change<Rule, T, M>& change = change_of<Rule, T, M>(
+      update, moment, arrays_at<T, M>(other.weight, other.grad, moment, 0), no_part);
   if (!change.acts) return;
   const bool aligned = are_aligned(other.weight, other.grad, moment);
   const int64_t wide = aligned ? other.size - other.size % kPerLoad<T> : 0;

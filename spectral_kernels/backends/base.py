@@ -54,6 +54,8 @@ class Step:
         groups: [n_groups] of schema.GROUP, hyperparameters.
         group_of: [n_parameters], the row of ``groups`` of each parameter.
         decoupled: whether the penalty acts on the weights directly, beside weight decay.
+        constraint: "cap" or "sphere", in place of the penalty (then ``decoupled`` is true), or
+            None.
         grad_scale: 0-d float32, by which gradients are divided, or None.
         found_inf: 0-d float32; the step is skipped where it is above zero. None: never.
         moment_dtype: dtype of the moments.
@@ -75,6 +77,7 @@ class Step:
     groups: np.ndarray
     group_of: np.ndarray
     decoupled: bool
+    constraint: str | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
     moment_dtype: torch.dtype
@@ -181,7 +184,8 @@ class Backend(ABC):
         Then multiply the new weights by ``v_next``, as ``gram_matvec`` does with ``v``; the caller
         swaps the two afterwards. Where ``step.found_inf`` is above zero, weights and moments do not
         change, ``v`` is copied to ``v_next``, and the products are taken with it. In the decoupled
-        form the penalty carries sigma to the target at most, and likewise what is elementwise.
+        form the penalty carries sigma to the target at most, and likewise what is elementwise. With
+        a constraint, ``formulas.held_factor`` of s v^T or of W is subtracted instead.
         """
         reference.update(step)
 

@@ -16,6 +16,9 @@ matrix, whose singular values are |g_i|: R = sum_i (|g_i|^k - tau_i^k)^2, tau_i 
 row w_i is a matrix with the one singular value ||w_i||: rows have
 R = sum_i (||w_i||^k - tau_i^k)^2. R is the raw penalty; the penalty is strength * R.
 
+``above`` is for a penalty of one side: what is at or below its target counts as being there, and
+has neither penalty nor gradient. It is a bool, or a 0-d tensor of one.
+
 Wide is float64, or float32 on a device that has no float64 (``tables.device.wide_dtype``).
 """
 
@@ -162,17 +165,32 @@ def orthonormal_if_finite(v: Tensor) -> Tensor | None:
 # ------------------------------------------------------------------- the penalty and its gradient
 
 
-def raw_penalty(weight: Tensor, v: Tensor, exponent: float, target: float | Tensor) -> Tensor:
+def pulled(excess: Tensor, above: bool | Tensor) -> Tensor:
+    """Return ``excess``, x^k - tau^k, and with ``above`` 0 where it is negative."""
+    if above is False:
+        return excess
+    return torch.where(above & (excess < 0), torch.zeros_like(excess), excess)
+
+
+def raw_penalty(
+    weight: Tensor,
+    v: Tensor,
+    exponent: float,
+    target: float | Tensor,
+    above: bool | Tensor = False,
+) -> Tensor:
     """Return R of a matrix ``weight`` [M, N] given ``v`` [N]; differentiable in ``weight``.
 
     Of an operator, ``v`` [N, 2] has the real and the imaginary part: see ``operators``.
     """
-    return raw_penalty_at(torch.linalg.vector_norm(weight @ v), exponent, target)
+    return raw_penalty_at(torch.linalg.vector_norm(weight @ v), exponent, target, above)
 
 
-def raw_penalty_at(sigma: Tensor, exponent: float, target: float | Tensor) -> Tensor:
+def raw_penalty_at(
+    sigma: Tensor, exponent: float, target: float | Tensor, above: bool | Tensor = False
+) -> Tensor:
     """Return R of a matrix with the largest singular value ``sigma``."""
-    return (sigma**exponent - target**exponent) ** 2
+    return pulled(sigma**exponent - target**exponent, above) ** 2
 
 
 def penalty_gradient(s: Tensor, v: Tensor, factor: Tensor) -> Tensor:
@@ -184,14 +202,19 @@ def penalty_gradient(s: Tensor, v: Tensor, factor: Tensor) -> Tensor:
 
 
 def gradient_factor(
-    sigma: Tensor, strength: Tensor | float, exponent: float, target: Tensor | float
+    sigma: Tensor,
+    strength: Tensor | float,
+    exponent: float,
+    target: Tensor | float,
+    above: bool | Tensor = False,
 ) -> Tensor:
     """Return strength * 2 k (sigma^k - tau^k) sigma^(k-1) / sigma, by which s is multiplied.
 
     At sigma = 0 there is no direction to move along: the factor is zero.
     """
     k = exponent
-    factor = strength * 2 * k * (sigma**k - target**k) * sigma ** (k - 1) / sigma
+    excess = pulled(sigma**k - target**k, above)
+    factor = strength * 2 * k * excess * sigma ** (k - 1) / sigma
     return torch.where(sigma == 0, torch.zeros_like(sigma), factor)
 
 
@@ -205,15 +228,19 @@ def shift_gradient(b: Tensor, norm: Tensor, exponent: float) -> Tensor:
     return 2 * exponent * norm ** (2 * exponent - 2) * b
 
 
-def gain_penalty(g: Tensor, exponent: float, target: Tensor | float = 1.0) -> Tensor:
+def gain_penalty(
+    g: Tensor, exponent: float, target: Tensor | float = 1.0, above: bool | Tensor = False
+) -> Tensor:
     """Return R of a gain ``g`` of any shape: the sum of (|g_i|^k - tau_i^k)^2."""
-    return ((g.abs() ** exponent - target**exponent) ** 2).sum()
+    return (pulled(g.abs() ** exponent - target**exponent, above) ** 2).sum()
 
 
-def gain_gradient(g: Tensor, exponent: float, target: Tensor | float = 1.0) -> Tensor:
+def gain_gradient(
+    g: Tensor, exponent: float, target: Tensor | float = 1.0, above: bool | Tensor = False
+) -> Tensor:
     """Return dR/dg of a gain ``g`` of any shape."""
     k = exponent
-    return 2 * k * (g.abs() ** k - target**k) * g.abs() ** (k - 1) * g.sign()
+    return 2 * k * pulled(g.abs() ** k - target**k, above) * g.abs() ** (k - 1) * g.sign()
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -223,9 +250,11 @@ def row_norms(rows: Tensor) -> Tensor:
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squares).sqrt())
 
 
-def rows_penalty(rows: Tensor, exponent: float, target: Tensor | float) -> Tensor:
+def rows_penalty(
+    rows: Tensor, exponent: float, target: Tensor | float, above: bool | Tensor = False
+) -> Tensor:
     """Return R of ``rows`` [n, length]: the sum of (||w_i||^k - tau_i^k)^2, tau [n]."""
-    return raw_penalty_at(row_norms(rows), exponent, target).sum()
+    return raw_penalty_at(row_norms(rows), exponent, target, above).sum()
 
 
 def capped(value: Tensor, most: Tensor, lr: float) -> Tensor:
@@ -236,6 +265,22 @@ def capped(value: Tensor, most: Tensor, lr: float) -> Tensor:
     """
     largest = torch.where(value > 0, most, -most) / (lr or 1.0)
     return torch.where(lr * value.abs() > most, largest, value)
+
+
+# -------------------------------------------------------------------------------- constraints
+
+
+def held_factor(sigma: Tensor, strength: Tensor, target: Tensor | float, above: bool) -> Tensor:
+    """Return (sigma - tau) / sigma, by which a constraint brings sigma to its target.
+
+    It takes that part of s v^T ("cap", where ``above`` is true, only where sigma is above tau) or
+    of W itself ("sphere") from the weights. 0 without strength, where sigma is not finite, and
+    where it is zero beside tau: there is no direction to move along. At most all but a millionth of
+    a huge sigma goes in a step: more would be lost in rounding.
+    """
+    goes = (strength != 0) & torch.isfinite(sigma) & (sigma > 1e-30 * target)
+    found = (pulled(sigma - target, above) / torch.where(goes, sigma, 1.0)).clamp(max=1 - 1e-6)
+    return torch.where(goes, found, torch.zeros_like(found))
 
 
 # --------------------------------------------------------------------------------- optimizers

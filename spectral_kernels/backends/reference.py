@@ -25,18 +25,18 @@ def _rows(plan, i: int, x: Tensor) -> Tensor:
     return x.reshape(plan.n_targets(i), -1) if x.numel() else x.reshape(0, 1)
 
 
-def _elementwise_penalty(plan, targets, i: int, x: Tensor, exponent: float) -> Tensor:
+def _elementwise_penalty(plan, targets, i: int, x: Tensor, exponent: float, above: bool) -> Tensor:
     """Return R of elementwise parameter ``i`` at ``x``, by its kind."""
     kind, target = plan.elementwise[i].kind, targets[i]
     target = None if target is None else target.to(x)
     if kind == "rows":
-        return formulas.rows_penalty(_rows(plan, i, x), exponent, target)
+        return formulas.rows_penalty(_rows(plan, i, x), exponent, target, above)
     if kind == "gain":
         target = 1.0 if target is None else target.view(x.shape)
-        return formulas.gain_penalty(x, exponent, target)
+        return formulas.gain_penalty(x, exponent, target, above)
     if target is None:
         return formulas.shift_penalty(x, exponent)
-    return formulas.rows_penalty(x.reshape(1, -1), exponent, target)
+    return formulas.rows_penalty(x.reshape(1, -1), exponent, target, above)
 
 
 def _stale(state) -> Tensor:
@@ -97,7 +97,7 @@ def gram_matvec(plan, state) -> None:
         # Squares of rows may be too large or too small for float32.
         x = x if plan.targets[i] is None else wide(x)
         state.raw_penalty[len(plan.matrices) + i] = _elementwise_penalty(
-            plan, plan.targets, i, x, state.exponent
+            plan, plan.targets, i, x, state.exponent, state.above
         )
 
 
@@ -176,7 +176,7 @@ def normalize(plan, state) -> None:
             _put(v_next, done.v_next, stale[i])
             _put(residuals[:, i], done.residuals, stale[i])
         _put(sigmas[:, i], found, stale[i])
-        raw_penalty = formulas.raw_penalty_at(found[0], k, wide(state.target[i]))
+        raw_penalty = formulas.raw_penalty_at(found[0], k, wide(state.target[i]), state.above)
         _put(state.raw_penalty[i], raw_penalty, stale[i])
 
 
@@ -185,12 +185,13 @@ def rank_one(plan, state, grads, accumulate: bool, lrs=None) -> None:
 
     With ``lrs``, learning rates [n_refs], gradients are capped: see ``formulas.capped``.
     """
+    above = state.above
     k, n = state.exponent, len(plan.matrices)
     strength = wide(state.strength)
     if state.scale is not None:
         strength = strength * state.scale
     sigma, target, norm = wide(state.sigma), wide(state.target), wide(state.norm)
-    factors = formulas.gradient_factor(sigma, strength[:n], k, target)
+    factors = formulas.gradient_factor(sigma, strength[:n], k, target, above)
     for i, ref in enumerate(plan.matrix_ref):
         if grads[ref] is None:
             continue
@@ -210,7 +211,7 @@ def rank_one(plan, state, grads, accumulate: bool, lrs=None) -> None:
         if grads[ref] is None:
             continue
         x, lr = wide(plan.tensors[ref].detach()), None if lrs is None else lrs[ref]
-        value = _elementwise_gradient(plan, i, x, norm[i], strength[n + i], k, lr)
+        value = _elementwise_gradient(plan, i, x, norm[i], strength[n + i], k, above, lr)
         _put_gradient(grads[ref].detach(), value, accumulate)
 
 
@@ -219,7 +220,9 @@ def _terms(plan, x: Tensor) -> Tensor:
     return x[:1] if plan.operators is None else x
 
 
-def _elementwise_gradient(plan, i: int, x: Tensor, norm, strength, k: float, lr) -> Tensor:
+def _elementwise_gradient(
+    plan, i: int, x: Tensor, norm, strength, k: float, above: bool, lr
+) -> Tensor:
     """Return the gradient of elementwise parameter ``i``, ``x`` [any shape], capped for ``lr``.
 
     With ``lr`` None it is not capped. ``norm`` is that in the state.
@@ -228,17 +231,52 @@ def _elementwise_gradient(plan, i: int, x: Tensor, norm, strength, k: float, lr)
     target = None if target is None else wide(target)
     if kind == "gain":
         target = torch.ones_like(x) if target is None else target.view(x.shape)
-        value, most = strength * formulas.gain_gradient(x, k, target), (x.abs() - target).abs()
+        most = (x.abs() - target).abs()
+        value = strength * formulas.gain_gradient(x, k, target, above)
         return value if lr is None else formulas.capped(value, most, lr)
     if target is None:
         value = strength * formulas.shift_gradient(x, norm, k)
         return value if lr is None else formulas.capped(value, x.abs(), lr)
     norm = torch.linalg.vector_norm(_rows(plan, i, x), dim=1) if kind == "rows" else norm[None]
-    factor = formulas.gradient_factor(norm, strength, k, target)
+    factor = formulas.gradient_factor(norm, strength, k, target, above)
     if lr is not None:
         factor = formulas.capped(factor, (norm - target).abs() / norm, lr)
     rows = _rows(plan, i, x) if kind == "rows" else x.reshape(1, -1)
     return (factor[:, None] * rows).reshape(x.shape)
+
+
+def _held(plan, state, constraint: str) -> list[Tensor]:
+    """Return what ``constraint`` takes from each parameter, see ``formulas.held_factor``; wide."""
+    found, n = [torch.zeros_like(wide(t.detach())) for t in plan.tensors], len(plan.matrices)
+    strength, sigma, norm = wide(state.strength), wide(state.sigma), wide(state.norm)
+    above = constraint == "cap" or state.above
+    factors = formulas.held_factor(sigma, strength[:n], wide(state.target), above)
+    for i, ref in enumerate(plan.matrix_ref):
+        view = stored(plan, i, found[ref])
+        if constraint == "cap":
+            s, v = (wide(_terms(plan, x)) for x in (state.rows(i), state.columns(i, state.v)))
+            factor = factors[i] / int(plan.table["reach"][i])
+            part = formulas.penalty_gradient(s, v, factor).reshape(view.shape)
+        else:
+            part = factors[i] * wide(stored(plan, i, plan.tensors[ref].detach()))
+        view.copy_(torch.where(factors[i] == 0, torch.zeros_like(part), part))
+    for i, ref in enumerate(plan.elementwise_ref):
+        x = wide(plan.tensors[ref].detach())
+        kind, target, own = plan.elementwise[i].kind, plan.targets[i], strength[n + i]
+        if kind == "shift":
+            if target is None:
+                continue
+            factor = formulas.held_factor(norm[i], own, wide(target), True)
+        elif kind == "gain":
+            target = torch.ones_like(x) if target is None else wide(target).view(x.shape)
+            factor = formulas.held_factor(x.abs(), own, target, above)
+        else:
+            norms, target = torch.linalg.vector_norm(_rows(plan, i, x), dim=1), wide(target)
+            factor = formulas.held_factor(norms, own, target, above)
+            factor = torch.where(target == 0, 0.0, factor)  # biases, which have no bound
+            factor = factor[:, None].expand(_rows(plan, i, x).shape).reshape(x.shape)
+        found[ref].copy_(torch.where(factor == 0, torch.zeros_like(x), factor * x))
+    return found
 
 
 def _put_gradient(grad: Tensor, value: Tensor, accumulate: bool) -> None:
@@ -277,7 +315,9 @@ def update(step) -> None:
     """See :meth:`Backend.update`."""
     plan, state = step.plan, step.state
     penalty: list[Tensor] = []
-    if plan is not None:
+    if plan is not None and step.constraint is not None:
+        penalty = _held(plan, state, step.constraint)
+    elif plan is not None:
         penalty = [torch.zeros_like(t, dtype=plan.state_dtype) for t in plan.tensors]
         lrs = [float(step.groups[step.group_of[i]]["lr"]) for i in range(len(penalty))]
         rank_one(plan, state, penalty, False, lrs if step.decoupled else None)
@@ -295,7 +335,7 @@ def update(step) -> None:
         moments = [wide(m) for m in step.moments[i]]
         p, moments = step.rule.apply(p, g, moments, step.steps[i], group)
         if step.decoupled:
-            p = p - float(group["lr"]) * added
+            p = p - (float(group["lr"]) if step.constraint is None else 1) * added
         weight.detach().copy_(p)
         for kept, moment in zip(step.moments[i], moments, strict=True):
             kept.copy_(moment)
@@ -315,12 +355,12 @@ def differentiable_penalty(plan, state, weights) -> Tensor:
     for i, ref in enumerate(plan.matrix_ref):
         layout = plan.layouts[i]
         weight = stored(plan, i, weights[ref]).reshape(layout.rows, layout.cols)
-        v = _terms(plan, state.columns(i, state.v)).mT
-        value = formulas.raw_penalty(weight.to(plan.state_dtype), v, k, state.target[i])
+        v, weight = _terms(plan, state.columns(i, state.v)).mT, weight.to(plan.state_dtype)
+        value = formulas.raw_penalty(weight, v, k, state.target[i], state.above)
         total = total + state.strength[i] * value
     for i, ref in enumerate(plan.elementwise_ref):
         x = weights[ref].to(plan.state_dtype)
         x = x if state.targets[i] is None else wide(x)
-        own = _elementwise_penalty(plan, state.targets, i, x, k).to(total)
+        own = _elementwise_penalty(plan, state.targets, i, x, k, state.above).to(total)
         total = total + state.strength[n + i] * own
     return total

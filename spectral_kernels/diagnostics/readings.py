@@ -14,6 +14,7 @@ from ..engine.bucket import Bucket
 from ..engine.initial import largest
 from ..engine.model_buckets import ModelBuckets
 from ..engine.untraced import untraced
+from ..engine.vectors import triplets_of
 from ..selection.arguments import shown
 from ..selection.listing import listing
 from ..selection.matrices import Elementwise, Matrix
@@ -84,6 +85,31 @@ class Readings:
         """Residuals of ``singular_values``, [n_matrices, n_vectors], a copy."""
         with self._buckets.lock:
             return gather(self._buckets.bound(), self.names, "residuals")
+
+    @untraced
+    def singular_vectors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return name -> (u [M], sigma, v [N]) of every matrix, on its device; sigma is 0-d.
+
+        With r vectors per matrix, [r, M], [r] and [r, N], the largest sigma first. They are those
+        of the last step, in float32 (float64 for float64 weights): u = W v / sigma, or of a matrix
+        that is stored column by column v = W^T u / sigma. Outputs are rows, and columns are in the
+        parameter's own order, however it is stored.
+        Before the first step they are those of the warm-up, as ``sigma`` is. For an optimizer they
+        are of the weights after its step. Where sigma is 0, u is too.
+
+        sigma and v are views, which the next step writes to: ``clone()`` what is to be kept. u is a
+        copy. Of a matrix that is stored column by column, such as a transposed one, u is the view
+        and v the copy; v is a copy too where columns lie in another order than the parameter's, as
+        in channels_last. Those of an operator of a convolution are complex copies: u [M], and v [N]
+        with K v = sigma u, a unit vector over channels times a wave over taps. Rows of depthwise convolutions have no vectors of their own. Of sharded
+        weights the vector along sharded rows of the memory has this rank's part.
+        """
+        with self._buckets.lock:
+            found = {}
+            for bucket in self._buckets.bound():
+                bucket.measure()
+                found |= triplets_of(bucket)
+        return {name: found[name] for name in self.names if name in found}
 
     @untraced
     def report(self) -> list[LayerReading]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..selection.arguments import check_choice, check_number
+from ..selection.arguments import check_choice, check_number, check_word
 from ..tables.schema import N_VECTORS
 from .coefficients import Strength, Target
 from .model_buckets import ModelBuckets
-from .settings import iterations_of
+from .settings import SIDES, check_constraint, iterations_of
 from .untraced import untraced
 
 
@@ -40,7 +40,7 @@ class Assignable:
 
     @property
     def target(self) -> Target:
-        """Singular value that each matrix is pulled to; assign a number, "initial" or a mapping.
+        """Singular value that each matrix is pulled to: a number, "initial", "mup" or a mapping.
 
         "initial", for elementwise parameters too, is what there was when it was first asked for: at
         construction or at an assignment.
@@ -60,7 +60,17 @@ class Assignable:
     @exponent.setter
     @untraced
     def exponent(self, exponent: float) -> None:
-        self._buckets.set_exponent(check_number("exponent", exponent, at_least=1))
+        self._buckets.set_shape(exponent=check_number("exponent", exponent, at_least=1))
+
+    @property
+    def side(self) -> str:
+        """Sides of the target on which there is a penalty; assign "both" or "above"."""
+        return self._buckets.settings.side
+
+    @side.setter
+    @untraced
+    def side(self, side: str) -> None:
+        self._buckets.set_shape(side=check_word("side", side, SIDES))
 
     @property
     def n_power_iterations(self) -> int | Literal["auto"]:
@@ -76,7 +86,7 @@ class Assignable:
 
     @property
     def n_vectors(self) -> int:
-        """Singular vectors per matrix; assign 1, 2, 4, 8 or 16.
+        """Singular vectors per matrix; assign 1, 2, 4, 8 or 16, with a constraint 1.
 
         The vectors are kept. If there are more from now on, ``warmup`` iterations follow.
         """
@@ -85,11 +95,17 @@ class Assignable:
     @n_vectors.setter
     @untraced
     def n_vectors(self, n_vectors: int) -> None:
-        self._buckets.set_n_vectors(check_choice("n_vectors", n_vectors, N_VECTORS))
+        found = check_choice("n_vectors", n_vectors, N_VECTORS)
+        for step in self._buckets.in_steps:
+            if step.is_active:
+                check_constraint(step.constraint, True, found)
+        self._buckets.set_n_vectors(found)
 
     def _assigned(self) -> dict[str, object]:
         """Return the arguments by name, and the backend's name, for a listing."""
-        names = "strength", "exponent", "target", "n_power_iterations", "n_vectors"
+        names = ["strength", "exponent", "target", "n_power_iterations", "n_vectors"]
+        if self.side != "both":
+            names.append("side")
         backend = self._buckets.settings.backend
         name = backend if isinstance(backend, str) else backend.name
         return {**{name: getattr(self, name) for name in names}, "backend": name}

@@ -15,6 +15,7 @@ from ..sharding import shards
 from ..sharding.backend import ShardedBackend, check_ranks
 from ..tables import device as device_tables
 from ..tables.plan import Plan
+from ..tables.schema import SLOT
 from ..tables.state import Ratios, State
 from .operators import search
 from .traceable import Traceable, can_be_traced
@@ -41,7 +42,13 @@ class Bucket:
     """
 
     def __init__(
-        self, plan: Plan, backend, exponent: float, extra_iterations: int = 0, warmup: int = 0
+        self,
+        plan: Plan,
+        backend,
+        exponent: float,
+        extra_iterations: int = 0,
+        warmup: int = 0,
+        above: bool = False,
     ):
         self.plan, self.backend, self.extra_iterations = plan, backend, extra_iterations
         self.warmup = warmup
@@ -50,7 +57,7 @@ class Bucket:
         self._parameters: list[torch.Tensor] | None = None
         self._placements: list[tuple | None] = []
         self.matrices = plan.matrices  # whole ones, where the plan has shards
-        self.warm = self.measured = self._captured = False
+        self.warm = self.measured = self._only_measured = self._captured = False
         self.idle: frozenset[int] = frozenset()
         self.frozen: frozenset[int] = frozenset()
         self._free = [True] * len(plan.refs)  # whether each parameter requires a gradient
@@ -62,6 +69,7 @@ class Bucket:
         self._was_edited = False  # whether the weights had been edited before the last step
         self._ratios = Ratios(len(plan.matrices))
         self.traceable: Traceable | None = None  # what graphs read, where they need no operators
+        self.set_shape(exponent, above)
 
     @classmethod
     def of(
@@ -74,11 +82,12 @@ class Bucket:
         r: int = 1,
         extra_iterations: int = 0,
         warmup: int = 0,
+        above: bool = False,
     ) -> Bucket:
         """Return the bucket of ``parameters``, one per ref, all with the same shard axes."""
         if not any(map(shards.is_sharded, parameters)):
             plan = Plan(matrices, elementwise, parameters, r)
-            return cls(plan, backend, exponent, extra_iterations, warmup)
+            return cls(plan, backend, exponent, extra_iterations, warmup, above)
         by_ref = dict(zip(refs_of(matrices, elementwise), parameters, strict=True))
         own = [shards.matrix_shard(matrix, by_ref[matrix.ref]) for matrix in matrices]
         if own:
@@ -88,7 +97,7 @@ class Bucket:
         local = [shards.local_of(p) for p in parameters]
         plan = Plan([one.local for one in own], elementwise, local, r)
         backend = ShardedBackend(backend, plan, own, axes)
-        found = cls(plan, backend, exponent, extra_iterations, warmup)
+        found = cls(plan, backend, exponent, extra_iterations, warmup, above)
         found._parameters, found.matrices = list(parameters), list(matrices)
         found._placements = [shards.placement(p) for p in parameters]
         return found
@@ -141,9 +150,12 @@ class Bucket:
         self.state.targets = self.state.plan.targets = plan.targets
         self._update_options()
 
-    def set_exponent(self, exponent: float) -> None:
-        """Replace the exponent k."""
+    def set_shape(self, exponent: float, above: bool) -> None:
+        """Replace the exponent k, and whether the penalty has one side; see ``State.above``."""
+        for tables in (self.plan, self.state.plan):  # states to come
+            tables.header[SLOT["above"]] = above
         self.state.set_exponent(exponent)
+        self.state.set_above(above)
         self._update_options()
 
     def make_traceable(self, backend: str | Backend) -> None:
@@ -152,13 +164,14 @@ class Bucket:
         A ``backend`` other than "auto" does the work in graphs too.
         """
         if backend == "auto" and not self.is_sharded and can_be_traced(self.plan):
-            own = self.plan, self._ratios.values, self.warmup, self.state.exponent
+            state = self.state
+            own = self.plan, self._ratios.values, self.warmup, state.exponent, state.above
             self.traceable = self.traceable or Traceable(*own)
 
     def _update_options(self) -> None:
-        """Have graphs of torch.compile read the present exponent and targets."""
+        """Have graphs of torch.compile read the present exponent, side and targets."""
         if self.traceable is not None:
-            self.traceable.set_options(self.plan, self.state.exponent)
+            self.traceable.set_options(self.plan, self.state.exponent, self.state.above)
 
     def sum_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of ``x`` over the ranks that hold other rows."""
@@ -331,7 +344,7 @@ class Bucket:
         except BaseException:
             self.state.swap()
             raise
-        self.measured = True
+        self.measured, self._only_measured = True, False
 
     def _catch_up(self) -> None:
         """Run extra iterations for stale matrices.
@@ -428,6 +441,12 @@ class Bucket:
         if not self.measured:
             self.iterate(1)
             self.state.swap()
+            self._only_measured = True
+
+    @property
+    def v_of_s(self) -> torch.Tensor:
+        """The flat buffer of vectors that s was computed from."""
+        return self.state.v_next if self._only_measured else self.state.v
 
     def check_ranks(self) -> None:
         """See ``SpectralRegularizer.check_ranks``."""

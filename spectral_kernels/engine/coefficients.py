@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
 from ..backends.base import Backend
 from ..selection import transforms
-from ..selection.arguments import by_name, check_by_pattern, check_number, shown
+from ..selection.arguments import by_name, check_by_pattern, check_number, mup_factor, shown
 from ..selection.matrices import Elementwise, Matrix, Selection
 from ..tables import device as device_tables
 from . import initial, lanczos, operators
@@ -17,7 +17,19 @@ from .bucket import Bucket
 from .initial import Initial
 
 Strength = float | torch.Tensor | Mapping[str, float]
-Target = float | Literal["initial"] | Mapping[str, float | Literal["initial"]]
+# A number, "initial", "mup" or a multiple such as "0.5*mup"; by pattern.
+Target = float | str | Mapping[str, float | str]
+
+
+TARGETS = ("initial", "mup")  # the words of a target
+
+
+def number_of(target: float | str, rows: int, cols: int) -> float:
+    """Return the target of a matrix [rows, cols]: c sqrt(rows / cols) for "c*mup"."""
+    factor = mup_factor(target)
+    if factor is None:
+        return target
+    return factor * math.sqrt(rows / cols) if cols else factor
 
 
 class Coefficients:
@@ -26,7 +38,8 @@ class Coefficients:
     Args:
         selection: matrices and elementwise parameters.
         strength: factor of R: a number, a 0-d tensor, or a mapping from name patterns.
-        target: tau: a number, "initial", or a mapping from name patterns to these.
+        target: tau: a number, "initial", "mup" or a multiple of it, or a mapping from name patterns
+            to these.
         backend: the backend, or its name, that measures initial targets.
 
     Raises:
@@ -73,11 +86,11 @@ class Coefficients:
 
     @property
     def target(self) -> Target:
-        """Tau: a number, "initial", or a copy of the mapping."""
+        """Tau: a number, "initial", "mup" or a multiple, or a copy of the mapping."""
         return dict(self._target) if isinstance(self._target, dict) else self._target
 
     def _checked_target(self, target: Target) -> tuple[Target, dict[str, float | str]]:
-        target = check_by_pattern("target", target, words=("initial",))
+        target = check_by_pattern("target", target, words=TARGETS)
         return target, by_name("target", target, self._selection)
 
     def assign_target(self, target: Target) -> None:
@@ -136,8 +149,10 @@ class Coefficients:
         """
         plan = bucket.plan
         values = [
-            self.initial[matrix.name] if target == "initial" else target
-            for matrix, target in ((m, self._targets[m.name]) for m in plan.matrices)
+            self.initial[matrix.name] if target == "initial" else number_of(target, *shape)
+            for matrix, target, shape in (
+                (m, self._targets[m.name], m.shape_now()) for m in plan.matrices
+            )
         ]
         device_tables.fill(bucket.state.target, values)
         targets = []
@@ -155,6 +170,9 @@ class Coefficients:
         target = self._targets[entry.name]
         if target == "initial":
             return self.initial[entry.name]
+        if isinstance(target, str) and entry.kind != "rows":
+            return mup_factor(target) if entry.kind == "gain" else entry.target
+        target = number_of(target, 1, entry.length)
         return target if entry.kind == "rows" and entry.target is None else entry.target
 
     def initial_names(self) -> list[str]:

@@ -239,12 +239,12 @@ class ModelBuckets:
             for bucket in self.buckets or ():
                 self.coefficients.fill_target(bucket)
 
-    def set_exponent(self, exponent: float) -> None:
-        """Replace the exponent k."""
+    def set_shape(self, **shape: float | str) -> None:
+        """Replace the exponent or the side; see ``Settings``."""
         with self.lock:
-            self.settings = replace(self.settings, exponent=exponent)
+            self.settings = replace(self.settings, **shape)
             for bucket in self.buckets or ():
-                bucket.set_exponent(exponent)
+                bucket.set_shape(self.settings.exponent, self.settings.side == "above")
 
     def set_iterations(self, iterations: int, extra_iterations: int) -> None:
         """Replace the numbers of iterations per step."""
@@ -424,6 +424,7 @@ class ModelBuckets:
             bucket = Bucket.of(
                 matrices, elementwise, [tensors[i] for i in order], backend, settings.exponent,
                 settings.n_vectors, settings.extra_iterations, settings.warmup,
+                settings.side == "above",
             )  # fmt: skip
             bucket.warm = start.write(bucket) and warm
             if bucket.is_sharded:

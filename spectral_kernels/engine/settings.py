@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..backends.base import Backend
-from ..selection.arguments import check_count
+from ..selection.arguments import check_count, check_word
 from ..selection.matrices import Selection
+from ..tables.schema import CONSTRAINTS
 from .bucket import MAX_EXTRA_ITERATIONS
+
+SIDES = ("both", "above")  # of the target, on which sigma is pulled
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Settings:
     Attributes:
         backend: name of a backend, or a Backend.
         exponent: k.
+        side: one of SIDES.
         warmup: iterations for vectors that start from random numbers.
         seed: of those random numbers; each matrix has its own stream, keyed by its name.
         n_vectors: singular vectors per matrix.
@@ -33,6 +37,28 @@ class Settings:
     iterations: int = 1
     extra_iterations: int = 0
     is_in_optimizer: bool = False
+    side: str = "both"
+
+
+def check_constraint(constraint, decoupled: bool, n_vectors: int) -> str | None:
+    """Return a constraint of the decoupled form: None, "cap" or "sphere".
+
+    Raises:
+        TypeError: not a string.
+        ValueError: another word; one with ``decoupled`` False or several vectors.
+    """
+    check_word("constraint", constraint, tuple(CONSTRAINTS))
+    if constraint is None:
+        return None
+    if not decoupled:
+        raise ValueError(
+            f"constraint: got {constraint!r} with decoupled=False; accepted is decoupled=True"
+        )
+    if n_vectors > 1:
+        raise ValueError(
+            f"n_vectors: got {n_vectors} with constraint={constraint!r}; accepted is n_vectors=1"
+        )
+    return constraint
 
 
 def check_one_vector(selection: Selection, n_vectors: int) -> None:

@@ -76,7 +76,8 @@ class StabilityWatch:
         lr = np.array([lrs.get(id(bucket.parameters[ref]), 0.0) for ref in plan.matrix_ref])
         sigma, target, strength = (x.astype(np.float64) for x in (sigma, target, strength))
         at, to = torch.from_numpy(sigma), torch.from_numpy(target)
-        factor = formulas.gradient_factor(at, torch.from_numpy(strength), k, to).numpy()
+        own = torch.from_numpy(strength)
+        factor = formulas.gradient_factor(at, own, k, to, bucket.state.above).numpy()
         with np.errstate(all="ignore"):  # sigma may be nan or huge
             # Of an operator d sigma / dW has a squared norm of at least half its reach.
             step = lr * np.abs(factor) * sigma * np.maximum(plan.table["reach"] / 2, 1)

@@ -18,6 +18,7 @@ from ..tables.plan import Plan
 # not); and so does one with more matrices and elementwise parameters, because compiling them takes
 # seconds for each.
 MOST_ELEMENTS, MOST_ENTRIES = 2**19, 16
+FIRST_TARGET = 2  # where targets start in ``Traceable.options``
 
 
 class MatrixView(NamedTuple):
@@ -76,15 +77,15 @@ class Traceable:
     Attributes:
         key: stands for the recipe; equal for equal ones.
         n_entries: number of matrices and elementwise parameters.
-        options: the exponent, the first target of each elementwise parameter, and all targets of
-            all of them, 1-D float64; replaced, not written, as a graph may have saved it for its
-            backward pass.
+        options: the exponent, 1 for a penalty of one side and else 0, the first target of each
+            elementwise parameter, and all targets of all of them, 1-D float64; replaced, not
+            written, as a graph may have saved it for its backward pass.
         ratios: residual / sigma of every matrix in the last step, [n_matrices] float64.
         unsettled: whether the next step is to call the operator ``settle``, 0-d.
     """
 
-    def __init__(self, plan: Plan, ratios: torch.Tensor, warmup: int, exponent: float):
-        matrices, elementwise, start = [], [], 1 + len(plan.elementwise)
+    def __init__(self, plan: Plan, ratios: torch.Tensor, warmup: int, exponent: float, above: bool):
+        matrices, elementwise, start = [], [], FIRST_TARGET + len(plan.elementwise)
         for matrix, layout, ref, own in zip(
             plan.matrices, plan.layouts, plan.matrix_ref, plan.table, strict=True
         ):
@@ -107,17 +108,18 @@ class Traceable:
         self.ratios, self.n_entries = ratios, len(matrices) + len(elementwise)
         with torch.inference_mode(False):
             self.unsettled = torch.ones((), dtype=torch.bool, device=plan.device)
-        self.set_options(plan, exponent)
+        self.set_options(plan, exponent, above)
 
     @torch.inference_mode(False)
-    def set_options(self, plan: Plan, exponent: float) -> None:
-        """Take over the exponent and the targets of elementwise parameters of ``plan``."""
-        number, targets = torch.tensor([exponent], dtype=torch.float64, device=plan.device), []
+    def set_options(self, plan: Plan, exponent: float, above: bool) -> None:
+        """Take over exponent, side and the targets of elementwise parameters of ``plan``."""
+        numbers = [exponent, float(above)]
+        first, targets = torch.tensor(numbers, dtype=torch.float64, device=plan.device), []
         for i, (entry, target) in enumerate(zip(plan.elementwise, plan.targets, strict=True)):
             if target is None:
-                target = number.new_full((plan.n_targets(i),), float(entry.kind == "gain"))
+                target = first.new_full((plan.n_targets(i),), float(entry.kind == "gain"))
             targets.append(target.double())
-        self.options = torch.cat((number, *[target[:1] for target in targets], *targets))
+        self.options = torch.cat((first, *[target[:1] for target in targets], *targets))
 
 
 def can_be_traced(plan: Plan) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends import formulas, reference
 from ..tables.device import wide
 from .bucket import JUMP, JUMP_FACTOR
-from .traceable import ElementwiseView, MatrixView, Recipe, recipe_of
+from .traceable import FIRST_TARGET, ElementwiseView, MatrixView, Recipe, recipe_of
 
 
 def _view(recipe: Recipe, i: int, weights: list[Tensor]) -> Tensor:
@@ -83,8 +83,9 @@ def _iterations(
     sigma, norm = norms[:n_matrices], norms[n_matrices:]
     residual = ((length - sigma * sigma) * (length + sigma * sigma)).clamp(min=0).sqrt() / sigma
     residual = torch.where(torch.isfinite(sigma) & (sigma > 0), residual, sigma)
-    targets = torch.cat((wide(target), options[1 : 1 + len(others)]))
-    raw, slopes, start = formulas.raw_penalty_at(norms, options[0], targets), {}, 0
+    k, above, firsts = _options(recipe, options)
+    targets = torch.cat((wide(target), firsts))
+    raw, slopes, start = formulas.raw_penalty_at(norms, k, targets, above), {}, 0
     parts = []
     for i, x, value in others:
         if x.kind != "shift":
@@ -93,6 +94,11 @@ def _iterations(
             start = i + 1
     scalars = [x.to(dtype) for x in (sigma, residual, norm, *parts, raw[start:])]
     return torch.cat([v, *s, *scalars, strength, target, *v_next]), slopes
+
+
+def _options(recipe: Recipe, options: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return k, whether the penalty has one side, and the elementwise parameters' first targets."""
+    return options[0], options[1] > 0, options[FIRST_TARGET:][: len(recipe.elementwise)]
 
 
 def _largest_square(view: ElementwiseView, x: Tensor) -> Tensor:
@@ -105,15 +111,16 @@ def _largest_square(view: ElementwiseView, x: Tensor) -> Tensor:
 
 def _gain_or_rows(view: ElementwiseView, options: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return R of a gain or of rows ``x``, [1], and dR/dx."""
-    k, target = options[0], options[view.targets : view.targets + view.n_targets]
+    k, above, target = options[0], options[1] > 0, options[view.targets :][: view.n_targets]
     target = target.to(x.dtype)
     if view.kind == "gain":
-        target = target.view(x.shape)
-        return formulas.gain_penalty(x, k, target)[None], formulas.gain_gradient(x, k, target)
+        own = x, k, target.view(x.shape), above
+        return formulas.gain_penalty(*own)[None], formulas.gain_gradient(*own)
     rows = x.reshape(view.n_targets, -1)
     norms = (rows * rows).sum(1).sqrt()
-    slope = formulas.gradient_factor(norms, 1.0, k, target)[:, None] * rows
-    return formulas.raw_penalty_at(norms, k, target).sum(0, keepdim=True), slope.view(x.shape)
+    slope = formulas.gradient_factor(norms, 1.0, k, target, above)[:, None] * rows
+    value = formulas.raw_penalty_at(norms, k, target, above).sum(0, keepdim=True)
+    return value, slope.view(x.shape)
 
 
 def _split(recipe: Recipe, found: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -189,19 +196,20 @@ def _differentiable(
 
     See ``Penalty.forward`` for the arguments.
     """
-    n, k, total = len(recipe.matrices), options[0], 0
+    n, k, above, total = len(recipe.matrices), options[0], options[1] > 0, 0
     for i, x in zip(trained, inputs, strict=True):
         if i < n:
             view = recipe.matrices[i]
             own = v[view.v_offset : view.v_offset + view.cols]
-            value = formulas.raw_penalty(x, own, k, target[i])
+            value = formulas.raw_penalty(x, own, k, target[i], above)
         else:
             view = recipe.elementwise[i - n]
             goal = options[view.targets : view.targets + view.n_targets]
             if view.kind == "gain":
-                value = formulas.gain_penalty(wide(x), k, goal.view(x.shape))
+                value = formulas.gain_penalty(wide(x), k, goal.view(x.shape), above)
             else:
-                value = formulas.rows_penalty(wide(x).reshape(view.n_targets, -1), k, goal)
+                rows = wide(x).reshape(view.n_targets, -1)
+                value = formulas.rows_penalty(rows, k, goal, above)
         total = total + strength[i] * value
     return total.to(v.dtype)
 
@@ -254,10 +262,10 @@ def step(
         ):
             old.copy_(new)
         value = (own * raw).sum()
-        norms, targets = wide(torch.cat((sigma, norm))), options[1 : 1 + len(recipe.elementwise)]
-        targets = torch.cat((wide(target), targets))
+        k, above, firsts = _options(recipe, options)
+        norms, targets = wide(torch.cat((sigma, norm))), torch.cat((wide(target), firsts))
         # In 32 bits the loops of the backward pass are vectorized.
-        factors = formulas.gradient_factor(norms, wide(own), options[0], targets).to(v.dtype)
+        factors = formulas.gradient_factor(norms, wide(own), k, targets, above).to(v.dtype)
     entries = [i for i, x in enumerate((*recipe.matrices, *recipe.elementwise)) if trained[x.ref]]
     if not entries:
         return value

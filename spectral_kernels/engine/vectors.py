@@ -47,6 +47,30 @@ def right_of(bucket: Bucket) -> dict[str, torch.Tensor]:
     return found
 
 
+def triplets_of(
+    bucket: Bucket,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return u [M], sigma (0-d) and v [N] of every matrix; see ``Readings.singular_vectors``."""
+    state, found = bucket.state, {}
+    sigmas = state.sigmas.view(state.plan.r, -1)
+    for i, (matrix, layout) in enumerate(
+        zip(bucket.plan.matrices, state.plan.layouts, strict=True)
+    ):
+        sigma, s, v = sigmas[:, i], state.rows(i), state.columns(i, bucket.v_of_s)
+        if bucket.plan.operators is not None:
+            sigma, v = sigma[0], layout.to_logical(v)
+            u = torch.complex(
+                *torch.where(sigma == 0, 0.0, s / torch.where(sigma == 0, 1.0, sigma))
+            )
+            found[matrix.name] = u, sigma, torch.complex(*v)
+            continue
+        u = torch.where(sigma == 0, 0.0, s.mT / torch.where(sigma == 0, 1.0, sigma)).mT
+        left, right = (u, v) if layout.side == "right" else (v, u)
+        three = left, sigma, layout.to_logical(right)
+        found[matrix.name] = three if state.plan.r > 1 else tuple(x[0] for x in three)
+    return found
+
+
 @dataclass
 class Start:
     """Vectors to start from, by name of the matrix.

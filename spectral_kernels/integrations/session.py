@@ -22,6 +22,7 @@ class RegularizerOptions(StartOptions, total=False):
 
     strength: Strength
     exponent: float
+    side: Literal["both", "above"]
     target: Target
     n_power_iterations: int | Literal["auto"]
     n_vectors: int

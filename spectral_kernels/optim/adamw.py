@@ -43,8 +43,23 @@ class SpectralAdamW(SpectralOptimizer):
     The penalty's part then carries sigma to its target at most, and gains and biases to theirs (1
     or -1, and 0), however large lr * strength is.
 
+    With ``constraint`` it holds the weights at the bound instead of pulling them there, whatever lr
+    and strength are: sigma, u and v are those of the weights before the step, and AdamW's own
+    change is added::
+
+        cap:     W <- W - max(sigma - target, 0) u v^T
+        sphere:  W <- (target / sigma) W
+
+    Both are used with bounds on the spectral norm ("Training Transformers with Enforced Lipschitz
+    Constants", arXiv 2507.13338; arXiv 2601.08393). One singular value is capped in a step, the one
+    that the vectors follow: several that are above the target come down one after the other.
+    Elements of gains and rows of depthwise convolutions, which are singular values too, are held
+    likewise, and biases are the optimizer's, but for one with a target: its norm is capped. A
+    matrix of zeros stays, and so does one that is not finite.
+
     ``sigma`` and ``residual`` are those of the weights after the last step. ``strength``,
-    ``target``, ``exponent``, ``n_power_iterations`` and ``n_vectors`` may be assigned later.
+    ``target``, ``exponent``, ``side``, ``n_power_iterations`` and ``n_vectors`` may be assigned
+    later.
 
     Attributes:
         regularizer: the :class:`SpectralRegularizer` whose penalty is in the steps; it says what is
@@ -69,6 +84,10 @@ class SpectralAdamW(SpectralOptimizer):
             after the step.
         n_vectors: singular vectors iterated per matrix, see :class:`SpectralRegularizer`.
         decoupled: let the penalty act on the weights directly, at most up to the target.
+        side: "both" or "above", see :class:`SpectralRegularizer`; with the constraint "sphere",
+            "above" scales nothing up.
+        constraint: with ``decoupled``: "cap" or "sphere" in place of the penalty. Of strength then
+            only counts whether it is 0, which leaves a parameter out; other numbers change nothing.
         state_dtype: torch.float32 for float32 moments of 16-bit parameters; None: the parameter's
             dtype, as in torch.
         backend: see :class:`SpectralRegularizer`.
@@ -82,7 +101,8 @@ class SpectralAdamW(SpectralOptimizer):
         TypeError: an argument of the wrong type or an unknown keyword; parameters without names
             and without ``model``.
         ValueError: a value out of range, ``amsgrad``, ``maximize`` or ``differentiable``; a
-            parameter in two groups; nothing to regularize.
+            parameter in two groups; nothing to regularize; a ``constraint`` without ``decoupled``,
+            or with several vectors.
         RuntimeError: the named backend cannot run on this machine.
     """
 
@@ -112,6 +132,8 @@ class SpectralAdamW(SpectralOptimizer):
         n_power_iterations: int | Literal["auto"] = 1,
         n_vectors: int = 1,
         decoupled: bool = False,
+        side: Literal["both", "above"] = "both",
+        constraint: Literal["cap", "sphere"] | None = None,
         state_dtype: torch.dtype | None = None,
         backend: BackendName | Backend = "auto",
         **options: Unpack[AdamWOptions],
@@ -123,7 +145,7 @@ class SpectralAdamW(SpectralOptimizer):
         super().__init__(
             params, defaults, strength, exponent, target, model=model, decoupled=decoupled,
             state_dtype=state_dtype, n_power_iterations=n_power_iterations, n_vectors=n_vectors,
-            backend=backend, **options,
+            backend=backend, side=side, constraint=constraint, **options,
         )  # fmt: skip
 
     def _checked_options(self, group: Mapping[str, Any]) -> dict[str, Any]:

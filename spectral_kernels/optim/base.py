@@ -18,11 +18,12 @@ from ..engine.attach import in_steps_of
 from ..engine.bucket import Bucket
 from ..engine.model_buckets import ModelBuckets
 from ..engine.prepared import Preparation
-from ..engine.settings import iterations_of
+from ..engine.settings import check_constraint, iterations_of
 from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer
 from ..selection.arguments import (
     as_dict,
+    check_choice,
     check_flag,
     check_pattern_list,
     check_scalar,
@@ -31,7 +32,7 @@ from ..selection.arguments import (
 from ..selection.parameters import named_parameters
 from ..sharding import shards
 from ..tables import device as device_tables
-from ..tables.schema import GROUP
+from ..tables.schema import GROUP, N_VECTORS
 from .checkpoints import Checkpoints
 from .groups import items_of, named_alike, not_in, source_and_groups
 from .prepared import Option, PreparedUpdate
@@ -56,11 +57,13 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
 
     def __init__(
         self, params, defaults, strength, exponent, target, *, model, decoupled, state_dtype,
-        n_power_iterations, n_vectors, backend, **options,
+        n_power_iterations, n_vectors, backend, side, constraint, **options,
     ):  # fmt: skip
         flags = {name: options.pop(name, default) for name, default in self._flags.items()}
         defaults = self._checked_options({**defaults, **flags})
         self._decoupled = check_flag("decoupled", decoupled)
+        n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
+        self._constraint = check_constraint(constraint, self._decoupled, n_vectors)
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")
         iterations_of(n_power_iterations, is_in_optimizer=True)
@@ -77,7 +80,7 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         options["exclude"] = [*self._excluded, *self._absent]
         self.regularizer = SpectralRegularizer(
             source, strength, exponent, target, n_power_iterations, n_vectors=n_vectors,
-            backend=backend, **options,
+            side=side, backend=backend, **options,
         )  # fmt: skip
         self._buckets.leave_out_computed()
         self._buckets.settings = replace(self._buckets.settings, is_in_optimizer=True)
@@ -147,7 +150,7 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         rows = [self._row(group) for group in self.param_groups]
         rows = [(lr if on_device and _is_on_gpu(lr) else float(lr), *row) for lr, *row in rows]
         for update in updates:
-            update.set_options(rows, self._decoupled)
+            update.set_options(rows, self._decoupled, self._constraint)
             update.set_scaling(grad_scale, found_inf)
             update.look_ahead(self._changed)
         self._changed = False
@@ -408,6 +411,8 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
     def __repr__(self) -> str:
         groups = super().__repr__()
         arguments = {**self._assigned(), "decoupled": self._decoupled}
+        if self._constraint is not None:
+            arguments["constraint"] = self._constraint
         lines = [f"{name}: {value}" for name, value in arguments.items()]
         lines += self._listing()
         return "\n    ".join((groups.removesuffix(")") + "Penalty", *lines)) + "\n)"

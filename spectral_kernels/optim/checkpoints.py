@@ -122,7 +122,8 @@ class Checkpoints(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses; copies and pickles carry moments and vectors."""
-        kept = ("regularizer", "_backend", "_state_dtype", "_decoupled", "_excluded", "_absent")
+        kept = ("regularizer", "_backend", "_state_dtype", "_decoupled", "_constraint",
+                "_excluded", "_absent")  # fmt: skip
         by_place = [[self._name_of(p) for p in g["params"]] for g in self.param_groups]
         return {
             **super().__getstate__(),
@@ -132,6 +133,7 @@ class Checkpoints(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_constraint", None)  # older pickles have none
         if (by_place := self.__dict__.pop("_by_place", None)) is not None:
             self._updates, self._preparation = None, Preparation()
             self._names = {

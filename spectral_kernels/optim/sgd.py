@@ -56,6 +56,9 @@ class SpectralSGD(SpectralOptimizer):
         n_power_iterations: see :class:`SpectralAdamW`.
         n_vectors: see :class:`SpectralAdamW`.
         decoupled: let the penalty act on the weights directly, at most up to the target.
+        side: see :class:`SpectralAdamW`.
+        constraint: with ``decoupled``: "cap" or "sphere" in place of the penalty, see
+            :class:`SpectralAdamW`.
         state_dtype: torch.float32 for float32 momentum of 16-bit parameters.
         backend: see :class:`SpectralAdamW`.
         options: see :class:`SpectralAdamW`; as ``torch.optim.SGD`` this has neither ``amsgrad`` nor
@@ -64,7 +67,8 @@ class SpectralSGD(SpectralOptimizer):
     Raises:
         TypeError: see :class:`SpectralAdamW`.
         ValueError: a value out of range, ``maximize`` or ``differentiable``; a parameter in two
-            groups; nothing to regularize.
+            groups; nothing to regularize; a ``constraint`` without ``decoupled``, or with several
+            vectors.
         RuntimeError: the named backend cannot run on this machine.
     """
 
@@ -94,6 +98,8 @@ class SpectralSGD(SpectralOptimizer):
         n_power_iterations: int | Literal["auto"] = 1,
         n_vectors: int = 1,
         decoupled: bool = False,
+        side: Literal["both", "above"] = "both",
+        constraint: Literal["cap", "sphere"] | None = None,
         state_dtype: torch.dtype | None = None,
         backend: BackendName | Backend = "auto",
         **options: Unpack[SGDOptions],
@@ -105,7 +111,7 @@ class SpectralSGD(SpectralOptimizer):
         super().__init__(
             params, defaults, strength, exponent, target, model=model, decoupled=decoupled,
             state_dtype=state_dtype, n_power_iterations=n_power_iterations, n_vectors=n_vectors,
-            backend=backend, **options,
+            backend=backend, side=side, constraint=constraint, **options,
         )  # fmt: skip
 
     def _checked_options(self, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..tables.device import DeviceTables, fill, number_on
 from ..tables.guard import NONE, TENSOR, Watched
 from ..tables.layout import same_strides
 from ..tables.schema import (
+    CONSTRAINTS,
     DTYPES,
     ELEMENTWISE,
     GROUP,
@@ -106,7 +107,7 @@ class Update:
         self._placed: tuple[int, ...] = ()  # the addresses of _ON_DEVICE in the header
         self.grad_scale: torch.Tensor | None = None
         self.found_inf: torch.Tensor | None = None
-        self.decoupled = False
+        self.decoupled, self.constraint = False, None
         self._build_tables()
 
     def _build_tables(self) -> None:
@@ -204,7 +205,8 @@ class Update:
         return Step(
             rule=self.rule, plan=plan, state=state, weights=self.weights, grads=self.grads,
             moments=self.moments, acts=self.acts, steps=self.steps, groups=self.groups,
-            group_of=self.group_of, decoupled=self.decoupled, grad_scale=self.grad_scale,
+            group_of=self.group_of, decoupled=self.decoupled, constraint=self.constraint,
+            grad_scale=self.grad_scale,
             found_inf=self.found_inf, moment_dtype=self.moment_dtype, others=self.others,
             tables=self.tables, group_table=self.group_table, address=self.address,
             plain_header=self._plain_header,
@@ -325,13 +327,15 @@ class Update:
         self.bucket.look_ahead(changed)
         self._seen_weights = seen
 
-    def set_options(self, rows: Sequence[tuple], decoupled: bool) -> None:
+    def set_options(self, rows: Sequence[tuple], decoupled: bool, constraint: str | None) -> None:
         """Write the hyperparameters of every group, in the order of schema.GROUP.
 
         A learning rate that is a tensor on a GPU is copied there: its value may change between
         replays of a CUDA graph. Numbers are constants of the graph, as in torch.optim.
         """
         self.decoupled = self.header[UPDATE_SLOT["decoupled"]] = decoupled
+        self.constraint = constraint
+        self.header[UPDATE_SLOT["constraint"]] = CONSTRAINTS[constraint]
         on_device = {i: row[0] for i, row in enumerate(rows) if isinstance(row[0], torch.Tensor)}
         rows = [(0.0 if i in on_device else row[0], *row[1:]) for i, row in enumerate(rows)]
         if rows != self._options:

@@ -101,6 +101,16 @@ def check_choice(argument: str, value, accepted: Sequence[int]) -> int:
     return value
 
 
+def check_word(argument: str, value, accepted: Sequence[str | None]) -> str | None:
+    """Return ``value`` if it is one of ``accepted``; TypeError or ValueError if not."""
+    listed = ", ".join(map(repr, accepted))
+    if not isinstance(value, str) and (value is not None or None not in accepted):
+        raise TypeError(f"{argument}: got {shown(value)}; accepted are {listed}")
+    if value not in accepted:
+        raise ValueError(f"{argument}: got {value!r}; accepted are {listed}")
+    return value if value is None else str(value)
+
+
 def check_flag(argument: str, value) -> bool:
     """Return ``value`` as a bool if it is one, or 0 or 1; TypeError if not.
 
@@ -253,7 +263,8 @@ def check_by_pattern(
     """Return a number, one of ``words`` or a mapping to these, as Python's own.
 
     Raises:
-        TypeError: neither a number, one of ``words``, nor a mapping from strings to these.
+        TypeError: neither a number, one of ``words``, nor a mapping from strings to these. With
+            the word "mup" its multiples, such as "0.5*mup", are accepted too.
         ValueError: a number below 0 or not finite.
     """
     if as_dict(value) is None:
@@ -266,9 +277,24 @@ def check_by_pattern(
 
 
 def _number_or_word(argument: str, value, words: Sequence[str]) -> float | str:
-    if isinstance(value, str) and value in words:
+    if isinstance(value, str) and (value in words or ("mup" in words and mup_factor(value))):
         return str(value)
-    return check_number(argument, value, words=words)
+    multiple = ["0.5*mup"] if "mup" in words else []
+    return check_number(argument, value, words=[*words, *multiple])
+
+
+def mup_factor(target: float | str) -> float | None:
+    """Return 2 for "2*mup" and 1 for "mup"; None for anything else, and for other than above 0."""
+    if target == "mup":
+        return 1.0
+    factor, _, word = target.partition("*") if isinstance(target, str) else ("", "", "")
+    if word.strip() != "mup":
+        return None
+    try:
+        found = float(factor)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) and found > 0 else None
 
 
 def by_name(

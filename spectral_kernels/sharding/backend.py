@@ -129,7 +129,7 @@ class ShardedBackend(Backend):
             penalties = reduced.squares**state.exponent
             if (pulled := self._pulled_shifts(plan)) is not None:
                 is_pulled, target = pulled
-                other = raw_penalty_at(norms, state.exponent, target)
+                other = raw_penalty_at(norms, state.exponent, target, state.above)
                 penalties = torch.where(is_pulled, other, penalties)
             penalties = torch.where(self._is_shift, penalties, reduced.penalties)
             if self._rows is not None:
@@ -186,6 +186,7 @@ class ShardedBackend(Backend):
         else:
             self._columns.cut(state, found)
         found.set_exponent(state.exponent)
+        found.set_above(state.above)
         found.set_scale(state.scale)
         found.set_tolerance(state.tolerance)
         return found

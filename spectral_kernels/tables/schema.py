@@ -13,6 +13,7 @@ import torch
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 KINDS = {"shift": 0, "gain": 1, "rows": 2}  # of elementwise parameters
 RULES = {"adamw": 0, "sgd": 1}
+CONSTRAINTS = {None: 0, "cap": 1, "sphere": 2}
 N_VECTORS = (1, 2, 4, 8, 16)  # singular vectors per matrix that the kernels support
 CHUNK_COLUMNS = 128  # of one matrix, summed over its tiles by one GPU program
 
@@ -37,13 +38,13 @@ _OPTIONS = "lr weight_decay option_1 option_2 eps nesterov"
 GROUP = _struct(_OPTIONS, floats=_OPTIONS)
 UPDATE = _struct(
     "rule moment_dtype matrix_moments elementwise_moments others n_others other_moments groups "
-    "steps decoupled grad_scale found_inf"
+    "steps decoupled grad_scale found_inf constraint"
 )
 HEADER = _struct(
     "weight_dtype matrices n_matrices tiles n_tiles elementwise n_elementwise t_partial "
     "gram_partial v v_next s sigmas residuals norm raw_penalty strength target scale exponent "
     "scratch_size n_bytes r tolerance chunks n_chunks chunk_squares arrivals "
-    "operators taps most_taps",
+    "operators taps most_taps above",
     floats="exponent tolerance",
 )
 STRUCTS = {

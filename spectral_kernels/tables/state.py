@@ -88,6 +88,15 @@ class State:
         """Set the exponent k."""
         self.exponent = self.header.view(np.float64)[SLOT["exponent"]] = exponent
 
+    @property
+    def above(self) -> bool:
+        """Whether what is at or below its target has neither penalty nor gradient."""
+        return bool(self.header[SLOT["above"]])
+
+    def set_above(self, above: bool) -> None:
+        """Set whether the penalty has one side; states of a plan begin with that of the plan."""
+        self.header[SLOT["above"]] = above
+
     def set_tolerance(self, tolerance: float) -> None:
         """Restrict calls to matrices with residual / sigma above ``tolerance`` (0: process all)."""
         self.tolerance = self.header.view(np.float64)[SLOT["tolerance"]] = tolerance

@@ -182,3 +182,17 @@ def test_the_reference_warns_too():
     assert choice.unavailable("reference") is None
     optimizer, _ = attached(model, backend="reference")
     assert len(warnings_of(optimizer.step, model)) == 1
+
+
+def test_the_watch_for_unstable_steps_knows_it(recwarn):
+    """Far below its target the penalty of two sides is unstable, that of one side is nothing."""
+    model = nn.Linear(6, 6, bias=False)
+    with torch.no_grad():
+        model.weight.mul_(0.1)
+    for side in ("both", "above"):
+        own = copy.deepcopy(model)
+        optimizer = SpectralSGD(own, 1.0, strength=10.0, side=side)
+        own.weight.grad = torch.zeros_like(own.weight)
+        optimizer.step()
+        found = [w for w in recwarn.list if "unstable" in str(w.message)]
+        assert len(found) == 1

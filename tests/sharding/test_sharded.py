@@ -74,9 +74,10 @@ def test_every_option(ranks, placement, backend, options):
 
 
 @pytest.mark.takes_seconds
-@pytest.mark.parametrize(
-    "way", ["attach", "decoupled", "accumulate", "penalty", "SpectralAdamW", "SpectralSGD"]
-)
+@pytest.mark.parametrize("way", [
+    "attach", "decoupled", "accumulate", "penalty", "SpectralAdamW", "SpectralSGD",
+    "SpectralAdamW, cap", "SpectralSGD, sphere",
+])  # fmt: skip
 @pytest.mark.parametrize("placement", ["fsdp", "tensor parallel", "fsdp and tensor parallel"])
 def test_training_has_the_same_losses(ranks, placement, way):
     for alone, sharded in ranks(4).call(sharded_runs.losses, placement, way, 20):

@@ -9,7 +9,8 @@ from torch.distributed.tensor import Replicate, Shard
 from ..support import sharded_rows
 
 WORLDS = (2, 4)
-WAYS = ["accumulate", "penalty", "attached, decoupled", "adamw", "adamw, decoupled"]
+WAYS = ["accumulate", "accumulate, above", "penalty", "attached, decoupled", "attached, cap",
+        "attached, sphere", "adamw", "adamw, decoupled", "adamw, cap", "adamw, sphere"]  # fmt: skip
 
 
 @pytest.mark.takes_seconds

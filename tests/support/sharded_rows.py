@@ -52,16 +52,21 @@ def compare(placements, target, exponent, way):
     for one in (alone, model):
         with rows_are_selected():
             options = {"strength": 0.3, "target": target, "exponent": exponent}
-            if way in ("adamw", "adamw, decoupled"):
-                own = SpectralAdamW(one, 0.01, eps=1e-2, decoupled="," in way, **options)
+            constraint = way.partition(", ")[2]
+            constraint = constraint if constraint in ("cap", "sphere") else None
+            if way == "accumulate, above":
+                options["side"] = "above"
+            if way.startswith("adamw"):
+                own = SpectralAdamW(one, 0.01, eps=1e-2, decoupled="," in way,
+                                    constraint=constraint, **options)  # fmt: skip
             else:
                 own = SpectralRegularizer(one, **options)
         moved(one)
         sgd = torch.optim.SGD(one.parameters(), 0.01)
-        if way == "attached, decoupled":
-            own.attach(sgd, decoupled=True)
+        if way.startswith("attached"):
+            own.attach(sgd, decoupled=True, constraint=constraint)
         for _ in range(2):
-            if way == "accumulate":
+            if way.startswith("accumulate"):
                 own.accumulate_grad_()
             elif way == "penalty":
                 own.penalty().backward()

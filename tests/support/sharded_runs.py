@@ -116,9 +116,12 @@ def losses(placement, way, steps):
     for model in (built(), sharded(placement, world, built())):
         is_alone = not curves
         curve, optimizer, reg = [], None, None
-        if way in ("SpectralAdamW", "SpectralSGD"):
-            kind = getattr(spectral_kernels, way)
-            extra = {"momentum": 0.9} if way == "SpectralSGD" else {}
+        if way.startswith("Spectral"):
+            kind, _, constraint = way.partition(", ")
+            extra = {"momentum": 0.9} if kind == "SpectralSGD" else {}
+            kind = getattr(spectral_kernels, kind)
+            if constraint:
+                extra.update(decoupled=True, constraint=constraint, target=0.5)
             optimizer = kind(model, 3e-3, strength=STRENGTH, **extra)
         else:
             reg = SpectralRegularizer(model, STRENGTH)

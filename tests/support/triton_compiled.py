@@ -64,8 +64,18 @@ def usual(dtype: torch.dtype) -> list[Description]:
     """
     adamw = {"rule": 0, "with_moment": True, "decoupled": False, "products": True}
     changes = {
-        torch.float32: [{"decoupled": True}, {"rule": 1}, {"rule": 1, "with_moment": False}],
-        torch.bfloat16: [{"decoupled": True}, {"rule": 1}, {"moment_type": torch.float32}],
+        torch.float32: [
+            {"decoupled": True},
+            {"decoupled": 2},
+            {"rule": 1},
+            {"rule": 1, "with_moment": False},
+        ],
+        torch.bfloat16: [
+            {"decoupled": True},
+            {"decoupled": 3},
+            {"rule": 1},
+            {"moment_type": torch.float32},
+        ],
         torch.float16: [],
     }
     return [

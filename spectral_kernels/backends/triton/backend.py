@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...tables.schema import DTYPES
+from ...tables.schema import CONSTRAINTS, DTYPES
 from ..base import Backend
 from .launch import capability_of, integer_exponent, neutral, variant
 from .sizes import LARGE, sizes
@@ -33,7 +33,7 @@ class Triton(Backend):
         )  # fmt: skip
         numbers = (
             len(plan.matrices), n_tiles, len(plan.elementwise), float(state.exponent),
-            integer_exponent(state.exponent),
+            integer_exponent(state.exponent), int(state.above),
         )  # fmt: skip
         given = {"with_t": state.v_next is not None, "tolerance": float(state.tolerance)}
         if plan.r == 1:
@@ -110,7 +110,8 @@ class Triton(Backend):
     @staticmethod
     def _numbers(plan, state) -> tuple:
         k = state.exponent
-        return len(plan.matrices), len(plan.elementwise), float(k), integer_exponent(k)
+        sizes = len(plan.matrices), len(plan.elementwise)
+        return *sizes, float(k), integer_exponent(k), int(state.above)
 
     def rank_one(self, plan, state, grads, accumulate: bool) -> None:
         """See :meth:`Backend.rank_one`; the plan is bound to ``grads`` already."""
@@ -139,6 +140,7 @@ class Triton(Backend):
                 numbers = (
                     n_matrices, n_chunks, len(plan.tiles), len(plan.elementwise),
                     plan.r * n_matrices, DTYPES[dtype], float(k), integer_exponent(k),
+                    int(state.above),
                 )  # fmt: skip
                 variant(
                     "rank_one", capability_of(plan.device), plan.dtype, grad_type=dtype,
@@ -158,11 +160,12 @@ class Triton(Backend):
         one, zero = neutral(step.device)
         if step.plan is None:  # nothing is regularized: arguments that the kernel ignores
             tables, numbers, k, r, scale = (others,) * 3, (1, 0, 0, 1), 1.0, 1, None
+            above = False
             buffers = (step.steps, groups.view(torch.float64), *(step.steps,) * 4)
         else:
             plan, state = step.plan, step.state
             tables = plan.device_tables().views[:3]
-            k, r, scale = state.exponent, plan.r, state.scale
+            k, r, scale, above = state.exponent, plan.r, state.scale, state.above
             numbers = (len(plan.matrices), len(plan.tiles), len(plan.elementwise),
                        r * len(plan.matrices))  # fmt: skip
             buffers = (plan.t_partial, plan.gram_partial, state.v, state.v_next, state.s,
@@ -178,10 +181,11 @@ class Triton(Backend):
         variant(
             "update", capability_of(step.device), step.dtype, 1,
             moment_type=step.moment_dtype, rule=step.rule.number,
-            with_moment=bool(step.moments[0]), decoupled=bool(step.decoupled), products=r == 1,
+            with_moment=bool(step.moments[0]), products=r == 1,
+            decoupled=1 + CONSTRAINTS[step.constraint] if step.decoupled else 0,
             terms=1 if step.plan is None else _terms(step.plan),
         ).launch(
-            step.device, grid, pointers, (*numbers, float(k), integer_exponent(k))
+            step.device, grid, pointers, (*numbers, float(k), integer_exponent(k), int(above))
         )  # fmt: skip
         if r > 1:
             self._products(plan, state, state.v_next, 0)

@@ -172,14 +172,14 @@ def _long_rows(
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_tiles", "n_elementwise", "k", "integer"],
+    do_not_specialize=["n_matrices", "n_tiles", "n_elementwise", "k", "integer", "above"],
     do_not_specialize_on_alignment=[
         "matrices", "tiles", "elementwise", "gram_partial", "s", "scalars",
     ],
 )  # fmt: skip
 def gram_matvec(
     matrices, tiles, elementwise, t_partial, gram_partial, v, s, scalars,
-    n_matrices, n_tiles, n_elementwise, k, integer,
+    n_matrices, n_tiles, n_elementwise, k, integer, above,
     DTYPE: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
     BLOCK: tl.constexpr, WIDTHS: tl.constexpr, STAGES: tl.constexpr, PIECE: tl.constexpr,
     SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
@@ -199,7 +199,7 @@ def gram_matvec(
         norm = norms_of(scalars, n_matrices) + i
         penalty = penalties_of(scalars, n_matrices, n_elementwise) + n_matrices + i
         elementwise_norm(
-            elementwise + i * ELEMENTWISE_FIELDS, norm, penalty, k, integer, DTYPE, 128
+            elementwise + i * ELEMENTWISE_FIELDS, norm, penalty, k, integer, above, DTYPE, 128
         )
     else:
         tile = tiles + program.to(tl.int64) * TILE_FIELDS

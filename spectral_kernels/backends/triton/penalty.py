@@ -1,7 +1,8 @@
 """Penalties, and the factors of gradients.
 
 The exponent comes as ``k`` and ``integer``: k where it is a small integer, or -1 (see
-tables.power).
+tables.power). ``above`` is 1 for a penalty of one side: what is at or below its target counts as
+being there.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from .tables import INFINITY, power
 
 
 @triton.jit
-def excess_of(sigma, target, k, integer):
+def excess_of(sigma, target, k, integer, above):
     """Return sigma^k - tau^k of a float64 sigma, whose square is the penalty."""
-    return power(sigma, k, integer) - power(tl.load(target).to(tl.float64), k, integer)
+    excess = power(sigma, k, integer) - power(tl.load(target).to(tl.float64), k, integer)
+    return pulled(excess, above)
+
+
+@triton.jit
+def pulled(excess, above):
+    """Return an excess, and with ``above`` 0 where it is negative."""
+    return tl.where((above != 0) & (excess < 0), 0.0, excess)
 
 
 @triton.jit
@@ -30,13 +38,14 @@ def residual_of(sigma, t_norm, scale):
 
 
 @triton.jit
-def matrix_factor(sigma, target, strength, k, integer):
+def matrix_factor(sigma, target, strength, k, integer, above):
     """Return what s is multiplied by: strength * 2 k (sigma^k - tau^k) sigma^(k-1) / sigma.
 
     At sigma = 0 there is no direction to move along: it is zero.
     """
     sigma, target = sigma.to(tl.float64), target.to(tl.float64)
-    factor = strength * 2 * k * (power(sigma, k, integer) - power(target, k, integer))
+    excess = pulled(power(sigma, k, integer) - power(target, k, integer), above)
+    factor = strength * 2 * k * excess
     factor = factor * power(sigma, k - 1, integer - 1)
     return tl.where(sigma == 0, 0.0, factor / tl.where(sigma == 0, 1.0, sigma))
 
@@ -64,3 +73,17 @@ def capped_factor(factor, sigma, target, lr, reach):
     """
     sigma, target = sigma.to(tl.float64), target.to(tl.float64)
     return capped(factor, tl.abs(sigma - target) / (reach * tl.where(sigma == 0, 1.0, sigma)), lr)
+
+
+@triton.jit
+def held_factor(sigma, target, strength, above):
+    """Return (sigma - tau) / sigma, by which a constraint brings sigma to its target.
+
+    See ``formulas.held_factor``.
+    """
+    sigma, target = sigma.to(tl.float64), target.to(tl.float64)
+    known = (sigma < INFINITY) & (sigma > target * 1e-30)
+    goes = tl.where(strength != 0, known, False)
+    excess = pulled(sigma - target, above)
+    part = excess / tl.where(goes, sigma, 1.0)
+    return tl.where(goes, tl.where(part < 1 - 1e-6, part, 1 - 1e-6), 0.0)

@@ -54,7 +54,7 @@ def core(dtype: torch.dtype, r: int = 1) -> list[Description]:
     gradient = {"grad_type": dtype, "finish": False, "with_t": False, "gradient": True,
                 "tolerance": 0.0}  # fmt: skip
     finish = {"grad_type": dtype, "finish": True, "with_t": True, "tolerance": 0.0}
-    step = {"rule": 0, "with_moment": True, "decoupled": False, "products": r == 1}
+    step = {"rule": 0, "with_moment": True, "decoupled": 0, "products": r == 1}
     found = [
         describe("update", dtype, moment_type=dtype, **step),
         describe("rank_one", dtype, **gradient, accumulate=False),

@@ -58,7 +58,7 @@ from .tables import (
 @triton.jit
 def _finish_chunk(
     chunk_index, index, matrices, tiles, chunks, t_partial, gram_partial, chunk_squares, arrivals,
-    v, v_next, sigma, residual, penalty, target, k, integer,
+    v, v_next, sigma, residual, penalty, target, k, integer, above,
     WITH_T: tl.constexpr, TOLERANCE: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Sum t of a chunk; the last program of a matrix writes its sigma, residual, penalty, v_next.
@@ -98,14 +98,14 @@ def _finish_chunk(
                 tl.store(v_next + all_c, tl.where(good, unit.to(tl.float32), old), mask=all_c < n)
             tl.store(residual, residual_of(value, t_norm, scale).to(tl.float32))
             tl.debug_barrier()  # all threads have read the sigma before this one
-        excess = excess_of(value, target, k, integer)
+        excess = excess_of(value, target, k, integer, above)
         tl.store(sigma, value.to(tl.float32))
         tl.store(penalty, (excess * excess).to(tl.float32))
 
 
 @triton.jit
 def _factor(
-    m, index, gram_partial, scalars, strengths, targets, multiplier, k, integer,
+    m, index, gram_partial, scalars, strengths, targets, multiplier, k, integer, above,
     FINISH: tl.constexpr,
 ):  # fmt: skip
     """Return what u v^T of a matrix is multiplied by, over sigma."""
@@ -115,12 +115,12 @@ def _factor(
     else:
         sigma = tl.load(scalars + index)
     strength = multiplier * tl.load(strengths + index).to(tl.float64)
-    return matrix_factor(sigma, tl.load(targets + index), strength, k, integer)
+    return matrix_factor(sigma, tl.load(targets + index), strength, k, integer, above)
 
 
 @triton.jit
 def _tile_gradient(
-    m, tile, v, s, index, gram_partial, scalars, strengths, targets, multiplier, k, integer,
+    m, tile, v, s, index, gram_partial, scalars, strengths, targets, multiplier, k, integer, above,
     DTYPE: tl.constexpr, ACCUMULATE: tl.constexpr, FINISH: tl.constexpr, LAYOUT: tl.constexpr,
     TERMS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def _tile_gradient(
     if ACCUMULATE:
         old = tl.load(block, mask=mask, other=0.0)
     factor = _factor(m, index, gram_partial, scalars, strengths, targets, multiplier, k, integer,
-                     FINISH)  # fmt: skip
+                     above, FINISH)  # fmt: skip
     for _ in range(tl.cdiv(row_end - row_begin, R) * tl.cdiv(n, BN)):
         x = tl.load(v + first + j, mask=first + j < n, other=0.0)
         a = tl.load(s + row + r, mask=row + r < row_end, other=0.0).to(tl.float64) * factor
@@ -164,19 +164,19 @@ def _tile_gradient(
 
 @triton.jit
 def _elementwise_gradient(
-    vector, norm, strength, k, integer, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    vector, norm, strength, k, integer, above, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     ACCUMULATE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Do the same for the elementwise parameter in a row of the table."""
     x = tl.load(vector + WEIGHT).to(tl.pointer_type(DTYPE))
     grad = tl.load(vector + GRAD).to(tl.pointer_type(GRAD_TYPE))
     size, gain = tl.load(vector + SIZE), tl.load(vector + KIND) == GAIN
-    factor, _ = shift_of(vector, tl.load(norm), strength, k, integer)
+    factor, _ = shift_of(vector, tl.load(norm), strength, k, integer, above)
     for first in range(0, size, BN):
         c = first + tl.arange(0, BN)
         value = tl.load(x + c, mask=c < size, other=0.0).to(tl.float64)
         result = elementwise_gradient(
-            vector, value, c, c < size, gain, factor, strength, k, integer
+            vector, value, c, c < size, gain, factor, strength, k, integer, above
         )
         _put(grad, c, c < size, result, GRAD_TYPE, ACCUMULATE)
 
@@ -192,7 +192,7 @@ def _put(grad, c, mask, result, GRAD_TYPE: tl.constexpr, ACCUMULATE: tl.constexp
 
 @triton.jit
 def _rows_gradient(
-    vector, strength, k, integer, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    vector, strength, k, integer, above, DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     ACCUMULATE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Do the same for rows."""
@@ -202,7 +202,7 @@ def _rows_gradient(
     for first_row in range(0, n_rows, row_step):
         r = first_row + row
         squares = row_squares(x, r, column, column_step, n_rows, length, BN)
-        factor = row_factors(vector, squares, r, n_rows, strength, k, integer, 0.0)
+        factor = row_factors(vector, squares, r, n_rows, strength, k, integer, above, 0.0, False)
         for first in range(0, length, column_step):
             c = first + column
             place, mask = r * length + c, (r < n_rows) & (c < length)
@@ -223,7 +223,7 @@ def _rows_gradient(
 def rank_one(
     matrices, tiles, elementwise, chunks, t_partial, gram_partial, chunk_squares, arrivals, v,
     v_next, s, scalars, scale,
-    n_matrices, n_chunks, n_tiles, n_elementwise, n_sigmas, grad_dtype, k, integer,
+    n_matrices, n_chunks, n_tiles, n_elementwise, n_sigmas, grad_dtype, k, integer, above,
     DTYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
     FINISH: tl.constexpr, WITH_T: tl.constexpr, GRADIENT: tl.constexpr,
     ACCUMULATE: tl.constexpr, TOLERANCE: tl.constexpr, TERMS: tl.constexpr,
@@ -253,7 +253,7 @@ def rank_one(
                 _finish_chunk(chunk_index, index, matrices, tiles, chunks, t_partial, gram_partial,
                               chunk_squares, arrivals, v, v_next, scalars + index,
                               residuals_of(scalars, n_sigmas) + index, penalties + index,
-                              targets + index, k, integer, WITH_T, TOLERANCE, TILES,
+                              targets + index, k, integer, above, WITH_T, TOLERANCE, TILES,
                               BN_SUM)  # fmt: skip
             tile_index = -1
         elif chunk >= 0:
@@ -269,19 +269,19 @@ def rank_one(
                 if not aligned:
                     if outer > 1:
                         _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
-                                   targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
+                                   targets, multiplier, k, integer, above, GRAD_TYPE, ACCUMULATE,
                                    FINISH, IN_PIECES, TERMS, R_PIECES, BN_PIECES)  # fmt: skip
                     else:
                         _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
-                                   targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
+                                   targets, multiplier, k, integer, above, GRAD_TYPE, ACCUMULATE,
                                    FINISH, PLAIN, TERMS, R_PLAIN, BN_PLAIN)  # fmt: skip
                 elif outer * tl.load(m + INNER) <= BN_NARROW:
                     _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
-                                   targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
+                                   targets, multiplier, k, integer, above, GRAD_TYPE, ACCUMULATE,
                                    FINISH, ALIGNED, TERMS, R_NARROW, BN_NARROW)  # fmt: skip
                 else:
                     _tile_gradient(m, tile, v, s, index, gram_partial, scalars, strengths,
-                                   targets, multiplier, k, integer, GRAD_TYPE, ACCUMULATE,
+                                   targets, multiplier, k, integer, above, GRAD_TYPE, ACCUMULATE,
                                    FINISH, ALIGNED, TERMS, R, BN)  # fmt: skip
         else:
             i = tile_index - n_tiles
@@ -291,8 +291,8 @@ def rank_one(
                 strength = multiplier * tl.load(strengths + n_matrices + i).to(tl.float64)
                 if tl.load(vector + KIND) == ROWS_KIND:
                     _rows_gradient(
-                        vector, strength, k, integer, DTYPE, GRAD_TYPE, ACCUMULATE, BN_NARROW
+                        vector, strength, k, integer, above, DTYPE, GRAD_TYPE, ACCUMULATE, BN_NARROW
                     )
                 else:
-                    _elementwise_gradient(vector, norms + i, strength, k, integer, DTYPE, GRAD_TYPE,
-                                          ACCUMULATE, BN)  # fmt: skip
+                    _elementwise_gradient(vector, norms + i, strength, k, integer, above, DTYPE,
+                                          GRAD_TYPE, ACCUMULATE, BN)  # fmt: skip

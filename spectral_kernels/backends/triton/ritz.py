@@ -250,12 +250,12 @@ def _iterate(
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_elementwise", "k", "integer"],
+    do_not_specialize=["n_matrices", "n_elementwise", "k", "integer", "above"],
     do_not_specialize_on_alignment=["matrices", "tiles", "gram_partial", "s", "scalars"],
 )
 def ritz(
     matrices, tiles, t_partial, gram_partial, v, v_next, s, scalars, n_matrices, n_elementwise, k,
-    integer,
+    integer, above,
     VECTORS: tl.constexpr, WITH_T: tl.constexpr, TOLERANCE: tl.constexpr,
     BN_SUM: tl.constexpr, BN: tl.constexpr, BN_GRAM: tl.constexpr,
 ):  # fmt: skip
@@ -284,7 +284,7 @@ def ritz(
         where = scalars + index + i * n_matrices
         tl.store(where, sigma.to(tl.float32))
         largest = tl.sum(tl.where(i == 0, sigma, 0.0), 0)
-        excess = excess_of(largest, targets + index, k, integer)
+        excess = excess_of(largest, targets + index, k, integer, above)
         tl.store(penalties + index, (excess * excess).to(tl.float32))
         if WITH_T:
             t_norms = _iterate(m, tiles, first, n_tiles, t_partial, v, v_next, s, squares, q, scale,

@@ -135,14 +135,14 @@ def store_gram(
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_tiles", "n_elementwise", "k", "integer"],
+    do_not_specialize=["n_matrices", "n_tiles", "n_elementwise", "k", "integer", "above"],
     do_not_specialize_on_alignment=[
         "matrices", "tiles", "elementwise", "gram_partial", "s", "scalars",
     ],
 )  # fmt: skip
 def subspace_products(
     matrices, tiles, elementwise, t_partial, gram_partial, v, s, scalars,
-    n_matrices, n_tiles, n_elementwise, k, integer,
+    n_matrices, n_tiles, n_elementwise, k, integer, above,
     DTYPE: tl.constexpr, VECTORS: tl.constexpr, WITH_T: tl.constexpr,
     TOLERANCE: tl.constexpr, GROUP: tl.constexpr,
     R0: tl.constexpr, BN0: tl.constexpr, R1: tl.constexpr, BN1: tl.constexpr,
@@ -161,7 +161,7 @@ def subspace_products(
         norm = norms_of(scalars, n_sigmas) + i
         penalty = penalties_of(scalars, n_sigmas, n_elementwise) + n_matrices + i
         one = elementwise + i * ELEMENTWISE_FIELDS
-        elementwise_norm(one, norm, penalty, k, integer, DTYPE, BN_VECTOR)
+        elementwise_norm(one, norm, penalty, k, integer, above, DTYPE, BN_VECTOR)
     else:
         tile_index = (program // groups).to(tl.int64)
         first = program % groups * GROUP

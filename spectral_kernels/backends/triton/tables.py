@@ -73,6 +73,10 @@ EPS: tl.constexpr = _field(schema.GROUP, "eps")
 NESTEROV: tl.constexpr = _field(schema.GROUP, "nesterov")
 GROUP_FIELDS: tl.constexpr = tl.constexpr(len(schema.GROUP))
 ADAMW: tl.constexpr = tl.constexpr(schema.RULES["adamw"])
+# DECOUPLED: 0, the penalty is in the gradient; or it pulls the weights; or a constraint holds them.
+PULLED: tl.constexpr = tl.constexpr(1)
+CAP: tl.constexpr = tl.constexpr(1 + schema.CONSTRAINTS["cap"])
+SPHERE: tl.constexpr = tl.constexpr(1 + schema.CONSTRAINTS["sphere"])
 
 # How the elements of a row lie: in pieces, one after the other, or so that loads may be wide.
 IN_PIECES: tl.constexpr = tl.constexpr(0)

@@ -16,6 +16,7 @@ from .elementwise import (
     elementwise_gradient,
     gain_excesses,
     gain_targets,
+    held_elements,
     lanes_of,
     row_factors,
     row_squares,
@@ -24,11 +25,12 @@ from .elementwise import (
     store_norm,
 )
 from .gram_matvec import add_long_rows
-from .penalty import capped, capped_factor, matrix_factor
+from .penalty import capped, capped_factor, held_factor, matrix_factor
 from .tables import (
     ADAMW,
     ALIGNED,
     ALIGNMENT,
+    CAP,
     ELEMENTWISE_FIELDS,
     EPS,
     FIRST,
@@ -49,6 +51,7 @@ from .tables import (
     OUTER_STRIDE,
     PARAMETER,
     PLAIN,
+    PULLED,
     REACH,
     ROW_BEGIN,
     ROW_STRIDE,
@@ -56,6 +59,7 @@ from .tables import (
     ROWS_KIND,
     SECOND,
     SIZE,
+    SPHERE,
     TILE_FIELDS,
     TILE_MATRIX,
     V_OFFSET,
@@ -141,7 +145,9 @@ def _next(
             tl.store(first + offsets, m1.to(first.dtype.element_ty), mask=kept)
             direction = tl.where(nesterov != 0, g + momentum * m1, m1)
         new = old - lr * direction
-    if DECOUPLED:
+    if DECOUPLED > PULLED:
+        new -= x
+    elif DECOUPLED:
         new -= lr * x
     new = new.to(DTYPE)
     tl.store(weight + offsets, new, mask=active)
@@ -193,10 +199,14 @@ def _rows(
         for begin in range(0, n if LONG else BN, BN):
             c = begin + tl.arange(0, BN)
             offsets, mask = block_of(elements, r, row_end, c, LAYOUT)
-            penalty = a[:, None] * tl.load(v + c, mask=c < n, other=0.0)[None, :]
-            if TERMS == 2:
-                other = tl.load(v + n + c, mask=c < n, other=0.0)
-                penalty += b[:, None] * other[None, :]
+            if DECOUPLED == SPHERE:
+                old = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
+                penalty = tl.where(factor == 0, 0.0, factor.to(tl.float32) * old)
+            else:
+                penalty = a[:, None] * tl.load(v + c, mask=c < n, other=0.0)[None, :]
+                if TERMS == 2:
+                    other = tl.load(v + n + c, mask=c < n, other=0.0)
+                    penalty += b[:, None] * other[None, :]
             rows = _next(w, grad, first, second, offsets, mask, acts, has_grad, penalty,
                          inverse_scale, options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
             if PRODUCTS:
@@ -220,7 +230,7 @@ def _rows(
 
 @triton.jit
 def _elements(
-    vector, moment, groups, steps, norm, penalty, strength, acts, inverse_scale, k, integer,
+    vector, moment, groups, steps, norm, penalty, strength, acts, inverse_scale, k, integer, above,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr, WITH_MOMENT: tl.constexpr,
     DECOUPLED: tl.constexpr, WITH_PENALTY: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -236,15 +246,22 @@ def _elements(
     excesses = tl.zeros([BN], tl.float64)
     if WITH_PENALTY:
         lr = _lr(moment, groups)
-        factor, shortest = shift_of(vector, tl.load(norm), strength, k, integer)
+        factor, shortest = shift_of(vector, tl.load(norm), strength, k, integer, above)
     for begin in range(0, size, BN):
         c = begin + tl.arange(0, BN)
         mask = c < size
         x = tl.zeros([BN], tl.float32)
         if WITH_PENALTY:
             value = tl.load(weight + c, mask=mask, other=0.0).to(tl.float64)
-            pull = elementwise_gradient(vector, value, c, mask, gain, factor, strength, k, integer)
-            if DECOUPLED:
+            if DECOUPLED > PULLED:
+                pull = held_elements(
+                    vector, value, tl.load(norm), c, mask, gain, strength, above, DECOUPLED
+                )
+            else:
+                pull = elementwise_gradient(
+                    vector, value, c, mask, gain, factor, strength, k, integer, above
+                )
+            if DECOUPLED == PULLED:
                 magnitude, target = (
                     tl.abs(value),
                     gain_targets(vector, c, tl.where(gain, mask, False)),
@@ -258,14 +275,14 @@ def _elements(
             value = tl.where(mask, new, 0.0).to(tl.float64)
             squares += value * value
             if gain:
-                excesses += gain_excesses(vector, value, c, mask, k, integer)
+                excesses += gain_excesses(vector, value, c, mask, k, integer, above)
     if WITH_PENALTY:
-        store_norm(vector, norm, penalty, squares, excesses, k, integer)
+        store_norm(vector, norm, penalty, squares, excesses, k, integer, above)
 
 
 @triton.jit
 def _rows_of_elements(
-    vector, moment, groups, steps, norm, penalty, strength, acts, inverse_scale, k, integer,
+    vector, moment, groups, steps, norm, penalty, strength, acts, inverse_scale, k, integer, above,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr, WITH_MOMENT: tl.constexpr,
     DECOUPLED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -281,16 +298,18 @@ def _rows_of_elements(
     for first_row in range(0, n_rows, row_step):
         r = first_row + row
         squares = row_squares(weight, r, column, column_step, n_rows, length, BN)
-        factor = row_factors(vector, squares, r, n_rows, strength, k, integer, lr)
+        factor = row_factors(vector, squares, r, n_rows, strength, k, integer, above, lr, DECOUPLED)
         for first_column in range(0, length, column_step):
             c = first_column + column
             place, mask = r * length + c, (r < n_rows) & (c < length)
             value = tl.load(weight + place, mask=mask, other=0.0).to(tl.float64)
             x = (factor * value).to(tl.float32)
+            if DECOUPLED > PULLED:
+                x = tl.where(factor == 0, 0.0, x)  # a row that is not finite stays
             _next(weight, grad, first, second, place, mask, acts, has_grad, x, inverse_scale,
                   options, DTYPE, RULE, WITH_MOMENT, DECOUPLED)  # fmt: skip
     tl.debug_barrier()  # a thread may read what another one has written
-    rows_norm(vector, norm, penalty, k, integer, DTYPE, BN)
+    rows_norm(vector, norm, penalty, k, integer, above, DTYPE, BN)
 
 
 @triton.jit
@@ -310,7 +329,9 @@ def _others_are_aligned(m, moment):
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_tiles", "n_elementwise", "n_sigmas", "k", "integer"],
+    do_not_specialize=[
+        "n_matrices", "n_tiles", "n_elementwise", "n_sigmas", "k", "integer", "above",
+    ],
     do_not_specialize_on_alignment=[
         "matrices", "tiles", "elementwise", "others", "matrix_moments", "elementwise_moments",
         "other_moments", "groups", "steps", "gram_partial", "s", "scalars", "scale", "grad_scale",
@@ -320,7 +341,7 @@ def _others_are_aligned(m, moment):
 def update(
     matrices, tiles, elementwise, others, matrix_moments, elementwise_moments, other_moments,
     groups, steps, t_partial, gram_partial, v, v_next, s, scalars, scale, grad_scale, found_inf,
-    n_matrices, n_tiles, n_elementwise, n_sigmas, k, integer,
+    n_matrices, n_tiles, n_elementwise, n_sigmas, k, integer, above,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
     WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, PRODUCTS: tl.constexpr,
     TERMS: tl.constexpr, BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
@@ -346,7 +367,7 @@ def update(
         moment = other_moments + i * MOMENT_FIELDS
         acts = (tl.load(moment + GROUP) >= 0) & (stopped == 0)
         _elements(others + i * ELEMENTWISE_FIELDS, moment, groups, steps, scalars, scalars,
-                  multiplier, acts, inverse_scale, k, integer, DTYPE, MOMENT_TYPE, RULE,
+                  multiplier, acts, inverse_scale, k, integer, above, DTYPE, MOMENT_TYPE, RULE,
                   WITH_MOMENT, DECOUPLED, False, BN_LONG)  # fmt: skip
     elif program >= n_tiles:
         i = program - n_tiles
@@ -356,12 +377,12 @@ def update(
         vector, penalty = elementwise + i * ELEMENTWISE_FIELDS, penalties + n_matrices + i
         if tl.load(vector + KIND) == ROWS_KIND:
             _rows_of_elements(vector, moment, groups, steps, norms + i, penalty, strength, acts,
-                              inverse_scale, k, integer, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
-                              DECOUPLED, BN_PLAIN)  # fmt: skip
+                              inverse_scale, k, integer, above, DTYPE, MOMENT_TYPE, RULE,
+                              WITH_MOMENT, DECOUPLED, BN_PLAIN)  # fmt: skip
         else:
             _elements(vector, moment, groups, steps, norms + i, penalty, strength, acts,
-                      inverse_scale, k, integer, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                      True, BN_PLAIN)  # fmt: skip
+                      inverse_scale, k, integer, above, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
+                      DECOUPLED, True, BN_PLAIN)  # fmt: skip
     else:
         tile = tiles + program.to(tl.int64) * TILE_FIELDS
         index = tl.load(tile + TILE_MATRIX)
@@ -372,10 +393,15 @@ def update(
         scale_of_t = inverse_power_of_two(sigma)
         strength = multiplier * tl.load(strengths + index).to(tl.float64)
         target = tl.load(targets + index)
-        factor = matrix_factor(sigma, target, strength, k, integer)
-        if DECOUPLED:
-            factor = capped_factor(factor, sigma, target, _lr(moment, groups),
-                                   tl.load(m + REACH))  # fmt: skip
+        reach = tl.load(m + REACH)
+        if DECOUPLED > PULLED:
+            factor = held_factor(sigma, target, strength, above | (DECOUPLED == CAP))
+            if DECOUPLED == CAP:
+                factor = factor / reach
+        else:
+            factor = matrix_factor(sigma, target, strength, k, integer, above)
+        if DECOUPLED == PULLED:
+            factor = capped_factor(factor, sigma, target, _lr(moment, groups), reach)
         outer = tl.load(m + OUTER)
         n = outer * tl.load(m + INNER)
         x = v_next

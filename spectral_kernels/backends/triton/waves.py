@@ -300,14 +300,14 @@ def _next(v, v_next, n, operator, taps, BC: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["n_matrices", "n_elementwise", "k", "integer"],
+    do_not_specialize=["n_matrices", "n_elementwise", "k", "integer", "above"],
     do_not_specialize_on_alignment=[
         "matrices", "tiles", "operators", "taps", "gram_partial", "scalars",
     ],
 )  # fmt: skip
 def waves(
     matrices, tiles, operators, taps, t_partial, gram_partial, v, v_next, scalars, n_matrices,
-    n_elementwise, k, integer,
+    n_elementwise, k, integer, above,
     WITH_T: tl.constexpr, TOLERANCE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write sigma and penalty of an operator; with t its residual and v_next."""
@@ -325,7 +325,7 @@ def waves(
         scale = inverse_power_of_two(tl.load(scalars + index))
         tl.debug_barrier()  # a thread may write the new sigma where another one reads the old
         tl.store(scalars + index, sigma.to(tl.float32))
-        excess = excess_of(sigma, targets + index, k, integer)
+        excess = excess_of(sigma, targets + index, k, integer, above)
         tl.store(penalties + index, (excess * excess).to(tl.float32))
         if WITH_T:
             n, v_offset = tl.load(m + OUTER) * tl.load(m + INNER), tl.load(m + V_OFFSET)

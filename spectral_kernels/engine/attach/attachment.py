@@ -16,6 +16,7 @@ from ...selection.changes import aligned
 from ...selection.parameters import ParameterRef
 from ...selection.warn import warn
 from ..model_buckets import ModelBuckets
+from ..settings import check_constraint
 from ..untraced import outside, untraced
 from .decoupled import Decoupled
 from .once import StepPenalty, names_of, others_with
@@ -50,9 +51,11 @@ class Attachment:
         parts: the index of the optimizer of each parameter of the regularizer.
         decoupled: whether the penalty acts on the weights, beside the steps.
         shared: whether other optimizers' steps may add a penalty of these parameters too.
+        constraint: None, or what holds the weights in place of the penalty: "cap" or "sphere".
 
     Attributes:
         decoupled: as given.
+        constraint: as given.
         kinds: the optimizers' classes.
     """
 
@@ -63,10 +66,11 @@ class Attachment:
         parts: Sequence[int],
         decoupled: bool,
         shared: bool,
+        constraint: str | None = None,
     ):
         self.__setstate__(
             {"regularizer": regularizer, "optimizers": optimizers, "parts": parts,
-             "decoupled": decoupled, "shared": shared}
+             "decoupled": decoupled, "shared": shared, "constraint": constraint}
         )  # fmt: skip
 
     @property
@@ -147,7 +151,8 @@ class Attachment:
             if optimizer is None or known:  # known: this is a shallow copy
                 continue
             step = StepPenalty(buckets, optimizer, self, number, self._shared)
-            hook = _Hook(self, regularizer, step, Decoupled() if self.decoupled else None)
+            own = Decoupled(self.constraint) if self.decoupled else None
+            hook = _Hook(self, regularizer, step, own)
             self._steps.append(step)
             self._handles += [
                 optimizer.register_step_pre_hook(hook.before),
@@ -158,7 +163,8 @@ class Attachment:
         regularizer = self.regularizer if self.active else None
         optimizers = [] if regularizer is None else [ref() for ref in self._optimizers]
         return {"regularizer": regularizer, "optimizers": optimizers, "parts": self._parts,
-                "decoupled": self.decoupled, "shared": self._shared}  # fmt: skip
+                "decoupled": self.decoupled, "shared": self._shared,
+                "constraint": self.constraint}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         regularizer, optimizers = state["regularizer"], state["optimizers"]
@@ -166,6 +172,7 @@ class Attachment:
         self._optimizers = [_reference(optimizer) for optimizer in optimizers]
         self._parts = list(state["parts"])
         self.decoupled, self._shared = state["decoupled"], state["shared"]
+        self.constraint = state.get("constraint")  # absent in older pickles
         self.kinds = " and ".join(type(x).__name__ for x in optimizers if x is not None)
         self._handles: list[RemovableHandle] = []
         self._steps: list[StepPenalty] = []
@@ -279,8 +286,10 @@ def attach(
     decoupled: bool,
     replace: bool,
     shared: bool,
+    constraint: str | None,
 ) -> Attachment:
     """See ``SpectralRegularizer.attach``."""
+    check_constraint(constraint, decoupled, regularizer._buckets.settings.n_vectors)
     given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     if not given:
         raise TypeError("optimizer: got no optimizer; accepted are one or several")
@@ -293,7 +302,7 @@ def attach(
     if not decoupled:
         check_directions(buckets.refs, tensors, optimizers, parts)
     serving = [one for i, one in enumerate(optimizers) if i in parts]
-    for one in serving if decoupled else ():
+    for one in serving if decoupled and constraint is None else ():
         learning_rates(one)
     found = _others(buckets, optimizers, shared)
     if found and not replace:
@@ -309,7 +318,7 @@ def attach(
         warn_if_orthogonalized(one)
     for attachment in ended:
         attachment.remove()
-    return Attachment(regularizer, optimizers, parts, decoupled, shared)
+    return Attachment(regularizer, optimizers, parts, decoupled, shared, constraint)
 
 
 def _others(buckets: ModelBuckets, optimizers, shared: bool) -> list[tuple[StepPenalty, str]]:

@@ -7,6 +7,10 @@ step carries a singular value past its target: with c = lr * strength * dR/dsigm
     W <- W - clamp(c, -|sigma - target|, |sigma - target|) u v^T
 
 and likewise the norm of a bias, a shift or a row, and the absolute value of an element of a gain.
+
+A constraint brings sigma to its target in one step instead, without lr and strength (which only
+says, where it is 0, that there is nothing to do): "cap" is the last line with an infinite c where
+sigma is above its target and 0 elsewhere; "sphere" is W <- (target / sigma) W, before the step.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...backends.formulas import gain_gradient
+from ...backends.formulas import gain_gradient, held_factor
+from ...backends.reference import stored
 from ...tables import device as device_tables
 from ...tables.device import wide
 from ...tables.plan import Plan, Targets
@@ -28,9 +33,14 @@ from .optimizers import groups_of, learning_rates
 
 
 class Decoupled:
-    """What the steps of one optimizer subtract from the parameters that it holds."""
+    """What the steps of one optimizer subtract from the parameters that it holds.
 
-    def __init__(self):
+    Args:
+        constraint: None, "cap" or "sphere".
+    """
+
+    def __init__(self, constraint: str | None):
+        self.constraint = constraint
         self._entries: WeakKeyDictionary[Plan, _Entries] = WeakKeyDictionary()
         self._changes: list[_Change] = []
 
@@ -43,7 +53,10 @@ class Decoupled:
         Raises:
             ValueError: a learning rate that is not a number.
         """
-        self._changes, rates = [], learning_rates(optimizer) if buckets else []
+        held = self.constraint
+        self._changes, rates = [], [0.0]
+        if buckets and held is None:
+            rates = learning_rates(optimizer)
         for bucket in buckets:
             bucket.begin(n_iterations)
         for bucket in buckets:
@@ -54,7 +67,10 @@ class Decoupled:
                 self._entries[bucket.plan] = _Entries(bucket)
             entries = self._entries[bucket.plan]
             rate = entries.rate(rates, optimizer, bucket)
-            self._changes.append(_Change(bucket, n_iterations, entries, rate))
+            self._changes.append(_Change(bucket, n_iterations, entries, rate, held))
+        if held == "sphere":
+            for change in self._changes:
+                change.scale_matrices(getattr(optimizer, "found_inf", None))
 
     @torch.no_grad()
     def apply(self, optimizer: torch.optim.Optimizer) -> None:
@@ -79,6 +95,7 @@ class _Entries:
         plan, own = bucket.plan, bucket.state
         scalars = torch.empty_like(own.scalars)
         self.state = State(own.plan, own.v, own.v_next, own.s, scalars, 1.0)
+        self.state.set_above(False)  # the strength says it
         self.is_matrix = np.isin(np.arange(len(plan.refs)), plan.matrix_ref).tolist()
         self._refs = [*plan.matrix_ref.tolist(), *plan.elementwise_ref.tolist()]
         self._sizes_seen: list[int] = []  # of the groups
@@ -152,21 +169,48 @@ class _Change:
     most 1/2 over their reach, see csrc/table.h.
     """
 
-    def __init__(self, bucket: Bucket, n_iterations: int, entries: _Entries, rate: float | Tensor):
+    def __init__(
+        self,
+        bucket: Bucket,
+        n_iterations: int,
+        entries: _Entries,
+        rate: float | Tensor,
+        constraint: str | None,
+    ):
         own, n, state = bucket.state, len(bucket.plan.matrices), entries.state
         entries.update_targets(bucket.plan)
         self._bucket, self._n_iterations, self._entries = bucket, n_iterations, entries
-        strength, k = own.strength * -rate, own.exponent
         state.use(own.v, own.v_next)
         state.scalars.copy_(own.scalars)
-        found = matrix_strength(own.sigma, own.target, strength[:n], k)
+        pairs = [(flat, flat.elements(bucket.plan)) for flat in entries.elementwise]
+        if constraint is not None:
+            above = constraint == "cap" or own.above
+            self._factors = held_factor(wide(own.sigma), own.strength[:n], wide(own.target), above)
+            goes = self._factors != 0 if constraint == "cap" else torch.zeros_like(own.sigma) > 0
+            state.strength[:n].copy_(-(0.5 if entries.most is None else entries.most) * goes)
+            state.sigma.copy_(torch.where(goes, own.sigma, 0.0))
+            self._values = [_held(x, flat, own.norm, own.strength[n:], above) for flat, x in pairs]
+            return
+        strength, k = own.strength * -rate, own.exponent
+        found = matrix_strength(own.sigma, own.target, strength[:n], k, own.above)
         if entries.most is not None:
             found = found.clamp(-entries.most, entries.most)
         state.strength[:n].copy_(found)
         self._values = [
-            _CHANGES[flat.kind](flat.elements(bucket.plan), flat, own.norm, strength[n:], k)
-            for flat in entries.elementwise
+            _CHANGES[flat.kind](x, flat, own.norm, strength[n:], k, own.above) for flat, x in pairs
         ]
+
+    def scale_matrices(self, found_inf: Tensor | None) -> None:
+        """Divide sigma of every matrix by sigma / target, if ``found_inf`` is not above 0."""
+        plan = self._bucket.plan
+        kept, is_free = 1 - self._factors, self._is_free()
+        if found_inf is not None:
+            stays = device_tables.number_on(plan.device, kept.dtype, found_inf) > 0
+            kept = torch.where(stays, 1.0, kept)
+        for i, ref in enumerate(plan.matrix_ref):
+            if is_free[ref]:
+                weight = stored(plan, i, plan.tensors[ref].detach())
+                weight.copy_(wide(weight) * kept[i])
 
     def apply(self, found_inf: Tensor | None) -> None:
         """Add it, if ``found_inf`` is not above 0."""
@@ -179,8 +223,7 @@ class _Change:
                 goes = device_tables.number_on(plan.device, torch.float32, found_inf) <= 0
                 state.strength.mul_(goes)
                 self._values = [values * goes for values in self._values]
-        out = bucket.left_out
-        free = [p.requires_grad and i not in out for i, p in enumerate(bucket.parameters)]
+        free = self._is_free()
         for flat, values in zip(self._entries.elementwise, self._values, strict=True):
             parts = zip(flat.refs, values.split_with_sizes(flat.sizes), strict=True)
             pairs = [(plan.tensors[ref], part) for ref, part in parts if free[ref]]
@@ -198,8 +241,15 @@ class _Change:
         # Kernels write to addresses.
         torch.autograd.graph.increment_version([t for t in weights if t is not None])
 
+    def _is_free(self) -> list[bool]:
+        """Return whether each parameter may change."""
+        out = self._bucket.left_out
+        return [p.requires_grad and i not in out for i, p in enumerate(self._bucket.parameters)]
 
-def matrix_strength(sigma: Tensor, target: Tensor, strength: Tensor, k: float) -> Tensor:
+
+def matrix_strength(
+    sigma: Tensor, target: Tensor, strength: Tensor, k: float, above: bool = False
+) -> Tensor:
     """Return the strength [n] with which exponent 1 has the capped gradient of exponent ``k``.
 
     strength 2 k (sigma^k - tau^k) sigma^(k-1), at most |sigma - tau|, over 2 (sigma - tau).
@@ -211,37 +261,75 @@ def matrix_strength(sigma: Tensor, target: Tensor, strength: Tensor, k: float) -
         slope = k * target ** (k - 1)
         quotient = torch.where(gap == 0, slope, (sigma**k - target**k) / gap)
         value = quotient * sigma ** (k - 1)
+    if above:
+        value = torch.where(sigma < target, 0.0, value)
     return (strength * _finite(value)).mul_(k).clamp_(-0.5, 0.5)
 
 
-def _shift_change(b: Tensor, flat: _Flat, norm: Tensor, strength: Tensor, k: float) -> Tensor:
+def _shift_change(
+    b: Tensor, flat: _Flat, norm: Tensor, strength: Tensor, k: float, above: bool
+) -> Tensor:
     if flat.targets is None:
         factor = (strength * _finite(norm ** (2 * k - 2))).mul_(2 * k).clamp_(-1, 1)
     else:
         factor = torch.zeros_like(norm)
-        own = _vector_factor(norm[flat.entries], flat.targets, strength[flat.entries], k)
-        factor[flat.entries] = own
+        own = norm[flat.entries], flat.targets, strength[flat.entries], k, above
+        factor[flat.entries] = _vector_factor(*own)
     return factor.index_select(0, flat.entry_of).mul_(b)
 
 
-def _gain_change(g: Tensor, flat: _Flat, _: Tensor, strength: Tensor, k: float) -> Tensor:
+def _gain_change(
+    g: Tensor, flat: _Flat, _: Tensor, strength: Tensor, k: float, above: bool
+) -> Tensor:
     target = 1 if flat.targets is None else flat.targets
     most = (g.abs() - target).abs()
-    change = strength.index_select(0, flat.entry_of).mul_(_finite(gain_gradient(g, k, target)))
+    slope = _finite(gain_gradient(g, k, target, above))
+    change = strength.index_select(0, flat.entry_of).mul_(slope)
     return torch.minimum(torch.maximum(change, -most), most)
 
 
-def _rows_change(w: Tensor, flat: _Flat, _: Tensor, strength: Tensor, k: float) -> Tensor:
-    rows = wide(w).view(-1, max(flat.length, 1))
-    norm, own = torch.linalg.vector_norm(rows, dim=1), flat.entry_of[:: max(flat.length, 1)]
-    factor = _vector_factor(norm, wide(flat.targets), wide(strength)[own], k)
+def _rows_change(
+    w: Tensor, flat: _Flat, _: Tensor, strength: Tensor, k: float, above: bool
+) -> Tensor:
+    rows, norm, own = _rows_of(w, flat)
+    factor = _vector_factor(norm, wide(flat.targets), wide(strength)[own], k, above)
     return (factor[:, None] * rows).to(w.dtype).flatten()
 
 
-def _vector_factor(norm: Tensor, target: Tensor, strength: Tensor, k: float) -> Tensor:
+def _rows_of(w: Tensor, flat: _Flat) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows, wide, their norms and their entries."""
+    rows = wide(w).view(-1, max(flat.length, 1))
+    return rows, torch.linalg.vector_norm(rows, dim=1), flat.entry_of[:: max(flat.length, 1)]
+
+
+def _vector_factor(norm: Tensor, target: Tensor, strength: Tensor, k: float, above: bool) -> Tensor:
     """Return by how much of themselves vectors [n] of Euclidean norm ``norm`` change."""
-    change = matrix_strength(norm, target, strength, k) * 2 * (norm - target)
+    change = matrix_strength(norm, target, strength, k, above) * 2 * (norm - target)
     return torch.where(norm == 0, 0.0, change / norm)
+
+
+def _held(x: Tensor, flat: _Flat, norm: Tensor, strength: Tensor, above: bool) -> Tensor:
+    """Return what a constraint adds to each element; biases are capped, if they have a target."""
+    if flat.kind == "gain":
+        target = torch.ones_like(x) if flat.targets is None else flat.targets
+        own = wide(strength)[flat.entry_of]
+        return _part(held_factor(wide(x.abs()), own, wide(target), above), x)
+    if flat.targets is None:
+        return torch.zeros_like(x)
+    target = wide(flat.targets)
+    if flat.kind == "shift":
+        factor = torch.zeros_like(wide(norm))
+        own = wide(norm)[flat.entries], wide(strength)[flat.entries], target
+        factor[flat.entries] = held_factor(*own, True)
+        return _part(factor[flat.entry_of], x)
+    rows, norms, own = _rows_of(x, flat)
+    factor = held_factor(norms, wide(strength)[own], target, above)
+    factor = torch.where(target == 0, 0.0, factor)  # biases, which have no bound
+    return _part(factor[:, None], rows).to(x.dtype).flatten()
+
+
+def _part(factor: Tensor, x: Tensor) -> Tensor:
+    return torch.where(factor == 0, 0.0, -factor * wide(x)).to(x.dtype)
 
 
 # What is added to each element of a flat vector, by kind; strength contains -lr.
