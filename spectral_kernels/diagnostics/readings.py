@@ -100,9 +100,10 @@ class Readings:
         sigma and v are views, which the next step writes to: ``clone()`` what is to be kept. u is a
         copy. Of a matrix that is stored column by column, such as a transposed one, u is the view
         and v the copy; v is a copy too where columns lie in another order than the parameter's, as
-        in channels_last. Those of an operator of a convolution are complex copies: u [M], and v [N]
-        with K v = sigma u, a unit vector over channels times a wave over taps. Rows of depthwise convolutions have no vectors of their own. Of sharded
-        weights the vector along sharded rows of the memory has this rank's part.
+        in channels_last. Those of an operator of a convolution are complex copies with K v =
+        sigma u, of which v is a unit vector over channels times a wave over taps. Rows of depthwise
+        convolutions have no vectors of their own. Of sharded weights the vector along sharded rows
+        of the memory has this rank's part.
         """
         with self._buckets.lock:
             found = {}

@@ -359,6 +359,45 @@ def test_prepared_steps_have_the_same_bits(kind, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("constraint", ["cap", "sphere"])
+@pytest.mark.parametrize("way", [SpectralAdamW, SpectralSGD, None])
+def test_constraints_hold_operators(way, constraint):
+    model = net(torch.float64)
+    options = {"target": 0.5, "convolutions": "operator", "biases": False}
+    if way is None:
+        optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+        reg = SpectralRegularizer(model, **options)
+        reg.attach(optimizer, decoupled=True, constraint=constraint)
+    else:
+        optimizer = reg = way(model, 1e-9, decoupled=True, constraint=constraint, **options)
+    zero_gradients(model)
+    before = spectral_norms(model, 1e-6, convolutions="operator")
+    for _ in range(300):
+        optimizer.step()
+    after = spectral_norms(model, 1e-6, convolutions="operator")
+    for name, norm in after.items():
+        if constraint == "sphere" or before[name] > 0.5:
+            assert 0.5 * (1 - 1e-3) <= norm <= 0.5 * 1.02, name
+
+
+def test_above_leaves_small_operators_alone():
+    model = net()
+    reg = regularizer(model, strength=1.0, target=10.0, side="above", biases=False)
+    assert reg.penalty().item() == 0
+    zero_gradients(model)
+    reg.accumulate_grad_()
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+def test_singular_vectors_of_an_operator_are_complex():
+    model = net()
+    reg = regularizer(model, warmup=200)
+    u, sigma, v = reg.singular_vectors()["0.weight"]
+    kernel = model[0].weight.detach().flatten(1)
+    torch.testing.assert_close(kernel.to(v.dtype) @ v, sigma * u, rtol=1e-4, atol=1e-5)
+    assert math.isclose(torch.linalg.vector_norm(u).item(), 1, rel_tol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [SpectralAdamW, SpectralSGD])
 def test_optimizers_resume(kind):
     model = net()
