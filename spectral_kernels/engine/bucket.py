@@ -17,7 +17,7 @@ from ..tables import device as device_tables
 from ..tables.plan import Plan
 from ..tables.schema import SLOT
 from ..tables.state import Ratios, State
-from .operators import search
+from .operators import search_again
 from .traceable import Traceable, can_be_traced
 
 # With n_power_iterations="auto", stale matrices (residual / sigma above TOLERANCE) get up to
@@ -198,24 +198,6 @@ class Bucket:
         for vectors in (self.state.v_next, self.state.v):  # an interrupted step starts from v
             self.state.columns(i, vectors).copy_(v)
 
-    def search(self, least: torch.Tensor) -> None:
-        """Let operators go on from the best vectors on a grid of frequencies.
-
-        Those of which an estimate of sigma is above ``least`` [n_matrices], or that is NaN.
-        """
-        by_ref: dict[int, list[int]] = {}
-        for i, ref in enumerate(self.plan.matrix_ref.tolist()):
-            by_ref.setdefault(ref, []).append(i)
-        for ref, indices in by_ref.items():
-            if self.on_host and bool((least[indices] == torch.inf).all()):
-                continue
-            found = search([self.matrices[i] for i in indices], self.parameters[ref])
-            for i, sigma, v in zip(indices, *found, strict=True):
-                takes = (sigma > least[i]) | least[i].isnan()
-                own = self.state.columns(i, self.state.v_next)
-                v = self.state.plan.layouts[i].from_logical(v)
-                own.copy_(torch.where(takes, v.to(own), own))
-
     def warm_up(self) -> None:
         """Run the iterations of the warm-up."""
         self.iterate(self.warmup)
@@ -385,7 +367,7 @@ class Bucket:
         residual = self.state.residual
         is_new, kept = jumped(ratios_of(self.state), before, JUMP, JUMP_FACTOR), residual.clone()
         if self.plan.operators is not None:
-            self.search(torch.where(is_new, torch.nan, torch.inf))
+            search_again(self, torch.where(is_new, torch.nan, torch.inf))
         residual.masked_fill_(~is_new, 0)  # the others are not stale
         self._iterate_stale(self.warmup)
         residual.copy_(torch.where(is_new, residual, kept))

@@ -419,12 +419,11 @@ class ModelBuckets:
             matrices = [m for m in self.selection.matrices if place[m.ref] in inside]
             elementwise = [v for v in self.selection.elementwise if place[v.ref] in inside]
             order = list(dict.fromkeys(place[x.ref] for x in (*matrices, *elementwise)))
-            kind = settings.n_vectors, is_operator
+            kind, above = (settings.n_vectors, is_operator), settings.side == "above"
             backend = choice.choose(settings.backend, device, dtype, *kind)
             bucket = Bucket.of(
                 matrices, elementwise, [tensors[i] for i in order], backend, settings.exponent,
-                settings.n_vectors, settings.extra_iterations, settings.warmup,
-                settings.side == "above",
+                settings.n_vectors, settings.extra_iterations, settings.warmup, above,
             )  # fmt: skip
             bucket.warm = start.write(bucket) and warm
             if bucket.is_sharded:

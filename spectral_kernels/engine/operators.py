@@ -78,7 +78,25 @@ class SearchClock:
             return
         for bucket in buckets:
             if bucket.plan.operators is not None and not is_capturing(bucket.plan.device):
-                bucket.search(bucket.state.sigma * BETTER)
+                search_again(bucket, bucket.state.sigma * BETTER)
+
+
+def search_again(bucket: Bucket, least: Tensor) -> None:
+    """Let the operators of a bucket go on from the best vectors on a grid of frequencies.
+
+    Those of which an estimate of sigma is above ``least`` [n_matrices], or that is NaN.
+    """
+    state, by_ref = bucket.state, {}
+    for i, ref in enumerate(bucket.plan.matrix_ref.tolist()):
+        by_ref.setdefault(ref, []).append(i)
+    for ref, indices in by_ref.items():
+        if bucket.on_host and bool((least[indices] == math.inf).all()):
+            continue
+        found = search([bucket.matrices[i] for i in indices], bucket.parameters[ref])
+        for i, sigma, v in zip(indices, *found, strict=True):
+            takes = (sigma > least[i]) | least[i].isnan()
+            own, v = state.columns(i, state.v_next), state.plan.layouts[i].from_logical(v)
+            own.copy_(torch.where(takes, v.to(own), own))
 
 
 def search(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, Tensor]:

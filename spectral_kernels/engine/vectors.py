@@ -12,6 +12,7 @@ from ..backends import reference
 from ..backends.formulas import orthonormal, orthonormal_if_finite
 from ..tables.layout import Layout
 from .bucket import Bucket
+from .operators import search_again
 
 
 def left_of(bucket: Bucket) -> dict[str, torch.Tensor]:
@@ -117,7 +118,7 @@ class Start:
             else:
                 least[i] = torch.nan
         if is_new := bool(least.isnan().any()):
-            bucket.search(least)
+            search_again(bucket, least)
             state.v.copy_(state.v_next)
         return not is_new
 
