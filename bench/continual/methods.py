@@ -199,6 +199,12 @@ class SpectralSharp(Spectral):
     options: ClassVar[dict] = {"n_vectors": 4, "n_power_iterations": "auto"}
 
 
+class SpectralOperator(Spectral):
+    """Spectral regularization of convolutions as the operators that they are."""
+
+    options: ClassVar[dict] = {"convolutions": "operator"}
+
+
 class InOptimizer(Spectral):
     """SpectralAdamW without weight decay: the penalty inside the optimizer's step."""
 
@@ -211,7 +217,8 @@ METHODS: dict[str, type[Method]] = {
     "none": Method, "l2": L2, "l2_init": L2Init, "shrink_perturb": ShrinkAndPerturb,
     "spectral_norm": SpectralNorm, "layer_norm": LayerNorm, "redo": ReDo, "spectral": Spectral,
     "spectral_k1": Spectral1, "spectral_k4": Spectral4, "spectral_k8": Spectral8,
-    "spectral_sharp": SpectralSharp, "spectral_adamw": InOptimizer,
+    "spectral_sharp": SpectralSharp, "spectral_operator": SpectralOperator,
+    "spectral_adamw": InOptimizer,
 }  # fmt: skip
 
 

@@ -88,12 +88,25 @@ class Vit(nn.Module):
         return self.head(self.norm(self.layers(tokens)).mean(1))
 
 
+def vgg(shape: tuple[int, ...], outputs: int) -> nn.Sequential:
+    """Return six 3 x 3 convolutions in three stages without normalization or shortcuts.
+
+    After Simonyan and Zisserman, arXiv 1409.1556.
+    """
+    layers: list[nn.Module] = []
+    for channels, out in itertools.pairwise((shape[0], 16, 32, 64)):
+        layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(out, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, outputs))
+
+
 # A transformer without normalization hardly learns, so it is left out.
 MODELS = {
     "mlp": mlp,
     "mlp_norm": lambda shape, outputs: mlp(shape, outputs, norm=True),
     "resnet": resnet,
     "resnet_plain": lambda shape, outputs: resnet(shape, outputs, norm=False),
+    "vgg_plain": vgg,
     "vit": Vit,
 }
 

@@ -22,7 +22,7 @@ COLORS = {
     "none": "#000000", "l2": "#E69F00", "l2_init": "#56B4E9", "shrink_perturb": "#CC79A7",
     "spectral_norm": "#999999", "layer_norm": "#8B6914", "redo": "#F0E442", "spectral": "#0072B2",
     "spectral_k1": "#882255", "spectral_k4": "#332288", "spectral_k8": "#117733",
-    "spectral_sharp": "#D55E00", "spectral_adamw": "#009E73",
+    "spectral_sharp": "#D55E00", "spectral_operator": "#44AA99", "spectral_adamw": "#009E73",
 }  # fmt: skip
 
 
