@@ -133,14 +133,11 @@ def choose(
     check_backend(name)
     if isinstance(name, Backend):
         return name
-    if operators and name == "cuda":
-        if (reason := _refused(name, device)) is not None:
-            raise RuntimeError(f"backend: {reason}")
-        name = "auto"
     if name != "auto":
         if (reason := _refused(name, device)) is not None:
             raise RuntimeError(f"backend: {reason}")
-        return _make(name, dtype)
+        if not operators or name != "cuda":
+            return _make(name, dtype)
     if device.type == "cuda" and dtype == torch.float64:
         return Reference()
     if device.type not in _AUTO:

@@ -40,17 +40,18 @@ class Taps:
         dims: dimensions along which a phase has several taps: those that a frequency has.
         counts: largest number of taps of a phase along each of ``dims``.
         phases: [n], which phase a tap belongs to.
-        numbers: [n, len(dims)], which tap of its phase it is, float64.
+        numbers: [n, len(dims)], which tap of its phase it is, wide.
         n: number of taps.
         n_phases: number of phases.
         in_phase: [n_phases], how many taps each has.
         pairs: for each of ``dims`` the taps that follow each other, two index tensors.
     """
 
-    def __init__(self, sizes: Sequence[int], periods: Sequence[int]):
-        place = torch.cartesian_prod(*(torch.arange(n) for n in sizes)).view(-1, len(sizes))
-        period = torch.tensor(periods)
-        self.phases, self.n_phases = torch.zeros(len(place), dtype=torch.int64), 1
+    def __init__(self, sizes: Sequence[int], periods: Sequence[int], device: torch.device):
+        axes = [torch.arange(n, device=device) for n in sizes]
+        place = torch.cartesian_prod(*axes).view(-1, len(sizes))
+        period = torch.tensor(periods, device=device)
+        self.phases, self.n_phases = torch.zeros_like(place[:, 0]), 1
         for d, (size, step) in enumerate(zip(sizes, periods, strict=True)):
             self.phases = self.phases * min(size, step) + place[:, d] % step
             self.n_phases *= min(size, step)
@@ -59,31 +60,17 @@ class Taps:
         counts = counts_of(sizes, periods)
         self.dims = [d for d, n in enumerate(counts) if n > 1]
         self.counts = [counts[d] for d in self.dims]
-        self.numbers = (place // period)[:, self.dims].double()
+        self.numbers = wide((place // period)[:, self.dims])
         self.pairs = []
-        step = math.prod(sizes)
-        steps = []
-        for size in sizes:
-            step //= size
-            steps.append(step)
         for d in self.dims:
-            first = torch.arange(len(place))[place[:, d] + periods[d] < sizes[d]]
-            self.pairs.append((first, first + steps[d] * periods[d]))
-
-    def to(self, device: torch.device) -> Taps:
-        """Return them on a device."""
-        found = object.__new__(Taps)
-        found.__dict__.update(self.__dict__)
-        found.phases, found.in_phase = self.phases.to(device), self.in_phase.to(device)
-        found.numbers = wide(self.numbers.to(device))
-        found.pairs = [(a.to(device), b.to(device)) for a, b in self.pairs]
-        return found
+            first = (place[:, d] + periods[d] < sizes[d]).nonzero()[:, 0]
+            self.pairs.append((first, first + math.prod(sizes[d + 1 :]) * periods[d]))
 
 
 @lru_cache(maxsize=256)
 def taps_of(sizes: tuple[int, ...], periods: tuple[int, ...], device: torch.device) -> Taps:
     """Return the taps of a kernel of ``sizes`` on a device."""
-    return Taps(sizes, periods).to(device)
+    return Taps(sizes, periods, device)
 
 
 def waves(theta: Tensor, taps: Taps) -> Tensor:

@@ -195,11 +195,8 @@ def rank_one(plan, state, grads, accumulate: bool, lrs=None) -> None:
     for i, ref in enumerate(plan.matrix_ref):
         if grads[ref] is None:
             continue
-        s, v, factor = (
-            _terms(plan, state.rows(i)),
-            _terms(plan, state.columns(i, state.v)),
-            factors[i],
-        )
+        s, v = _terms(plan, state.rows(i)), _terms(plan, state.columns(i, state.v))
+        factor = factors[i]
         if lrs is not None:
             reach = int(plan.table["reach"][i])
             most = (sigma[i] - target[i]).abs() / (reach * sigma[i])

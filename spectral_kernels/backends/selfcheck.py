@@ -38,10 +38,9 @@ def disagreement(
     """Return how ``backend`` differs from the reference on ``device``, or None if it agrees.
 
     Runs two power iterations with ``r`` vectors per matrix, or of ``operators`` of convolutions
-    instead of matrices, at random weights; after the first, the
-    penalty's gradient is added to gradients and written over others. torch's random state does not
-    change. Calls every method of a Backend but ``update``, for which there is
-    :func:`step_disagreement`. Synchronizes the device.
+    instead of matrices, at random weights; after the first, the penalty's gradient is added to
+    gradients and written over others. torch's random state does not change. Calls every method of a
+    Backend but ``update``, for which there is :func:`step_disagreement`. Synchronizes the device.
     """
     model = small_model(device, dtype, operators)
     return _difference(lambda own: _steps(model, own, r), backend)
@@ -72,11 +71,11 @@ def small_model(device: torch.device, dtype: torch.dtype, convolutions: bool = F
     def fresh(kind, *sizes, **given):
         return nn.utils.skip_init(kind, *sizes, **given, device=device, dtype=dtype)
 
-    linears = [fresh(nn.Linear, n, m) for m, n in SHAPES]
-    model = nn.Sequential(*linears, fresh(nn.LayerNorm, 40))
     if convolutions:
-        model = nn.Sequential(*(fresh(kind, *sizes, **given)
-                                for kind, sizes, given in KERNELS))  # fmt: skip
+        layers = [fresh(kind, *sizes, **given) for kind, sizes, given in KERNELS]
+    else:
+        layers = [*(fresh(nn.Linear, n, m) for m, n in SHAPES), fresh(nn.LayerNorm, 40)]
+    model = nn.Sequential(*layers)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -103,9 +102,9 @@ def _more_elementwise(model: nn.Module) -> list[Elementwise]:
 def _steps(model: nn.Module, backend, r: int) -> dict[str, torch.Tensor]:
     """Return the results of two iterations, by name."""
     selection = select(model, trainable_only=False, convolutions="operator")
-    elementwise = [*selection.elementwise, *_more_elementwise(model)]
-    if any(matrix.periods for matrix in selection.matrices):
-        elementwise = []
+    elementwise = []  # operators have a plan of their own
+    if not any(matrix.periods for matrix in selection.matrices):
+        elementwise = [*selection.elementwise, *_more_elementwise(model)]
     refs = refs_of(selection.matrices, elementwise)
     tensors = [ref.get() for ref in refs]
     plan = Plan(selection.matrices, elementwise, tensors, r)

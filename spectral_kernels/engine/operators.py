@@ -164,21 +164,22 @@ def _kernels(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, Tensor
 # ---------------------------------------------------------------------- the grid of frequencies
 
 
-def _sizes(taps: Taps, grid: Grid) -> list[int]:
-    """Return the number of frequencies along each dimension; of the last one, up to pi.
+def _axes(taps: Taps, grid: Grid) -> list[Tensor]:
+    """Return the frequencies along each dimension, float64 on the CPU; of the last one, up to pi.
 
     F(-theta) is the conjugate of F(theta).
     """
-    sizes = [max(grid.per_tap * n, grid.least) for n in taps.counts]
-    return [*sizes[:-1], *(n // 2 + 1 for n in sizes[-1:])]
+    axes = []
+    for n in taps.counts:
+        size = max(grid.per_tap * n, grid.least)
+        kept = size // 2 + 1 if len(axes) == len(taps.counts) - 1 else size
+        axes.append(2 * math.pi * torch.arange(kept, dtype=torch.float64) / size)
+    return axes
 
 
 def _frequencies(taps: Taps, grid: Grid, device: torch.device) -> Tensor:
     """Return the frequencies of the grid [n, dims], wide."""
-    axes = []
-    for size, n in zip(_sizes(taps, grid), taps.counts, strict=True):
-        whole = max(grid.per_tap * n, grid.least)
-        axes.append(2 * math.pi * torch.arange(size, dtype=torch.float64) / whole)
+    axes = _axes(taps, grid)
     return torch.cartesian_prod(*axes).view(-1, len(axes)).to(device, wide_dtype(device))
 
 
@@ -239,7 +240,7 @@ def _complex(x: Tensor) -> torch.dtype:
 
 def _peaks(sigmas: Tensor, taps: Taps) -> list[int]:
     """Return the local maxima of a fine grid that may be near the largest, the best first."""
-    sizes = _sizes(taps, FINE)
+    sizes = [len(axis) for axis in _axes(taps, FINE)]
     grid = sigmas.view(sizes)
     is_peak = grid >= NEAR * grid.max()
     for d in range(len(sizes) - 1):

@@ -88,9 +88,8 @@ def test_wrong_arguments_say_what_is_accepted():
     with pytest.raises(ValueError, match="convolutions: got 'operator'; accepted here"):
         spectra(model, convolutions="operator")
     weight = torch.randn(4, 3, 3, 5).permute(3, 1, 2, 0)  # (out, in, h, w), out contiguous
-    reg = regularizer([("w", weight.requires_grad_())])
     with pytest.raises(ValueError, match=r"'w' .* cannot be used in place: the rows of the kernel"):
-        reg.penalty()
+        regularizer([("w", weight.requires_grad_())]).penalty()
 
 
 # --------------------------------------------------------------------------------- spectral_norms

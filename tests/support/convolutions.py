@@ -63,10 +63,9 @@ def phases_of(kernel, conv):
     parts = kernel[:, :, None]
     for d, (stride, dilation) in enumerate(zip(conv.stride, conv.dilation, strict=True)):
         dim = 3 + d
+        others = [n for e, n in enumerate(parts.shape[2:], 2) if e != dim]
         length = (parts.shape[dim] - 1) * dilation // stride + 1
-        found = parts.new_zeros(*parts.shape[:2], stride, *parts.shape[2:])
-        found = found.movedim(dim + 1, -1)
-        found = torch.cat([found[..., :1] * 0] * length, -1) if length else found
+        found = parts.new_zeros(*parts.shape[:2], stride, *others, length)
         for p in range(parts.shape[dim]):
             at, phase = p * dilation // stride, p * dilation % stride
             found[:, :, phase, ..., at] += parts.select(dim, p)

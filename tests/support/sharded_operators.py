@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, spectral_norms
-from tests.support.sharded_models import built, distributed, whole
-from tests.support.sharded_rows import mesh_of, moved
+from tests.support.sharded_models import built, distributed
+from tests.support.sharded_rows import differences, mesh_of, moved, numbers, two_steps
 
 
 class Convolutions(nn.Module):
@@ -35,28 +35,9 @@ def compare(placements, way):
         else:
             own = SpectralRegularizer(one, **options)
         moved(one)
-        sgd = torch.optim.SGD(one.parameters(), 0.01)
-        if way == "attached, decoupled":
-            own.attach(sgd, decoupled=True)
-        for _ in range(2):
-            if way == "accumulate":
-                own.accumulate_grad_()
-            elif way == "penalty":
-                own.penalty().backward()
-            else:
-                for p in one.parameters():
-                    p.grad = torch.full_like(p, 0.1)
-                (own if way.startswith("adamw") else sgd).step()
-        found.append({
-            **{f"sigma {n}": x for n, x in zip(own.names, own.sigma, strict=True)},
-            **{n: whole(p.detach()) for n, p in one.named_parameters()},
-            **{f"grad {n}": whole(p.grad) for n, p in one.named_parameters()},
-        })  # fmt: skip
-    expected, mine = found
-    return {
-        name: float((mine[name] - x).abs().max() / x.abs().max().clamp(min=1e-30))
-        for name, x in expected.items()
-    }
+        two_steps(one, own, way)
+        found.append(numbers(one, own))
+    return differences(*found)
 
 
 def norms(placements):

@@ -45,6 +45,39 @@ def moved(*models):
                 shards.local_of(p).mul_(1.3)
 
 
+def two_steps(model, own, way, constraint=None):
+    """Take two steps in a way that begins with "accumulate", "penalty", "attached" or "adamw"."""
+    sgd = torch.optim.SGD(model.parameters(), 0.01)
+    if way.startswith("attached"):
+        own.attach(sgd, decoupled=True, constraint=constraint)
+    for _ in range(2):
+        if way.startswith("accumulate"):
+            own.accumulate_grad_()
+        elif way == "penalty":
+            own.penalty().backward()
+        else:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.1)
+            (own if way.startswith("adamw") else sgd).step()
+
+
+def numbers(model, own):
+    """Return sigmas, whole parameters and their gradients by name."""
+    return {
+        **{f"sigma {n}": x for n, x in zip(own.names, own.sigma, strict=True)},
+        **{n: whole(p.detach()) for n, p in model.named_parameters()},
+        **{f"grad {n}": whole(p.grad) for n, p in model.named_parameters()},
+    }
+
+
+def differences(expected, found):
+    """Return the largest difference of each quantity, over its largest number."""
+    return {
+        name: float((found[name] - x).abs().max() / x.abs().max().clamp(min=1e-30))
+        for name, x in expected.items()
+    }
+
+
 def compare(placements, target, exponent, way):
     """Return the largest difference between sharded and whole, over the largest number."""
     alone, model = pair(placements)
@@ -62,31 +95,14 @@ def compare(placements, target, exponent, way):
             else:
                 own = SpectralRegularizer(one, **options)
         moved(one)
-        sgd = torch.optim.SGD(one.parameters(), 0.01)
-        if way.startswith("attached"):
-            own.attach(sgd, decoupled=True, constraint=constraint)
-        for _ in range(2):
-            if way.startswith("accumulate"):
-                own.accumulate_grad_()
-            elif way == "penalty":
-                own.penalty().backward()
-            else:
-                for p in one.parameters():
-                    p.grad = torch.full_like(p, 0.1)
-                (own if way.startswith("adamw") else sgd).step()
+        two_steps(one, own, way, constraint)
         (bucket,) = own._buckets.buckets
         found.append({
-            **{f"sigma {n}": x for n, x in zip(own.names, own.sigma, strict=True)},
             "norms": bucket.state.norm.clone(), "penalties": bucket.state.raw_penalty[1:].clone(),
-            **{n: whole(p.detach()) for n, p in one.named_parameters()},
-            **{f"grad {n}": whole(p.grad) for n, p in one.named_parameters()},
+            **numbers(one, own),
         })  # fmt: skip
         assert own.report()[1].shape == (6, 9)
-    expected, mine = found
-    return {
-        name: float((mine[name] - x).abs().max() / x.abs().max().clamp(min=1e-30))
-        for name, x in expected.items()
-    }
+    return differences(*found)
 
 
 def initial(placements):

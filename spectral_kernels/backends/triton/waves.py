@@ -1,9 +1,9 @@
 """The next v of convolutions as operators; see backends/operators.py for the mathematics.
 
 A program takes an operator: it sums t over the tiles, then passes over the channels, BC at a time,
-and their taps: once for the frequency of v, once for ||A||^2 with its derivatives, up to twice for
-||A||^2 after a step of Newton's, and once to write v_next. A frequency is a complex number of
-length one per dimension, whose powers are the waves of the taps. Sums are float64.
+and their taps: for the frequency of v, for ||A||^2 and its derivatives, up to twice for ||A||^2
+after a step of Newton's, and to write v_next. A frequency is a complex number of length one per
+dimension, whose powers are the waves of the taps. Sums are float64.
 """
 
 from __future__ import annotations
