@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -109,6 +110,30 @@ MODELS = {
     "vgg_plain": vgg,
     "vit": Vit,
 }
+
+
+def lipschitz(model: nn.Module, sigmas: Mapping[str, float], name: str = "") -> float:
+    """Return a Lipschitz bound of ``model``: the product over layers, sums over residual branches.
+
+    Args:
+        model: of linear layers, convolutions, blocks, and functions of Lipschitz constant one.
+        sigmas: the operators' largest singular values by name of the weight.
+        name: of ``model`` in the whole, for ``sigmas``.
+
+    Returns:
+        The bound, for the Euclidean norm; nan for a model with other layers (attention and norms
+        have none that holds for every input).
+    """
+    if isinstance(model, nn.Linear | nn.Conv2d):
+        return sigmas[f"{name}weight"]
+    inner = {key: lipschitz(child, sigmas, f"{name}{key}.") for key, child in
+             model.named_children()}  # fmt: skip
+    if isinstance(model, Block):
+        return inner["first"] * inner["second"] + inner["shortcut"]
+    if isinstance(model, nn.Sequential):
+        return math.prod(inner.values())
+    one = nn.ReLU, nn.Flatten, nn.Identity, nn.MaxPool2d, nn.AdaptiveAvgPool2d
+    return 1.0 if isinstance(model, one) else math.nan
 
 
 def build(name: str, shape: tuple[int, ...], outputs: int, generator: torch.Generator) -> nn.Module:

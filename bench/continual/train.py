@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from spectral_kernels import diagnostics
 
@@ -60,7 +62,8 @@ def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
 
     online: mean score of a task's batches, each before its step; train, test: score on the task's
     examples and on held-out ones at its end (None if there are none). Also at its end: sigma_max,
-    sigma_min and stable_rank per matrix, gradient_diversity, dormant (a share of all units) and
+    sigma_min and stable_rank per matrix, operator_sigma likewise (of a convolution as an operator),
+    lipschitz (see models.lipschitz), gradient_diversity, dormant (a share of all units) and
     weight_norm. seconds: of the training alone.
 
     Images, initial weights, tasks and batches of one seed are the same for every method.
@@ -119,7 +122,18 @@ def measure(model: nn.Module, problem: problems.Problem, task: problems.Task) ->
         "test": None if task.x_test is None else _score(model, problem, task.x_test, task.y_test),
         "weight_norm": diagnostics.weight_norm(model),
     }
+    scores |= operators(model)
     return scores | plasticity(model, _weights(model), task.x, task.y, problem.loss)
+
+
+def operators(model: nn.Module) -> dict:
+    """Return operator_sigma and lipschitz; that is nan where a model has no such bound."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        for name in list(getattr(module, "parametrizations", ())):
+            parametrize.remove_parametrizations(module, name)
+    sigmas = diagnostics.spectral_norms(plain, rtol=1e-3, convolutions="operator")
+    return {"operator_sigma": list(sigmas.values()), "lipschitz": models.lipschitz(plain, sigmas)}
 
 
 def plasticity(model: nn.Module, matrices, x: torch.Tensor, y: torch.Tensor, loss) -> dict:
