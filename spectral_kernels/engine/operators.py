@@ -18,14 +18,14 @@ from torch import Tensor
 from ..backends import operators
 from ..backends.operators import Taps
 from ..selection.matrices import Matrix
-from ..sharding.shards import whole_of
+from ..sharding.shards import is_sharded, whole_of
 from ..tables.device import is_capturing, wide, wide_dtype
 
 if TYPE_CHECKING:
     from .bucket import Bucket
 
-EVERY = 200  # steps between two searches
-BETTER = 1.01  # times its sigma: what an operator goes on from instead of what it has
+EVERY, SOON = 200, 25  # steps between two searches; the latter where one has found what is FAR
+BETTER, FAR = 1.01, 1.03  # times its sigma: what an operator goes on from instead of what it has
 FEW = 8  # iterations of Lanczos between two of Newton's steps
 ROUGH = 0.01  # relative error to which peaks are climbed; those that may be the best, to the end
 BYTES = 2**26  # of what belongs to the frequencies that are looked at together
@@ -65,39 +65,54 @@ class Top(NamedTuple):
 
 
 class SearchClock:
-    """Counts steps, and has the operators of a model searched again every now and then."""
+    """Counts steps, and has the operators of a model searched again every now and then.
+
+    Sooner at first, and where a maximum was found that is far above what was followed: more of them
+    may be, as when a bound has just been set. Not on a GPU, which the host would wait for, and not
+    where weights are sharded, whose ranks search together.
+    """
 
     def __init__(self):
-        self.n_steps = 0
+        self.left = SOON  # steps until the next search
 
     def count(self, buckets: Sequence[Bucket] | None) -> None:
         """Begin a step; ``buckets`` are those of the model, None before they are built."""
         if buckets is None or all(bucket.plan.operators is None for bucket in buckets):
             return
-        self.n_steps += 1
-        if self.n_steps % EVERY:
+        self.left -= 1
+        if self.left > 0:
             return
-        for bucket in buckets:
-            if bucket.plan.operators is not None and not is_capturing(bucket.plan.device):
-                search_again(bucket, bucket.state.sigma * BETTER)
+        found = [
+            search_again(bucket, bucket.state.sigma * BETTER)
+            for bucket in buckets
+            if bucket.plan.operators is not None and not is_capturing(bucket.plan.device)
+        ]
+        self.left = SOON if any(found) else EVERY
 
 
-def search_again(bucket: Bucket, least: Tensor) -> None:
+def search_again(bucket: Bucket, least: Tensor) -> bool:
     """Let the operators of a bucket go on from the best vectors on a grid of frequencies.
 
     Those of which an estimate of sigma is above ``least`` [n_matrices], or that is NaN.
+
+    Returns:
+        whether one of these is FAR above the present sigma; False on a GPU and of what is sharded.
     """
-    state, by_ref = bucket.state, {}
+    state, by_ref, far = bucket.state, {}, False
     for i, ref in enumerate(bucket.plan.matrix_ref.tolist()):
         by_ref.setdefault(ref, []).append(i)
     for ref, indices in by_ref.items():
         if bucket.on_host and bool((least[indices] == math.inf).all()):
             continue
-        found = search([bucket.matrices[i] for i in indices], bucket.parameters[ref])
+        tensor = bucket.parameters[ref]
+        found = search([bucket.matrices[i] for i in indices], tensor)
+        looks = bucket.on_host and not is_sharded(tensor)
         for i, sigma, v in zip(indices, *found, strict=True):
             takes = (sigma > least[i]) | least[i].isnan()
             own, v = state.columns(i, state.v_next), state.plan.layouts[i].from_logical(v)
             own.copy_(torch.where(takes, v.to(own), own))
+            far = far or (looks and bool(takes & (sigma > state.sigma[i] * FAR)))
+    return far
 
 
 def search(matrices: Sequence[Matrix], tensor: Tensor) -> tuple[Tensor, Tensor]:

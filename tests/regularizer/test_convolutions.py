@@ -371,7 +371,7 @@ def test_constraints_hold_operators(way, constraint):
         optimizer = reg = way(model, 1e-9, decoupled=True, constraint=constraint, **options)
     zero_gradients(model)
     before = spectral_norms(model, 1e-6, convolutions="operator")
-    for _ in range(300):
+    for _ in range(200):
         optimizer.step()
     after = spectral_norms(model, 1e-6, convolutions="operator")
     for name, norm in after.items():

@@ -265,6 +265,7 @@ class _Hook:
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         buckets = self._regularizer._buckets
         with buckets.lock:
+            buckets.searches.count(buckets.buckets)
             buckets.leave_out_computed()
             own = buckets.of_owner(self._step)
             self._decoupled.prepare(own, buckets.iterations, optimizer)
@@ -289,7 +290,7 @@ def attach(
     constraint: str | None,
 ) -> Attachment:
     """See ``SpectralRegularizer.attach``."""
-    check_constraint(constraint, decoupled, regularizer._buckets.settings.n_vectors)
+    check_constraint(constraint, decoupled)
     given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     if not given:
         raise TypeError("optimizer: got no optimizer; accepted are one or several")
