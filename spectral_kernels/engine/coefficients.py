@@ -149,11 +149,11 @@ class Coefficients:
         """
         plan = bucket.plan
         values = [
-            self.initial[matrix.name] if target == "initial" else number_of(target, *shape)
-            for matrix, target, shape in (
-                (m, self._targets[m.name], m.shape_now()) for m in plan.matrices
-            )
-        ]
+            self.initial[m.name] if target == "initial"
+            else number_of(target, *m.shape_now()) if isinstance(target, str)
+            else target
+            for m, target in ((m, self._targets[m.name]) for m in bucket.matrices)
+        ]  # fmt: skip
         device_tables.fill(bucket.state.target, values)
         targets = []
         for entry, ref in zip(plan.elementwise, plan.elementwise_ref, strict=True):

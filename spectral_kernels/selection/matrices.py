@@ -48,8 +48,11 @@ class Matrix:
     periods: tuple[int, ...] | None = None
 
     def shape_now(self) -> tuple[int, int]:
-        """Return the current (M, N); ``shape`` is that at selection."""
-        part = self.of(self.ref.get())
+        """Return the current (M, N); ``shape`` is that at selection.
+
+        Of a sharded parameter, those of the whole; ranks need not call it together.
+        """
+        part = self.of(torch.empty(self.ref.get().shape, device="meta"))
         others = [n for d, n in enumerate(part.shape) if d != self.row_dim]
         return part.shape[self.row_dim], torch.Size(others).numel()
 

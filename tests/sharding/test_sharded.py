@@ -50,11 +50,10 @@ VIEW_PLACEMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("n_vectors", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"n_vectors": 4}, {"target": "0.5*mup"}], ids=str)
 @pytest.mark.parametrize("placements", VIEW_PLACEMENTS, ids=str)
-def test_every_view_by_every_dimension(ranks, placements, n_vectors):
-    options = {"n_vectors": n_vectors}
-    limit = 1e-6 if n_vectors == 1 else 1e-5
+def test_every_view_by_every_dimension(ranks, placements, options):
+    limit = 1e-6 if "n_vectors" not in options else 1e-5
     within(ranks(4).call(sharded_runs.compare_views, placements, (), options), limit)
 
 
@@ -62,6 +61,7 @@ def test_every_view_by_every_dimension(ranks, placements, n_vectors):
 @pytest.mark.parametrize("options", [
     {"n_vectors": 2}, {"n_vectors": 8}, {"n_power_iterations": 3}, {"n_power_iterations": "auto"},
     {"n_vectors": 4, "n_power_iterations": "auto"}, {"exponent": 1, "target": 0.5},
+    {"target": "0.5*mup"},
 ])  # fmt: skip
 @pytest.mark.parametrize(("placement", "backend"), [
     ("fsdp", "cpu"), ("tensor parallel", "cpu"), ("fsdp and tensor parallel", "cpu"),
