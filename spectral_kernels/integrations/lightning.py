@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import Unpack
 
@@ -37,11 +37,14 @@ class SpectralCallback(Callback):
         optimizer: index of the module's optimizer to attach to, or indices of several; they must
             hold all selected parameters.
         decoupled: let the penalty act on the weights, as ``SpectralRegularizer.attach`` says.
+        constraint: with ``decoupled``, "cap" or "sphere" in place of the penalty, see there.
         **arguments: arguments of SpectralRegularizer, without the model.
 
     Raises:
-        TypeError: an argument that SpectralRegularizer does not have. Values are checked when
-            training begins.
+        TypeError: an argument that SpectralRegularizer does not have, or a ``constraint`` that is
+            no string.
+        ValueError: another ``constraint``, or one without ``decoupled``. Other values are checked
+            when training begins.
     """
 
     @known_keywords
@@ -52,6 +55,7 @@ class SpectralCallback(Callback):
         prefix: str = "spectral",
         optimizer: int | Sequence[int] = 0,
         decoupled: bool = False,
+        constraint: Literal["cap", "sphere"] | None = None,
         **arguments: Unpack[RegularizerOptions],
     ) -> None:
         several = isinstance(optimizer, list | tuple)
@@ -59,7 +63,7 @@ class SpectralCallback(Callback):
             check_count("optimizer", i, 0) for i in (optimizer if several else [optimizer])
         ]
         self.per_layer, self.prefix, self.optimizer = per_layer, prefix, optimizer
-        self._session = Session(arguments, decoupled)
+        self._session = Session(arguments, decoupled, constraint)
         self._loaded: Mapping[str, Any] | None = None
         self._logged = 0
 

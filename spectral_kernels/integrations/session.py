@@ -12,6 +12,7 @@ from torch import nn
 from ..backends.base import Backend
 from ..backends.choice import BackendName
 from ..engine.attach import Attachment, unwrapped
+from ..engine.settings import check_constraint
 from ..optim.base import SpectralOptimizer
 from ..regularizer import SpectralRegularizer, Strength, Target
 from ..selection.options import StartOptions
@@ -38,12 +39,19 @@ class Session:
     Args:
         arguments: arguments of SpectralRegularizer, without the model.
         decoupled: see ``SpectralRegularizer.attach``.
+        constraint: see there.
     """
 
     _all: ClassVar[WeakSet[Session]] = WeakSet()
 
-    def __init__(self, arguments: RegularizerOptions, decoupled: bool = False):
+    def __init__(
+        self,
+        arguments: RegularizerOptions,
+        decoupled: bool = False,
+        constraint: Literal["cap", "sphere"] | None = None,
+    ):
         self.arguments, self._decoupled = dict(arguments), decoupled
+        self._constraint = check_constraint(constraint, decoupled)
         self._all.add(self)
         self.regularizer: SpectralRegularizer | None = None
         self.is_own = False
@@ -75,7 +83,9 @@ class Session:
         if not self.is_own or model is not self._model:
             self.regularizer = SpectralRegularizer(model, **self.arguments)
             self.is_own, self._model = True, model
-        self._attachment = self.regularizer.attach(optimizers, decoupled=self._decoupled)
+        self._attachment = self.regularizer.attach(
+            optimizers, decoupled=self._decoupled, constraint=self._constraint
+        )
         return self.regularizer
 
     def _of_optimizer(self, optimizer: SpectralOptimizer, *others) -> SpectralRegularizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainerCallback
@@ -37,13 +37,16 @@ class SpectralCallback(TrainerCallback):
         per_layer: log sigma and residual / sigma of every matrix too.
         prefix: what the names of the metrics begin with.
         decoupled: let the penalty act on the weights, as ``SpectralRegularizer.attach`` says.
+        constraint: with ``decoupled``, "cap" or "sphere" in place of the penalty, see there.
         resume_from: folder of the checkpoint to resume from, if it is neither
             ``args.resume_from_checkpoint`` nor the one of this step in ``args.output_dir``.
         **arguments: arguments of SpectralRegularizer, without the model.
 
     Raises:
-        TypeError: an argument that SpectralRegularizer does not have. Values are checked when
-            training begins.
+        TypeError: an argument that SpectralRegularizer does not have, or a ``constraint`` that is
+            no string.
+        ValueError: another ``constraint``, or one without ``decoupled``. Other values are checked
+            when training begins.
     """
 
     @known_keywords
@@ -53,11 +56,12 @@ class SpectralCallback(TrainerCallback):
         per_layer: bool = False,
         prefix: str = "spectral",
         decoupled: bool = False,
+        constraint: Literal["cap", "sphere"] | None = None,
         resume_from: str | PathLike[str] | None = None,
         **arguments: Unpack[RegularizerOptions],
     ) -> None:
         self.per_layer, self.prefix, self.resume_from = per_layer, prefix, resume_from
-        self._session = Session(arguments, decoupled)
+        self._session = Session(arguments, decoupled, constraint)
 
     @property
     def regularizer(self) -> SpectralRegularizer | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import spectral_kernels
-from spectral_kernels import SpectralAdamW, SpectralRegularizer
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, spectral_norms
 from spectral_kernels.integrations import session
 from tests.support import processes
 
@@ -197,6 +197,18 @@ def test_the_penalty_of_a_trainer_may_be_decoupled(hf, tmp_path):
         trainer.train()
         moved[decoupled] = trainer.model.transformer.h[0].mlp.c_fc.weight.detach()
     assert not torch.equal(moved[False], moved[True])
+
+
+@pytest.mark.takes_seconds
+def test_the_weights_of_a_trainer_may_be_held(hf, tmp_path):
+    callback = callback_of(target=0.1, decoupled=True, constraint="sphere")
+    trainer = trainer_of(hf, tmp_path, gpt2(hf), tokens(), [callback], max_steps=3)
+    trainer.train()
+    norms = spectral_norms(trainer.model.transformer.h)
+    assert norms
+    assert all(sigma < 0.13 for sigma in norms.values())
+    with pytest.raises(ValueError, match=r"^constraint: got 'sphere' with decoupled=False"):
+        callback_of(constraint="sphere")
 
 
 @pytest.mark.takes_seconds
