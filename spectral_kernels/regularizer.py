@@ -288,7 +288,7 @@ class SpectralRegularizer(Assignable, Readings):
                 SpectralSGD.
             ValueError: a selected parameter is in no optimizer, in two of them, in a group with
                 ``maximize=True``; with ``decoupled``, a group without lr; a ``constraint`` without
-                ``decoupled``, or with several vectors.
+                ``decoupled``.
             RuntimeError: attached to this optimizer already, or a parameter gets a penalty in the
                 steps of an optimizer that is still there (unless it is this regularizer's, and the
                 optimizer does not hold all parameters any more).

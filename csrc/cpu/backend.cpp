@@ -170,7 +170,8 @@ ScratchBytes bytes_for_gradient(const Header& header) {
 ScratchBytes bytes_for_update(const Header& header, const Update& update) {
   ScratchBytes bytes = bytes_for_products(header);
   if (splits(header.weight_dtype) && update.moment_dtype == header.weight_dtype)
-    bytes.gradient_v = n_terms(header) * (int64_t)sizeof(float) * widest(header, any);
+    bytes.gradient_v = (update.constraint == kCap ? header.r : n_terms(header)) *
+                       (int64_t)sizeof(float) * widest(header, any);
   return bytes;
 }
 

@@ -22,7 +22,7 @@ struct Complex {
 struct Scratch {
   void* rows;         // kMaxRows rows of a matrix that is not one piece per row (outer > 1)
   float* v;           // [r, N] what split weights are multiplied by, in split order
-  float* gradient_v;  // [N] what is added to split gradients, in split order; of operators [2, N]
+  float* gradient_v;  // [terms, N] what is added to split gradients, in split order
   void* ritz;         // kRitzBytes for several vectors; for operators a Complex per tap
 };
 

@@ -40,9 +40,11 @@ SPECTRAL_INLINE double gradient_factor(const Header& header, int64_t matrix) {
                             strength_of<S>(header, matrix), header.exponent, header.above != 0);
 }
 
+// Of singular value j.
 template <class S>
-SPECTRAL_INLINE double held_factor(const Header& header, int64_t matrix, int64_t constraint) {
-  return held_factor_of(reinterpret_cast<const S*>(header.sigmas)[matrix],
+SPECTRAL_INLINE double held_factor(const Header& header, int64_t matrix, int64_t constraint,
+                                   int64_t j = 0) {
+  return held_factor_of(reinterpret_cast<const S*>(header.sigmas)[j * header.n_matrices + matrix],
                         reinterpret_cast<const S*>(header.target)[matrix],
                         strength_of<S>(header, matrix), constraint, header.above != 0);
 }

@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "scalar_math.h"
 #include "tile_products.h"
+#include "update_factors.h"
 
 namespace spectral {
 namespace SPECTRAL_LEVEL {
@@ -223,89 +224,6 @@ struct Stretch {
   }
 };
 
-// x of a row of a matrix: v, in split order if pairs are.
-template <class S>
-struct RowFactor {
-  static constexpr bool kIsRead = true;  // and not computed: it may be asked for twice
-  const S* v;
-  template <class V>
-  SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
-    x0 = Simd<S>::load(v + c);
-    x1 = Simd<S>::load(v + c + Simd<S>::kLanes);
-  }
-  SPECTRAL_INLINE auto one(int64_t c) const { return Simd<S>::load(v + c); }
-  SPECTRAL_INLINE auto part(int64_t c, int64_t n) const { return load_part(v + c, n); }
-};
-
-// x of a row of an operator: the gradient itself, of two terms a * v; in split order if pairs are.
-template <class S>
-struct TwoTermFactor {
-  static constexpr bool kIsRead = true;  // it costs little
-  const S* v;
-  int64_t distance;  // between the vectors
-  S a0, a1;
-  SPECTRAL_INLINE auto one(int64_t c) const {
-    return Simd<S>::load(v + c) * a0 + Simd<S>::load(v + distance + c) * a1;
-  }
-  template <class V>
-  SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
-    x0 = one(c);
-    x1 = one(c + Simd<S>::kLanes);
-  }
-  SPECTRAL_INLINE auto part(int64_t c, int64_t n) const {
-    return load_part(v + c, n) * a0 + load_part(v + distance + c, n) * a1;
-  }
-};
-
-// x of a bias, shift or gain: the gradient itself.
-template <class T, class S, class Gradient>
-struct ElementwiseFactor {
-  using V = typename Simd<T>::V;
-  static constexpr bool kIsRead = false;
-  const T* p;
-  const Gradient& gradient;
-
-  // Of n elements, the first of which is c, every `step`-th one.
-  SPECTRAL_INLINE V of(V x, int64_t c, int step, int64_t n) const {
-    for (int i = 0; i < n; ++i) x[i] = plain_nan((S)gradient.of(x[i], c + i * step));
-    return x;
-  }
-  SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
-    constexpr int kLanes = Simd<T>::kLanes, kStep = Simd<T>::kSplits ? 2 : 1;
-    Simd<T>::load_pair(p + c, x0, x1);
-    x0 = of(x0, c, kStep, kLanes);
-    x1 = of(x1, c + (Simd<T>::kSplits ? 1 : kLanes), kStep, kLanes);
-  }
-  SPECTRAL_INLINE V one(int64_t c) const { return of(Simd<T>::load(p + c), c, 1, Simd<T>::kLanes); }
-  SPECTRAL_INLINE V part(int64_t c, int64_t n) const { return of(load_part(p + c, n), c, 1, n); }
-};
-
-// x of a row: the gradient itself.
-template <class T>
-struct OneRowFactor {
-  using V = typename Simd<T>::V;
-  static constexpr bool kIsRead = false;
-  const T* p;
-  const RowGradient<T> gradient;
-
-  SPECTRAL_INLINE void pair(int64_t c, V& x0, V& x1) const {
-    Simd<T>::load_pair(p + c, x0, x1);
-    x0 = gradient.of(x0);
-    x1 = gradient.of(x1);
-  }
-  SPECTRAL_INLINE V one(int64_t c) const { return gradient.of(Simd<T>::load(p + c)); }
-  SPECTRAL_INLINE V part(int64_t c, int64_t n) const { return gradient.of(load_part(p + c, n)); }
-};
-
-// x of a parameter without a penalty.
-template <class V>
-struct NoFactor {
-  static constexpr bool kIsRead = true;
-  SPECTRAL_INLINE void pair(int64_t, V& x0, V& x1) const { x0 = x1 = V{}; }
-  SPECTRAL_INLINE V one(int64_t) const { return V{}; }
-  SPECTRAL_INLINE V part(int64_t, int64_t) const { return V{}; }
-};
-
 template <class S>
 double steps_of(const Update& update, const Moment& moment) {
   return reinterpret_cast<const float*>(update.steps)[moment.parameter];
@@ -375,7 +293,8 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   using Rule = RuleOf<S, Lanes>;
-  const int terms = header.operators != 0 ? 2 : 1;
+  const bool caps = header.operators == 0 && header.r > 1 && update.constraint == kCap;
+  const int64_t terms = header.operators != 0 ? 2 : caps ? header.r : 1;
   const double lr = pull_lr(update, group);
   double part;
   const double factor = matrix_factor<S>(header, update, tile.matrix, lr, part);
@@ -403,6 +322,26 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
     if (piece.second != nullptr) piece.second += at;
     return piece;
   };
+  if (caps) {
+    double factors[kMaxVectors];
+    int64_t n = 0;  // those above the target come first
+    while (n < terms && (factors[n] = held_factor<S>(header, tile.matrix, kCap, n)) > 0) ++n;
+    const auto update_row = [&](int64_t row) {
+      NoProducts<T> none;
+      S a[kMaxVectors];
+      for (int64_t j = 0; j < n; ++j) a[j] = plain_nan((S)(factors[j] * s[j * m.rows + row]));
+      for (int64_t o = 0; o < m.outer; ++o) {
+        Piece piece = piece_of(row, o);
+        put_penalty(piece, update, lr, (S)(n > 0));
+        if (n > 0)
+          piece.run(rule, m.inner, SumFactor<S>{v + o * m.inner, m.outer * m.inner, a, n}, none);
+        else
+          piece.run(rule, m.inner, NoFactor<typename Simd<T>::V>{}, none);
+      }
+    };
+    tile_products<T, false>(header, tile, next, v_next, scratch, RowFunction(update_row));
+    return;
+  }
   if (terms > 1) {
     const auto update_row = [&](int64_t row) {
       NoProducts<T> none;

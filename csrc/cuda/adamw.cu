@@ -21,7 +21,10 @@ struct Math {
 }  // namespace
 
 void adamw(const Header& header, const Update& update, int device, int64_t stream) {
-  launch_rule<AdamW<float, Math>>(header, update, device, stream);
+  if (caps_several(header, update))
+    launch_rule<AdamW<float, Math>, true>(header, update, device, stream);
+  else
+    launch_rule<AdamW<float, Math>>(header, update, device, stream);
 }
 
 }  // namespace cuda

@@ -17,9 +17,10 @@ __device__ __forceinline__ double gradient_factor(const Header& header, int64_t 
                             strength_of(header, index), header.exponent, header.above != 0);
 }
 
+// Of singular value j.
 __device__ __forceinline__ double held_factor(const Header& header, int64_t index,
-                                              int64_t constraint) {
-  return held_factor_of(at<const float>(header.sigmas)[index],
+                                              int64_t constraint, int64_t j = 0) {
+  return held_factor_of(at<const float>(header.sigmas)[j * header.n_matrices + index],
                         at<const float>(header.target)[index], strength_of(header, index),
                         constraint, header.above != 0);
 }

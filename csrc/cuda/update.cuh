@@ -269,7 +269,46 @@ __device__ __forceinline__ double updated_products(const Header& header, const M
   return long_rows<4, 1, true>(w, o, shared_floats);
 }
 
-template <class Rule, class T, class M>
+// What a cap of several singular values multiplies s_j v_j^T by.
+struct Factors {
+  double of[kMaxVectors];
+  int n;  // those above the target, which come first
+};
+
+__device__ __forceinline__ void find_factors(const Header& header, int64_t matrix, Factors& found) {
+  int n = 0;
+  while (n < header.r && (found.of[n] = held_factor(header, matrix, kCap, n)) != 0) ++n;
+  found.n = n;
+}
+
+// Updates the rows of a tile, kWidth neighbouring elements per thread, without products.
+template <bool kAligned, class Rule, class T, class M>
+__device__ __forceinline__ void capped_rows(const Header& header, const Matrix& m, const Tile& tile,
+                                            const Change<Rule, T, M>& change,
+                                            const Factors& factors) {
+  constexpr int kWidth = kAligned ? kPerLoad<T> : 1;
+  const int64_t n = m.outer * m.inner, pieces = n / kWidth;
+  const int64_t end = (tile.row_end - tile.row_begin) * pieces;
+  const float* v = at<const float>(header.v) + m.v_offset;
+  const float* s = at<const float>(header.s) + m.s_offset + tile.row_begin;
+  for (int64_t i = threadIdx.x; i < end; i += kThreads) {
+    const int64_t row = i / pieces, c = i % pieces * kWidth;
+    const int64_t place =
+        row * m.row_stride + (m.outer == 1 ? c : column_offset(c, m.inner, m.outer_stride));
+    Piece<Rule, T, M, kWidth> piece;
+    piece.load(change, place);
+    float sum[kWidth]{};
+    for (int j = 0; j < factors.n; ++j) {
+      const float a = (float)(factors.of[j] * s[j * m.rows + row]);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) sum[k] += a * v[j * n + c + k];
+    }
+    piece.step(change, place, 1, [&](int k, float) { return sum[k]; });
+  }
+}
+
+// kSeveral: a cap holds several singular values; their products are another launch.
+template <bool kSeveral, class Rule, class T, class M>
 __device__ __forceinline__ void update_tile(const Header& header, const Update& update,
                                             int64_t index, int64_t shared_floats) {
   const Tile& tile = at<const Tile>(header.tiles)[index];
@@ -297,6 +336,18 @@ __device__ __forceinline__ void update_tile(const Header& header, const Update& 
     float* v_next = at<float>(header.v_next) + m.v_offset;
     const int64_t size = header.r * m.outer * m.inner;
     for (int64_t c = threadIdx.x; c < size; c += kThreads) v_next[c] = v[c];
+  }
+  if constexpr (kSeveral) {
+    __shared__ Factors several;
+    if (threadIdx.x == 0) find_factors(header, tile.matrix, several);
+    __syncthreads();
+    if (!change.acts) return;
+    if (is_aligned<T>(m.weight, m.row_stride, m.outer * m.inner, m.outer) &&
+        are_aligned(m.weight, m.grad, moment))
+      capped_rows<true>(header, m, tile, change, several);
+    else
+      capped_rows<false>(header, m, tile, change, several);
+    return;
   }
   const Operands operands = operands_of(header, tile, m, skipped ? header.v : header.v_next);
   const double squares = sum_over_block(updated_products<Rule, T, M>(
@@ -376,40 +427,46 @@ __device__ __forceinline__ void update_other(const Update& update, int64_t index
 
 // Block i < n_tiles takes tile i, the following n_elementwise blocks an elementwise parameter each,
 // the n_others after them one of the others.
-template <class Rule, class T, class M>
+template <bool kSeveral, class Rule, class T, class M>
 __global__ void __launch_bounds__(kThreads, 2)
     update_kernel(const Header header, const Update update, int64_t shared_floats) {
   int64_t block = blockIdx.x;
-  if (block < header.n_tiles) return update_tile<Rule, T, M>(header, update, block, shared_floats);
+  if (block < header.n_tiles)
+    return update_tile<kSeveral, Rule, T, M>(header, update, block, shared_floats);
   block -= header.n_tiles;
   if (block < header.n_elementwise) return update_elementwise<Rule, T, M>(header, update, block);
   update_other<Rule, T, M>(update, block - header.n_elementwise);
 }
 
-template <class Rule, class T, class M>
+template <bool kSeveral, class Rule, class T, class M>
 void launch_update(const Header& header, const Update& update, int device, int64_t stream) {
   const int64_t bytes = bytes_for_t(header, device, "update");
-  launch<Header, Update, int64_t>("update", update_kernel<Rule, T, M>,
+  launch<Header, Update, int64_t>("update", update_kernel<kSeveral, Rule, T, M>,
                                   header.n_tiles + header.n_elementwise + update.n_others, kThreads,
                                   bytes, stream, header, update, bytes / (int64_t)sizeof(float));
 }
 
-template <class Rule, class T>
+template <bool kSeveral, class Rule, class T>
 void launch_narrow(const Header& header, const Update& update, int device, int64_t stream) {
   if (update.moment_dtype == kFloat32)
-    launch_update<Rule, T, float>(header, update, device, stream);
+    launch_update<kSeveral, Rule, T, float>(header, update, device, stream);
   else
-    launch_update<Rule, T, T>(header, update, device, stream);
+    launch_update<kSeveral, Rule, T, T>(header, update, device, stream);
 }
 
-template <class Rule>
+template <class Rule, bool kSeveral = false>
 void launch_rule(const Header& header, const Update& update, int device, int64_t stream) {
   if (header.weight_dtype == kFloat32)
-    launch_update<Rule, float, float>(header, update, device, stream);
+    launch_update<kSeveral, Rule, float, float>(header, update, device, stream);
   else if (header.weight_dtype == kBFloat16)
-    launch_narrow<Rule, __nv_bfloat16>(header, update, device, stream);
+    launch_narrow<kSeveral, Rule, __nv_bfloat16>(header, update, device, stream);
   else
-    launch_narrow<Rule, __half>(header, update, device, stream);
+    launch_narrow<kSeveral, Rule, __half>(header, update, device, stream);
+}
+
+// Whether a cap holds several singular values of a matrix.
+inline bool caps_several(const Header& header, const Update& update) {
+  return update.constraint == kCap && header.r > 1;
 }
 
 }  // namespace

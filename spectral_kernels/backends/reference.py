@@ -242,21 +242,34 @@ def _elementwise_gradient(
     return (factor[:, None] * rows).reshape(x.shape)
 
 
+def held_factors(plan, state, above: bool) -> Tensor:
+    """Return ``formulas.held_factor`` of every singular value, [plan.n_values, n_matrices] wide."""
+    sigmas = wide(state.sigmas).view(plan.r, -1)[: plan.n_values]
+    strength = wide(state.strength[: len(plan.matrices)])
+    return formulas.held_factor(sigmas, strength, wide(state.target), above)
+
+
+def held_part(plan, state, i: int, factors: Tensor) -> Tensor:
+    """Return what a cap takes from matrix ``i``, [M, N] wide: the sum of factor_j s_j v_j^T."""
+    s, v = wide(state.rows(i)), wide(state.columns(i, state.v))
+    if plan.operators is not None:
+        return formulas.penalty_gradient(s, v, factors[0] / int(plan.table["reach"][i]))
+    return (s.mT * factors) @ v
+
+
 def _held(plan, state, constraint: str) -> list[Tensor]:
     """Return what ``constraint`` takes from each parameter, see ``formulas.held_factor``; wide."""
     found, n = [torch.zeros_like(wide(t.detach())) for t in plan.tensors], len(plan.matrices)
-    strength, sigma, norm = wide(state.strength), wide(state.sigma), wide(state.norm)
+    strength, norm = wide(state.strength), wide(state.norm)
     above = constraint == "cap" or state.above
-    factors = formulas.held_factor(sigma, strength[:n], wide(state.target), above)
+    factors = held_factors(plan, state, above)
     for i, ref in enumerate(plan.matrix_ref):
         view = stored(plan, i, found[ref])
         if constraint == "cap":
-            s, v = (wide(_terms(plan, x)) for x in (state.rows(i), state.columns(i, state.v)))
-            factor = factors[i] / int(plan.table["reach"][i])
-            part = formulas.penalty_gradient(s, v, factor).reshape(view.shape)
+            part = held_part(plan, state, i, factors[:, i]).reshape(view.shape)
         else:
-            part = factors[i] * wide(stored(plan, i, plan.tensors[ref].detach()))
-        view.copy_(torch.where(factors[i] == 0, torch.zeros_like(part), part))
+            part = factors[0, i] * wide(stored(plan, i, plan.tensors[ref].detach()))
+        view.copy_(torch.where(factors[0, i] == 0, torch.zeros_like(part), part))
     for i, ref in enumerate(plan.elementwise_ref):
         x = wide(plan.tensors[ref].detach())
         kind, target, own = plan.elementwise[i].kind, plan.targets[i], strength[n + i]

@@ -8,7 +8,7 @@ from ..selection.arguments import check_choice, check_number, check_word
 from ..tables.schema import N_VECTORS
 from .coefficients import Strength, Target
 from .model_buckets import ModelBuckets
-from .settings import SIDES, check_constraint, iterations_of
+from .settings import SIDES, iterations_of
 from .untraced import untraced
 
 
@@ -86,7 +86,7 @@ class Assignable:
 
     @property
     def n_vectors(self) -> int:
-        """Singular vectors per matrix; assign 1, 2, 4, 8 or 16, with a constraint 1.
+        """Singular vectors per matrix; assign 1, 2, 4, 8 or 16.
 
         The vectors are kept. If there are more from now on, ``warmup`` iterations follow.
         """
@@ -95,11 +95,7 @@ class Assignable:
     @n_vectors.setter
     @untraced
     def n_vectors(self, n_vectors: int) -> None:
-        found = check_choice("n_vectors", n_vectors, N_VECTORS)
-        for step in self._buckets.in_steps:
-            if step.is_active:
-                check_constraint(step.constraint, True, found)
-        self._buckets.set_n_vectors(found)
+        self._buckets.set_n_vectors(check_choice("n_vectors", n_vectors, N_VECTORS))
 
     def _assigned(self) -> dict[str, object]:
         """Return the arguments by name, and the backend's name, for a listing."""

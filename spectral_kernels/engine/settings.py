@@ -40,23 +40,17 @@ class Settings:
     side: str = "both"
 
 
-def check_constraint(constraint, decoupled: bool, n_vectors: int) -> str | None:
+def check_constraint(constraint, decoupled: bool) -> str | None:
     """Return a constraint of the decoupled form: None, "cap" or "sphere".
 
     Raises:
         TypeError: not a string.
-        ValueError: another word; one with ``decoupled`` False or several vectors.
+        ValueError: another word; one with ``decoupled`` False.
     """
     check_word("constraint", constraint, tuple(CONSTRAINTS))
-    if constraint is None:
-        return None
-    if not decoupled:
+    if constraint is not None and not decoupled:
         raise ValueError(
             f"constraint: got {constraint!r} with decoupled=False; accepted is decoupled=True"
-        )
-    if n_vectors > 1:
-        raise ValueError(
-            f"n_vectors: got {n_vectors} with constraint={constraint!r}; accepted is n_vectors=1"
         )
     return constraint
 

@@ -51,8 +51,8 @@ class SpectralAdamW(SpectralOptimizer):
         sphere:  W <- (target / sigma) W
 
     Both are used with bounds on the spectral norm ("Training Transformers with Enforced Lipschitz
-    Constants", arXiv 2507.13338; arXiv 2601.08393). One singular value is capped in a step, the one
-    that the vectors follow: several that are above the target come down one after the other.
+    Constants", arXiv 2507.13338; arXiv 2601.08393). "cap" is for each of the ``n_vectors``
+    largest singular values; further ones that are above the target come down in later steps.
     Elements of gains and rows of depthwise convolutions, which are singular values too, are held
     likewise, and biases are the optimizer's, but for one with a target: its norm is capped. A
     matrix of zeros stays, and so does one that is not finite.
@@ -101,8 +101,8 @@ class SpectralAdamW(SpectralOptimizer):
         TypeError: an argument of the wrong type or an unknown keyword; parameters without names
             and without ``model``.
         ValueError: a value out of range, ``amsgrad``, ``maximize`` or ``differentiable``; a
-            parameter in two groups; nothing to regularize; a ``constraint`` without ``decoupled``,
-            or with several vectors.
+            parameter in two groups; nothing to regularize; a ``constraint`` without
+            ``decoupled``.
         RuntimeError: the named backend cannot run on this machine.
     """
 

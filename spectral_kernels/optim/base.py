@@ -63,7 +63,7 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         defaults = self._checked_options({**defaults, **flags})
         self._decoupled = check_flag("decoupled", decoupled)
         n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
-        self._constraint = check_constraint(constraint, self._decoupled, n_vectors)
+        self._constraint = check_constraint(constraint, self._decoupled)
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")
         iterations_of(n_power_iterations, is_in_optimizer=True)

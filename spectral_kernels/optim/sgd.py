@@ -67,8 +67,7 @@ class SpectralSGD(SpectralOptimizer):
     Raises:
         TypeError: see :class:`SpectralAdamW`.
         ValueError: a value out of range, ``maximize`` or ``differentiable``; a parameter in two
-            groups; nothing to regularize; a ``constraint`` without ``decoupled``, or with several
-            vectors.
+            groups; nothing to regularize; a ``constraint`` without ``decoupled``.
         RuntimeError: the named backend cannot run on this machine.
     """
 

@@ -28,14 +28,15 @@ class Entry(NamedTuple):
 
 
 # Numbers of kernels: gram_matvec has one per dtype of the weights, rank_one one for all, adamw one
-# per dtypes of weights and moments, sgd two; subspace and transposed one per dtype and number of
+# per dtypes of weights and moments, and another for caps of several singular values, sgd one more
+# for spheres; subspace and transposed one per dtype and number of
 # vectors that a thread takes at a time, ritz one per number of vectors; the sums over tiles one for
 # one vector and one for several. 5 KiB: kReservedBytes of products.cuh, and the driver's share.
 ENTRIES = {
     "gram_matvec": Entry(3, 5 * KIB, (LOAD,), 24),  # of float16 on sm_100
     "rank_one": Entry(1, 9 * KIB, (LOAD, STORE)),
-    "adamw": Entry(5, 5 * KIB, (LOAD, STORE)),
-    "sgd": Entry(10, 5 * KIB, (LOAD, STORE)),
+    "adamw": Entry(10, 5 * KIB, (LOAD, STORE)),
+    "sgd": Entry(15, 5 * KIB, (LOAD, STORE)),
     "subspace": Entry(7, 12 * KIB, ("LDG.E.128.CONSTANT",)),  # the cache keeps it for a second use
     "ritz": Entry(4, 32 * KIB, ()),
     "transposed": Entry(10, 22 * KIB, (LOAD,)),

@@ -178,12 +178,13 @@ class Triton(Backend):
             one if step.grad_scale is None else step.grad_scale,
             zero if step.found_inf is None else step.found_inf,
         )  # fmt: skip
+        each = step.constraint == "cap" and step.plan is not None and step.plan.n_values > 1
         variant(
             "update", capability_of(step.device), step.dtype, 1,
             moment_type=step.moment_dtype, rule=step.rule.number,
             with_moment=bool(step.moments[0]), products=r == 1,
             decoupled=1 + CONSTRAINTS[step.constraint] if step.decoupled else 0,
-            terms=1 if step.plan is None else _terms(step.plan),
+            terms=r if each else 1 if step.plan is None else _terms(step.plan), each=each,
         ).launch(
             step.device, grid, pointers, (*numbers, float(k), integer_exponent(k), int(above))
         )  # fmt: skip

@@ -58,7 +58,7 @@ class Variant:
         capability: of the device, 90 for 9.0; 0 for the interpreter.
         itemsize: bytes per element of the weights.
         r: vectors per matrix that the sizes of blocks are for.
-        constants: beside those of sizes.py; TERMS is 1 unless it is here.
+        constants: beside those of sizes.py; TERMS is 1 and EACH False unless here.
         large: whether the sizes of blocks are for a large plan.
     """
 
@@ -68,7 +68,7 @@ class Variant:
         own = sizes(capability, itemsize, r, large)
         self.function = KERNELS[kernel]
         names = list(self.function.fn.__annotations__)  # of the constants alone
-        values = {"TERMS": 1, **getattr(own, kernel), **constants}
+        values = {"TERMS": 1, "EACH": False, **getattr(own, kernel), **constants}
         self.constants = tuple(values[name] for name in names)
         self.arguments = [n for n in self.function.arg_names if n not in names]
         self.options = {

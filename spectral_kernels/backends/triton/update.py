@@ -155,16 +155,24 @@ def _next(
 
 
 @triton.jit
+def _own_factor(held, j):
+    """Return ``held_factor`` of singular value ``j`` under a cap."""
+    sigmas, n_matrices, target, strength = held
+    return held_factor(tl.load(sigmas + j * n_matrices), target, strength, True)
+
+
+@triton.jit
 def _rows(
-    m, tile, moment, groups, steps, v, x, s, t_partial, scale, factor, acts, inverse_scale,
+    m, tile, moment, groups, steps, v, x, s, t_partial, scale, held, factor, acts, inverse_scale,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
     WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, PRODUCTS: tl.constexpr,
-    TERMS: tl.constexpr, LAYOUT: tl.constexpr, LONG: tl.constexpr, R: tl.constexpr,
-    BN: tl.constexpr,
+    TERMS: tl.constexpr, EACH: tl.constexpr, LAYOUT: tl.constexpr, LONG: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of R rows, BN columns at a time (all of them if not LONG); return sum of s^2.
 
-    PRODUCTS are for one vector; for several there is a separate launch. TERMS: two of an operator.
+    PRODUCTS are for one vector; for several there is a separate launch. TERMS: two of an operator;
+    or, EACH with a factor of its own from ``held``, those of a cap of several singular values.
     """
     elements = elements_of(m, WEIGHT, ROW_STRIDE, OUTER_STRIDE, DTYPE, LAYOUT)
     w, n = elements[0], elements[4]
@@ -189,7 +197,7 @@ def _rows(
         r = row + tl.arange(0, R)
         old_s = tl.load(s + r, mask=r < row_end, other=0.0).to(tl.float64)
         a = tl.where(factor == 0, 0.0, old_s * factor).to(tl.float32)
-        if TERMS == 2:
+        if (TERMS == 2) & (not EACH):
             old_s = tl.load(s + n_rows + r, mask=r < row_end, other=0.0).to(tl.float64)
             b = tl.where(factor == 0, 0.0, old_s * factor).to(tl.float32)
         if PRODUCTS:
@@ -204,7 +212,15 @@ def _rows(
                 penalty = tl.where(factor == 0, 0.0, factor.to(tl.float32) * old)
             else:
                 penalty = a[:, None] * tl.load(v + c, mask=c < n, other=0.0)[None, :]
-                if TERMS == 2:
+                if EACH:
+                    for j in range(1, TERMS):
+                        own = _own_factor(held, j)
+                        if own != 0:
+                            own_s = tl.load(s + j * n_rows + r, mask=r < row_end, other=0.0)
+                            b = (own_s.to(tl.float64) * own).to(tl.float32)
+                            other = tl.load(v + j * n + c, mask=c < n, other=0.0)
+                            penalty += b[:, None] * other[None, :]
+                elif TERMS == 2:
                     other = tl.load(v + n + c, mask=c < n, other=0.0)
                     penalty += b[:, None] * other[None, :]
             rows = _next(w, grad, first, second, offsets, mask, acts, has_grad, penalty,
@@ -344,7 +360,7 @@ def update(
     n_matrices, n_tiles, n_elementwise, n_sigmas, k, integer, above,
     DTYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr, RULE: tl.constexpr,
     WITH_MOMENT: tl.constexpr, DECOUPLED: tl.constexpr, PRODUCTS: tl.constexpr,
-    TERMS: tl.constexpr, BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
+    TERMS: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, WIDTHS: tl.constexpr,
     R_LONG: tl.constexpr, BN_LONG: tl.constexpr, R_PLAIN: tl.constexpr, BN_PLAIN: tl.constexpr,
     R_PIECES: tl.constexpr, BN_PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -402,6 +418,7 @@ def update(
             factor = matrix_factor(sigma, target, strength, k, integer, above)
         if DECOUPLED == PULLED:
             factor = capped_factor(factor, sigma, target, _lr(moment, groups), reach)
+        held = scalars + index, n_matrices, target, strength
         outer = tl.load(m + OUTER)
         n = outer * tl.load(m + INNER)
         x = v_next
@@ -414,25 +431,27 @@ def update(
         if not (is_aligned(m, WEIGHT, ROW_STRIDE, DTYPE) & _others_are_aligned(m, moment)):
             if outer > 1:
                 squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t,
-                                factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
-                                DECOUPLED, PRODUCTS, TERMS, IN_PIECES, True,
+                                held, factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE,
+                                WITH_MOMENT, DECOUPLED, PRODUCTS, TERMS, EACH, IN_PIECES, True,
                                 R_PIECES, BN_PIECES)  # fmt: skip
             else:
                 squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t,
-                                factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
-                                DECOUPLED, PRODUCTS, TERMS, PLAIN, True, R_PLAIN,
-                                BN_PLAIN)  # fmt: skip
+                                held, factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE,
+                                WITH_MOMENT, DECOUPLED, PRODUCTS, TERMS, EACH, PLAIN, True,
+                                R_PLAIN, BN_PLAIN)  # fmt: skip
         elif n > 64 * 2**WIDTHS:
-            squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
-                            acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                            PRODUCTS, TERMS, ALIGNED, True, R_LONG, BN_LONG)  # fmt: skip
+            squares = _rows(m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, held,
+                            factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
+                            DECOUPLED, PRODUCTS, TERMS, EACH, ALIGNED, True, R_LONG,
+                            BN_LONG)  # fmt: skip
         else:
             for i in tl.static_range(WIDTHS):
                 if (n <= 128 * 2**i) & ((n > 64 * 2**i) | (i == 0)):
                     squares = _rows(
-                        m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, factor,
-                        acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT, DECOUPLED,
-                        PRODUCTS, TERMS, ALIGNED, False, max(BLOCK // (128 * 2**i), 1), 128 * 2**i,
+                        m, tile, moment, groups, steps, v, x, s, t_partial, scale_of_t, held,
+                        factor, acts, inverse_scale, DTYPE, MOMENT_TYPE, RULE, WITH_MOMENT,
+                        DECOUPLED, PRODUCTS, TERMS, EACH, ALIGNED, False,
+                        max(BLOCK // (128 * 2**i), 1), 128 * 2**i,
                     )  # fmt: skip
         if PRODUCTS:
             tl.store(gram_partial + program, squares)

@@ -10,7 +10,8 @@ and likewise the norm of a bias, a shift or a row, and the absolute value of an 
 
 A constraint brings sigma to its target in one step instead, without lr and strength (which only
 says, where it is 0, that there is nothing to do): "cap" is the last line with an infinite c where
-sigma is above its target and 0 elsewhere; "sphere" is W <- (target / sigma) W, before the step.
+sigma is above its target and 0 elsewhere, for each of several singular values; "sphere" is
+W <- (target / sigma) W, before the step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...backends.formulas import gain_gradient, held_factor
-from ...backends.reference import stored
+from ...backends.reference import held_factors, stored
 from ...tables import device as device_tables
 from ...tables.device import wide
 from ...tables.plan import Plan, Targets
@@ -183,10 +184,15 @@ class _Change:
         state.use(own.v, own.v_next)
         state.scalars.copy_(own.scalars)
         pairs = [(flat, flat.elements(bucket.plan)) for flat in entries.elementwise]
+        self._capped: list[int] = []  # matrices of several vectors, which no kernel changes
         if constraint is not None:
             above = constraint == "cap" or own.above
-            self._factors = held_factor(wide(own.sigma), own.strength[:n], wide(own.target), above)
-            goes = self._factors != 0 if constraint == "cap" else torch.zeros_like(own.sigma) > 0
+            factors = held_factors(bucket.plan, own, above)
+            self._factors = factors[0]
+            one = constraint == "cap" and bucket.plan.n_values == 1
+            goes = self._factors != 0 if one else torch.zeros_like(own.sigma) > 0
+            if constraint == "cap" and not one:
+                self._capped, self._several = self._above(factors[0]), factors.to(own.s.dtype)
             state.strength[:n].copy_(-(0.5 if entries.most is None else entries.most) * goes)
             state.sigma.copy_(torch.where(goes, own.sigma, 0.0))
             self._values = [_held(x, flat, own.norm, own.strength[n:], above) for flat, x in pairs]
@@ -199,6 +205,21 @@ class _Change:
         self._values = [
             _CHANGES[flat.kind](x, flat, own.norm, strength[n:], k, own.above) for flat, x in pairs
         ]
+
+    def _above(self, factors: Tensor) -> list[int]:
+        """Return the matrices whose factor is not 0; on a GPU, where nothing waits for it, all."""
+        if device_tables.shares_memory(factors.device):
+            return factors.nonzero()[:, 0].tolist()
+        return list(range(len(factors)))
+
+    def _cap(self, i: int) -> None:
+        """Subtract factor_j s_j v_j^T from matrix ``i``."""
+        plan, state = self._bucket.plan, self._entries.state
+        factors = self._several[:, i]
+        part = (state.rows(i).mT * factors) @ state.columns(i, state.v)
+        part = torch.where(factors[0] == 0, torch.zeros_like(part), part)  # it may not be finite
+        weight = stored(plan, i, plan.tensors[int(plan.matrix_ref[i])].detach())
+        weight.copy_(weight.to(part.dtype) - part.view_as(weight))
 
     def scale_matrices(self, found_inf: Tensor | None) -> None:
         """Divide sigma of every matrix by sigma / target, if ``found_inf`` is not above 0."""
@@ -223,7 +244,12 @@ class _Change:
                 goes = device_tables.number_on(plan.device, torch.float32, found_inf) <= 0
                 state.strength.mul_(goes)
                 self._values = [values * goes for values in self._values]
+                if self._capped:
+                    self._several = self._several * goes
         free = self._is_free()
+        for i in self._capped:
+            if free[int(plan.matrix_ref[i])]:
+                self._cap(i)
         for flat, values in zip(self._entries.elementwise, self._values, strict=True):
             parts = zip(flat.refs, values.split_with_sizes(flat.sizes), strict=True)
             pairs = [(plan.tensors[ref], part) for ref, part in parts if free[ref]]
