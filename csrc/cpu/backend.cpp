@@ -360,8 +360,11 @@ bool run(const Job& job, double expected_time, int threads) {
   header.tolerance = 0;  // should extra iterations have been interrupted
   threads = useful_threads(expected_time, threads);
   bool have_jumped = false;
-  const auto looking = once(
-      [&] { have_jumped = job.ratios != 0 && jumps(header, job.ratios, job.least, job.factor); });
+  const auto looking = once([&] {
+    if (job.ratios == 0) return;
+    reinterpret_cast<double*>(job.ratios)[header.n_matrices] += 1;
+    have_jumped = jumps(header, job.ratios, job.least, job.factor);
+  });
   if (job.update == 0) {
     Header from_next = header;
     from_next.v = header.v_next;

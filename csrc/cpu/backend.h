@@ -30,7 +30,7 @@ void update(const Header& header, const Update& update, int threads);
 struct Job {
   int64_t header;
   int64_t update;  // of an optimizer; 0: the penalty's gradient is added to gradients
-  int64_t ratios;  // jumps are looked for with these three; 0: they are not
+  int64_t ratios;  // jumps are looked for with these three, and counted behind it; 0: they are not
   double least, factor;
   int64_t steps, acts, n_steps;  // float32 arrays: the second is added to the first
 };

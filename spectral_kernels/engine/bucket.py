@@ -207,7 +207,7 @@ class Bucket:
 
     def expect_jumps(self) -> None:
         """Warm up matrices with a large residual at the next step: they may have been replaced."""
-        self._ratios.values.zero_()
+        self._ratios.reset()
 
     def advance(self, n: int) -> None:
         """Run the ``n`` power iterations of a step, and more for matrices that were replaced."""
@@ -354,18 +354,20 @@ class Bucket:
         """Warm up the vectors of matrices whose residual has jumped."""
         if not self._sees_jumps:
             return
+        self._ratios.n_steps += 1
         if self.backend.jumps(self.state, self._ratios, JUMP, JUMP_FACTOR):
             self.warm_up_jumped()
 
     def warm_up_jumped(self) -> None:
         """Warm up the vectors that have jumped from what they were in the step before."""
-        self._warm_up_again(self._ratios.values)
+        have_jumped = jumped(ratios_of(self.state), self._ratios.values, JUMP, JUMP_FACTOR)
+        self._warm_up_again(self._ratios.due(have_jumped))
         self._ratios.values.copy_(ratios_of(self.state))
 
-    def _warm_up_again(self, before: torch.Tensor) -> None:
-        """Run the warm-up for matrices whose residual / sigma has jumped from ``before``."""
+    def _warm_up_again(self, is_new: torch.Tensor) -> None:
+        """Run the warm-up for some matrices."""
         residual = self.state.residual
-        is_new, kept = jumped(ratios_of(self.state), before, JUMP, JUMP_FACTOR), residual.clone()
+        kept = residual.clone()
         if self.plan.operators is not None:
             search_again(self, torch.where(is_new, torch.nan, torch.inf))
         residual.masked_fill_(~is_new, 0)  # the others are not stale
@@ -390,7 +392,8 @@ class Bucket:
             self.backend.normalize(self.plan, self.state)
             self.recover()
             if before is not None:
-                self._warm_up_again(before)
+                now = ratios_of(self.state)
+                self._warm_up_again(jumped(now, before, JUMP, JUMP_FACTOR))
         self._was_edited = changed
 
     def _warms_up_unseen(self) -> bool:

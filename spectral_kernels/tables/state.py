@@ -14,15 +14,42 @@ from .schema import SCALARS, SLOT, address
 _ADDRESSES = slice(SLOT["v"], SLOT["target"] + 1)
 
 
-class Ratios:
-    """Residual / sigma of every matrix in the last step, [n_matrices] float64, on the host.
+WAIT, LONGEST_WAIT = 8.0, 1024.0  # steps between two warm-ups of a matrix whose vectors jump
 
-    ``address`` is that of ``values``. They are infinite until a step has been.
+
+class Ratios:
+    """Residual / sigma of every matrix in the last step, on the host.
+
+    Attributes:
+        values: [n_matrices] float64; infinite until a step has been.
+        n_steps: 0-d float64, how often jumps have been looked for.
+        address: of ``values``, behind which ``n_steps`` lies.
     """
 
     def __init__(self, n_matrices: int):
-        self.values = torch.full((n_matrices,), math.inf, dtype=torch.float64, device="cpu")
-        self.address = self.values.data_ptr()
+        both = torch.full((n_matrices + 1,), math.inf, dtype=torch.float64, device="cpu")
+        self.values, self.n_steps = both[:-1], both[-1].zero_()
+        self.address = both.data_ptr()
+        self._last = torch.full_like(self.values, -math.inf)  # steps of the last due jumps
+        self._wait = torch.full_like(self.values, WAIT)
+
+    def reset(self) -> None:
+        """Expect jumps of all, at the next step."""
+        self.values.zero_()
+        self._last.fill_(-math.inf)
+
+    def due(self, jumped: torch.Tensor) -> torch.Tensor:
+        """Return which of those that have ``jumped``, [n_matrices] bool, are to be warmed up.
+
+        Where the vectors of a matrix jump all the time, as under a cap that is below several of its
+        singular values, fewer and fewer: the wait doubles up to LONGEST_WAIT steps.
+        """
+        since = self.n_steps - self._last
+        due = jumped & (since >= self._wait)
+        wait = torch.where(since < 4 * self._wait, 2 * self._wait, WAIT).clamp(max=LONGEST_WAIT)
+        self._wait = torch.where(due, wait, self._wait)
+        self._last = torch.where(due, self.n_steps, self._last)
+        return due
 
 
 class State:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectral_kernels import SpectralRegularizer, SpectralSGD
+from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
+from spectral_kernels.engine.bucket import Bucket
 
 from ..support.constrained import TARGET, Layers, flat, put_gradients, with_values
 from ..support.optimizer_pairs import KINDS
@@ -95,6 +96,23 @@ def test_several_vectors_hold_what_one_cannot(backend):
         found[r] = float(torch.linalg.svdvals(flat(w))[0])
     assert found[16] == pytest.approx(TARGET + 0.1, rel=1e-3)  # what the last step added
     assert found[1] > TARGET + 0.5
+
+
+def test_a_cap_below_other_singular_values_does_not_warm_up_in_every_step(monkeypatch):
+    warmed, step = [], 0
+    own = Bucket._warm_up_again
+
+    def watched(self, is_new):
+        warmed.extend([step] * bool(is_new.any()))
+        own(self, is_new)
+
+    monkeypatch.setattr(Bucket, "_warm_up_again", watched)
+    w = nn.Parameter(torch.randn(64, 64, device=torch.get_default_device()))
+    optimizer = SpectralAdamW([("w", w)], 1e-3, target=0.05, decoupled=True, constraint="cap")
+    w.grad = torch.randn_like(w)
+    for step in range(300):  # noqa: B007, watched() reads it
+        optimizer.step()
+    assert 2 <= len(warmed) <= 8, warmed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
