@@ -38,7 +38,9 @@ INTERPRETED = [
     *(f"tests/{name}" for name in (
         "backends/test_triton.py", "backends/test_selfcheck.py", "backends/test_backends.py",
         "backends/test_subspace.py", "backends/test_partials.py", "backends/test_operators.py",
-        "optim/test_optim.py",
+        "optim/test_optim.py", "engine/test_sides.py::test_value_and_gradient",
+        "optim/test_constraints.py::test_a_step_is_the_optimizers_and_the_bound_by_the_svd",
+        "optim/test_capped_values.py::test_a_step_caps_every_singular_value_of_the_vectors",
         "optim/test_changes.py", "engine/test_compile.py", "regularizer/test_gpu_like.py",
         "bench/test_gpu_sizes.py",
     )),
