@@ -9,7 +9,7 @@ from torch import nn
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
 from spectral_kernels.engine.bucket import Bucket
 
-from ..support.constrained import TARGET, Layers, flat, put_gradients, with_values
+from ..support.constrained import TARGET, Layers, converged, flat, put_gradients, with_values
 from ..support.optimizer_pairs import KINDS
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -25,15 +25,6 @@ def several(values, dtype=torch.float32):
             x = with_values(*shape, [s * (0.75 if i % 2 else 1) for s in values])
             layer.weight.copy_(x.view(layer.weight.shape))
     return model
-
-
-def converged(model, r):
-    """State of a regularizer whose vectors have converged."""
-    reg = SpectralRegularizer(model, n_vectors=r, warmup=30, backend="reference")
-    reg.accumulate_grad_()
-    for p in model.parameters():
-        p.grad = None
-    return reg.state_dict()
 
 
 def capped_by_svd(before, r, target=TARGET):

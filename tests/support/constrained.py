@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from spectral_kernels import SpectralRegularizer
+
 TARGET = 1.5
 
 
@@ -50,3 +52,12 @@ def put_gradients(model, scale=1e-2, seed=0):
 
 def flat(p):
     return p.detach().flatten(1).double() if p.dim() > 1 else p.detach().double()[:, None]
+
+
+def converged(model, r=1, warmup=30):
+    """State of a regularizer whose vectors have converged."""
+    reg = SpectralRegularizer(model, n_vectors=r, warmup=warmup, backend="reference")
+    reg.accumulate_grad_()
+    for p in model.parameters():
+        p.grad = None
+    return reg.state_dict()
