@@ -129,9 +129,13 @@ def measure(model: nn.Module, problem: problems.Problem, task: problems.Task) ->
 def operators(model: nn.Module) -> dict:
     """Return operator_sigma and lipschitz; that is nan where a model has no such bound."""
     plain = copy.deepcopy(model)
-    for module in plain.modules():
-        for name in list(getattr(module, "parametrizations", ())):
-            parametrize.remove_parametrizations(module, name)
+    for module in [m for m in plain.modules() if parametrize.is_parametrized(m)]:
+        weights = {name: getattr(module, name).detach() for name in module.parametrizations}
+        # remove_parametrizations() would change the class, which the model has too.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, weight in weights.items():
+            setattr(module, name, nn.Parameter(weight))
     sigmas = diagnostics.spectral_norms(plain, rtol=1e-3, convolutions="operator")
     return {"operator_sigma": list(sigmas.values()), "lipschitz": models.lipschitz(plain, sigmas)}
 

@@ -201,6 +201,33 @@ def test_redo_brings_dormant_units_back():
     assert (moments["exp_avg"][9:] != 0).any()
 
 
+@pytest.mark.parametrize("name", ["mlp", "resnet_plain", "vgg_plain"])
+def test_no_pair_of_inputs_exceeds_the_lipschitz_bound(name):
+    model = models.build(name, (1, 8, 8), 10, generator())
+    found = train.operators(model)
+    x = torch.randn(64, 1, 8, 8)
+    z = x + 1e-3 * torch.randn_like(x)
+    with torch.no_grad():
+        moved = (model(x) - model(z)).norm(dim=1) / (x - z).flatten(1).norm(dim=1)
+    assert 0 < float(moved.max()) <= found["lipschitz"] * (1 + 1e-3)
+    assert len(found["operator_sigma"]) == sum(p.dim() > 1 for p in model.parameters())
+
+
+def test_a_linear_chain_reaches_its_lipschitz_bound():
+    conv, linear = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        conv.weight.fill_(-3)
+        linear.weight.copy_(2 * torch.eye(4))
+    model = nn.Sequential(conv, nn.Flatten(), linear)
+    assert train.operators(model)["lipschitz"] == pytest.approx(6)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_models_with_norms_have_no_lipschitz_bound(name):
+    model = models.build(name, (1, 8, 8), 10, generator())
+    assert math.isnan(train.operators(model)["lipschitz"])
+
+
 @pytest.mark.parametrize("name", ["layer_norm", "redo"])
 def test_what_is_made_for_mlps_says_so(name):
     with pytest.raises(ValueError, match=f"'{name}' is for the model 'mlp' alone"):
@@ -243,8 +270,9 @@ def test_every_model_is_trained_and_measured(model, method):
                                    strength=strength, tasks=1))  # fmt: skip
     assert set(found) == {*train.Key._fields, "online", "seconds", "train", "test", "sigma_max",
                           "sigma_min", "stable_rank", "gradient_diversity", "dormant",
-                          "weight_norm"}  # fmt: skip
-    for name in set(found) - set(train.Key._fields):
+                          "weight_norm", "operator_sigma", "lipschitz"}  # fmt: skip
+    assert math.isfinite(found["lipschitz"][0]) == (model in ("mlp", "resnet_plain", "vgg_plain"))
+    for name in set(found) - {*train.Key._fields, "lipschitz"}:
         assert len(found[name]) == 1
         assert all(map(math.isfinite, np.ravel(found[name]))), name
     assert 1 <= found["gradient_diversity"][0] <= train.MEASURED
