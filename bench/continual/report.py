@@ -100,18 +100,24 @@ def table(setting: Setting, arms: Arms) -> str:
     words, _ = scores(setting)
     digits = {"bit_flipping": 6, "cartpole": 0}.get(setting.problem, 3)
     has_test = all(run["test"][0] is not None for runs in arms.values() for run in runs)
+    with_operators = have_operators(arms)
     head = ["method", "seeds", f"{words}, first task", f"{words}, last {LAST}",
             f"online, last {LAST}", *([f"held out, last {LAST}"] * has_test), "sigma_1, largest",
+            *(["as operators", "log10 of the Lipschitz bound"] * with_operators),
             "stable rank", "gradient diversity", "dormant", "weight norm",
             "s, one core"]  # fmt: skip
     lines = [f"**{setting}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for arm, runs in arms.items():
-        largest = [float(np.mean([max(s) for s in run["sigma_max"][-LAST:]])) for run in runs]
+        extra = []
+        if with_operators:
+            bounds = [np.log10(run["lipschitz"][-LAST:]).mean() for run in runs]
+            extra = [_cell(_largest(runs, "operator_sigma"), 2), _cell(bounds, 1)]
         cells = [
             str(arm), str(len(runs)), _cell((run["train"][0] for run in runs), digits),
             *(_cell((ended(run, name) for run in runs), digits)
               for name in ("train", "online", *(["test"] * has_test))),
-            _cell(largest, 2), _cell((ended(run, "stable_rank") for run in runs), 1),
+            _cell(_largest(runs, "sigma_max"), 2), *extra,
+            _cell((ended(run, "stable_rank") for run in runs), 1),
             _cell((ended(run, "gradient_diversity") for run in runs), 1),
             _cell((ended(run, "dormant") for run in runs), 2),
             _cell((ended(run, "weight_norm") for run in runs), 1),
@@ -119,6 +125,17 @@ def table(setting: Setting, arms: Arms) -> str:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _largest(runs: list[dict], name: str) -> list[float]:
+    """Return the mean over the last tasks of the largest of all matrices, for every run."""
+    return [float(np.mean([max(s) for s in run[name][-LAST:]])) for run in runs]
+
+
+def have_operators(arms: Arms) -> bool:
+    """Return whether all runs have norms of operators and a Lipschitz bound."""
+    every = [run for runs in arms.values() for run in runs]
+    return all(np.isfinite(run.get("lipschitz", [math.nan])).all() for run in every)
 
 
 def _cell(values: Iterable[float], digits: int = 3) -> str:
@@ -129,9 +146,11 @@ def _cell(values: Iterable[float], digits: int = 3) -> str:
 def draw(setting: Setting, arms: Arms, path: Path) -> None:
     """Write the PNG of one setting: each method at its best over tasks, and by strength."""
     score, lower = scores(setting)
-    figure = Figure(figsize=(17, 7.6), dpi=100, layout="constrained")
+    with_operators = have_operators(arms)
+    columns = 5 if with_operators else 4
+    figure = Figure(figsize=(4.25 * columns, 7.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 4)
+    axes = figure.subplots(2, columns)
     chosen = best(arms, lower).values()
     held_out = all(run["test"][0] is not None for runs in arms.values() for run in runs)
     third = ("test", f"{score} on held-out data") if held_out else ("weight_norm", "weight norm")
@@ -143,6 +162,11 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
         (axes[1, 1], "gradient_diversity", "effective rank of per-example gradients", np.mean),
         (axes[1, 2], "dormant", "share of dormant units", np.mean),
     ]
+    if with_operators:
+        panels += [
+            (axes[0, 4], "operator_sigma", "largest sigma_1 of all layers as operators", np.max),
+            (axes[1, 4], "lipschitz", "Lipschitz bound of the network", np.mean),
+        ]
     for ax, name, title, over in panels:
         means: list[np.ndarray] = []
         for arm in chosen:
@@ -153,8 +177,10 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("task")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[1, 0].set_yscale("log")
-    axes[1, 0].axhline(1, color="0.6", linewidth=1, linestyle=":")
+    for ax in [axes[1, 0], *axes[:, 4:].flat]:
+        ax.set_yscale("log")
+    for ax in [axes[1, 0], *axes[0, 4:]]:
+        ax.axhline(1, color="0.6", linewidth=1, linestyle=":")
     last, first = f"{score} of the last {LAST} tasks", f"{score} after the first task"
     _sensitivity(axes[0, 3], arms, f"{last} by strength", lambda run: ended(run, "train"))
     _sensitivity(axes[1, 3], arms, f"{first} by strength", lambda run: run["train"][0])
