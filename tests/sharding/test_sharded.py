@@ -76,7 +76,7 @@ def test_every_option(ranks, placement, backend, options):
 @pytest.mark.takes_seconds
 @pytest.mark.parametrize("way", [
     "attach", "decoupled", "accumulate", "penalty", "SpectralAdamW", "SpectralSGD",
-    "SpectralAdamW, cap", "SpectralSGD, sphere",
+    "SpectralAdamW, cap", "SpectralSGD, sphere", "SpectralAdamW, cap of 4", "attach, cap of 4",
 ])  # fmt: skip
 @pytest.mark.parametrize("placement", ["fsdp", "tensor parallel", "fsdp and tensor parallel"])
 def test_training_has_the_same_losses(ranks, placement, way):

@@ -120,13 +120,19 @@ def losses(placement, way, steps):
             kind, _, constraint = way.partition(", ")
             extra = {"momentum": 0.9} if kind == "SpectralSGD" else {}
             kind = getattr(spectral_kernels, kind)
+            constraint, _, r = constraint.partition(" of ")
             if constraint:
                 extra.update(decoupled=True, constraint=constraint, target=0.5)
+                extra["n_vectors"] = int(r or 1)
             optimizer = kind(model, 3e-3, strength=STRENGTH, **extra)
         else:
-            reg = SpectralRegularizer(model, STRENGTH)
+            caps = way == "attach, cap of 4"
+            extra = {"target": 0.5, "n_vectors": 4} if caps else {}
+            reg = SpectralRegularizer(model, STRENGTH, **extra)
             optimizer = torch.optim.AdamW(model.parameters(), 3e-3, foreach=False)
-            if way in ("attach", "decoupled"):
+            if caps:
+                reg.attach(optimizer, decoupled=True, constraint="cap")
+            elif way in ("attach", "decoupled"):
                 reg.attach(optimizer, decoupled=way == "decoupled")
         data_parallel = "fsdp" in placement or "hsdp" in placement or "meshes" in placement
         for i in range(steps):

@@ -213,8 +213,10 @@ class _Change:
         return list(range(len(factors)))
 
     def _cap(self, i: int) -> None:
-        """Subtract factor_j s_j v_j^T from matrix ``i``."""
+        """Subtract factor_j s_j v_j^T from matrix ``i``, or from this rank's shard of it."""
         plan, state = self._bucket.plan, self._entries.state
+        if self._bucket.is_sharded:
+            state = self._bucket.backend.local(plan, state)
         factors = self._several[:, i]
         part = (state.rows(i).mT * factors) @ state.columns(i, state.v)
         part = torch.where(factors[0] == 0, torch.zeros_like(part), part)  # it may not be finite
