@@ -185,7 +185,7 @@ class Backend(ABC):
         swaps the two afterwards. Where ``step.found_inf`` is above zero, weights and moments do not
         change, ``v`` is copied to ``v_next``, and the products are taken with it. In the decoupled
         form the penalty carries sigma to the target at most, and likewise what is elementwise. With
-        a constraint, ``formulas.held_factor`` of s v^T or of W is subtracted instead.
+        a constraint, ``formulas.held_factor`` of every s_j v_j^T or of W is subtracted instead.
         """
         reference.update(step)
 
