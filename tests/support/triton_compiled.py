@@ -116,6 +116,9 @@ def several_vectors(dtype: torch.dtype) -> Iterator[Description]:
         torch.bfloat16: [(2, {"with_t": False}), (8, {"tolerance": TOLERANCE})],
         torch.float16: [],
     }
+    cap = {"moment_type": dtype, "rule": 0, "with_moment": True, "products": False, "decoupled": 2}
+    if dtype != torch.float16:
+        yield describe("update", dtype, **cap, terms=4, each=True)
     for r, changes in several[dtype]:
         yield describe("subspace_products", dtype, r, **{**plain, **changes})
     if dtype == torch.float32:
