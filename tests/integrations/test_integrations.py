@@ -202,11 +202,12 @@ def test_the_penalty_of_a_trainer_may_be_decoupled(hf, tmp_path):
 @pytest.mark.takes_seconds
 def test_the_weights_of_a_trainer_may_be_held(hf, tmp_path):
     callback = callback_of(target=0.1, decoupled=True, constraint="sphere")
-    trainer = trainer_of(hf, tmp_path, gpt2(hf), tokens(), [callback], max_steps=3)
+    trainer = trainer_of(hf, tmp_path, gpt2(hf), tokens(), [callback], max_steps=3,
+                         learning_rate=1e-5)  # fmt: skip
     trainer.train()
     norms = spectral_norms(trainer.model.transformer.h)
     assert norms
-    assert all(sigma < 0.13 for sigma in norms.values())
+    assert all(0.09 < sigma < 0.11 for sigma in norms.values())
     with pytest.raises(ValueError, match=r"^constraint: got 'sphere' with decoupled=False"):
         callback_of(constraint="sphere")
 
