@@ -10,7 +10,9 @@ from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD, sp
 def construct(model: nn.Module) -> None:
     SpectralRegularizer(model, strenght=1e-3)  # wrong
     SpectralRegularizer(model, strength="1e-3")  # wrong
-    SpectralRegularizer(model, target="first")  # wrong
+    SpectralRegularizer(model, target=("mup", 2))  # wrong
+    SpectralRegularizer(model, side="below")  # wrong
+    SpectralRegularizer(model, convolutions="circular")  # wrong
     SpectralRegularizer(model, n_power_iterations="often")  # wrong
     SpectralRegularizer(model, backend="cuda9")  # wrong
     SpectralRegularizer(model, exclude=3)  # wrong
@@ -23,6 +25,7 @@ def construct(model: nn.Module) -> None:
     SpectralAdamW(model, maximize=True)  # wrong
     SpectralAdamW(model, warmup="10")  # wrong
     SpectralAdamW(model, betas=0.9)  # wrong
+    SpectralAdamW(model, decoupled=True, constraint="ball")  # wrong
     SpectralAdamW(3)  # wrong
     SpectralSGD(model, capturable=True)  # wrong
     SpectralSGD(model, state_dtype="float32")  # wrong

@@ -39,6 +39,7 @@ def regularizers(model: nn.Module, strength: torch.Tensor) -> Iterator[SpectralR
         backend="cpu",
         seed=3,
     )
+    yield SpectralRegularizer(model, side="above", target="2*mup", convolutions="operator")
     yield SpectralRegularizer(list(model.named_parameters()), strength, backend=Reference())
 
 
@@ -49,6 +50,7 @@ def ways(reg: SpectralRegularizer, optimizer: torch.optim.Optimizer) -> None:
     reg.accumulate_grad_(torch.tensor(2.0))
     assert_type(reg.attach(optimizer), Attachment)
     reg.attach(optimizer).remove()
+    reg.attach(optimizer, decoupled=True, constraint="sphere").remove()
 
 
 def assignments(reg: SpectralRegularizer | SpectralAdamW, strength: Strength, t: Target) -> None:
