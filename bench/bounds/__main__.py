@@ -13,15 +13,9 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import date
 from pathlib import Path
 
-import torch
-from pytest_benchmark.utils import get_commit_info
-
-from spectral_kernels.cli.env import processor
-
-from ..report.results import commit_name
+from ..support.runs import FILE, cut_off, load, where
 from ..support.workers import end_with_parent
 from . import report
 from .train import FINE_RATE, FINE_TUNING, RATES, Key, run
@@ -55,12 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "runs.jsonl"
-    done = {report.key_of(x) for x in report.load(path)}
+    path = options.out / FILE
+    done = {report.key_of(x) for x in load(options.out)}
     wanted = [] if options.report else keys(options.seeds, options.steps)
     todo = [key for key in wanted if key not in done]
-    place = {"commit": commit_name(get_commit_info()), "torch": torch.__version__,
-             "processor": processor(), "date": date.today().isoformat()}  # fmt: skip
+    place = where()
+    cut_off(path)
     context = multiprocessing.get_context("spawn")
     with (
         path.open("a") as file,

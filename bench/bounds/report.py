@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..support.runs import load
 from .train import FINE_TUNING, Key
 
 PANELS = {
@@ -23,13 +23,6 @@ COLORS = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#88
 def key_of(found: dict) -> Key:
     """Return the key of a run."""
     return Key(**{name: found[name] for name in Key._fields})
-
-
-def load(path: Path) -> list[dict]:
-    """Return the runs of a file; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def settings(runs: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:
@@ -98,7 +91,7 @@ def write(folder: Path) -> list[Path]:
     Raises:
         ValueError: a folder without runs.
     """
-    runs = load(folder / "runs.jsonl")
+    runs = load(folder)
     if not runs:
         raise ValueError(f"{folder}: no finished run in it")
     lines, written = [], []

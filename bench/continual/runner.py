@@ -8,54 +8,21 @@ import os
 import queue
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from datetime import date
 from pathlib import Path
 
-import torch
-from pytest_benchmark.utils import get_commit_info
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spectral_kernels.cli.env import processor
-
-from ..report.results import commit_name
+from ..support.runs import FILE, cut_off, load, where
 from ..support.workers import end_with_parent
 from .train import Key
 
-FILE = "runs.jsonl"
 _reports = None  # in a worker: where it reports its progress
-
-
-def load(folder: Path) -> list[dict]:
-    """Return the runs in a folder.
-
-    Raises:
-        ValueError: a line that is no run (a truncated last line is left out).
-    """
-    path = folder / FILE
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # the last is empty or truncated by a kill
-    found = []
-    for i, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {i}: {error}") from None
-    return found
 
 
 def key_of(run: dict) -> Key:
     """Return the key of a run."""
     return Key(**{field: run[field] for field in Key._fields})
-
-
-def where() -> dict[str, str]:
-    """Return commit, torch version, processor and date, which go with every run."""
-    return {
-        "commit": commit_name(get_commit_info()),
-        "torch": torch.__version__, "processor": processor(), "date": date.today().isoformat(),
-    }  # fmt: skip
 
 
 def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -> int:
@@ -69,7 +36,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
     todo = [key for key in keys if key not in done]
     if not todo:
         return 0
-    _cut_off(folder / FILE)
+    cut_off(folder / FILE)
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -101,12 +68,6 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
                 process.kill()
             raise
     return len(todo)
-
-
-def _cut_off(path: Path) -> None:
-    """Remove a last line that was truncated by a kill."""
-    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def _start(reports) -> None:
