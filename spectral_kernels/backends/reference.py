@@ -249,7 +249,7 @@ def held_factors(plan, state, above: bool) -> Tensor:
     return formulas.held_factor(sigmas, strength, wide(state.target), above)
 
 
-def held_part(plan, state, i: int, factors: Tensor) -> Tensor:
+def _held_part(plan, state, i: int, factors: Tensor) -> Tensor:
     """Return what a cap takes from matrix ``i``, [M, N] wide: the sum of factor_j s_j v_j^T."""
     s, v = wide(state.rows(i)), wide(state.columns(i, state.v))
     if plan.operators is not None:
@@ -266,7 +266,7 @@ def _held(plan, state, constraint: str) -> list[Tensor]:
     for i, ref in enumerate(plan.matrix_ref):
         view = stored(plan, i, found[ref])
         if constraint == "cap":
-            part = held_part(plan, state, i, factors[:, i]).reshape(view.shape)
+            part = _held_part(plan, state, i, factors[:, i]).reshape(view.shape)
         else:
             part = factors[0, i] * wide(stored(plan, i, plan.tensors[ref].detach()))
         view.copy_(torch.where(factors[0, i] == 0, torch.zeros_like(part), part))

@@ -23,7 +23,6 @@ from ..engine.untraced import untraced
 from ..regularizer import SpectralRegularizer
 from ..selection.arguments import (
     as_dict,
-    check_choice,
     check_flag,
     check_pattern_list,
     check_scalar,
@@ -32,7 +31,7 @@ from ..selection.arguments import (
 from ..selection.parameters import named_parameters
 from ..sharding import shards
 from ..tables import device as device_tables
-from ..tables.schema import GROUP, N_VECTORS
+from ..tables.schema import GROUP
 from .checkpoints import Checkpoints
 from .groups import items_of, named_alike, not_in, source_and_groups
 from .prepared import Option, PreparedUpdate
@@ -62,7 +61,6 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         flags = {name: options.pop(name, default) for name, default in self._flags.items()}
         defaults = self._checked_options({**defaults, **flags})
         self._decoupled = check_flag("decoupled", decoupled)
-        n_vectors = check_choice("n_vectors", n_vectors, N_VECTORS)
         self._constraint = check_constraint(constraint, self._decoupled)
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")

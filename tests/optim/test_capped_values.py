@@ -9,8 +9,15 @@ from torch import nn
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
 from spectral_kernels.engine.bucket import Bucket
 
-from ..support.constrained import TARGET, Layers, converged, flat, put_gradients, with_values
-from ..support.optimizer_pairs import KINDS
+from ..support.constrained import (
+    TARGET,
+    Layers,
+    assert_step_takes,
+    converged,
+    flat,
+    put_gradients,
+    with_values,
+)
 
 pytestmark = pytest.mark.usefixtures("seeded")
 SEVERAL = [9.0, 5.0, 3.0, 2.0, 0.1]  # four above the target
@@ -38,25 +45,12 @@ def capped_by_svd(before, r, target=TARGET):
     (torch.float32, 2), (torch.float32, 8), (torch.float64, 4), (torch.bfloat16, 4),
 ])  # fmt: skip
 def test_a_step_caps_every_singular_value_of_the_vectors(backend, kind, dtype, r):
-    theirs, ours, options = KINDS[kind]
-    eps = {"eps": 1e-2} if kind == "adamw" else {}
     model = several(SEVERAL, dtype)
-    other = copy.deepcopy(model).double()
-    held = {"target": TARGET, "decoupled": True, "constraint": "cap", "n_vectors": r}
-    mine = ours(model, **options, **eps, **held, warmup=0, backend=backend)
-    mine.regularizer.load_state_dict(converged(model, r))
-    yours = theirs(other.parameters(), **options, **eps)
-    for one in (model, other):
-        put_gradients(one)
-    before = {n: p.detach().clone() for n, p in other.named_parameters()}
-    mine.step()
-    yours.step()
     limit = {torch.float32: 1e-5, torch.float64: 1e-9, torch.bfloat16: 0.01}[dtype]
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        expected = q.detach() - (capped_by_svd(before[name], r) if p.dim() > 1 else 0)
-        error = float((p.detach().double() - expected).abs().max())
-        largest = max(float(x.abs().max()) for x in (before[name], expected))
-        assert error <= limit * largest, (name, error)
+    assert_step_takes(
+        kind, model, {"constraint": "cap", "n_vectors": r, "backend": backend},
+        converged(model, r), lambda weight: capped_by_svd(weight, r), limit,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

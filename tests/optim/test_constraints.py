@@ -11,7 +11,15 @@ from torch import nn
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD, regularizer
 from spectral_kernels.engine.prepared import Preparation
 
-from ..support.constrained import TARGET, Layers, converged, dominated, flat, put_gradients
+from ..support.constrained import (
+    TARGET,
+    Layers,
+    assert_step_takes,
+    converged,
+    dominated,
+    flat,
+    put_gradients,
+)
 from ..support.elementwise import Mixed, MixedSelection
 from ..support.optimizer_pairs import KINDS, every_kind
 
@@ -34,25 +42,12 @@ def held(before, constraint, target=TARGET, above=False):
 @every_constraint
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_step_is_the_optimizers_and_the_bound_by_the_svd(backend, kind, constraint, dtype):
-    theirs, ours, options = KINDS[kind]
-    eps = {"eps": 1e-2} if kind == "adamw" else {}
     model = Layers(dtype=dtype)
-    other = copy.deepcopy(model).double()
-    mine = ours(model, **options, **eps, target=TARGET, decoupled=True, constraint=constraint,
-                warmup=0, backend=backend)  # fmt: skip
-    mine.regularizer.load_state_dict(converged(model, warmup=6))
-    yours = theirs(other.parameters(), **options, **eps)
-    for one in (model, other):
-        put_gradients(one)
-    before = {n: p.detach().clone() for n, p in other.named_parameters()}
-    mine.step()
-    yours.step()
     limit = {torch.float32: 2e-6, torch.float64: 1e-9, torch.bfloat16: 0.01}[dtype]
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        expected = q.detach() - (held(before[name], constraint) if p.dim() > 1 else 0)
-        error = float((p.detach().double() - expected).abs().max())
-        largest = max(float(x.abs().max()) for x in (before[name], expected))
-        assert error <= limit * largest, (name, error)
+    assert_step_takes(
+        kind, model, {"constraint": constraint, "backend": backend},
+        converged(model, warmup=6), lambda weight: held(weight, constraint), limit,
+    )  # fmt: skip
 
 
 @every_constraint

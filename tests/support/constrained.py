@@ -1,9 +1,13 @@
 """Models whose singular values are known, for tests of bounds on them."""
 
+import copy
+
 import torch
 from torch import nn
 
 from spectral_kernels import SpectralRegularizer
+
+from .optimizer_pairs import KINDS
 
 TARGET = 1.5
 
@@ -52,6 +56,30 @@ def put_gradients(model, scale=1e-2, seed=0):
 
 def flat(p):
     return p.detach().flatten(1).double() if p.dim() > 1 else p.detach().double()[:, None]
+
+
+def assert_step_takes(kind, model, held, state, taken, limit):
+    """A step is that of torch's optimizer without what ``taken`` says of every matrix.
+
+    ``held`` are options of ours beside torch's, ``state`` is that of the regularizer, and ``limit``
+    the error relative to the largest element.
+    """
+    theirs, ours, options = KINDS[kind]
+    eps = {"eps": 1e-2} if kind == "adamw" else {}
+    other = copy.deepcopy(model).double()
+    mine = ours(model, **options, **eps, **held, target=TARGET, decoupled=True, warmup=0)
+    mine.regularizer.load_state_dict(state)
+    yours = theirs(other.parameters(), **options, **eps)
+    for one in (model, other):
+        put_gradients(one)
+    before = {n: p.detach().clone() for n, p in other.named_parameters()}
+    mine.step()
+    yours.step()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        expected = q.detach() - (taken(before[name]) if p.dim() > 1 else 0)
+        error = float((p.detach().double() - expected).abs().max())
+        largest = max(float(x.abs().max()) for x in (before[name], expected))
+        assert error <= limit * largest, (name, error)
 
 
 def converged(model, r=1, warmup=30):

@@ -166,13 +166,6 @@ class StepPenalty:
         return self.attachment is None or self._number in self.attachment.parts
 
     @property
-    def constraint(self) -> str | None:
-        """What holds the weights in place of the penalty: "cap", "sphere" or nothing."""
-        if self.attachment is None:
-            return getattr(self.optimizer, "_constraint", None)
-        return self.attachment.constraint
-
-    @property
     def indices(self) -> Sequence[int] | None:
         """Those of the parameters whose penalty these steps add, among refs; None: all."""
         if self.attachment is None:
