@@ -40,7 +40,7 @@ class Method:
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer."""
-        return torch.optim.Adam(self.model.parameters(), lr=self.lr)
+        return torch.optim.Adam(self.model.parameters(), lr=self.lr, fused=True)
 
     def before_step(self) -> None:
         """Change the gradients."""
@@ -56,8 +56,9 @@ class L2(Method):
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Return Adam with the gradient of the penalty, 2 * strength * parameter."""
-        decay = 2 * self.strength
-        return torch.optim.Adam(self.model.parameters(), lr=self.lr, weight_decay=decay)
+        return torch.optim.Adam(
+            self.model.parameters(), lr=self.lr, weight_decay=2 * self.strength, fused=True
+        )
 
 
 class L2Init(Method):
