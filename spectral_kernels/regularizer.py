@@ -19,6 +19,7 @@ from .engine.coefficients import Coefficients, Strength, Target
 from .engine.initial import Initial, checked_initial, copied
 from .engine.loading import Loaded, LoadResult, vectors_of, with_initial
 from .engine.model_buckets import ModelBuckets
+from .engine.operators import checked_next_search
 from .engine.settings import SIDES, Settings, iterations_of
 from .engine.shares import look_when_built
 from .engine.untraced import outside, untraced
@@ -371,6 +372,8 @@ class SpectralRegularizer(Assignable, Readings):
 
         Where weights are stored column by column (transposed, or a single column), "left" has the
         left vectors, [n_vectors, M], by which these are iterated.
+
+        With operators, "next_search" has the steps until their frequencies are searched again.
         """
         buckets = self._buckets
         with buckets.lock:
@@ -379,6 +382,8 @@ class SpectralRegularizer(Assignable, Readings):
                 buckets.bound()
             found = {"vectors": buckets.vectors(), "initial": copied(self._coefficients.initial)}
             left = buckets.left_vectors()
+        if any(matrix.periods is not None for matrix in self._selection.matrices):
+            found["next_search"] = buckets.searches.left
         return {**found, "left": left} if left else found
 
     @untraced
@@ -393,22 +398,29 @@ class SpectralRegularizer(Assignable, Readings):
             the unexpected names in it.
 
         Raises:
-            TypeError: ``state`` is not such a dict, or a target is neither a number nor a tensor.
-            ValueError: a vector of the wrong shape, or one that is zero or not finite, or a target
-                of the wrong shape, not finite or below 0; nothing is changed then.
+            TypeError: ``state`` is not such a dict, a target is neither a number nor a tensor, or
+                "next_search" is no int.
+            ValueError: a vector of the wrong shape, or one that is zero or not finite, a target of
+                the wrong shape, not finite or below 0, or a "next_search" that is not from 1 to
+                200; nothing is changed then.
         """
         self._buckets.follow()
         found = vectors_of(state, self._selection.matrices)
         initial = checked_initial(state.get("initial", {}), self._selection)
+        next_search = state.get("next_search")  # older states have none
+        if next_search is not None:
+            next_search = checked_next_search(next_search)
         with self._buckets.lock:
-            self._load(found, initial)
+            self._load(found, initial, next_search)
         entries = *self._selection.matrices, *self._selection.elementwise
         wanted, known = self._coefficients.initial_names(), [entry.name for entry in entries]
         return with_initial(found.result, initial, wanted, known)
 
-    def _load(self, found: Loaded, initial: Mapping[str, Initial]) -> None:
+    def _load(self, found: Loaded, initial: Mapping[str, Initial], next_search: int | None) -> None:
         """Continue from checked vectors and measured targets."""
         self._coefficients.initial.update(initial)
+        if next_search is not None:
+            self._buckets.searches.left = next_search
         self._buckets.restart(found, warm=not found.result.missing_keys)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -343,9 +343,8 @@ class ModelBuckets:
 
     def _rebuild(self, tensors: Sequence[torch.Tensor]) -> None:
         """Build new buckets for parameters of other shapes, layouts or dtypes."""
-        warm, vectors, left = self.is_warm, self.vectors(), self.left_vectors()
-        self._warm, self.start_vectors, self.start_left = warm, vectors, left
-        self.buckets = None
+        self._warm, vectors = self.is_warm, self.vectors()
+        self.start_vectors, self.start_left, self.buckets = vectors, self.left_vectors(), None
         self._build(tensors)
         for bucket in self.buckets:
             bucket.expect_jumps()
@@ -482,13 +481,14 @@ class ModelBuckets:
         """Leave out addresses and buffers; copies and pickles carry the vectors."""
         with self.lock:
             warm = self._warm if self.buckets is None else self.is_warm
-            return {"arguments": (self.selection, self.settings, self.coefficients), "warm": warm,
-                    "vectors": self.vectors(), "left": self.left_vectors()}  # fmt: skip
+            found = {"warm": warm, "vectors": self.vectors(), "left": self.left_vectors()}
+            arguments = self.selection, self.settings, self.coefficients
+            return {**found, "arguments": arguments, "searches": self.searches}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])
         self.start_vectors, self.start_left = state["vectors"], state["left"]
-        self._warm = state["warm"]
+        self._warm, self.searches = state["warm"], state.get("searches", self.searches)
 
     def restart(self, loaded: Loaded, warm: bool) -> None:
         """Start from the vectors ``loaded`` at the next use, with a warm-up unless ``warm``."""

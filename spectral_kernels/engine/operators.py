@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,11 +73,17 @@ class SearchClock:
     """
 
     def __init__(self):
-        self.left = SOON  # steps until the next search
+        self.left = SOON  # steps until the next search, 1 or more
 
     def count(self, buckets: Sequence[Bucket] | None) -> None:
-        """Begin a step; ``buckets`` are those of the model, None before they are built."""
-        if buckets is None or all(bucket.plan.operators is None for bucket in buckets):
+        """Begin a step; ``buckets`` are those of the model, None before they are built.
+
+        A search waits until they are.
+        """
+        if buckets is None:
+            self.left = max(1, self.left - 1)
+            return
+        if all(bucket.plan.operators is None for bucket in buckets):
             return
         self.left -= 1
         if self.left > 0:
@@ -88,6 +94,23 @@ class SearchClock:
             if bucket.plan.operators is not None and not is_capturing(bucket.plan.device)
         ]
         self.left = SOON if any(found) else EVERY
+
+
+def checked_next_search(value: Any) -> int:
+    """Return the steps until the next search as an int.
+
+    A tensor of one element is a number too, and torch's optimizers make a floating one of it.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not an integer from 1 to EVERY.
+    """
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"state: next_search is {value!r}; accepted is an integer")
+    if not 1 <= number <= EVERY or number != int(number):
+        raise ValueError(f"state: next_search is {number}; accepted is an integer, 1 to {EVERY}")
+    return int(number)
 
 
 def search_again(bucket: Bucket, least: Tensor) -> bool:

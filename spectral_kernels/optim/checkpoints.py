@@ -11,10 +11,14 @@ from ..backends.base import Rule
 from ..engine.initial import checked_initial
 from ..engine.loading import vectors_of
 from ..engine.model_buckets import ModelBuckets
+from ..engine.operators import checked_next_search
 from ..engine.prepared import Preparation
 from ..regularizer import SpectralRegularizer
+from ..selection.matrices import Elementwise, Matrix
 from ..selection.warn import warn
 from .states import check_state
+
+NEXT_SEARCH = "spectral_next_search"  # in the states of parameters that have operators
 
 
 class Checkpoints(torch.optim.Optimizer):
@@ -28,9 +32,10 @@ class Checkpoints(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return a state_dict that torch's counterpart can load, with "spectral_..." entries added.
 
-        The vectors of a parameter's matrices, [n_vectors, N] each, and what was measured for the
-        target "initial" are in its state, so that torch.distributed.checkpoint finds them by the
-        parameter's name. States of parameters that are in no group any more are left out.
+        In the state of a parameter are its matrices' vectors, [n_vectors, N] each, what was
+        measured for the target "initial", and the steps until operators are searched again: there
+        torch.distributed.checkpoint finds them by the parameter's name. States of parameters that
+        are in no group any more are left out.
         """
         with self._buckets.lock:
             self._keep_vectors()
@@ -67,9 +72,12 @@ class Checkpoints(torch.optim.Optimizer):
             for kind, found in vectors.items():
                 key = f"spectral_{kind}{name}"
                 if key in by_id.get(id(p), {}):
-                    found[entry] = by_id[id(p)][key]
-            if entry in wanted and entry not in vectors["initial"] and by_id.get(id(p)):
-                missing.append(entry)
+                    found[entry.name] = by_id[id(p)][key]
+            is_known = entry.name not in wanted or entry.name in vectors["initial"]
+            if not is_known and by_id.get(id(p)):
+                missing.append(entry.name)
+        searches = [state[NEXT_SEARCH] for state in by_id.values() if NEXT_SEARCH in state]
+        next_search = min(map(checked_next_search, searches), default=None)
         loaded = vectors_of(vectors, self._buckets.selection.matrices)
         initial = checked_initial(vectors["initial"], self._buckets.selection)
         for p, state in zip(own, states, strict=False):
@@ -85,7 +93,7 @@ class Checkpoints(torch.optim.Optimizer):
                         self.state[p][name] = kept.clone()  # state_dict keeps its own
             for group in self.param_groups:
                 group.update(self._checked_options(group))  # Python's own numbers
-            self.regularizer._load(loaded, initial)
+            self.regularizer._load(loaded, initial, next_search)
             self._updates = None
         if not loaded.vectors and not loaded.left and any(states):
             warn(
@@ -96,12 +104,12 @@ class Checkpoints(torch.optim.Optimizer):
             warn(f"{type(self).__name__}: the checkpoint has no initial targets of "
                  f"{', '.join(missing)}; those measured here are kept")  # fmt: skip
 
-    def _entries(self) -> Iterable[tuple[str, torch.Tensor, str]]:
-        """Yield name, parameter, and the name's suffix after the parameter's, of every entry."""
+    def _entries(self) -> Iterable[tuple[Matrix | Elementwise, torch.Tensor, str]]:
+        """Yield every entry, its parameter, and its name's suffix after the parameter's."""
         buckets = self._buckets
         parameters = dict(zip(buckets.refs, buckets.tensors(), strict=True))
         for entry in (*buckets.selection.matrices, *buckets.selection.elementwise):
-            yield entry.name, parameters[entry.ref], entry.name.removeprefix(entry.ref.name)
+            yield entry, parameters[entry.ref], entry.name.removeprefix(entry.ref.name)
 
     def _keep_vectors(self) -> None:
         """Store vectors and measured targets in the state of the parameters that have one."""
@@ -114,11 +122,14 @@ class Checkpoints(torch.optim.Optimizer):
             state = self.state[p]
             for kind in ("vectors", "left", "initial"):
                 state.pop(f"spectral_{kind}{name}", None)
-                value = known.get(kind, {}).get(entry)
+                value = known.get(kind, {}).get(entry.name)
                 if isinstance(value, float):
                     value = torch.tensor(value, dtype=torch.float64, device="cpu")
                 if value is not None:
                     state[f"spectral_{kind}{name}"] = value
+            state.pop(NEXT_SEARCH, None)
+            if isinstance(entry, Matrix) and entry.periods is not None:
+                state[NEXT_SEARCH] = torch.tensor(known["next_search"], device="cpu")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses; copies and pickles carry moments and vectors."""

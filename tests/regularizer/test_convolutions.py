@@ -11,6 +11,7 @@ from torch import nn
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD, spectral_norms
 from spectral_kernels.backends.reference import differentiable_penalty
 from spectral_kernels.diagnostics import spectra
+from spectral_kernels.engine import operators as engine_operators
 from spectral_kernels.engine.prepared import Preparation
 from spectral_kernels.selection.rules import select
 
@@ -264,11 +265,25 @@ def steps(model, reg, n):
     handle.remove()
 
 
+def searches_of(monkeypatch):
+    """Return a list that grows by one with every later search of a clock."""
+    found, search_again = [], engine_operators.search_again
+
+    def noted(bucket, least):
+        found.append(search_again(bucket, least))
+        return found[-1]
+
+    monkeypatch.setattr(engine_operators, "search_again", noted)
+    return found
+
+
+@pytest.mark.parametrize("n", [4, 20])  # without and with a search in what follows
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
-def test_training_goes_on_with_the_same_bits(how):
+def test_training_goes_on_with_the_same_bits(how, n, monkeypatch):
+    found = searches_of(monkeypatch)
     model = net()
     reg = regularizer(model, strength=0.1)
-    steps(model, reg, 4)
+    steps(model, reg, n)
     if how == "state_dict":
         other = copy.deepcopy(model)
         resumed = regularizer(other, strength=0.1)
@@ -277,15 +292,54 @@ def test_training_goes_on_with_the_same_bits(how):
         other, resumed = copy.deepcopy((model, reg))
     else:
         other, resumed = pickle.loads(pickle.dumps((model, reg)))
+    assert not found
     for one, own in ((model, reg), (other, resumed)):
-        steps(one, own, 4)
+        steps(one, own, n)
+    assert len(found) == (2 if n > 12 else 0)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(reg.sigma, resumed.sigma)
 
 
+@pytest.mark.parametrize(("value", "error"), [
+    (0, ValueError), (201, ValueError), (True, TypeError), (1.5, ValueError), ("3", TypeError),
+    (math.nan, ValueError), (torch.tensor([3, 4]), TypeError), (torch.tensor(3.5), ValueError),
+])  # fmt: skip
+@pytest.mark.parametrize("what", ["regularizer", "optimizer"])
+def test_a_bad_count_to_the_next_search_is_refused(what, value, error):
+    model = net()
+    if what == "regularizer":
+        own = regularizer(model)
+        state = {**own.state_dict(), "next_search": value}
+    else:
+        own = SpectralAdamW(model, 0.1, convolutions="operator")
+        zero_gradients(model)
+        own.step()
+        state = own.state_dict()
+        state["state"][0]["spectral_next_search"] = value
+        state["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(error, match="next_search"):
+        own.load_state_dict(state)
+    reg = own if what == "regularizer" else own.regularizer
+    assert reg.state_dict()["next_search"] == (25 if what == "regularizer" else 24)
+    assert what == "regularizer" or own.param_groups[0]["lr"] == 0.1
+
+
+def test_the_next_search_survives_a_state_of_torchs():
+    model = net()
+    own = SpectralAdamW(model, 0.1, convolutions="operator")
+    zero_gradients(model)
+    own.step()
+    torchs = torch.optim.AdamW(model.parameters(), 0.1)
+    torchs.load_state_dict(own.state_dict())  # which makes floats of all numbers in it
+    again = SpectralAdamW(model, 0.1, convolutions="operator")
+    again.load_state_dict(torchs.state_dict())
+    assert again.regularizer.state_dict()["next_search"] == 24
+
+
 def test_a_state_has_real_and_imaginary_parts():
     model = net()
+    assert "next_search" not in SpectralRegularizer(model).state_dict()
     found = regularizer(model).state_dict()["vectors"]
     assert found["0.weight"].shape == (2, 27)
     assert found["2.weight"].shape == (1, 6)
@@ -397,8 +451,10 @@ def test_singular_vectors_of_an_operator_are_complex():
     assert math.isclose(torch.linalg.vector_norm(u).item(), 1, rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("n", [3, 20])  # without and with a search in what follows
 @pytest.mark.parametrize("kind", [SpectralAdamW, SpectralSGD])
-def test_optimizers_resume(kind):
+def test_optimizers_resume(kind, n, monkeypatch):
+    found = searches_of(monkeypatch)
     model = net()
     optimizer = kind(model, 0.01, strength=0.1, convolutions="operator")
 
@@ -409,12 +465,13 @@ def test_optimizers_resume(kind):
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
 
-    run(model, optimizer, range(3))
+    run(model, optimizer, range(n))
     other = copy.deepcopy(model)
     resumed = kind(other, 0.01, strength=0.1, convolutions="operator")
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for own in ((model, optimizer), (other, resumed)):
-        run(*own, range(3, 6))
+        run(*own, range(n, 2 * n))
+    assert len(found) == (2 if n > 12 else 0)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
