@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..support.runs import load
 from .train import FINE_TUNING, Key
@@ -16,6 +17,7 @@ PANELS = {
     "loss": "loss of text that was not seen, nats per token", "sigma": "largest sigma_1",
     "activation": "largest activation", "logit": "largest attention logit",
 }  # fmt: skip
+NAMES = {"adamw": "AdamW", "muon": "Muon"}
 GREYS = {"free": "#000000", "decay": "#999999"}
 COLORS = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#882255"]
 
@@ -37,7 +39,7 @@ def settings(runs: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:
 def table(ways: dict[str, list[dict]], fine: bool) -> list[str]:
     """Return the Markdown of one setting: means over seeds at the last step."""
     names = ["held", "seeds", "loss at the end", "lowest loss", "largest sigma_1", "activation",
-             "logit", "s per step"]  # fmt: skip
+             "logit"]  # fmt: skip
     if fine:
         names.append("loss of the first language before, after")
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
@@ -46,8 +48,7 @@ def table(ways: dict[str, list[dict]], fine: bool) -> list[str]:
         lowest = _mean(min(r["loss"]) for r in runs)
         cells = [held, str(len(runs)), f"{loss:.3f}", f"{lowest:.3f}",
                  *(f"{_mean(r[name][-1] for r in runs):.2f}"
-                   for name in ("sigma", "activation", "logit")),
-                 f"{_mean(r['seconds'] / r['steps'] for r in runs):.3f}"]  # fmt: skip
+                   for name in ("sigma", "activation", "logit"))]  # fmt: skip
         if fine:
             cells.append(", ".join(f"{_mean(r['before'][i] for r in runs):.3f}" for i in (0, 1)))
         lines.append("| " + " | ".join(cells) + " |")
@@ -71,6 +72,9 @@ def draw(title: str, ways: dict[str, list[dict]], path: Path) -> None:
             ax.plot(runs[0]["step"], mean, style, color=chosen[held], label=held, linewidth=1.5)
         if name != "loss":
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
         else:
             tail = np.concatenate([r["loss"][1:] for runs in ways.values() for r in runs])
             ax.set_ylim(tail.min() - 0.05, np.percentile(tail, 97))
@@ -96,7 +100,8 @@ def write(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: no finished run in it")
     lines, written = [], []
     for (optimizer, lr, steps), ways in settings(runs).items():
-        title = f"GPT-2 of two million weights, {optimizer}, lr {lr:g}, {steps} steps"
+        by = NAMES.get(optimizer, optimizer)
+        title = f"GPT-2 of two million weights, {by}, lr {lr:g}, {steps} steps"
         path = folder / f"{optimizer}-{lr:g}.png"
         draw(title, ways, path)
         written.append(path)
