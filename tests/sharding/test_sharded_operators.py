@@ -26,6 +26,13 @@ def test_so_they_are_by_columns_and_with_replicas(ranks, placements):
 
 
 @pytest.mark.takes_seconds
+@pytest.mark.parametrize("flat", [False, True])
+def test_checkpoints_have_the_steps_until_the_next_search(ranks, tmp_path, flat):
+    for found in ranks(2).call(sharded_operators.resumed, str(tmp_path / "saved"), flat):
+        assert found == [23, 23]
+
+
+@pytest.mark.takes_seconds
 def test_norms_are_those_of_whole_kernels(ranks):
     for expected, found in ranks(2).call(sharded_operators.norms, (Shard(0),)):
         assert expected.keys() == found.keys()

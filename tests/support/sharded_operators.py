@@ -2,6 +2,13 @@
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import Shard
 
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, spectral_norms
 from tests.support.sharded_models import built, distributed
@@ -38,6 +45,26 @@ def compare(placements, way):
         two_steps(one, own, way)
         found.append(numbers(one, own))
     return differences(*found)
+
+
+def resumed(folder, flat):
+    """Return next_search of an optimizer after two steps, and of one that has loaded its state."""
+    found = []
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    for _ in range(2):
+        _, model = pair((Shard(0),))
+        optimizer = SpectralAdamW(model, 0.01, convolutions="operator")
+        if not found:
+            moved(model)
+            two_steps(model, optimizer, "adamw")
+        state = get_optimizer_state_dict(model, optimizer, options=options)
+        if found:
+            load(state, checkpoint_id=folder)
+            set_optimizer_state_dict(model, optimizer, state, options=options)
+        else:
+            save(state, checkpoint_id=folder)
+        found.append(optimizer.regularizer.state_dict()["next_search"])
+    return found
 
 
 def norms(placements):
