@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from ..support.figures import log_scale
 from ..support.runs import load
 from .train import FINE_TUNING, Key
 
@@ -71,10 +71,7 @@ def draw(title: str, ways: dict[str, list[dict]], path: Path) -> None:
             style = "--" if held.startswith(("sphere", "both")) else "-"
             ax.plot(runs[0]["step"], mean, style, color=chosen[held], label=held, linewidth=1.5)
         if name != "loss":
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            log_scale(ax)
         else:
             tail = np.concatenate([r["loss"][1:] for runs in ways.values() for r in runs])
             ax.set_ylim(tail.min() - 0.05, np.percentile(tail, 97))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
+from ..support.figures import log_scale
 from .methods import METHODS
 from .runner import load
 
@@ -104,8 +105,7 @@ def table(setting: Setting, arms: Arms) -> str:
     head = ["method", "seeds", f"{words}, first task", f"{words}, last {LAST}",
             f"online, last {LAST}", *([f"held out, last {LAST}"] * has_test), "sigma_1, largest",
             *(["as operators", "log10 of the Lipschitz bound"] * with_operators),
-            "stable rank", "gradient diversity", "dormant", "weight norm",
-            "s, one core"]  # fmt: skip
+            "stable rank", "gradient diversity", "dormant", "weight norm"]  # fmt: skip
     lines = [f"**{setting}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for arm, runs in arms.items():
         extra = []
@@ -121,7 +121,6 @@ def table(setting: Setting, arms: Arms) -> str:
             _cell((ended(run, "gradient_diversity") for run in runs), 1),
             _cell((ended(run, "dormant") for run in runs), 2),
             _cell((ended(run, "weight_norm") for run in runs), 1),
-            f"{np.mean([sum(run['seconds']) for run in runs]):.0f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -165,7 +164,7 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
     if with_operators:
         panels += [
             (axes[0, 4], "operator_sigma", "largest sigma_1 of all layers as operators", np.max),
-            (axes[1, 4], "lipschitz", "Lipschitz bound of the network", np.mean),
+            (axes[1, 4], "lipschitz", "log10 of the Lipschitz bound of the network", np.log10),
         ]
     for ax, name, title, over in panels:
         means: list[np.ndarray] = []
@@ -177,9 +176,8 @@ def draw(setting: Setting, arms: Arms, path: Path) -> None:
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("task")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in [axes[1, 0], *axes[:, 4:].flat]:
-        ax.set_yscale("log")
     for ax in [axes[1, 0], *axes[0, 4:]]:
+        log_scale(ax)
         ax.axhline(1, color="0.6", linewidth=1, linestyle=":")
     last, first = f"{score} of the last {LAST} tasks", f"{score} after the first task"
     _sensitivity(axes[0, 3], arms, f"{last} by strength", lambda run: ended(run, "train"))
