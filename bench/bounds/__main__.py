@@ -22,6 +22,11 @@ from .train import FINE_RATE, FINE_TUNING, RATES, Key, run
 
 HELD = ("free", "decay", "cap 1", "cap 2", "cap 4", "cap mup", "sphere 2", "sphere mup")
 MORE = {"muon": ("cap 2 of 16",)}  # vectors per matrix
+# At the first lr alone: of matrices of attention and MLPs.
+HIDDEN = {
+    "adamw": ("cap mup, hidden", "sphere mup, hidden"),
+    "muon": ("cap mup of 16, hidden", "sphere mup, hidden"),
+}
 FINE = ("free", "decay", "above 0.1", "both 0.1", "above 1", "both 1", "cap initial",
         "sphere initial")  # fmt: skip
 
@@ -32,7 +37,7 @@ def keys(seeds: int, steps: int) -> list[Key]:
     for seed in range(seeds):
         for place in range(2):
             for optimizer, rates in RATES.items():
-                ways = (*HELD, *MORE.get(optimizer, ()))
+                ways = *HELD, *MORE.get(optimizer, ()), *(HIDDEN[optimizer] if place == 0 else ())
                 found += [Key(optimizer, rates[place], held, seed, steps) for held in ways]
             if place == 0:
                 found += [Key(FINE_TUNING, FINE_RATE, held, seed, steps) for held in FINE]

@@ -19,7 +19,8 @@ PANELS = {
 }  # fmt: skip
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 GREYS = {"free": "#000000", "decay": "#999999"}
-COLORS = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#882255"]
+COLORS = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#882255",
+          "#999933", "#44AA99"]  # fmt: skip
 
 
 def key_of(found: dict) -> Key:

@@ -49,15 +49,20 @@ def options(held: str) -> tuple[float, dict]:
     """Return the weight decay and the arguments of the regularizer of one way.
 
     "free"; "decay", of 0.1; "cap 2", "sphere mup" and so on, a constraint and its target, and "of
-    16" vectors; or the penalty of a side, target "initial" and strength, such as "above 0.01".
+    16" vectors, and ", hidden" where it is for matrices of attention and MLPs alone, not for gains
+    and the embedding, which is the head too; or the penalty of a side, target "initial" and
+    strength, such as "above 0.01".
     """
+    held, _, scope = held.partition(", ")
     first, _, rest = held.partition(" ")
     rest, _, vectors = rest.partition(" of ")
     if first in ("free", "decay"):
         return (0.1 if first == "decay" else 0.0), {}
     if first in ("cap", "sphere"):
         target = rest if rest in ("mup", "initial") else float(rest)
-        return 0.0, {"constraint": first, "target": target, "n_vectors": int(vectors or 1)}
+        strength = {"*.attn.*": 1.0, "*.mlp.*": 1.0, "*": 0.0} if scope else 1.0
+        return 0.0, {"constraint": first, "target": target, "n_vectors": int(vectors or 1),
+                     "strength": strength}  # fmt: skip
     return 0.0, {"side": first, "target": "initial", "strength": float(rest)}
 
 

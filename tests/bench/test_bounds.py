@@ -45,15 +45,32 @@ def test_words_can_be_predicted_from_their_beginning():
     assert 0.2 < likely < 0.9
 
 
-@pytest.mark.parametrize(("held", "expected"), [
-    ("free", (0.0, {})), ("decay", (0.1, {})),
-    ("cap 2", (0.0, {"constraint": "cap", "target": 2.0, "n_vectors": 1})),
-    ("cap 2 of 16", (0.0, {"constraint": "cap", "target": 2.0, "n_vectors": 16})),
-    ("sphere mup", (0.0, {"constraint": "sphere", "target": "mup", "n_vectors": 1})),
-    ("above 0.1", (0.0, {"side": "above", "target": "initial", "strength": 0.1})),
+HIDDEN = {"*.attn.*": 1.0, "*.mlp.*": 1.0, "*": 0.0}
+
+
+@pytest.mark.parametrize(("held", "decay", "expected"), [
+    ("free", 0.0, {}), ("decay", 0.1, {}),
+    ("cap 2", 0.0, {"constraint": "cap", "target": 2.0, "n_vectors": 1, "strength": 1.0}),
+    ("cap 2 of 16", 0.0, {"constraint": "cap", "target": 2.0, "n_vectors": 16, "strength": 1.0}),
+    ("sphere mup", 0.0, {"constraint": "sphere", "target": "mup", "n_vectors": 1, "strength": 1.0}),
+    ("cap mup of 16, hidden", 0.0,
+     {"constraint": "cap", "target": "mup", "n_vectors": 16, "strength": HIDDEN}),
+    ("above 0.1", 0.0, {"side": "above", "target": "initial", "strength": 0.1}),
 ])  # fmt: skip
-def test_what_holds_the_weights(held, expected):
-    assert train.options(held) == expected
+def test_what_holds_the_weights(held, decay, expected):
+    assert train.options(held) == (decay, expected)
+
+
+def test_hidden_matrices_are_held_alone():
+    model = train.gpt2(0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (own,) = train.built(model, train.Key("adamw", 0.0, "sphere mup, hidden", 0, 1))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    own.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if ".attn.c" in name or ".mlp.c" in name if
+                       name.endswith("weight")}  # fmt: skip
 
 
 def test_the_learning_rate_rises_and_falls():
