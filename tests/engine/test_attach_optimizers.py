@@ -1,6 +1,7 @@
 """attach() to wrappers, to optimizers whose steps cannot contain a penalty, and to several."""
 
 import copy
+import warnings
 from collections import OrderedDict, defaultdict
 
 import pytest
@@ -351,6 +352,27 @@ def test_muon_loses_the_size_of_the_penalty_unless_it_is_decoupled():
             moved[decoupled, strength] = float((model[0].weight.detach() - before).norm())
     assert moved[False, 0.02] == pytest.approx(moved[False, 0.01], rel=1e-2)
     assert moved[True, 0.02] == pytest.approx(2 * moved[True, 0.01], rel=1e-3)
+
+
+@pytest.mark.parametrize(("constraint", "n_vectors"), [("cap", 1), ("cap", 16), ("sphere", 1)])
+def test_muon_wants_more_than_one_vector_under_a_cap(constraint, n_vectors):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 20, bias=False))
+    muon = torch.optim.Muon(model.parameters(), lr=0.1, weight_decay=0.0)
+    reg = SpectralRegularizer(model, n_vectors=n_vectors)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        reg.attach(muon, decoupled=True, constraint=constraint)
+    said = [w for w in found if "n_vectors=16" in str(w.message)]
+    assert len(said) == (constraint == "cap" and n_vectors == 1)
+    assert all(w.filename == __file__ for w in said)
+    x, y = torch.randn(64, 16), 9 * torch.randn(64, 20)
+    for _ in range(50):
+        muon.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        muon.step()
+    largest = max(float(torch.linalg.matrix_norm(p.detach(), 2)) for p in model.parameters())
+    assert (largest > 1.6) == bool(said), largest
 
 
 def test_muon_beside_another_optimizer():

@@ -27,6 +27,7 @@ from .optimizers import (
     owners,
     to_attach_to,
     warn_if_orthogonalized,
+    warn_if_too_few,
 )
 
 # The code of the function around step() that runs step hooks, the same for all optimizers.
@@ -317,6 +318,8 @@ def attach(
     _check_parts(buckets, parts, ended)
     for one in () if decoupled else serving:
         warn_if_orthogonalized(one)
+    for one in serving if constraint == "cap" else ():
+        warn_if_too_few(one, buckets.settings.n_vectors)
     for attachment in ended:
         attachment.remove()
     return Attachment(regularizer, optimizers, parts, decoupled, shared, constraint)

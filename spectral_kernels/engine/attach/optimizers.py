@@ -166,10 +166,26 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float | torch.Tenso
     return found
 
 
+def _orthogonalizes(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the steps of ``optimizer`` are Muon's."""
+    is_torchs = isinstance(optimizer, getattr(torch.optim, "Muon", ()))
+    return is_torchs or "muon" in type(optimizer).__name__.lower()
+
+
+def warn_if_too_few(optimizer: torch.optim.Optimizer, n_vectors: int) -> None:
+    """Warn that one vector per matrix does not hold a cap under Muon."""
+    if n_vectors == 1 and _orthogonalizes(optimizer):
+        warn(
+            f"{type(optimizer).__name__} raises all singular values of a matrix in every step, and "
+            "a cap with n_vectors=1 brings down one of them: sigma can stay far above its target; "
+            'n_vectors=16 or constraint="sphere" holds it',
+        )
+
+
 def warn_if_orthogonalized(optimizer: torch.optim.Optimizer) -> None:
     """Warn that the steps of Muon make nothing of the penalty's size."""
     name = type(optimizer).__name__
-    if isinstance(optimizer, getattr(torch.optim, "Muon", ())) or "muon" in name.lower():
+    if _orthogonalizes(optimizer):
         warn(
             f"{name} orthogonalizes gradients, the penalty's with them: the size of its step, and "
             "with it strength, is lost; attach(optimizer, decoupled=True) keeps it",
