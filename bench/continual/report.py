@@ -66,9 +66,12 @@ def settings(runs: Iterable[dict]) -> dict[Setting, Arms]:
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Return mean and half width of the 95 % confidence interval (nan for one value)."""
+    """Return mean and half width of the 95 % confidence interval.
+
+    That is nan for fewer than three values: of two it is thirteen times the standard error.
+    """
     x = np.array(list(values), dtype=float)
-    if len(x) < 2:
+    if len(x) < 3:
         return float(x.mean()), math.nan
     t = stats.t.ppf(0.975, len(x) - 1)
     return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
@@ -205,7 +208,7 @@ def _band(ax: Axes, curves: np.ndarray, arm: Arm) -> None:
     mean = curves.mean(0)
     color = COLORS[arm.method]
     ax.plot(tasks, mean, color=color, linewidth=1.6, label=str(arm))
-    if len(curves) > 1:
+    if len(curves) > 2:
         half = np.array([interval(column)[1] for column in curves.T])
         ax.fill_between(tasks, mean - half, mean + half, color=color, alpha=0.1, linewidth=0)
 

@@ -405,7 +405,7 @@ def test_intervals_are_students():
     mean, half = report.interval(x)
     low, high = stats.t.interval(0.95, 5, loc=x.mean(), scale=stats.sem(x))
     assert (mean - half, mean + half) == pytest.approx((low, high))
-    assert math.isnan(report.interval([1.0])[1])
+    assert math.isnan(report.interval([1.0, 2.0])[1])
 
 
 @pytest.mark.takes_seconds
