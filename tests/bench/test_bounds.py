@@ -97,12 +97,13 @@ def test_held_weights_are_those_of_every_optimizer(optimizer):
 def test_a_run_and_its_report(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "HELD", ("free", "cap 1"))
     monkeypatch.setattr(cli, "MORE", {})
+    monkeypatch.setattr(cli, "HIDDEN", {"adamw": (), "muon": ("sphere 1, hidden",)})
     monkeypatch.setattr(cli, "FINE", ("above 0.1",))
     keys = cli.keys(1, 20)
     assert [key.optimizer for key in keys] == [
-        "adamw", "adamw", "muon", "muon", "fine-tuning", *["adamw"] * 2, *["muon"] * 2,
+        "adamw", "adamw", *["muon"] * 3, "fine-tuning", *["adamw"] * 2, *["muon"] * 2,
     ]  # fmt: skip
-    chosen = keys[1], keys[4]
+    chosen = keys[1], keys[5]
     with (tmp_path / "runs.jsonl").open("w") as file:
         for key in chosen:
             found = train.run(key, tmp_path)
