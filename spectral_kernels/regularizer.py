@@ -382,8 +382,8 @@ class SpectralRegularizer(Assignable, Readings):
                 buckets.bound()
             found = {"vectors": buckets.vectors(), "initial": copied(self._coefficients.initial)}
             left = buckets.left_vectors()
-        if any(matrix.periods is not None for matrix in self._selection.matrices):
-            found["next_search"] = buckets.searches.left
+            if any(matrix.periods is not None for matrix in self._selection.matrices):
+                found["next_search"] = buckets.searches.left
         return {**found, "left": left} if left else found
 
     @untraced
@@ -407,9 +407,7 @@ class SpectralRegularizer(Assignable, Readings):
         self._buckets.follow()
         found = vectors_of(state, self._selection.matrices)
         initial = checked_initial(state.get("initial", {}), self._selection)
-        next_search = state.get("next_search")  # older states have none
-        if next_search is not None:
-            next_search = checked_next_search(next_search)
+        next_search = checked_next_search(state.get("next_search"))
         with self._buckets.lock:
             self._load(found, initial, next_search)
         entries = *self._selection.matrices, *self._selection.elementwise

@@ -208,9 +208,8 @@ def _band(ax: Axes, curves: np.ndarray, arm: Arm) -> None:
     mean = curves.mean(0)
     color = COLORS[arm.method]
     ax.plot(tasks, mean, color=color, linewidth=1.6, label=str(arm))
-    if len(curves) > 2:
-        half = np.array([interval(column)[1] for column in curves.T])
-        ax.fill_between(tasks, mean - half, mean + half, color=color, alpha=0.1, linewidth=0)
+    half = np.array([interval(column)[1] for column in curves.T])
+    ax.fill_between(tasks, mean - half, mean + half, color=color, alpha=0.1, linewidth=0)
 
 
 def _sensitivity(ax: Axes, arms: Arms, title: str, score: Callable[[dict], float]) -> None:

@@ -96,8 +96,8 @@ class SearchClock:
         self.left = SOON if any(found) else EVERY
 
 
-def checked_next_search(value: Any) -> int:
-    """Return the steps until the next search as an int.
+def checked_next_search(value: Any) -> int | None:
+    """Return the steps until the next search as an int; None, of a state without them, as it is.
 
     A tensor of one element is a number too, and torch's optimizers make a floating one of it.
 
@@ -105,6 +105,8 @@ def checked_next_search(value: Any) -> int:
         TypeError: no number.
         ValueError: not an integer from 1 to EVERY.
     """
+    if value is None:
+        return None
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"state: next_search is {value!r}; accepted is an integer")

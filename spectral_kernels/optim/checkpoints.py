@@ -76,8 +76,8 @@ class Checkpoints(torch.optim.Optimizer):
             is_known = entry.name not in wanted or entry.name in vectors["initial"]
             if not is_known and by_id.get(id(p)):
                 missing.append(entry.name)
-        searches = [state[NEXT_SEARCH] for state in by_id.values() if NEXT_SEARCH in state]
-        next_search = min(map(checked_next_search, searches), default=None)
+        searches = [checked_next_search(state.get(NEXT_SEARCH)) for state in by_id.values()]
+        next_search = min((n for n in searches if n is not None), default=None)
         loaded = vectors_of(vectors, self._buckets.selection.matrices)
         initial = checked_initial(vectors["initial"], self._buckets.selection)
         for p, state in zip(own, states, strict=False):

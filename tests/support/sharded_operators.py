@@ -49,22 +49,16 @@ def compare(placements, way):
 
 def resumed(folder, flat):
     """Return next_search of an optimizer after two steps, and of one that has loaded its state."""
-    found = []
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    for _ in range(2):
-        _, model = pair((Shard(0),))
-        optimizer = SpectralAdamW(model, 0.01, convolutions="operator")
-        if not found:
-            moved(model)
-            two_steps(model, optimizer, "adamw")
-        state = get_optimizer_state_dict(model, optimizer, options=options)
-        if found:
-            load(state, checkpoint_id=folder)
-            set_optimizer_state_dict(model, optimizer, state, options=options)
-        else:
-            save(state, checkpoint_id=folder)
-        found.append(optimizer.regularizer.state_dict()["next_search"])
-    return found
+    models = [pair((Shard(0),))[1] for _ in range(2)]
+    own, other = (SpectralAdamW(model, 0.01, convolutions="operator") for model in models)
+    moved(models[0])
+    two_steps(models[0], own, "adamw")
+    save(get_optimizer_state_dict(models[0], own, options=options), checkpoint_id=folder)
+    state = get_optimizer_state_dict(models[1], other, options=options)
+    load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(models[1], other, state, options=options)
+    return [one.regularizer.state_dict()["next_search"] for one in (own, other)]
 
 
 def norms(placements):
