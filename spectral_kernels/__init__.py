@@ -3,13 +3,14 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .diagnostics import spectral_norms
+from .diagnostics.checkpoints import open_checkpoint
 from .optim import SpectralAdamW, SpectralSGD
 from .regularizer import SpectralRegularizer
 from .selection.layers import register_layer
 
 __all__ = [
-    "SpectralAdamW", "SpectralRegularizer", "SpectralSGD", "__version__", "register_layer",
-    "spectral_norms",
+    "SpectralAdamW", "SpectralRegularizer", "SpectralSGD", "__version__",
+    "open_checkpoint", "register_layer", "spectral_norms",
 ]  # fmt: skip
 
 try:

@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from spectral_kernels import cli
-from spectral_kernels.cli.inspect import checkpoint as checkpoint_files
 from spectral_kernels.cli.inspect import measure
-from spectral_kernels.cli.inspect.checkpoint import Checkpoint, CheckpointError
 from spectral_kernels.cli.inspect.measure import Patterns
+from spectral_kernels.diagnostics.checkpoints import Checkpoint, CheckpointError, safetensors_file
 from tests import TIMEOUT
 from tests.support import processes
 from tests.support.checkpoints import check_against_svd, error_of, save_sharded, values
@@ -169,7 +168,7 @@ def test_tensors_may_begin_at_any_byte(tmp_path, capsys):
     data = b"x" + weight.numpy().tobytes()
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
     checkpoint = Checkpoint(path)
-    read = checkpoint.read(checkpoint.entries[1])
+    read = checkpoint.tensors[1].read()
     assert read.data_ptr() % 4 == 0
     assert torch.equal(read, weight)
     check_against_svd(values(path, capsys=capsys), {"w": weight})
@@ -275,7 +274,7 @@ def test_a_tensor_that_the_index_promises_is_missed(saved, tmp_path, capsys):
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_one_tensor_is_held_at_a_time(tmp_path, tensors, monkeypatch, suffix):
     index = save_sharded(tmp_path, tensors, suffix)
-    read = Checkpoint.read
+    read = Checkpoint._read
     alive, most = weakref.WeakSet(), [0, 0]
 
     def counting(self, entry):
@@ -290,7 +289,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path, tensors, monkeypatch, suffix):
         most[0], most[1] = max(most[0], len(alive)), most[1] + 1
         return tensor
 
-    monkeypatch.setattr(Checkpoint, "read", counting)
+    monkeypatch.setattr(Checkpoint, "_read", counting)
     found = measure.measure(measure.planned(Checkpoint(index), Patterns()))
     assert len(found.rows) == most[1] == 3
     assert most[0] == 1
@@ -298,7 +297,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path, tensors, monkeypatch, suffix):
 
 def test_a_mapped_file_is_opened_anew_after_some_bytes(saved, monkeypatch):
     checkpoint = Checkpoint(saved)
-    monkeypatch.setattr(checkpoint_files, "_MAPPED_BYTES", 100)
+    monkeypatch.setattr(safetensors_file, "MAPPED_BYTES", 100)
     before = checkpoint._reader
     rows = measure.measure(measure.planned(checkpoint, Patterns())).rows
     assert checkpoint._reader is not before
@@ -315,7 +314,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path, suffix):
     done = subprocess.run(
         [sys.executable, "-c",
          "import re, sys, threading\n"
-         "from spectral_kernels.cli.inspect.checkpoint import Checkpoint\n"
+         "from spectral_kernels.diagnostics.checkpoints import Checkpoint\n"
          "from spectral_kernels.cli.inspect.measure import Patterns, measure, planned\n"
          "def anonymous():\n"
          "    status = open('/proc/self/status').read()\n"
@@ -356,8 +355,8 @@ def test_the_norm_is_made_piece_by_piece(monkeypatch):
 
 def test_a_file_that_breaks_between_listing_and_reading_is_named(saved, monkeypatch):
     checkpoint = Checkpoint(saved)
-    entry = checkpoint.entries[0]
+    entry = checkpoint.tensors[0]
     checkpoint.close()
     saved.write_bytes(b"")
     with pytest.raises(CheckpointError, match=re.escape(str(saved))):
-        checkpoint.read(entry)
+        entry.read()

@@ -14,10 +14,9 @@ import torch
 from spectral_kernels import cli
 from spectral_kernels.backends import choice
 from spectral_kernels.cli import console
-from spectral_kernels.cli.inspect import checkpoint as checkpoint_files
 from spectral_kernels.cli.inspect import measure
-from spectral_kernels.cli.inspect.checkpoint import Checkpoint
 from spectral_kernels.diagnostics import untrusted
+from spectral_kernels.diagnostics.checkpoints import Checkpoint, files
 from tests.support.checkpoints import check_against_svd, error_of, values
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -239,7 +238,7 @@ def test_a_link_to_nothing_is_named(saved, capsys, name):
     assert f"{name}: there is no such file" in error_of(saved.parent, capsys)
 
 
-@pytest.mark.parametrize("n_bytes", [1 << 40, checkpoint_files._INDEX_BYTES + 1])
+@pytest.mark.parametrize("n_bytes", [1 << 40, files._INDEX_BYTES + 1])
 def test_an_index_that_is_gigantic_is_refused(tmp_path, capsys, n_bytes):
     path = tmp_path / "model.safetensors.index.json"
     path.touch()
@@ -315,4 +314,4 @@ def test_wide_characters_keep_columns_in_line(tmp_path, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if "2x2" in line]
     assert len(rows) == 2
     assert len({cell_len(row.partition("2x2")[0]) for row in rows}) == 1
-    assert Checkpoint(path).entries[0].name == "\u4e2d\u6587.w"
+    assert Checkpoint(path).tensors[0].name == "\u4e2d\u6587.w"

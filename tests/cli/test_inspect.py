@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from spectral_kernels import cli
-from spectral_kernels.cli.inspect.checkpoint import Checkpoint
-from spectral_kernels.cli.inspect.measure import MatrixRow, Patterns, kind, measure, planned
+from spectral_kernels.cli.inspect.measure import Patterns, measure, planned
+from spectral_kernels.cli.inspect.rows import MatrixRow, kind
+from spectral_kernels.diagnostics.checkpoints import Checkpoint
 from tests.support import processes
 from tests.support.checkpoints import values
 

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ...diagnostics.checkpoints import Checkpoint, CheckpointError
 from ...selection.convolutions import CHOICES
 from ..console import FAILED, integer, non_negative, png, say, split, tell, writable
 from . import report, table
-from .checkpoint import Checkpoint, CheckpointError
-from .measure import SORTS, Measured, Patterns, measure, planned
+from .measure import Patterns, measure, planned
+from .rows import SORTS, Measured
 
 USAGE, ABOVE = 2, 3  # exit codes
 
@@ -94,10 +95,10 @@ def _run(arguments: argparse.Namespace) -> int:
     paths = [p for p in (arguments.checkpoint, arguments.other) if p is not None]
     checkpoints = [Checkpoint(path) for path in paths]
     for checkpoint in checkpoints:
-        if not checkpoint.entries:
+        if not checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: holds no tensor")
     try:
-        patterns.check([e.name for checkpoint in checkpoints for e in checkpoint.entries])
+        patterns.check([e.name for checkpoint in checkpoints for e in checkpoint.tensors])
         plans = [planned(checkpoint, patterns) for checkpoint in checkpoints]
     except ValueError as error:  # patterns that do not fit the checkpoint
         return say(str(error), USAGE)

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from ..style import COLORS, apart, layers_of, set_log_scale, shortened
 
 if TYPE_CHECKING:
-    from .measure import MatrixRow
+    from .rows import MatrixRow
 
 
 _MARKERS = "os^Dv<>PX"

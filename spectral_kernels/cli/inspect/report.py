@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...diagnostics.untrusted import csv_cell
-from .measure import RTOL, MatrixRow, Measured, change, ordered
+from .measure import RTOL
+from .rows import MatrixRow, Measured, change, ordered
 
 _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "name": lambda row: row.name,
@@ -83,9 +84,9 @@ def as_json(result: Result) -> str:
             [_values(row) for row in rows] for rows in result.only
         )
     document["skipped"] = [
-        {"checkpoint": str(one.path), "name": entry.name, "shape": list(entry.shape),
-         "dtype": entry.dtype, "reason": why}
-        for one in result.measured for entry, why in one.skipped
+        {"checkpoint": str(one.path), "name": s.name, "shape": list(s.shape),
+         "dtype": s.dtype, "reason": s.reason}
+        for one in result.measured for s in one.skipped
     ]  # fmt: skip
     return json.dumps(_without_nan(document), indent=1, allow_nan=False) + "\n"
 

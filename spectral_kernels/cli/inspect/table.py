@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ...diagnostics.checkpoints import Skipped
 from ..console import tell
-from .checkpoint import Entry
-from .measure import RTOL, change
+from .measure import RTOL
 from .report import Result, size
+from .rows import change
 
 _FEW = 3  # names shown of a long list
 _LEAST_WIDTH = 16  # of names
@@ -163,11 +164,11 @@ def _lines(result: Result) -> list[str]:
             lines = [f"{first.path}: no matrices"]
     for one in result.measured:
         where = f" in {one.path}" if result.is_comparison else ""
-        reasons: dict[str, list[Entry]] = {}
-        for entry, why in one.skipped:
-            reasons.setdefault(why, []).append(entry)
+        reasons: dict[str, list[Skipped]] = {}
+        for skipped in one.skipped:
+            reasons.setdefault(skipped.reason, []).append(skipped)
         for why, entries in reasons.items():
-            some = _some([f"{e.name} {size(e.shape)}" for e in entries])
+            some = _some([f"{e.name} {size(e.shape)}".rstrip() for e in entries])
             lines.append(f"skipped{where}, {why}: {some}")
         if one.of_optimizer:
             lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
