@@ -15,7 +15,11 @@ from ..sharding.shards import local_of
 from ..tables.device import wide_dtype
 from .bucket import Bucket
 
-BETWEEN = 5  # iterations between two convergence checks
+EVERY = 3  # iterations between two convergence checks
+BETWEEN = 5  # iterations of the block form between two convergence checks
+# Parts of the tolerance: of the bound of the error, and of what two checks have added.
+_SURE, _SETTLED = 0.25, 0.3
+_ROWS = 64  # of the basis at first
 
 
 def singular_values(
@@ -59,7 +63,7 @@ def top(matrix: Matrix, tensor: torch.Tensor, rtol: float, backend: str | Backen
     chosen = choose(backend, local_of(tensor).device, tensor.dtype)
     bucket = Bucket.of([matrix], [], [tensor], chosen, exponent=1, r=1)
     bucket.state.target.zero_()
-    sigma, v = _lanczos(bucket, rtol, matrix)
+    sigma, v = _lanczos(bucket, rtol, matrix, exact_vector=True)
     if v is None:
         return Top(sigma)
     layout = bucket.state.plan.layouts[0]
@@ -67,17 +71,22 @@ def top(matrix: Matrix, tensor: torch.Tensor, rtol: float, backend: str | Backen
     return Top(sigma, left=v) if layout.side == "left" else Top(sigma, layout.to_logical(v))
 
 
-def _lanczos(bucket: Bucket, rtol: float, matrix: Matrix) -> tuple[float, torch.Tensor | None]:
-    """Return sigma_1 and its vector v [N] as it is stored, None if there is none."""
-    # A start vector outside of the row space of W adds one dimension to the Krylov space.
-    name, limit = matrix.name, min(matrix.shape) + 1
+def _lanczos(
+    bucket: Bucket, rtol: float, matrix: Matrix, exact_vector: bool = False
+) -> tuple[float, torch.Tensor | None]:
+    """Return sigma_1 and its vector v [N] as it is stored, None if there is none.
+
+    With ``exact_vector`` the vector is as near as sigma_1 is, which takes half as many iterations
+    again; else it may have parts of the next ones, of which sigma_1 knows only the square.
+    """
     plan, state = bucket.plan, bucket.state
     n = state.plan.layouts[0].cols
-    limit = min(n, limit)
-    generator = torch.Generator().manual_seed(0)
-    v = _random(generator, n).to(**_wide(plan.device))
+    # A start vector outside of the row space of W adds one dimension to the Krylov space.
+    limit = min(n, min(matrix.shape) + 1)
+    wide = _wide(plan.device)
+    v = _random(torch.Generator().manual_seed(0), n).to(**wide)
     v /= torch.linalg.vector_norm(v)
-    basis: list[torch.Tensor] = []
+    rows = torch.empty(min(limit, _ROWS), n, **wide)
     alphas: list[float] = []
     betas: list[float] = []
     unit = 1.0  # sigma of the first product: W / unit keeps every number near one
@@ -86,34 +95,39 @@ def _lanczos(bucket: Bucket, rtol: float, matrix: Matrix) -> tuple[float, torch.
     state.v_next.copy_(v)
     bucket.iterate(1)
     while True:
-        basis.append(v)
+        k = len(alphas)
+        if k == len(rows):
+            rows = torch.cat((rows, torch.empty_like(rows)))
+        rows[k] = v
         state.v_next.copy_(v)
         bucket.iterate(1)
-        sigma, residual = float(state.sigma), float(state.residual)
+        sigma, residual = state.sigma.item(), state.residual.item()
         if not math.isfinite(sigma):
             return math.nan, None
-        if sigma == 0 and len(basis) == 1:
+        if sigma == 0 and k == 0:
             return 0.0, None
-        if len(basis) == 1:
+        if k == 0:
             unit = sigma
-        # W^T W v = length * v_next, and the residual gives the length (see normalize).
-        length = math.hypot(sigma, residual) * sigma / unit**2
         alphas.append((sigma / unit) ** 2)
-        t = state.v_next.to(**_wide(plan.device)) * length
-        stacked = torch.stack(basis)
-        for _ in range(2):
-            t = t - stacked.mT @ (stacked @ t)
-        beta = float(torch.linalg.vector_norm(t))
-        if len(basis) % BETWEEN == 0 or len(basis) >= limit or beta <= 1e-14 * alphas[0]:
-            ritz, rest, weights = _top_ritz_value(alphas, betas, beta)
+        # W^T W v = length * v_next, and the residual gives the length (see normalize). What it has
+        # of the last two vectors is known; a pass over all of them removes what rounding added.
+        t = state.v_next.to(**wide) * (math.hypot(sigma, residual) * sigma / unit**2)
+        t = t.sub_(v, alpha=alphas[-1])
+        if k > 0:
+            t.sub_(rows[k - 1], alpha=betas[-1])
+        basis = rows[: k + 1]
+        t -= basis.mT @ (basis @ t)
+        beta = torch.linalg.vector_norm(t).item()
+        is_last = k + 1 >= limit or beta <= 1e-14 * alphas[0]
+        if (k + 1) % EVERY == 0 or is_last:
+            ritz, rest, error, weights = _top_ritz_value(alphas, betas, beta)
+            converged = rest <= 0.1 * rtol * ritz if exact_vector else error <= _SURE * rtol * ritz
             history.append(math.sqrt(max(ritz, 0.0)))
-            # The relative error of sigma is half that of its square; the margin is for clustered
-            # singular values.
-            settled = len(history) > 2 and history[-1] - history[-3] <= 0.1 * rtol * history[-1]
-            if len(basis) >= limit or (rest <= 0.1 * rtol * ritz and settled) or beta == 0:
-                return history[-1] * unit, weights.to(stacked) @ stacked
-            if len(basis) >= 2000:
-                raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
+            gained = history[-1] - history[-3] if len(history) > 2 else math.inf
+            if is_last or (converged and gained <= _SETTLED * rtol * history[-1]):
+                return history[-1] * unit, weights.to(basis) @ basis
+            if k + 1 >= 2000:
+                raise _no_convergence(matrix.name, rtol)
         betas.append(beta)
         v = t / beta
 
@@ -155,7 +169,11 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
         if settled or complete:
             return tuple(history[-1].tolist())
         if n_blocks >= 2000:
-            raise RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
+            raise _no_convergence(name, rtol)
+
+
+def _no_convergence(name: str, rtol: float) -> RuntimeError:
+    return RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
 
 
 def _wide(device: torch.device) -> dict:
@@ -204,9 +222,17 @@ def _unit_beside(basis: torch.Tensor, row: torch.Tensor, least: float) -> torch.
     return row
 
 
-def _top_ritz_value(alphas, betas, beta: float) -> tuple[float, float, torch.Tensor]:
-    """Return the largest eigenvalue of the tridiagonal matrix, its residual norm and its vector."""
+def _top_ritz_value(alphas, betas, beta: float) -> tuple[float, float, float, torch.Tensor]:
+    """Return the largest eigenvalue of the tridiagonal matrix, residual, error bound and vector.
+
+    The error is at most the norm of the residual, and at most its square over the gap to the next
+    eigenvalue (Parlett, "The Symmetric Eigenvalue Problem", section 11.7), for which the next Ritz
+    value stands.
+    """
     diagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64, device="cpu"))
     off = torch.tensor(betas, dtype=torch.float64, device="cpu")
     values, vectors = torch.linalg.eigh(diagonal + torch.diag(off, 1) + torch.diag(off, -1))
-    return float(values[-1]), beta * abs(float(vectors[-1, -1])), vectors[:, -1]
+    top, rest = float(values[-1]), beta * abs(float(vectors[-1, -1]))
+    gap = top - float(values[-2]) if len(values) > 1 else 0.0
+    error = rest * min(1.0, rest / gap) if gap > 0 else rest
+    return top, rest, error, vectors[:, -1]

@@ -18,11 +18,12 @@ from ...selection.matrices import Matrix, NothingSelected
 from ...selection.options import Convolutions
 from ...selection.rules import FLOAT_DTYPES, select
 from ...tables.layout import layout_of
+from .parallel import for_each
 from .rows import MatrixRow, Measured, kind
 
 RTOL = 1e-4
 _READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-_PIECE = 1 << 18  # elements converted to float64 at a time
+_PIECE = 1 << 15  # elements converted to float64 at a time: 256 kB, which stay in a cache
 # Up to so many elements a full SVD takes less time than the tables of an iteration.
 _SMALL = 1 << 14
 
@@ -120,11 +121,12 @@ def measure(
     step: Callable[[str, int], None] = lambda name, elements: None,
     backend: str = "auto",
 ) -> Measured:
-    """Measure every matrix of a plan, one tensor in memory at a time.
+    """Measure every matrix of a plan; the tensors in memory are at most as large as the largest.
 
     Args:
         plan: of a checkpoint.
-        step: called with a tensor's name and 0 before it is read, its number of elements after.
+        step: called with a tensor's name and 0 before it is read, its number of elements after; by
+            several threads.
         backend: as for SpectralRegularizer.
 
     Raises:
@@ -132,14 +134,18 @@ def measure(
     """
     found = Measured(plan.checkpoint.path, [], list(plan.skipped), plan.of_optimizer)
     rows: dict[str, MatrixRow] = {}
-    for entry, matrices in sorted(plan.matrices.values(), key=lambda pair: str(pair[0].file)):
+
+    def measured(pair: tuple[LazyTensor, Sequence[Matrix]]) -> None:
+        entry, matrices = pair
         step(entry.name, 0)
         try:
-            for row in _rows(entry, matrices, backend):
-                rows[row.name] = row
+            rows.update((row.name, row) for row in _rows(entry, matrices, backend))
         except RuntimeError as error:  # no convergence
             found.skipped.append(_skipped(entry, str(error)))
         step(entry.name, math.prod(entry.shape))
+
+    pairs = sorted(plan.matrices.values(), key=lambda pair: str(pair[0].file))
+    for_each(measured, pairs, size=lambda pair: math.prod(pair[0].shape))
     for _, matrices in plan.matrices.values():
         found.rows += [rows[m.name] for m in matrices if m.name in rows]
     return found
@@ -180,9 +186,14 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
 
 def _norm(part: torch.Tensor) -> float:
     """Return the Euclidean norm in float64, piece by piece."""
-    if part.numel() <= _PIECE:
-        return float(torch.linalg.vector_norm(part.double()))
+    if part.is_contiguous():
+        part = part.view(-1)
     dim = max(range(part.dim()), key=part.shape.__getitem__)
-    length = max(1, _PIECE * part.shape[dim] // part.numel())
-    norms = [torch.linalg.vector_norm(p.double()) for p in part.split(length, dim)]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    length = max(1, _PIECE * part.shape[dim] // max(part.numel(), 1))
+    buffer = torch.empty(max(_PIECE, part.numel() // max(part.shape[dim], 1)), dtype=torch.float64)
+    total = 0.0
+    for piece in part.split(length, dim):
+        wide = buffer[: piece.numel()]
+        wide.view(piece.shape).copy_(piece)
+        total += float(torch.dot(wide, wide))
+    return math.sqrt(total)

@@ -1,0 +1,43 @@
+"""Work on the tensors of a checkpoint, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+_MOST_THREADS = 8  # of which each holds a tensor
+
+
+def for_each(work: Callable[[T], None], tasks: Sequence[T], size: Callable[[T], int]) -> None:
+    """Do ``work`` for all tasks; those that go on at the same time are no larger than the largest.
+
+    With n threads, tasks of at most 1/n of the largest size go first, n at a time and each in one
+    thread of torch; those that are larger follow one by one, each in all threads.
+
+    Args:
+        work: takes a task; what it raises ends all, after the tasks that have begun.
+        tasks: in the order in which they should begin.
+        size: of a task, such as the elements of its tensor.
+    """
+    threads = torch.get_num_threads()
+    at_once = min(threads, _MOST_THREADS)
+    most = max(map(size, tasks), default=0)
+    small = [task for task in tasks if size(task) * at_once <= most] if at_once > 1 else []
+    if small:
+        # torch counts the threads of its operators for every thread that starts them.
+        pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            futures = [pool.submit(work, task) for task in small]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+    done = set(map(id, small))
+    for task in tasks:
+        if id(task) not in done:
+            work(task)
