@@ -1,0 +1,1 @@
+"""How long ``spectral-kernels inspect`` takes beside reading the files, SVDs and WeightWatcher."""
