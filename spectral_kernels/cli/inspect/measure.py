@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...diagnostics.checkpoints import Checkpoint, LazyTensor, Skipped
+from ...diagnostics.low_rank import product_singular_values
 from ...engine import operators
 from ...engine.lanczos import singular_values
 from ...selection.arguments import check_patterns
@@ -147,6 +148,8 @@ def measure(
 
 def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[MatrixRow]:
     """Read one tensor and measure its matrices."""
+    if entry.factors is not None and len(matrices) == 1 and _is_whole(matrices[0]):
+        return [_product_row(entry, matrices[0])]
     tensor = entry.read()
     rows = []
     for matrix in matrices:
@@ -176,6 +179,21 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
             )
         )  # fmt: skip
     return rows
+
+
+def _is_whole(matrix: Matrix) -> bool:
+    return matrix.index is None and matrix.part is None and not matrix.periods
+
+
+def _product_row(entry: LazyTensor, matrix: Matrix) -> MatrixRow:
+    """Measure a product by its factors, without forming it."""
+    assert entry.factors is not None
+    values = product_singular_values(*entry.factors())
+    sigma, norm = (float(values[0]), float(values.norm())) if len(values) else (0.0, 0.0)
+    return MatrixRow(
+        matrix.name, kind(entry.name), entry.shape, *matrix.shape, entry.dtype, sigma, norm,
+        made_by=entry.made_by,
+    )  # fmt: skip
 
 
 def _norm(part: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "usual_sigma": lambda row: row.usual,
     "ratio": lambda row: row.ratio,
     "operator_norm": lambda row: row.operator,
+    "made_by": lambda row: row.made_by,
 }
 _COMPARED = ("sigma", "stable_rank", "norm")
 
@@ -123,6 +124,7 @@ def _values(row: MatrixRow) -> dict:
 
 def _cells(row: MatrixRow) -> list:
     values = _values(row) | {"name": csv_cell(row.name), "shape": size(row.shape)}
+    values["made_by"] = csv_cell(row.made_by or "")
     return list(values.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import os
@@ -164,6 +165,8 @@ def _lines(result: Result) -> list[str]:
             lines = [f"{first.path}: no matrices"]
     for one in result.measured:
         where = f" in {one.path}" if result.is_comparison else ""
+        made = collections.Counter(row.made_by for row in one.rows if row.made_by)
+        lines += [f"made{where} of stored tensors: {n} matrices, {how}" for how, n in made.items()]
         reasons: dict[str, list[Skipped]] = {}
         for skipped in one.skipped:
             reasons.setdefault(skipped.reason, []).append(skipped)
