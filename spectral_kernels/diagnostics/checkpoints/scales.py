@@ -32,8 +32,9 @@ def blocks_of(
     named = [*[0] * len(shape), *given][-len(shape) :]
     found = []
     for size, count, block in zip(shape, table, named, strict=True):
-        # 128 as DeepSeek-V3 has it; else equal blocks.
-        for length in (block, size if count == 1 else 1, 128, -(-size // max(count, 1))):
+        # 128 as DeepSeek-V3 has it; else blocks of the same length.
+        equal = size // count if count > 0 and size % count == 0 else 0
+        for length in (block, size if count == 1 else 0, 128, equal):
             if length > 0 and -(-size // length) == count:
                 found.append(length)
                 break
@@ -114,7 +115,7 @@ def _columns(table: torch.Tensor, block: int, n_cols: int) -> torch.Tensor:
 def as_float(scales: torch.Tensor) -> torch.Tensor:
     """Return scales as float32; bytes are powers of two with a bias of 127, as in OCP MX."""
     if scales.dtype == torch.uint8:
-        return torch.ldexp(torch.ones(()), scales.int() - 127)
+        return torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
     return scales.float()
 
 
