@@ -22,7 +22,7 @@ from ...tables.layout import layout_of
 from .rows import MatrixRow, Measured, kind
 
 RTOL = 1e-4
-_READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
+READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
 _PIECE = 1 << 18  # elements converted to float64 at a time
 # Up to so many elements a full SVD takes less time than the tables of an iteration.
 _SMALL = 1 << 14
@@ -89,7 +89,7 @@ def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
     reasons: dict[str, str] = {}
     metas = []
     for entry in by_name.values():
-        dtype, shape = _READABLE.get(entry.dtype), entry.shape
+        dtype, shape = READABLE.get(entry.dtype), entry.shape
         if entry.unusable is not None or dtype is None:
             reasons[entry.name] = entry.unusable or f"dtype {entry.dtype}"
             dtype, shape = torch.bool, (0,) * len(shape)
@@ -157,19 +157,8 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
         if matrix.periods:
             operator = operators.norm(matrix, tensor, RTOL).sigma
             matrix = replace(matrix, periods=None, side=None)
+        sigma, norm = sigma_and_norm(matrix, tensor, backend)
         part = matrix.of(tensor)
-        norm = _norm(part)
-        if not math.isfinite(norm):
-            sigma = norm = math.nan
-        elif part.numel() <= _SMALL:
-            whole = part.flatten(1).double()
-            sigma = float(torch.linalg.svdvals(whole)[0]) if part.numel() else 0.0
-        else:
-            try:
-                layout_of(matrix, tensor)
-            except ValueError:  # neither rows nor columns are contiguous
-                tensor = tensor.contiguous()
-            (sigma,) = singular_values(matrix, tensor, RTOL, backend)
         named = kind(entry.name) + ("" if matrix.index is None else "[*]")
         label = re.search(r"\[\w+\]$", matrix.name) if matrix.part is not None else None
         rows.append(
@@ -179,6 +168,23 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
             )
         )  # fmt: skip
     return rows
+
+
+def sigma_and_norm(matrix: Matrix, tensor: torch.Tensor, backend: str) -> tuple[float, float]:
+    """Return sigma_1 and the Euclidean norm of a matrix of a tensor; nan if it is not finite."""
+    part = matrix.of(tensor)
+    norm = _norm(part)
+    if not math.isfinite(norm):
+        return math.nan, math.nan
+    if part.numel() <= _SMALL:
+        whole = part.flatten(1).double()
+        return (float(torch.linalg.svdvals(whole)[0]) if part.numel() else 0.0), norm
+    try:
+        layout_of(matrix, tensor)
+    except ValueError:  # neither rows nor columns are contiguous
+        tensor = tensor.contiguous()
+    (sigma,) = singular_values(matrix, tensor, RTOL, backend)
+    return sigma, norm
 
 
 def _is_whole(matrix: Matrix) -> bool:

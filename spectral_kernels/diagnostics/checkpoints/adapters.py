@@ -62,9 +62,10 @@ class Config:
         if type(alpha) not in (int, float) or type(rank) is not int or rank < 1:
             return None
         try:
-            return alpha / (math.sqrt(rank) if self.found.get("use_rslora") is True else rank)
+            scale = alpha / (math.sqrt(rank) if self.found.get("use_rslora") is True else rank)
         except OverflowError:
             return None
+        return scale if math.isfinite(scale) else None
 
     def _of(self, patterns: str, module: str, usual: Any) -> Any:
         """Return the value for a module; None where a regular expression would decide.
@@ -155,7 +156,8 @@ def _multiply(
         b, a = factors()
         return (b @ a).view(shape)
 
-    name = f"{module}.lora" + ("" if adapter in ("", ".default") else adapter)
+    is_named = adapter.startswith(".") and adapter != ".default"
+    name = f"{module}.lora" + (adapter if is_named else "")
     stored.replace(parts, name, shape, made_by, read, factors)
 
 
