@@ -301,3 +301,22 @@ def test_torchao_without_its_metadata_is_skipped(tmp_path, metadata):
     weights, skipped = opened(tmp_path, stored, metadata=metadata)
     assert not weights
     assert "of torchao, whose layout is not read" in skipped["a._weight_qdata"]
+
+
+def test_empty_tensors_and_scalars_are_no_reason_to_stop(tmp_path):
+    float8 = torch.float8_e4m3fn
+    stored = {
+        "a.weight": torch.empty(0, 8, dtype=float8), "a.weight_scale": torch.rand(1),
+        "b.weight": torch.empty(8, 0, dtype=float8), "b.weight_scale": torch.rand(8),
+        "c.weight": torch.empty(4, 8, dtype=float8), "c.weight_scale": torch.empty(0),
+        "d_blocks": torch.empty(0, 4, 2, 16, dtype=torch.uint8),
+        "d_scales": torch.empty(0, 4, 2, dtype=torch.uint8),
+        "e.weight": torch.empty((), dtype=torch.int8), "e.SCB": torch.rand(()),
+        "f.weight_packed": torch.empty(0, 0, dtype=torch.int32), "f.weight_scale": torch.rand(1),
+        "f.weight_shape": torch.tensor([0, 0]),
+    }  # fmt: skip
+    weights, skipped = opened(tmp_path, stored)
+    shapes = {name: tuple(w.read().shape) for name, w in weights.items() if w.parts}
+    assert shapes == {"a.weight": (0, 8), "d": (0, 64, 4)}
+    assert skipped["c.weight"] == "scales [0] do not fit values [4, 8]"
+    assert set(skipped) == {"b.weight", "c.weight", "e.weight", "f.weight_packed"}

@@ -68,11 +68,9 @@ def _of_config(config: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
     found = config.get("quantization_config")
     found = found if isinstance(found, Mapping) else {}
     method, blocks = found.get("quant_method"), found.get("weight_block_size")
-    is_right = isinstance(blocks, list) and all(type(n) is int and n > 0 for n in blocks)
-    return (
-        printable(method)[:40] if isinstance(method, str) else "",
-        tuple(blocks) if is_right else (),
-    )
+    if not isinstance(blocks, list) or not all(type(n) is int and n > 0 for n in blocks):
+        blocks = []
+    return (printable(method)[:40] if isinstance(method, str) else ""), tuple(blocks)
 
 
 def _scaled(stored: Stored, given: Sequence[int]) -> bool:

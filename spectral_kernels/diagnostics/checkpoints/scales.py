@@ -25,7 +25,7 @@ def blocks_of(
         given: block sizes that config.json names, for the last dimensions.
     """
     if math.prod(scales) == 1:
-        return tuple(shape)
+        return tuple(max(size, 1) for size in shape)
     if len(scales) > len(shape):
         return None
     table = [*scales, *[1] * (len(shape) - len(scales))]
@@ -75,9 +75,11 @@ def scaled(
         zeros: like the scales, in the units of the values.
         shifts: like the scales, in the units of the weight.
     """
+    result = torch.empty(tuple(shape), dtype=torch.float32)
+    if not result.numel():
+        return result
     counts = [-(-size // block) for size, block in zip(shape, blocks, strict=True)]
     tables = [None if t is None else t.reshape(counts) for t in (scales, zeros, shifts)]
-    result = torch.empty(tuple(shape), dtype=torch.float32)
     _fill(result, values, tables, blocks, decode)
     return result
 
@@ -95,12 +97,13 @@ def _fill(result, values, tables, blocks, decode) -> None:
         stop = min(start + step, n_rows)
         tile = decode(values[start:stop])[:, :n_cols]
         rows = torch.arange(start, stop) // blocks[0]
-        scales, zeros, shifts = (
-            None if t is None else _columns(t[rows], blocks[1], n_cols) for t in tables
+        scales = as_float(_columns(tables[0][rows], blocks[1], n_cols))
+        zeros, shifts = (
+            None if t is None else _columns(t[rows], blocks[1], n_cols) for t in tables[1:]
         )
         if zeros is not None:
             tile = tile - zeros.float()
-        torch.mul(tile, as_float(scales), out=result[start:stop])
+        torch.mul(tile, scales, out=result[start:stop])
         if shifts is not None:
             result[start:stop] += shifts.float()
 
