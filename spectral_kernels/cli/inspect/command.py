@@ -12,7 +12,7 @@ from pathlib import Path
 from ...diagnostics.checkpoints import Checkpoint, CheckpointError
 from ...selection.convolutions import CHOICES
 from ..console import FAILED, integer, non_negative, png, say, split, tell, writable
-from . import report, table
+from . import base, report, table
 from .measure import Patterns, measure, planned
 from .rows import SORTS, Measured
 
@@ -37,6 +37,10 @@ def add_parser(commands) -> None:
     )  # fmt: skip
     parser.add_argument("other", type=Path, nargs="?", metavar="OTHER",
                          help="a second checkpoint: changes from the first to it")  # fmt: skip
+    parser.add_argument(
+        "--base", type=Path, metavar="MODEL",
+        help="the model that CHECKPOINT is an adapter of, or was fine-tuned from: what is added",
+    )  # fmt: skip
     several = {"action": "append", "metavar": "PATTERN"}
     parser.add_argument("--include", "--filter", **several, help="take these only")
     parser.add_argument("--exclude", **several, default=[], help="leave these out")
@@ -86,6 +90,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return say("--json - and --csv -: only one of them can go to standard output", USAGE)
     if arguments.sort == "change" and arguments.other is None:
         return say("--sort change: needs a second checkpoint", USAGE)
+    if arguments.base is not None and arguments.other is not None:
+        return say("--base: accepted with one checkpoint; for two give no --base", USAGE)
     _need("matplotlib" if arguments.plot else None, None if to_stdout else "rich")
 
     patterns = Patterns(
@@ -103,9 +109,13 @@ def _run(arguments: argparse.Namespace) -> int:
     except ValueError as error:  # patterns that do not fit the checkpoint
         return say(str(error), USAGE)
     measured = []
-    with _progress(sum(plan.elements for plan in plans)) as step:
+    passes = 1 if arguments.base is None else 2
+    with _progress(passes * sum(plan.elements for plan in plans)) as step:
         for plan in plans:
             measured.append(measure(plan, step))
+            if arguments.base is not None:
+                with Checkpoint(arguments.base) as model:
+                    base.compare(plan, model, measured[-1], step)
             plan.checkpoint.close()
 
     result = report.Result.of(measured, arguments.sort, arguments.top)

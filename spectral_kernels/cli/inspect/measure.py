@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...diagnostics.checkpoints import Checkpoint, LazyTensor, Skipped
+from ...diagnostics.low_rank import product_singular_values
 from ...engine import operators
 from ...engine.lanczos import singular_values
 from ...selection.arguments import check_patterns
@@ -24,6 +25,8 @@ from .rows import MatrixRow, Measured, kind
 RTOL = 1e-4
 _READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
 _PIECE = 1 << 15  # elements converted to float64 at a time: 256 kB, which stay in a cache
+READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
+_PIECE = 1 << 18  # elements converted to float64 at a time
 # Up to so many elements a full SVD takes less time than the tables of an iteration.
 _SMALL = 1 << 14
 
@@ -89,7 +92,7 @@ def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
     reasons: dict[str, str] = {}
     metas = []
     for entry in by_name.values():
-        dtype, shape = _READABLE.get(entry.dtype), entry.shape
+        dtype, shape = READABLE.get(entry.dtype), entry.shape
         if entry.unusable is not None or dtype is None:
             reasons[entry.name] = entry.unusable or f"dtype {entry.dtype}"
             dtype, shape = torch.bool, (0,) * len(shape)
@@ -153,6 +156,8 @@ def measure(
 
 def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[MatrixRow]:
     """Read one tensor and measure its matrices."""
+    if entry.factors is not None and len(matrices) == 1 and _is_whole(matrices[0]):
+        return [_product_row(entry, matrices[0])]
     tensor = entry.read()
     rows = []
     for matrix in matrices:
@@ -160,19 +165,8 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
         if matrix.periods:
             operator = operators.norm(matrix, tensor, RTOL).sigma
             matrix = replace(matrix, periods=None, side=None)
+        sigma, norm = sigma_and_norm(matrix, tensor, backend)
         part = matrix.of(tensor)
-        norm = _norm(part)
-        if not math.isfinite(norm):
-            sigma = norm = math.nan
-        elif part.numel() <= _SMALL:
-            whole = part.flatten(1).double()
-            sigma = float(torch.linalg.svdvals(whole)[0]) if part.numel() else 0.0
-        else:
-            try:
-                layout_of(matrix, tensor)
-            except ValueError:  # neither rows nor columns are contiguous
-                tensor = tensor.contiguous()
-            (sigma,) = singular_values(matrix, tensor, RTOL, backend)
         named = kind(entry.name) + ("" if matrix.index is None else "[*]")
         label = re.search(r"\[\w+\]$", matrix.name) if matrix.part is not None else None
         rows.append(
@@ -182,6 +176,38 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
             )
         )  # fmt: skip
     return rows
+
+
+def sigma_and_norm(matrix: Matrix, tensor: torch.Tensor, backend: str) -> tuple[float, float]:
+    """Return sigma_1 and the Euclidean norm of a matrix of a tensor; nan if it is not finite."""
+    part = matrix.of(tensor)
+    norm = _norm(part)
+    if not math.isfinite(norm):
+        return math.nan, math.nan
+    if part.numel() <= _SMALL:
+        whole = part.flatten(1).double()
+        return (float(torch.linalg.svdvals(whole)[0]) if part.numel() else 0.0), norm
+    try:
+        layout_of(matrix, tensor)
+    except ValueError:  # neither rows nor columns are contiguous
+        tensor = tensor.contiguous()
+    (sigma,) = singular_values(matrix, tensor, RTOL, backend)
+    return sigma, norm
+
+
+def _is_whole(matrix: Matrix) -> bool:
+    return matrix.index is None and matrix.part is None and not matrix.periods
+
+
+def _product_row(entry: LazyTensor, matrix: Matrix) -> MatrixRow:
+    """Measure a product by its factors, without forming it."""
+    assert entry.factors is not None
+    values = product_singular_values(*entry.factors())
+    sigma, norm = (float(values[0]), float(values.norm())) if len(values) else (0.0, 0.0)
+    return MatrixRow(
+        matrix.name, kind(entry.name), entry.shape, *matrix.shape, entry.dtype, sigma, norm,
+        made_by=entry.made_by,
+    )  # fmt: skip
 
 
 def _norm(part: torch.Tensor) -> float:

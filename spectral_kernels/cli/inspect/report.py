@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...diagnostics.untrusted import csv_cell
+from .base import EPSILON, LIMIT, VECTORS
 from .measure import RTOL
-from .rows import MatrixRow, Measured, change, ordered
+from .rows import Added, MatrixRow, Measured, change, ordered
 
 _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "name": lambda row: row.name,
@@ -23,6 +24,15 @@ _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "usual_sigma": lambda row: row.usual,
     "ratio": lambda row: row.ratio,
     "operator_norm": lambda row: row.operator,
+    "made_by": lambda row: row.made_by,
+}
+_ADDED: dict[str, Callable[[Added], object]] = {
+    "base": lambda added: added.base,
+    "base_sigma": lambda added: added.base_sigma,
+    "sum_sigma": lambda added: added.sum_sigma,
+    "update_sigma": lambda added: added.update_sigma,
+    "relative_update": lambda added: added.relative,
+    "intruders": lambda added: added.intruders,
 }
 _COMPARED = ("sigma", "stable_rank", "norm")
 
@@ -60,6 +70,11 @@ class Result:
         return len(self.measured) > 1
 
     @property
+    def has_base(self) -> bool:
+        """Whether the matrices are compared with those of a base model."""
+        return self.measured[0].base is not None
+
+    @property
     def has_operators(self) -> bool:
         """Whether there are norms of operators."""
         return any(row.operator is not None for one in self.measured for row in one.rows)
@@ -74,6 +89,8 @@ def as_json(result: Result) -> str:
             row["other"] = {k: v for k, v in _values(other).items() if k != "name"}
             row["change_percent"] = {k: change(_COLUMNS[k](one), _COLUMNS[k](other))
                                      for k in _COMPARED}  # fmt: skip
+        if result.has_base:
+            row["added"] = None if one.added is None else _of_added(one.added)
         rows.append(row)
     document = {"checkpoint": str(result.measured[0].path)}
     if result.is_comparison:
@@ -83,6 +100,13 @@ def as_json(result: Result) -> str:
         document["only_in_checkpoint"], document["only_in_other"] = (
             [_values(row) for row in rows] for rows in result.only
         )
+    if result.has_base:
+        first = result.measured[0]
+        document["base"] = {
+            "checkpoint": str(first.base), "intruder_vectors": VECTORS,
+            "intruder_epsilon": EPSILON, "intruder_limit": LIMIT,
+            "unmatched": [{"name": s.name, "reason": s.reason} for s in first.unmatched],
+        }  # fmt: skip
     document["skipped"] = [
         {"checkpoint": str(one.path), "name": s.name, "shape": list(s.shape),
          "dtype": s.dtype, "reason": s.reason}
@@ -100,7 +124,8 @@ def as_csv(result: Result) -> str:
     writer = csv.writer(text, lineterminator="\n")
     names = list(_COLUMNS)
     more = [f"other_{k}" for k in names[1:]] + [f"{k}_change_percent" for k in _COMPARED]
-    writer.writerow(names + more if result.is_comparison else names)
+    added = list(_ADDED) if result.has_base else []
+    writer.writerow(names + more if result.is_comparison else names + added)
     blank = [""] * (len(names) - 1)
     unchanged = [""] * len(_COMPARED)
     for one, other in result.pairs:
@@ -108,6 +133,8 @@ def as_csv(result: Result) -> str:
         if other is not None:
             cells += _cells(other)[1:]
             cells += [change(_COLUMNS[k](one), _COLUMNS[k](other)) for k in _COMPARED]
+        if result.has_base:
+            cells += _added_cells(one.added)
         writer.writerow(cells)
     if result.is_comparison:
         for row in result.only[0]:
@@ -123,7 +150,18 @@ def _values(row: MatrixRow) -> dict:
 
 def _cells(row: MatrixRow) -> list:
     values = _values(row) | {"name": csv_cell(row.name), "shape": size(row.shape)}
+    values["made_by"] = csv_cell(row.made_by or "")
     return list(values.values())
+
+
+def _of_added(added: Added) -> dict:
+    return {key: of(added) for key, of in _ADDED.items()}
+
+
+def _added_cells(added: Added | None) -> list:
+    if added is None:
+        return [""] * len(_ADDED)
+    return list((_of_added(added) | {"base": csv_cell(added.base)}).values())
 
 
 def size(shape: Sequence[int]) -> str:

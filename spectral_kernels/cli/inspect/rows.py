@@ -13,6 +13,26 @@ from ...diagnostics.checkpoints.entries import natural
 
 
 @dataclass(frozen=True)
+class Added:
+    """What a low-rank update, or fine-tuning, added to a matrix W; nan as in ``MatrixRow``."""
+
+    base: str
+    """Name of W in the base model."""
+    base_sigma: float
+    """sigma_1 of W."""
+    sum_sigma: float
+    """sigma_1 of W + update."""
+    update_sigma: float
+    """sigma_1 of the update."""
+    relative: float
+    """||update||_F / ||W||_F."""
+    intruders: int | None
+    """Number of intruder dimensions; None: not counted."""
+    reason: str | None = None
+    """Why they were not counted."""
+
+
+@dataclass(frozen=True)
 class MatrixRow:
     """One matrix [rows, cols] of a checkpoint; nan where an element is not finite."""
 
@@ -33,6 +53,8 @@ class MatrixRow:
     """How the weight is made of stored tensors, see ``LazyTensor.made_by``; None: it is stored."""
     values: tuple[float, ...] = ()
     """The largest singular values, if several were asked for."""
+    added: Added | None = None
+    """What it adds to a base model, if one was given and has the weight."""
 
     @property
     def size(self) -> int:
@@ -70,6 +92,10 @@ class Measured:
     """Tensors with two or more dimensions that were not measured, and why."""
     of_optimizer: int = 0
     """How many tensors of an optimizer's state were left out."""
+    base: Path | None = None
+    """The base model that the matrices are compared with."""
+    unmatched: list[Skipped] = field(default_factory=list)
+    """Matrices without a weight in the base model, and why."""
 
 
 def kind(name: str) -> str:

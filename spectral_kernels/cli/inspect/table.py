@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ...diagnostics.checkpoints import Skipped
 from ..console import tell
+from .base import EPSILON, VECTORS
 from .measure import RTOL
 from .report import Result, size
 from .rows import change
@@ -26,7 +28,7 @@ def show(result: Result) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
-    table = _table(result)
+    table = _base_table(result) if result.has_base else _table(result)
     # Output that is no terminal has a line per matrix, for grep and files.
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         if table.width > console.width and result.is_comparison:
@@ -130,6 +132,41 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
     return table
 
 
+def _base_table(result: Result) -> _Table:
+    """Return the table of --base: what was added to each matrix."""
+    numbers = ["sigma_1\nof base", "of the\nsum", "of the\nupdate", "||update||\n/ ||base||"]
+    numbers.append(f"intruders\nof {VECTORS}")
+    table = _Table(["matrix", "shape", *numbers], [False] * 2 + [True] * len(numbers))
+    for row, _ in result.pairs:
+        added = row.added
+        cells = [row.name, size(row.shape)]
+        if added is None:
+            cells += [""] * len(numbers)
+        else:
+            count = "-" if added.intruders is None else str(added.intruders)
+            cells += [*map(_number, (added.base_sigma, added.sum_sigma, added.update_sigma)),
+                      _number(added.relative, 4), count]  # fmt: skip
+            if not math.isfinite(added.sum_sigma):
+                table.bad.add(len(table.rows))
+        table.rows.append(cells)
+    return table
+
+
+def _base_lines(result: Result) -> list[str]:
+    first = result.measured[0]
+    found = [row.added for row in first.rows if row.added is not None]
+    lines = [f"base: {first.base}, which has {len(found)} of the matrices"]
+    for skipped in _grouped(first.unmatched):
+        lines.append(f"not in the base, {skipped}")
+    for why, count in collections.Counter(a.reason for a in found if a.reason).items():
+        lines.append(f"intruders not counted for {count} matrices: {why}")
+    lines.append(
+        f"intruders: of the first {VECTORS} left singular vectors of the sum, those whose cosine "
+        f"with each one of the base is below {EPSILON:g} (arXiv 2410.21228)"
+    )
+    return lines
+
+
 def _folded(name: str, width: int) -> str:
     """Break a name that is too long into lines: after dots, and inside what is still too long."""
     if _width(name) <= width:
@@ -164,21 +201,31 @@ def _lines(result: Result) -> list[str]:
             lines = [f"{first.path}: no matrices"]
     for one in result.measured:
         where = f" in {one.path}" if result.is_comparison else ""
-        reasons: dict[str, list[Skipped]] = {}
-        for skipped in one.skipped:
-            reasons.setdefault(skipped.reason, []).append(skipped)
-        for why, entries in reasons.items():
-            some = _some([f"{e.name} {size(e.shape)}".rstrip() for e in entries])
-            lines.append(f"skipped{where}, {why}: {some}")
+        made = collections.Counter(row.made_by for row in one.rows if row.made_by)
+        lines += [f"made{where} of stored tensors: {n} matrices, {how}" for how, n in made.items()]
+        lines += [f"skipped{where}, {text}" for text in _grouped(one.skipped)]
         if one.of_optimizer:
             lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
                          "(--include '*' takes them too)")  # fmt: skip
+    if result.has_base:
+        lines += _base_lines(result)
     if result.pairs:
-        usual = "" if result.is_comparison else (
+        usual = "" if result.is_comparison or result.has_base else (
             "; usual: of a fresh nn.Linear or convolution in torch"
         )  # fmt: skip
         lines.append(f"sigma_1 is within {100 * RTOL:g} % of the SVD's{usual}")
     return lines
+
+
+def _grouped(skipped: Sequence[Skipped]) -> list[str]:
+    """Return a text for each reason, with some of the names."""
+    reasons: dict[str, list[Skipped]] = {}
+    for one in skipped:
+        reasons.setdefault(one.reason, []).append(one)
+    return [
+        f"{why}: {_some([f'{e.name} {size(e.shape)}'.rstrip() for e in entries])}"
+        for why, entries in reasons.items()
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

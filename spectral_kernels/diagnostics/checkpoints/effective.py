@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import adapters, bitsandbytes, parametrized, quantized, torchao
 from .entries import LazyTensor, Skipped
+from .stored import Stored
 
 
 def effective_weights(
@@ -13,8 +15,17 @@ def effective_weights(
 ) -> tuple[list[LazyTensor], list[Skipped]]:
     """Return the weights, in the order of what they are made of, and what was left out and why.
 
+    Quantized values are multiplied by their scales, parametrizations computed, and the two factors
+    of a low-rank update multiplied. The state of optimizers is returned as it is.
+
     Args:
         tensors: as they are stored.
         config: of the model, see ``Checkpoint.config``.
     """
-    return list(tensors), []
+    stored = Stored(tensors)
+    torchao.dequantize(stored)
+    bitsandbytes.dequantize(stored)
+    quantized.dequantize(stored, config)
+    parametrized.compute(stored)
+    adapters.multiply(stored)
+    return stored.weights(), stored.left_out
