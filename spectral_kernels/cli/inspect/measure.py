@@ -23,10 +23,8 @@ from .parallel import for_each
 from .rows import MatrixRow, Measured, kind
 
 RTOL = 1e-4
-_READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
 _PIECE = 1 << 15  # elements converted to float64 at a time: 256 kB, which stay in a cache
 READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-_PIECE = 1 << 18  # elements converted to float64 at a time
 # Up to so many elements a full SVD takes less time than the tables of an iteration.
 _SMALL = 1 << 14
 
