@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...diagnostics.log import History
-from ..style import COLORS, apart, layers_of, log_limits, log_ticks, set_log_scale, shortened
+from ..style import COLORS, apart, layers_of, log_limits, log_ticks, save, set_log_scale, shortened
 
 _MOST_CURVES = 12  # of more matrices, median and range are drawn
 _LARGEST, _SMALLEST = 4, 2  # of which these still have a curve
@@ -26,12 +26,12 @@ _BROKEN = "#D55E00"
 
 @matplotlib.rc_context({"text.usetex": False})  # LaTeX takes names for commands
 def draw(history: History, title: str, path: str | PathLike[str]) -> None:
-    """Write the PNG: sigma_1 over the steps, a map of it, and residual / sigma_1.
+    """Write the picture: sigma_1 over the steps, a map of it, and residual / sigma_1.
 
     Args:
         history: of at least one matrix and one step.
         title: of the picture.
-        path: of the PNG.
+        path: of the PNG, PDF or SVG.
     """
     n, steps = len(history.names), history.steps
     map_height = max(0.16 * n, 1.2) if n <= _MOST_NAMES else 5.2
@@ -64,7 +64,7 @@ def draw(history: History, title: str, path: str | PathLike[str]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     panels[0].set_ylabel(r"$\sigma_1$ (log scale)")
     panels[2].set_ylabel(r"residual / $\sigma_1$ (log scale)")
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _is_broken(history: History) -> bool:

@@ -1,0 +1,92 @@
+"use strict";
+// The order and the choice of the rows. Without this script the table is as it was written.
+(() => {
+  const table = document.getElementById("matrices");
+  const body = table.tBodies[0];
+  const rows = [...body.rows];
+  const names = rows.map((row) => row.cells[0].textContent);
+  const heads = [...table.tHead.rows[0].cells];
+  const byName = new Intl.Collator("en", { numeric: true }).compare;
+
+  // A cell's number, where NaN is above all others; null: it is empty, or no number.
+  function numberOf(cell) {
+    const text = cell.dataset.v;
+    if (text === undefined) return null;
+    if (text.startsWith("nan")) return NaN;
+    return Number(text.split(" ")[0].replace("inf", "Infinity"));
+  }
+
+  function larger(a, b) {
+    if (Number.isNaN(a)) return Number.isNaN(b) ? 0 : 1;
+    if (Number.isNaN(b)) return -1;
+    return a === b ? 0 : a > b ? 1 : -1;
+  }
+
+  // Empty cells are last in both directions; equal ones keep the order of the page.
+  function ordered(column, direction) {
+    const isNumber = heads[column].dataset.order === "number";
+    const keys = rows.map((row) => {
+      const cell = row.cells[column];
+      return isNumber ? numberOf(cell) : cell.textContent || null;
+    });
+    const compare = isNumber ? larger : byName;
+    const order = rows.map((_, i) => i);
+    order.sort((i, j) => {
+      const a = keys[i], b = keys[j];
+      if (a === null || b === null) return (a === null) - (b === null) || i - j;
+      return direction * compare(a, b) || i - j;
+    });
+    return order.map((i) => rows[i]);
+  }
+
+  function sortBy(column) {
+    const head = heads[column];
+    const first = head.dataset.order === "number" ? "descending" : "ascending";
+    const second = first === "ascending" ? "descending" : "ascending";
+    // The third click brings back the order of the page.
+    const next = { none: first, [first]: second, [second]: "none" }[head.ariaSort || "none"];
+    for (const other of heads) other.ariaSort = "none";
+    head.ariaSort = next;
+    const sorted = next === "none" ? rows : ordered(column, next === "ascending" ? 1 : -1);
+    const piece = document.createDocumentFragment();
+    for (const row of sorted) piece.append(row);
+    body.append(piece);
+  }
+
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    button.addEventListener("click", () => sortBy(column));
+    head.append(button);
+    head.ariaSort = "none";
+  });
+
+  // A part of the name in any case, or a pattern of the whole name if it has * or ?.
+  function matcher(text) {
+    const wanted = text.trim();
+    if (!/[*?]/.test(wanted)) {
+      const part = wanted.toLowerCase();
+      return (name) => name.toLowerCase().includes(part);
+    }
+    const escaped = wanted.replace(/[.+^${}()|[\]\\]/g, "\\$&");
+    const pattern = escaped.replace(/\*+/g, ".*").replace(/\?/g, ".");
+    const expression = new RegExp(`^${pattern}$`, "is");
+    return (name) => expression.test(name);
+  }
+
+  const input = document.getElementById("filter");
+  const count = document.getElementById("count");
+  function choose() {
+    const matches = matcher(input.value);
+    let shown = 0;
+    rows.forEach((row, i) => {
+      row.hidden = !matches(names[i]);
+      shown += !row.hidden;
+    });
+    count.textContent = `${shown} of ${rows.length} shown`;
+  }
+  input.addEventListener("input", choose);
+  document.querySelector(".filter").hidden = false;
+  choose(); // a browser may keep the text when it loads the page again
+})();
