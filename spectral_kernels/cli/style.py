@@ -196,7 +196,7 @@ def _linear_ticks(low: float, high: float, most: int) -> list[float]:
     """Return at least three numbers at even distances, for an axis shorter than a decade."""
     # Near either end of the floats, only numbers near one can be divided evenly.
     unit = 10.0 ** max(math.floor(math.log10(high)), _LEAST_EXPONENT)
-    locator = MaxNLocator(min(most, 5), min_n_ticks=3)
+    locator = MaxNLocator(min(most, 5), steps=(1, 2, 2.5, 5, 10), min_n_ticks=3)
     ticks = {unit * float(t) for t in locator.tick_values(low / unit, high / unit)}
     return sorted(t for t in ticks if low <= t <= high)
 

@@ -1,11 +1,17 @@
 "use strict";
 // The order and the choice of the rows. Without this script the table is as it was written.
 (() => {
+  const FEW = 400; // rows that are laid out quickly; a button shows all
   const table = document.getElementById("matrices");
   const body = table.tBodies[0];
   const rows = [...body.rows];
-  const names = rows.map((row) => row.cells[0].textContent);
+  const nameOf = new Map(rows.map((row) => [row, row.cells[0].textContent]));
   const heads = [...table.tHead.rows[0].cells];
+  const input = document.getElementById("filter");
+  const count = document.getElementById("count");
+  const more = document.getElementById("more");
+  let order = rows;
+  let isComplete = false;
   const byName = new Intl.Collator("en", { numeric: true }).compare;
 
   // A cell's number, where NaN is above all others; null: it is empty, or no number.
@@ -30,13 +36,13 @@
       return isNumber ? numberOf(cell) : cell.textContent || null;
     });
     const compare = isNumber ? larger : byName;
-    const order = rows.map((_, i) => i);
-    order.sort((i, j) => {
+    const places = rows.map((_, i) => i);
+    places.sort((i, j) => {
       const a = keys[i], b = keys[j];
       if (a === null || b === null) return (a === null) - (b === null) || i - j;
       return direction * compare(a, b) || i - j;
     });
-    return order.map((i) => rows[i]);
+    return places.map((i) => rows[i]);
   }
 
   function sortBy(column) {
@@ -47,10 +53,8 @@
     const next = { none: first, [first]: second, [second]: "none" }[head.ariaSort || "none"];
     for (const other of heads) other.ariaSort = "none";
     head.ariaSort = next;
-    const sorted = next === "none" ? rows : ordered(column, next === "ascending" ? 1 : -1);
-    const piece = document.createDocumentFragment();
-    for (const row of sorted) piece.append(row);
-    body.append(piece);
+    order = next === "none" ? rows : ordered(column, next === "ascending" ? 1 : -1);
+    show();
   }
 
   heads.forEach((head, column) => {
@@ -75,18 +79,26 @@
     return (name) => expression.test(name);
   }
 
-  const input = document.getElementById("filter");
-  const count = document.getElementById("count");
-  function choose() {
+  function show() {
     const matches = matcher(input.value);
-    let shown = 0;
-    rows.forEach((row, i) => {
-      row.hidden = !matches(names[i]);
-      shown += !row.hidden;
-    });
-    count.textContent = `${shown} of ${rows.length} shown`;
+    const found = order.filter((row) => matches(nameOf.get(row)));
+    const shown = isComplete ? found : found.slice(0, FEW);
+    const piece = document.createDocumentFragment();
+    for (const row of shown) piece.append(row);
+    body.replaceChildren(piece);
+    more.hidden = shown.length === found.length;
+    const cut = more.hidden ? "" : `, the first ${FEW} shown`;
+    count.textContent = `${found.length} of ${rows.length}${cut}`;
   }
-  input.addEventListener("input", choose);
+
+  function showAll() {
+    isComplete = true;
+    show();
+  }
+
+  input.addEventListener("input", show);
+  more.addEventListener("click", showAll);
+  window.addEventListener("beforeprint", showAll);
   document.querySelector(".filter").hidden = false;
-  choose(); // a browser may keep the text when it loads the page again
+  show(); // a browser may keep the text when it loads the page again
 })();

@@ -69,6 +69,7 @@ def as_html(result: report.Result, limit: float | None = None) -> str:
 <label for="filter">Names</label>
 <input id="filter" type="search" placeholder="a part, or *.attn.*" autocomplete="off">
 <output id="count" for="filter"></output>
+<button id="more" type="button" hidden>show all</button>
 </div>
 {_table(_columns(result), len(result.pairs), _bad_rows(result), ' id="matrices"')}
 <div class="notes">
@@ -152,7 +153,10 @@ class _Column:
             numbers = [math.prod(value)] if self.holds_shapes else _flat([value])
             exact = " ".join(map(_exact, numbers))
             data = f' data-v="{exact}"'
-        return f'<td class="{self.role}"{data}>{_escaped(self.shown(value))}</td>'
+        text = _escaped(self.shown(value))
+        if self.role == "name":  # lines may break there
+            text = text.replace(".", ".<wbr>")
+        return f'<td class="{self.role}"{data}>{text}</td>'
 
     def shown(self, value: object) -> str:
         """Return the text of a cell."""

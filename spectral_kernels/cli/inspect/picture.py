@@ -88,7 +88,7 @@ def _figure(
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    marker_size = 5 if len(pairs) <= 200 else 3.5
+    marker_size = 5 if len(pairs) <= 200 else 3.5 if len(pairs) <= 1000 else 2
     layers = layers_of([row.name for row, _ in pairs])
 
     def curve(which: int, indices: Sequence[int], **style) -> None:
@@ -150,11 +150,11 @@ def _draw_usual(axes, usual: Sequence[float]) -> list[float]:
     Returns:
         Those that are drawn.
     """
-    style = {"color": "0.45", "linewidth": 1, "zorder": 1}
+    style = {"color": "0.5", "linewidth": 0.8, "zorder": 1}
     good = [value for value in usual if value > 0]
     if good and max(good) <= _SAME * min(good):
         mean = math.exp(sum(map(math.log, good)) / len(good))
-        axes.axhline(mean, linestyle="-.", label=f"usual: {mean:.2f}", **style)
+        axes.axhline(mean, linestyle="-.", label=f"usual (of a fresh layer): {mean:.2f}", **style)
         return [mean]
     if good:
         # One mark for neighbours with the same value.
@@ -162,7 +162,7 @@ def _draw_usual(axes, usual: Sequence[float]) -> list[float]:
         ends = [*begins[1:], len(usual)]
         runs = [(usual[b], b - 0.45, e - 0.55) for b, e in zip(begins, ends, strict=True)
                 if usual[b] > 0]  # fmt: skip
-        axes.hlines(*zip(*runs, strict=True), label="usual", **style)
+        axes.hlines(*zip(*runs, strict=True), label="usual (of a fresh layer)", **style)
     return good
 
 
