@@ -68,9 +68,9 @@ def as_svg(
     text = file.getvalue().decode()
     text = text[text.index("<svg ") :]  # without the XML declaration and the document type
     # A style element would be one of the whole page, and names of groups are those of any figure.
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    return re.sub(r'( id="|href="#|url\(#)', rf"\1{'narrow' if is_narrow else 'wide'}-", text)
 
 
 @matplotlib.rc_context({"text.usetex": False})  # LaTeX takes names for commands
