@@ -54,7 +54,7 @@ def in_layers(names: Sequence[str]) -> list[int]:
     names without a layer, and those of one layer among themselves, keep their order.
     """
     places: dict[str, int] = {}
-    keys = []
+    keys: list[tuple[int, list]] = []
     for i, layer in enumerate(layers_of(names)):
         if layer is None:
             keys.append((i, []))
@@ -204,18 +204,26 @@ def _linear_ticks(low: float, high: float, most: int) -> list[float]:
 # ----------------------------------------------------------------------------------------- files
 
 
-def save(figure: Figure, target: str | PathLike[str] | IO[bytes], kind: str | None = None) -> None:
-    """Write a figure as PNG, PDF or SVG; the same figure gives the same bytes.
-
-    Args:
-        figure: the picture.
-        target: its path, whose suffix says the format, or a file.
-        kind: the format where ``target`` is a file: "png", "pdf" or "svg".
+def save(figure: Figure, path: str | PathLike[str]) -> None:
+    """Write a figure as PNG, PDF or SVG, which the suffix of ``path`` says.
 
     Raises:
         OSError: the file cannot be written.
     """
-    kind = kind or Path(target).suffix[1:].lower()
+    write(figure, path, Path(path).suffix[1:].lower())
+
+
+def write(figure: Figure, target: str | PathLike[str] | IO[bytes], kind: str) -> None:
+    """Write a figure; the same figure gives the same bytes.
+
+    Args:
+        figure: the picture.
+        target: a path or a file.
+        kind: the format, "png", "pdf" or "svg".
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     undated = {"png": None, "pdf": {"CreationDate": None},
                "svg": dict.fromkeys(("Creator", "Date", "Format", "Type"))}  # fmt: skip
     with matplotlib.rc_context({"svg.hashsalt": "spectral_kernels"}):

@@ -50,9 +50,8 @@
     const first = head.dataset.order === "number" ? "descending" : "ascending";
     const second = first === "ascending" ? "descending" : "ascending";
     // The third click brings back the order of the page.
-    const next = { none: first, [first]: second, [second]: "none" }[head.ariaSort || "none"];
-    for (const other of heads) other.ariaSort = "none";
-    head.ariaSort = next;
+    const next = { none: first, [first]: second, [second]: "none" }[head.getAttribute("aria-sort")];
+    for (const other of heads) other.setAttribute("aria-sort", other === head ? next : "none");
     order = next === "none" ? rows : ordered(column, next === "ascending" ? 1 : -1);
     show();
   }
@@ -63,7 +62,7 @@
     button.append(...head.childNodes);
     button.addEventListener("click", () => sortBy(column));
     head.append(button);
-    head.ariaSort = "none";
+    head.setAttribute("aria-sort", "none");
   });
 
   // A part of the name in any case, or a pattern of the whole name if it has * or ?.

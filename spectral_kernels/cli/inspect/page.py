@@ -101,7 +101,7 @@ def _broken(result: report.Result) -> str:
     if not number:
         return ""
     verb = "matrix is" if number == 1 else "matrices are"
-    return f'<p class="bad">{number} {verb} not finite (marked in the table)</p>'
+    return f'<p class="bad">{number} {verb} not finite; sorting by sigma_1 puts them first</p>'
 
 
 # --------------------------------------------------------------------------------------- columns
@@ -234,7 +234,8 @@ def _table(columns: Sequence[_Column], n_rows: int, bad: set[int], attributes: s
         lines.append(f"<tr class=bad>{cells}" if i in bad else f"<tr>{cells}")
     body = "\n".join(lines)
     return (
-        f'<div class="scroll" tabindex="0"><table{attributes}>\n<thead><tr>{heads}</tr></thead>\n'
+        '<div class="scroll" role="region" aria-label="table" tabindex="0">'
+        f"<table{attributes}>\n<thead><tr>{heads}</tr></thead>\n"
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 

@@ -24,6 +24,7 @@ from ..style import (
     set_log_scale,
     shortened,
     stack_of,
+    write,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def as_svg(
         is_narrow: for a telephone, with the legend below.
     """
     file = io.BytesIO()
-    save(_figure(pairs, checkpoints, limit, is_narrow), file, "svg")
+    write(_figure(pairs, checkpoints, limit, is_narrow), file, "svg")
     text = file.getvalue().decode()
     text = text[text.index("<svg ") :]  # without the XML declaration and the document type
     # A style element would be one of the whole page, and names of groups are those of any figure.
