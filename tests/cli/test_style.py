@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from spectral_kernels.cli import style
 from spectral_kernels.cli.inspect import picture
 from spectral_kernels.cli.inspect.rows import MatrixRow, kind
+from spectral_kernels.cli.plot import picture as plot
+from spectral_kernels.diagnostics.log import History
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -112,6 +114,19 @@ def test_layers_ascend_and_are_together_wherever_the_file_has_them():
         "embed", "h.0.k", "h.2.q", "h.2.k", "h.10.q", "h.10.k", "norm", "layer1.0.w", "layer2.0.w",
         "layer2.1.w", "layers_9_a", "layers_11_a", "head",
     ]  # fmt: skip
+
+
+def test_the_map_of_a_log_has_layers_from_top_to_bottom(tmp_path, monkeypatch):
+    names = [f"h.{i}.w" for i in (10, 2, 0)]
+    sigma = np.array([[3.0, 2.0, 1.0], [3.5, 2.5, 1.5]])
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: kept.append(self))
+    history = History(names, np.array([0, 1]), sigma, 0.1 * sigma)
+    plot.draw(history, "x", tmp_path / "x.png")
+    axes = kept[0].axes[1]
+    assert [text.get_text() for text in axes.get_yticklabels()] == names[::-1]
+    (colours,) = axes.collections
+    assert colours.get_array() == pytest.approx(np.log10(sigma.T[::-1]))
 
 
 # -------------------------------------------------------------------------------------- pictures

@@ -14,7 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...diagnostics.log import History
-from ..style import COLORS, apart, layers_of, log_limits, log_ticks, save, set_log_scale, shortened
+from ..style import (
+    COLORS,
+    apart,
+    in_layers,
+    layers_of,
+    log_limits,
+    log_ticks,
+    save,
+    set_log_scale,
+    shortened,
+)
 
 _MOST_CURVES = 12  # of more matrices, median and range are drawn
 _LARGEST, _SMALLEST = 4, 2  # of which these still have a curve
@@ -164,9 +174,10 @@ def _medians(column: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _map(figure: Figure, axes, history: History, end: float) -> None:
     """Draw sigma_1 as a colour: matrices from top to bottom, steps from left to right."""
-    steps, names = history.steps, history.names
+    steps, order = history.steps, in_layers(history.names)
+    names = [history.names[i] for i in order]
     starts = np.arange(0, len(steps), math.ceil(len(steps) / _MOST_CELLS))
-    cells = np.maximum.reduceat(history.sigma, starts, axis=0).T  # keeps spikes and NaN
+    cells = np.maximum.reduceat(history.sigma, starts, axis=0).T[order]  # keeps spikes and NaN
     edges = np.append(steps[starts], end).astype(float)
     low, high = log_limits(cells, margin=0) or (0.5, 2.0)
     shown = np.ma.masked_invalid(np.log10(np.where(cells == 0, low, cells)))  # zero: the darkest
