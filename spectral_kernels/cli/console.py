@@ -94,11 +94,22 @@ def writable(text: str) -> Path:
     return path
 
 
-def png(text: str) -> Path:
-    """Return the path of a PNG that can be written."""
-    if Path(text).suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted are names that end in .png")
-    return writable(text)
+def named(*suffixes: str) -> Callable[[str], Path]:
+    """Return the argparse type of files that can be written, with one of several suffixes."""
+
+    def parsed(text: str) -> Path:
+        if Path(text).suffix.lower() not in suffixes:
+            accepted = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}; accepted are names that end in {accepted}"
+            )
+        return writable(text)
+
+    return parsed
+
+
+picture_path = named(".png", ".pdf", ".svg")
+page_path = named(".html", ".htm")
 
 
 def split(text: str) -> tuple[str, int | tuple[int, ...]]:

@@ -144,7 +144,8 @@ def test_a_picture_shows_names_as_they_are(tmp_path, monkeypatch):
     (figure,) = drawn
     (axes,), (legend,) = figure.axes, figure.legends
     shown = [text.get_text().replace(r"\$", "$").strip() for text in legend.get_texts()]
-    assert shown == [r"$\frac$.*.w", "$b$.*.w", "_orig_mod.*.w", "zero"]
+    usual = "usual (of a fresh layer): 1.15"
+    assert shown == [r"$\frac$.*.w", "$b$.*.w", "_orig_mod.*.w", "zero", usual]
     ticks = [text.get_text().replace(r"\$", "$").strip() for text in axes.get_xticklabels()]
     assert ticks == [r"$\frac$.0", "$b$.1", "_orig_mod.2", r"\u4e2d.3"]
     low, high = axes.get_ylim()

@@ -17,7 +17,6 @@ pytest.importorskip("matplotlib")
 from matplotlib import cbook
 from matplotlib.figure import Figure
 
-from spectral_kernels.cli import style
 from spectral_kernels.cli.plot import picture
 
 SUFFIXES = (".csv", ".jsonl")
@@ -218,21 +217,6 @@ def test_a_median_of_large_numbers_is_one_of_them():
     column = np.array([LARGEST, LARGEST, 1.0, 3.0, SMALLEST, SMALLEST])
     found = picture._medians(column, np.array([0, 2, 4]))
     assert found.tolist() == [LARGEST, 2.0, SMALLEST]
-
-
-def test_an_axis_of_any_range_has_round_ticks_inside():
-    draw = random.Random(0)
-    for _ in range(3000):
-        middle, most = draw.uniform(-323, 308.2), draw.choice([4, 5, 9])
-        width = 10 ** draw.uniform(-6, 2.8)
-        ends = (10 ** min(max(middle + x, -323), 308.2) for x in (-width, width))
-        low, high = style.log_limits(np.array([*ends]))
-        ticks, names, between = style.log_ticks(low, high, most)
-        assert 2 <= len(ticks) == len(names) <= 2 * most
-        assert all(low <= x <= high for x in (*ticks, *between))
-        assert ticks == sorted(set(ticks))
-        assert not set(ticks) & set(between)
-        assert len(set(names)) == len(names)
 
 
 @pytest.mark.takes_seconds

@@ -56,6 +56,15 @@ def test_splits_and_stacks_are_those_of_the_regularizer(tmp_path, capsys):
         ("layer2.0.downsample.0.weight", "layer*.*.downsample.*.weight"),
         ("fc1.weight", "fc1.weight"),
         ("0.weight", "*.weight"),
+        ("layer1.0", "layer1.*"),
+        ("blocks.12", "blocks.*"),
+        ("encoder_layer_3", "encoder_layer_*"),
+        ("h_0_mlp", "h_*_mlp"),
+        ("layers_10_attention_q.kernel", "layers_*_attention_q.kernel"),
+        ("params/layers_3/fc1/kernel", "params/layers_*/fc1/kernel"),
+        ("lstm.weight_ih_l0", "lstm.weight_ih_l0"),
+        ("mixer.w1", "mixer.w1"),
+        ("conv_3x3.weight", "conv_3x3.weight"),
     ],
 )
 def test_the_kind_of_a_layer_is_its_name_without_numbers(name, expected):
@@ -153,7 +162,7 @@ def test_names_cannot_steer_a_terminal(tmp_path, capsys):
         (["--sort", "x"], "argument --sort"),
         (["--splits", "w"], "argument --splits: got 'w'; accepted are PATTERN=N"),
         (["--fail-above", "nan"], "argument --fail-above: got 'nan'"),
-        (["--plot", "x.jpg"], "argument --plot: got 'x.jpg'"),
+        (["--plot", "x.jpg"], "got 'x.jpg'; accepted are names that end in .png, .pdf or .svg"),
         (["--json", "no/such/folder/x.json"], "argument --json: got"),
         (["--include", "nothing*"], "include: 'nothing*' matches no parameter"),
         (["--splits", "conv*=3"], "splits: 'conv*': 3 does not divide the 8 outputs"),
@@ -195,7 +204,7 @@ def test_the_picture_shows_every_kind(tmp_path, capsys, monkeypatch):
     tensors["embed.weight"] = torch.randn(9, 3)
     torch.save(tensors, path)
     torch.save({n: t for n, t in tensors.items() if "39" not in n}, other)
-    for more, expected in ([], 3), ([str(other)], 5):
+    for more, expected in ([], 4), ([str(other)], 6):
         picture = tmp_path / "many.png"
         assert cli.main(["inspect", str(path), *more, "--plot", str(picture), "--top", "1"]) == 0
         assert f"picture: {picture}" in capsys.readouterr().out
@@ -204,6 +213,7 @@ def test_the_picture_shows_every_kind(tmp_path, capsys, monkeypatch):
         labels = axes.get_legend_handles_labels()[1]
         assert labels[:3] == ["h.*.q.weight", "h.*.k.weight", "embed.weight"]
         assert len(labels) == expected
+        assert labels[-1] == "usual (of a fresh layer)"
         assert axes.get_yscale() == "log"
         assert axes.get_xlabel() == "layer (h.*)"
         assert 10 <= len(axes.get_xticks()) <= 24
@@ -212,7 +222,7 @@ def test_the_picture_shows_every_kind(tmp_path, capsys, monkeypatch):
     many = {f"{'x' * i}.weight": torch.eye(2) for i in range(1, 60)}
     torch.save(many, path)
     assert cli.main(["inspect", str(path), "--plot", str(picture)]) == 0
-    assert len(drawn[-1].axes[0].get_legend_handles_labels()[1]) == 37
+    assert len(drawn[-1].axes[0].get_legend_handles_labels()[1]) == 38
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -31,7 +31,7 @@ ELSEWHERE = (
 # What an extra is for, by its name.
 EXTRAS = {
     "plot": "import spectral_kernels.cli.plot.picture",
-    "inspect": "import spectral_kernels.cli.inspect.picture, safetensors",
+    "inspect": "import spectral_kernels.cli.inspect.page, safetensors",
     "demo": "from spectral_kernels.cli.demo.experiment import *; digits(torch.Generator())",
     "transformers": "from spectral_kernels.integrations.transformers import SpectralCallback",
     "lightning": "from spectral_kernels.integrations.lightning import SpectralCallback",

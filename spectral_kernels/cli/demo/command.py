@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..console import INTERRUPTED, integer, png, say, tell
+from ..console import INTERRUPTED, integer, picture_path, say, tell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--tasks", type=integer(1), default=30, help="how often labels change")
     parser.add_argument("--epochs", type=integer(1), default=40, help="epochs per task")
     parser.add_argument("--seed", type=integer(0), default=0, help="of data, weights and batches")
-    parser.add_argument("--out", type=png, default="demo.png", help="where the picture goes")
+    parser.add_argument("--out", type=picture_path, default="demo.png",
+                         help="where the picture goes: .png, .pdf or .svg")  # fmt: skip
     parser.set_defaults(command=run)
 
 

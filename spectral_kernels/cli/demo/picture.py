@@ -5,9 +5,12 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
+
+from ..style import save, set_log_scale
 
 if TYPE_CHECKING:
     from .experiment import Results
@@ -25,11 +28,11 @@ _CHANCE = 0.1
 
 
 def draw(results: Results, path: str | PathLike[str]) -> None:
-    """Write the PNG: accuracy and largest singular values over the tasks, for every arm.
+    """Write the picture: accuracy and largest singular values over the tasks, for every arm.
 
     Args:
         results: with at least one finished task in one arm.
-        path: of the PNG, 1400 x 600 pixels.
+        path: of the PNG (1400 x 600 pixels), PDF or SVG.
     """
     figure = Figure(figsize=(1400 / 150, 600 / 150), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -64,11 +67,9 @@ def draw(results: Results, path: str | PathLike[str]) -> None:
     right.set(
         title="Largest singular value: mean and range of the layers",
         ylabel=r"$\sigma_1$ at the end of the task (log scale)",
-        yscale="log",
     )
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    right.yaxis.set_minor_formatter(NullFormatter())
+    sigmas = [sigma for done in results.arms.values() for r in done for sigma in r.sigmas]
+    set_log_scale(right, np.array(sigmas))
     last = max(len(done) for done in results.arms.values())
     for axes in (left, right):
         axes.title.set_fontsize("medium")
@@ -79,4 +80,4 @@ def draw(results: Results, path: str | PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, format="png")
+    save(figure, path)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from ...diagnostics.checkpoints import Checkpoint, CheckpointError
 from ...selection.convolutions import CHOICES
-from ..console import FAILED, integer, non_negative, png, say, split, tell, writable
+from ..console import (
+    FAILED, integer, non_negative, page_path, picture_path, say, split, tell, writable,
+)  # fmt: skip
 from . import base, report, table
 from .measure import Patterns, measure, planned
 from .rows import SORTS, Measured
@@ -63,7 +65,10 @@ def add_parser(commands) -> None:
         "--csv", type=writable, metavar="FILE",
         help="- for standard output; names that a spreadsheet would take for formulas begin with '",
     )  # fmt: skip
-    parser.add_argument("--plot", type=png, metavar="FILE.png", help="sigma_1 over depth")
+    parser.add_argument("--plot", type=picture_path, metavar="FILE",
+                         help="sigma_1 over depth, as .png, .pdf or .svg")  # fmt: skip
+    parser.add_argument("--html", type=page_path, metavar="FILE",
+                         help="a page: the table, to sort and filter, and the picture")  # fmt: skip
     parser.add_argument("--fail-above", type=non_negative, metavar="X",
                          help="exit code 3 if a sigma_1 is above X or not finite")  # fmt: skip
     parser.set_defaults(command=run)
@@ -92,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return say("--sort change: needs a second checkpoint", USAGE)
     if arguments.base is not None and arguments.other is not None:
         return say("--base: accepted with one checkpoint; for two give no --base", USAGE)
-    _need("matplotlib" if arguments.plot else None, None if to_stdout else "rich")
+    _need("matplotlib" if arguments.plot or arguments.html else None, None if to_stdout else "rich")
 
     patterns = Patterns(
         arguments.include, arguments.exclude, dict(arguments.splits), arguments.stacked,
@@ -128,11 +133,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         from . import picture
 
-        picture.draw_layers(*report.curves(result), arguments.plot)
+        picture.draw_layers(*report.curves(result), arguments.plot, arguments.fail_above)
+    if arguments.html is not None:
+        from . import page
+
+        arguments.html.write_text(page.as_html(result, arguments.fail_above), encoding="utf-8")
     if not to_stdout:
         table.show(result)
         if arguments.plot is not None:
             tell(f"picture: {arguments.plot}")
+        if arguments.html is not None:
+            tell(f"page: {arguments.html}")
     return _above(measured, arguments.fail_above)
 
 

@@ -101,12 +101,15 @@ class Measured:
 def kind(name: str) -> str:
     """Return a tensor's name with the numbers of layers replaced by ``*``.
 
-    ``h.11.mlp.c_fc.weight`` is ``h.*.mlp.c_fc.weight`` and ``layer1.0.conv2.weight`` is
-    ``layer*.*.conv2.weight``: numbers inside the last two components are kept.
+    ``h.11.mlp.c_fc.weight`` is ``h.*.mlp.c_fc.weight``, ``layers_3_mlp.kernel`` is
+    ``layers_*_mlp.kernel`` and ``layer1.0.conv2.weight`` is ``layer*.*.conv2.weight``: a number
+    that follows a letter is kept in the last two components.
     """
     parts = name.rsplit(".", 2)
     above = [re.sub(r"\d+", "*", parts[0])] if len(parts) > 2 else []
-    return ".".join(above + ["*" if p.isdecimal() else p for p in parts[-2:]])
+    # A number that stands alone has neither a letter nor a digit beside it.
+    alone = r"(?<![^\W_])\d+(?![^\W_])"
+    return ".".join(above + [re.sub(alone, "*", part) for part in parts[-2:]])
 
 
 _KEYS: dict[str, Callable[[MatrixRow], float]] = {

@@ -38,7 +38,7 @@ def show(result: Result) -> None:
     bold, plain = ("\x1b[1;31m", "\x1b[0m") if is_coloured else ("", "")
     line = "─" if console.encoding.startswith("utf") else "-"
     print("\n".join(table.lines(line, bold, plain)))
-    for text in _lines(result):
+    for text in notes(result):
         tell(text)
 
 
@@ -182,7 +182,8 @@ def _folded(name: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _lines(result: Result) -> list[str]:
+def notes(result: Result) -> list[str]:
+    """Return what stands below the table: the checkpoints, and what was left out and why."""
     first = result.measured[0]
     shown = "" if len(result.pairs) == result.total else f", {len(result.pairs)} shown"
     if result.is_comparison:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ...diagnostics import log as logs
-from ..console import png, say, tell
+from ..console import picture_path, say, tell
 
 
 def add_parser(commands) -> None:
@@ -17,7 +17,8 @@ def add_parser(commands) -> None:
         description="Draw sigma_1 of every matrix over the steps, also of a run that goes on.",
     )
     parser.add_argument("log", type=Path, metavar="LOG", help=".csv or .jsonl file")
-    parser.add_argument("--out", type=png, metavar="FILE.png", help="default: beside the log")
+    parser.add_argument("--out", type=picture_path, metavar="FILE",
+                         help=".png, .pdf or .svg; default: a .png beside the log")  # fmt: skip
     parser.set_defaults(command=run)
 
 

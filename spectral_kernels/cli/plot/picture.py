@@ -14,7 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...diagnostics.log import History
-from ..style import COLORS, apart, layers_of, log_limits, log_ticks, set_log_scale, shortened
+from ..style import (
+    COLORS,
+    apart,
+    in_layers,
+    layers_of,
+    log_limits,
+    log_ticks,
+    save,
+    set_log_scale,
+    shortened,
+)
 
 _MOST_CURVES = 12  # of more matrices, median and range are drawn
 _LARGEST, _SMALLEST = 4, 2  # of which these still have a curve
@@ -26,12 +36,12 @@ _BROKEN = "#D55E00"
 
 @matplotlib.rc_context({"text.usetex": False})  # LaTeX takes names for commands
 def draw(history: History, title: str, path: str | PathLike[str]) -> None:
-    """Write the PNG: sigma_1 over the steps, a map of it, and residual / sigma_1.
+    """Write the picture: sigma_1 over the steps, a map of it, and residual / sigma_1.
 
     Args:
         history: of at least one matrix and one step.
         title: of the picture.
-        path: of the PNG.
+        path: of the PNG, PDF or SVG.
     """
     n, steps = len(history.names), history.steps
     map_height = max(0.16 * n, 1.2) if n <= _MOST_NAMES else 5.2
@@ -64,7 +74,7 @@ def draw(history: History, title: str, path: str | PathLike[str]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     panels[0].set_ylabel(r"$\sigma_1$ (log scale)")
     panels[2].set_ylabel(r"residual / $\sigma_1$ (log scale)")
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _is_broken(history: History) -> bool:
@@ -164,9 +174,10 @@ def _medians(column: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _map(figure: Figure, axes, history: History, end: float) -> None:
     """Draw sigma_1 as a colour: matrices from top to bottom, steps from left to right."""
-    steps, names = history.steps, history.names
+    steps, order = history.steps, in_layers(history.names)
+    names = [history.names[i] for i in order]
     starts = np.arange(0, len(steps), math.ceil(len(steps) / _MOST_CELLS))
-    cells = np.maximum.reduceat(history.sigma, starts, axis=0).T  # keeps spikes and NaN
+    cells = np.maximum.reduceat(history.sigma, starts, axis=0).T[order]  # keeps spikes and NaN
     edges = np.append(steps[starts], end).astype(float)
     low, high = log_limits(cells, margin=0) or (0.5, 2.0)
     shown = np.ma.masked_invalid(np.log10(np.where(cells == 0, low, cells)))  # zero: the darkest
