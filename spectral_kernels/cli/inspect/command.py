@@ -12,8 +12,16 @@ from pathlib import Path
 from ...diagnostics.checkpoints import Checkpoint, CheckpointError
 from ...selection.convolutions import CHOICES
 from ..console import (
-    FAILED, integer, non_negative, page_path, picture_path, say, split, tell, writable,
-)  # fmt: skip
+    FAILED,
+    integer,
+    non_negative,
+    page_path,
+    picture_path,
+    say,
+    split,
+    tell,
+    writable,
+)
 from . import base, report, table
 from .measure import Patterns, measure, planned
 from .rows import SORTS, Measured
