@@ -18,10 +18,9 @@ import torch
 from ...diagnostics.checkpoints import Checkpoint, LazyTensor, Skipped
 from .finite import (
     NotFinite,
-    can_be_checked,
+    has_kernel,
     in_tile,
     is_always_finite,
-    not_finite,
     tiles,
     total,
 )
@@ -76,7 +75,7 @@ def check(
     for entry in entries:
         if (why := _why_not(entry)) is not None:
             skipped.append(Skipped(entry.name, why, entry.shape, entry.dtype))
-        elif not is_always_finite(entry.dtype) and entry.unusable is None:
+        elif has_kernel(entry.dtype) and entry.unusable is None:
             read.append(entry)
     found: dict[str, NotFinite | None] = {}
     n_bytes = 0
@@ -108,7 +107,7 @@ def check(
 
 def _why_not(entry: LazyTensor) -> str | None:
     """Return why a tensor cannot be looked through; None for one that is looked through, too."""
-    if not can_be_checked(entry.dtype):
+    if not has_kernel(entry.dtype) and not is_always_finite(entry.dtype):
         return f"dtype {entry.dtype}"
     is_twin = entry.unusable is not None and entry.unusable.endswith("under another name")
     return None if is_twin else entry.unusable
@@ -187,5 +186,4 @@ def lines(result: Checked) -> Iterator[str]:
 def elements(entries: Sequence[LazyTensor]) -> int:
     """Return the number of elements that :func:`check` will look through."""
     return sum(math.prod(e.shape) for e in entries
-               if can_be_checked(e.dtype) and not is_always_finite(e.dtype)
-               and e.unusable is None)  # fmt: skip
+               if has_kernel(e.dtype) and e.unusable is None)  # fmt: skip

@@ -62,6 +62,7 @@ _COMPLEX = ("complex32", "complex64", "complex128")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 # Type -> the bits of each element, doubled without its sign, that are the first not finite ones.
 _BYTES = {"float8_e4m3fn": 0xFE, "float8_e5m2": 0xF8}
+_SCALE = "float8_e8m0fnu"
 _UNSIGNED_ZERO = ("float8_e4m3fnuz", "float8_e5m2fnuz")  # -0 is their nan, and they have no inf
 
 
@@ -70,10 +71,9 @@ def is_always_finite(dtype: str) -> bool:
     return dtype in _INTEGERS
 
 
-def can_be_checked(dtype: str) -> bool:
-    """Return whether :func:`not_finite` knows the type, as torch names it."""
-    known = (*_INTEGERS, *_COMPLEX, *_FLOATS, *_BYTES, *_UNSIGNED_ZERO, "float8_e8m0fnu")
-    return dtype in known
+def has_kernel(dtype: str) -> bool:
+    """Return whether :func:`not_finite` knows the type, as torch names it; no integers."""
+    return dtype in (*_COMPLEX, *_FLOATS, *_BYTES, *_UNSIGNED_ZERO, _SCALE)
 
 
 def not_finite(name: str, tensor: torch.Tensor) -> NotFinite | None:
@@ -81,7 +81,7 @@ def not_finite(name: str, tensor: torch.Tensor) -> NotFinite | None:
 
     Args:
         name: of the tensor.
-        tensor: on the CPU, of any floating-point or complex dtype of torch, and any strides.
+        tensor: on the CPU, of a dtype that :func:`has_kernel`, and any strides.
     """
     found = None
     for tile, offset in tiles(tensor):
@@ -108,9 +108,7 @@ def tiles(tensor: torch.Tensor, size: int = TILE, offset: int = 0) -> Iterator[t
         yield from tiles(part[0] if step == 1 else part, size, offset + start * length)
 
 
-def in_tile(
-    name: str, shape: tuple[int, ...], tile: torch.Tensor, offset: int
-) -> NotFinite | None:
+def in_tile(name: str, shape: tuple[int, ...], tile: torch.Tensor, offset: int) -> NotFinite | None:
     """Return what is not finite in a tile [n] of a tensor whose element ``offset`` is its first."""
     if _is_finite(tile):
         return None
@@ -134,7 +132,7 @@ def _is_finite(tile: torch.Tensor) -> bool:
     sum of finite numbers often overflows, so that its ends are taken instead.
     """
     dtype = short(tile.dtype)
-    if is_always_finite(dtype) or not len(tile):
+    if not len(tile):
         return True
     if tile.is_complex():
         tile = torch.view_as_real(tile)
@@ -144,7 +142,7 @@ def _is_finite(tile: torch.Tensor) -> bool:
         return int((bits + bits).amax()) < _BYTES[dtype]
     if dtype in _UNSIGNED_ZERO:
         return int(tile.view(torch.int8).amin()) > -128
-    if dtype == "float8_e8m0fnu":
+    if dtype == _SCALE:
         return int(tile.view(torch.uint8).amax()) < 0xFF
     if dtype == "float16":
         return all(math.isfinite(end) for end in torch.aminmax(tile))

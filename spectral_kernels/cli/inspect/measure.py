@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from ...diagnostics.checkpoints import Checkpoint, LazyTensor, Skipped
 from ...engine import operators
 from ...engine.lanczos import singular_values
-from ...selection.arguments import check_patterns
+from ...selection.arguments import check_patterns, match_any
 from ...selection.matrices import Matrix, NothingSelected
 from ...selection.options import Convolutions
 from ...selection.rules import FLOAT_DTYPES, select
 from ...tables.layout import layout_of
+from .check import chosen
+from .finite import has_kernel, not_finite
+from .fused import Fused, Recognizer, Whole, by_hand, divided
 from .rows import MatrixRow, Measured, kind
+from .stacks import expert_of
 
 RTOL = 1e-4
 _READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
@@ -36,11 +42,16 @@ class Patterns:
     splits: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     stacked: Sequence[str] = ()
     convolutions: Convolutions = "flattened"
+    columns: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    """As ``splits``, along dim 1 of weights that are stored (in, out)."""
+    recognize: bool = True
+    """Whether weights that are known to hold several matrices are divided; patterns go first."""
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError for a pattern that matches none of the names."""
         for argument in ("include", "exclude", "splits", "stacked"):
             check_patterns(argument, getattr(self, argument) or (), names)
+        check_patterns("splits", self.columns, names)
 
     def of(self, names: Sequence[str]) -> dict:
         """Return the arguments of ``select`` for one checkpoint: the patterns that match there."""
@@ -65,19 +76,28 @@ class Plan:
     """Name of a tensor -> the tensor and its matrices, in the order of the layers."""
     skipped: Sequence[Skipped]
     of_optimizer: int
+    others: Sequence[LazyTensor] = ()
+    """What holds no matrix, such as biases; it is only looked through for values not finite."""
+    whole: Sequence[Skipped] = ()
+    """Weights that hold several matrices, but are measured as one, and why."""
 
     @property
     def elements(self) -> int:
         """Number of elements that will be read."""
-        return sum(math.prod(entry.shape) for entry, _ in self.matrices.values())
+        read = [*(entry for entry, _ in self.matrices.values()), *self.others]
+        return sum(math.prod(entry.shape) for entry in read)
 
 
-def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
+def planned(
+    checkpoint: Checkpoint, patterns: Patterns, config: Mapping[str, Any] | None = None
+) -> Plan:
     """Choose the matrices by the rules of ``select``, from shapes alone.
 
     Args:
-        checkpoint: its tensors with two or more dimensions are matrices (dim 0, rest).
+        checkpoint: its tensors with two or more dimensions are matrices (dim 0, rest), but for
+            those that ``fused`` knows better.
         patterns: which of them are measured, and how they are divided.
+        config: of the model; None: the checkpoint's own.
 
     Raises:
         ValueError: a split or a stack that does not fit a tensor.
@@ -94,7 +114,11 @@ def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
             dtype, shape = torch.bool, (0,) * len(shape)
         metas.append((entry.name, torch.empty(shape, dtype=dtype, device="meta")))
     matrices: dict[str, tuple[LazyTensor, list[Matrix]]] = {}
+    shapes = {entry.name: entry.shape for entry in entries}
+    recognizer = Recognizer(shapes, checkpoint.config if config is None else config)
     arguments = patterns.of(list(by_name))
+    if patterns.recognize:
+        arguments["stacked"] += [glob.escape(n) for n in by_name if recognizer.is_stack(n)]
     try:
         selection = select(metas, biases=False, norms=False, trainable_only=False, **arguments)
         skipped = selection.skipped
@@ -103,12 +127,38 @@ def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
             matrices.setdefault(name, (by_name[name], []))[1].append(matrix)
     except NothingSelected as nothing:
         skipped = nothing.skipped
+    whole = _divide(matrices, patterns, recognizer)
     shown = [
         _skipped(by_name[name], reasons.get(name, why)) for name, why in skipped
         if why != "not in include" and not why.startswith("exclude ")
     ]  # fmt: skip
     shown += checkpoint.skipped
-    return Plan(checkpoint, matrices, shown, of_optimizer)
+    others = [e for e in chosen(entries, patterns.include, patterns.exclude)
+              if e.name not in matrices and e.unusable is None and has_kernel(e.dtype)]  # fmt: skip
+    return Plan(checkpoint, matrices, shown, of_optimizer, others, whole)
+
+
+def _divide(
+    matrices: dict[str, tuple[LazyTensor, list[Matrix]]],
+    patterns: Patterns,
+    recognizer: Recognizer,
+) -> list[Skipped]:
+    """Divide weights along dim 1 as asked, and those that are recognized; return what is not."""
+    whole = []
+    for name, (entry, found) in matrices.items():
+        if match_any([name], patterns.splits) or any(matrix.periods for matrix in found):
+            continue
+        stored: Fused | Whole | None = None
+        if (pattern := match_any([name], patterns.columns)) is not None:
+            shape = entry.shape if found[0].index is None else entry.shape[1:]
+            stored = by_hand(name, shape, pattern, patterns.columns[pattern])
+        elif patterns.recognize and entry.factors is None:
+            stored = recognizer.of(name)
+        if isinstance(stored, Whole):
+            whole.append(_skipped(entry, stored.reason))
+        elif stored is not None:
+            matrices[name] = entry, [part for m in found for part in divided(m, stored)]
+    return whole
 
 
 def _skipped(entry: LazyTensor, why: str) -> Skipped:
@@ -131,15 +181,24 @@ def measure(
         CheckpointError: a tensor that cannot be read.
     """
     found = Measured(plan.checkpoint.path, [], list(plan.skipped), plan.of_optimizer)
+    found.whole = plan.whole
     rows: dict[str, MatrixRow] = {}
-    for entry, matrices in sorted(plan.matrices.values(), key=lambda pair: str(pair[0].file)):
+    nothing: Sequence[Matrix] = ()
+    read = [*plan.matrices.values(), *((entry, nothing) for entry in plan.others)]
+    for entry, matrices in sorted(read, key=lambda pair: str(pair[0].file)):
         step(entry.name, 0)
+        has_finite_norms = bool(matrices)
         try:
-            for row in _rows(entry, matrices, backend):
+            for row in _rows(entry, matrices, backend) if matrices else ():
                 rows[row.name] = row
+                has_finite_norms &= math.isfinite(row.norm)
         except RuntimeError as error:  # no convergence
             found.skipped.append(_skipped(entry, str(error)))
+        if not has_finite_norms and (bad := not_finite(entry.name, entry.read())) is not None:
+            found.not_finite.append(bad)
         step(entry.name, math.prod(entry.shape))
+    order = {entry.name: i for i, entry in enumerate(plan.checkpoint.tensors)}
+    found.not_finite.sort(key=lambda one: order[one.name])
     for _, matrices in plan.matrices.values():
         found.rows += [rows[m.name] for m in matrices if m.name in rows]
     return found
@@ -173,6 +232,7 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
             MatrixRow(
                 matrix.name, named + (label[0] if label else ""), tuple(part.shape), *matrix.shape,
                 entry.dtype, sigma, norm, operator, entry.made_by,
+                expert=expert_of(entry.name, matrix),
             )
         )  # fmt: skip
     return rows

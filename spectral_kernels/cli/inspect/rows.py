@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...diagnostics.checkpoints import Skipped
 from ...diagnostics.checkpoints.entries import natural
+from .finite import NotFinite
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class MatrixRow:
     """How the weight is made of stored tensors, see ``LazyTensor.made_by``; None: it is stored."""
     values: tuple[float, ...] = ()
     """The largest singular values, if several were asked for."""
+    expert: tuple[str, int] | None = None
+    """The stack that the matrix belongs to, and its number there; None: it is none of several."""
 
     @property
     def size(self) -> int:
@@ -70,6 +73,10 @@ class Measured:
     """Tensors with two or more dimensions that were not measured, and why."""
     of_optimizer: int = 0
     """How many tensors of an optimizer's state were left out."""
+    not_finite: list[NotFinite] = field(default_factory=list)
+    """All tensors with values that are not finite, in the order of the layers."""
+    whole: Sequence[Skipped] = ()
+    """Weights that hold several matrices, but were measured as one, and why."""
 
 
 def kind(name: str) -> str:

@@ -15,6 +15,7 @@ from ..console import tell
 from .measure import RTOL
 from .report import Result, size
 from .rows import change
+from .stacks import Stack, summarized
 
 _FEW = 3  # names shown of a long list
 _LEAST_WIDTH = 16  # of names
@@ -108,9 +109,14 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
     else:
         numbers = ["sigma_1", "stable\nrank", "||W||_F", "sigma_1\n/ usual"]
         numbers += ["as an\noperator"] * result.has_operators
+    lines = list(result.pairs if result.has_all_experts else summarized(result.pairs))
+    has_stacks = any(isinstance(line, Stack) for line in lines)
+    numbers += ["median", "expert"] * has_stacks
     table = _Table([*texts, *numbers], [False] * len(texts) + [True] * len(numbers))
-    for one, other in result.pairs:
-        cells = [one.name, size(one.shape)]
+    for line in lines:
+        stack = line if isinstance(line, Stack) else None
+        one, other = line.shown if isinstance(line, Stack) else line
+        cells = [one.name if stack is None else stack.name, size(one.shape)]
         if other is None:
             cells += [one.dtype] if has_dtypes else []
             cells += [_number(one.sigma), _number(one.stable_rank, 1), _number(one.norm, 2),
@@ -124,10 +130,20 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
                       _percent(change(one.sigma, other.sigma))]  # fmt: skip
             if has_ranks:
                 cells += [_number(one.stable_rank, 1), _number(other.stable_rank, 1)]
+        if has_stacks:
+            cells += _stack_cells(stack, other is not None)
         if not all(math.isfinite(row.sigma) for row in (one, other) if row is not None):
             table.bad.add(len(table.rows))
         table.rows.append(cells)
     return table
+
+
+def _stack_cells(stack: Stack | None, is_comparison: bool) -> list[str]:
+    """Return the median of a stack, and which of its matrices the line shows."""
+    if stack is None:
+        return ["", ""]
+    median = (_percent if is_comparison else _number)(stack.median)
+    return [median, f"{stack.number} of {stack.count}"]
 
 
 def _folded(name: str, width: int) -> str:
@@ -150,7 +166,7 @@ def _lines(result: Result) -> list[str]:
     shown = "" if len(result.pairs) == result.total else f", {len(result.pairs)} shown"
     if result.is_comparison:
         lines = [f"first: {first.path}", f"other: {result.measured[1].path}",
-                 f"{result.total} matrices in both{shown}"]  # fmt: skip
+                 f"{result.total} matrices in both{shown}", *result.notes]  # fmt: skip
         for rows, one in zip(result.only, result.measured, strict=True):
             if rows:
                 lines.append(f"only in {one.path}: {_some([row.name for row in rows])}")
@@ -164,12 +180,13 @@ def _lines(result: Result) -> list[str]:
             lines = [f"{first.path}: no matrices"]
     for one in result.measured:
         where = f" in {one.path}" if result.is_comparison else ""
-        reasons: dict[str, list[Skipped]] = {}
-        for skipped in one.skipped:
-            reasons.setdefault(skipped.reason, []).append(skipped)
-        for why, entries in reasons.items():
-            some = _some([f"{e.name} {size(e.shape)}".rstrip() for e in entries])
-            lines.append(f"skipped{where}, {why}: {some}")
+        for why, names in _by_reason(one.skipped).items():
+            lines.append(f"skipped{where}, {why}: {_some(names)}")
+        for why, names in _by_reason(one.whole).items():
+            lines.append(f"not divided{where}, {why}: {_some(names)}")
+        if one.not_finite:
+            some = _some([f"{bad.name} {bad.counts}" for bad in one.not_finite], "; ")
+            lines.append(f"not finite{where}: {some}")
         if one.of_optimizer:
             lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
                          "(--include '*' takes them too)")  # fmt: skip
@@ -181,9 +198,17 @@ def _lines(result: Result) -> list[str]:
     return lines
 
 
-def _some(names: Sequence[str]) -> str:
+def _by_reason(entries: Sequence[Skipped]) -> dict[str, list[str]]:
+    """Return names with shapes, by reason."""
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        found.setdefault(entry.reason, []).append(f"{entry.name} {size(entry.shape)}".rstrip())
+    return found
+
+
+def _some(names: Sequence[str], between: str = ", ") -> str:
     more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return ", ".join(names[:_FEW]) + more
+    return between.join(names[:_FEW]) + more
 
 
 def _many(number: int) -> str:
@@ -201,4 +226,6 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _percent(value: float) -> str:
+    if math.isnan(value):
+        return "nan"
     return f"{value:+.1f} %" if not abs(value) >= 1e5 else f"{value:+.1e} %"
