@@ -106,10 +106,10 @@ def png(text: str) -> Path:
     return writable(text)
 
 
-def split(text: str) -> tuple[str, int | tuple[int, ...], int]:
+def split(text: str) -> tuple[str, int | tuple[int, ...], int | None]:
     """Return name pattern, parts and dimension of ``PATTERN=N`` or ``PATTERN=SIZE,SIZE,...``.
 
-    The dimension is 0, or 1 if ``@1`` follows.
+    The dimension, 0 or 1, follows as ``@1``; None without.
     """
     pattern, _, sizes = text.rpartition("=")
     sizes, _, dim = sizes.partition("@")
@@ -119,6 +119,7 @@ def split(text: str) -> tuple[str, int | tuple[int, ...], int]:
         numbers = ()
     if not pattern or not numbers or min(numbers) < 1 or dim not in ("", "0", "1"):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}; accepted are PATTERN=N and PATTERN=SIZE,SIZE,..., for columns with @1"
+            f"got {text!r}; accepted are PATTERN=N and PATTERN=SIZE,SIZE,..., both "
+            "also with @0 or @1 for a dimension"
         )
-    return pattern, numbers[0] if len(numbers) == 1 else numbers, int(dim or 0)
+    return pattern, numbers[0] if len(numbers) == 1 else numbers, int(dim) if dim else None

@@ -44,8 +44,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--exclude", **several, default=[], help="leave these out")
     parser.add_argument(
         "--splits", action="append", default=[], type=split, metavar="PATTERN=N",
-        help="divide dim 0 into N equal parts, or by sizes: '*.qkv.weight=768,256,256'; dim 1 of "
-        "weights that are stored (in, out): '*.c_attn.weight=3@1'",
+        help="divide the outputs into N equal parts, or by sizes: '*.qkv.weight=768,256,256'; they "
+        "are dim 0, where nothing else is known, or as told: '*.c_attn.weight=3@1'",
     )  # fmt: skip
     parser.add_argument(
         "--no-splits", action="store_true",
@@ -106,10 +106,11 @@ def _run(arguments: argparse.Namespace) -> int:
     _need("matplotlib" if arguments.plot else None,
           None if to_stdout or arguments.check else "rich")  # fmt: skip
 
-    splits = [{p: sizes for p, sizes, d in arguments.splits if d == dim} for dim in (0, 1)]
+    splits = {pattern: sizes for pattern, sizes, _ in arguments.splits}
+    dims = {pattern: dim for pattern, _, dim in arguments.splits if dim is not None}
     patterns = Patterns(
-        arguments.include, arguments.exclude, splits[0], arguments.stacked,
-        arguments.convolutions, splits[1], not arguments.no_splits,
+        arguments.include, arguments.exclude, splits, arguments.stacked,
+        arguments.convolutions, dims, not arguments.no_splits,
     )  # fmt: skip
     paths = [p for p in (arguments.checkpoint, arguments.other) if p is not None]
     # What is stored is looked through, not the weights that are made of it.

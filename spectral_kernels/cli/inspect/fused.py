@@ -38,13 +38,8 @@ class Fused:
     sizes: tuple[int, ...] = ()
     """Of the parts along ``row_dim``; () for a weight that is one matrix."""
     labels: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A fused weight that stays whole, and why."""
-
-    reason: str
+    whole: str | None = None
+    """Why a weight that holds several matrices has no parts here."""
 
 
 class Recognizer:
@@ -70,7 +65,7 @@ class Recognizer:
         """Return whether a tensor is known to be a stack of matrices, one for each expert."""
         return len(self._shapes[name]) == 3 and _STACKS.search(f".{name}") is not None
 
-    def of(self, name: str) -> Fused | Whole | None:
+    def of(self, name: str) -> Fused | None:
         """Return how a weight is stored; None if nothing is known of it."""
         shape = tuple(self._shapes[name])
         own = _own(name)
@@ -92,20 +87,20 @@ class Recognizer:
             multi_query = any(c.get("multi_query_attention") is True for c in self._parts)
             if "chatglm" in self._models and multi_query:
                 return self._by_config(own, shape)
-            return Whole(_BY_HEAD)
+            return Fused(whole=_BY_HEAD)
         return None
 
-    def _in_equal_parts(self, name: str, own: str, shape: tuple[int, ...]) -> Fused | Whole | None:
+    def _in_equal_parts(self, name: str, own: str, shape: tuple[int, ...]) -> Fused | None:
         if own == "qkv":
             # Two families order it by head: MaxViT, and LeViT with TinyViT.
             biases = f"{name.removesuffix('.weight').rpartition('.')[0]}.attention_biases"
             if re.search(r"\.attn_(block|grid)\.", name) or biases in self._shapes:
-                return Whole(_BY_HEAD)
+                return Fused(whole=_BY_HEAD)
             if shape[0] % (3 * shape[1]):  # of GCViT, where q is of another layer
                 return None
         return _equal(shape, 0, _EQUAL[own])
 
-    def _c_attn(self, shape: tuple[int, ...]) -> Fused | Whole | None:
+    def _c_attn(self, shape: tuple[int, ...]) -> Fused | None:
         if "gpt_bigcode" in self._models:
             return self._gpt_bigcode(shape)
         if shape[1] == 3 * shape[0]:
@@ -114,26 +109,26 @@ class Recognizer:
             return _equal(shape, 1, ("k", "v"))
         return _equal(shape, 0, _QKV) if shape[0] == 3 * shape[1] else None
 
-    def _gpt_bigcode(self, shape: tuple[int, ...]) -> Fused | Whole | None:
+    def _gpt_bigcode(self, shape: tuple[int, ...]) -> Fused | None:
         width, heads = shape[1], next((c["n_head"] for c in self._parts if "n_head" in c), 0)
         if any(c.get("multi_query") is False for c in self._parts):
-            return Whole(_BY_HEAD)
+            return Fused(whole=_BY_HEAD)
         if _is_count(heads) and width % heads == 0 and shape[0] == width + 2 * (width // heads):
             return Fused(0, (width, width // heads, width // heads), _QKV)
         return None
 
-    def _by_config(self, own: str, shape: tuple[int, ...]) -> Fused | Whole | None:
+    def _by_config(self, own: str, shape: tuple[int, ...]) -> Fused | None:
         """Return q, k and v by the numbers of heads, if these add up to the rows."""
         if own == "qkv_proj" and self._models & _OTHER_QKV_PROJ:
-            return Whole(_BY_HEAD)
+            return Fused(whole=_BY_HEAD)
         if own == "Wqkv" and shape[0] == 3 * shape[1]:  # MPT, ModernBERT, flash-attn
             return _equal(shape, 0, _QKV)
         sizes = {s for c in self._parts for s in _heads(c, shape[1]) if sum(s) == shape[0]}
         if len(sizes) == 1:
             return Fused(0, sizes.pop(), _QKV)
-        return Whole("config.json does not tell the sizes of q, k and v")
+        return Fused(whole="config.json does not tell the sizes of q, k and v")
 
-    def _of_experts(self, name: str, shape: tuple[int, ...]) -> Fused | Whole | None:
+    def _of_experts(self, name: str, shape: tuple[int, ...]) -> Fused | None:
         """Return how each matrix of a stack (E, ...) is stored."""
         base, own = name.rpartition(".")[0], _own(name)
         if own in ("gate_up_proj", "down_proj") and "experts" in name.split("."):
@@ -145,7 +140,7 @@ class Recognizer:
                 return Fused(row_dim)
             interleaved = f"{name}_bias" in self._shapes or self._models & _INTERLEAVED_MODELS
             if row_dim == 1 and interleaved:
-                return Whole("columns of gate and up alternate")
+                return Fused(row_dim, whole="columns of gate and up alternate")
             return _equal(shape[1:], row_dim, _GATED)
         if self.is_stack(name) and "input_linear" in name:
             output = self._shapes.get(name.replace("input_linear", "output_linear"), ())
@@ -212,31 +207,37 @@ def divided(matrix: Matrix, fused: Fused) -> list[Matrix]:
     for size, label in zip(fused.sizes, fused.labels, strict=True):
         parts.append(replace(
             matrix, name=f"{matrix.name}[{label}]", shape=(size, cols), row_dim=dim,
-            part=(start, size),
+            part=(start, size), periods=matrix.periods if dim == 0 else None,
+            side=matrix.side if dim == 0 else None,
         ))  # fmt: skip
         start += size
     return parts
 
 
-def by_hand(name: str, shape: Sequence[int], pattern: str, wanted: int | Sequence[int]) -> Fused:
-    """Return the parts along dim 1 that ``--splits PATTERN=...@1`` asks for.
+def by_hand(
+    name: str, shape: Sequence[int], pattern: str, wanted: int | Sequence[int], dim: int
+) -> Fused:
+    """Return the parts that ``--splits`` asks for.
 
     Args:
         name: of the tensor.
         shape: of the matrix, or of each one of a stack.
         pattern: that names it.
         wanted: number of equal parts, or their sizes.
+        dim: along which it is divided.
 
     Raises:
         ValueError: they do not add up to the dimension.
     """
-    total = shape[1]
-    sizes = wanted
-    if isinstance(wanted, int):
-        sizes = (total // wanted,) * wanted if total % wanted == 0 else ()
+    total = shape[dim]
+    sizes: Sequence[int] = ()
+    if not isinstance(wanted, int):
+        sizes = wanted
+    elif total % wanted == 0:
+        sizes = (total // wanted,) * wanted
     if not sizes or sum(sizes) != total or min(sizes) < 1:
         raise ValueError(
-            f"splits: {pattern!r}: {wanted!r} does not divide dim 1 of {name!r}, which has "
-            f"{total}; accepted are a number of equal parts or sizes that add up to {total}"
+            f"splits: {pattern!r}: {wanted!r} does not divide the {total} outputs (dim {dim}) of "
+            f"{name!r}; accepted are a number of equal parts or sizes that add up to {total}"
         )
-    return Fused(1, tuple(sizes), tuple(map(str, range(len(sizes)))))
+    return Fused(dim, tuple(sizes), tuple(map(str, range(len(sizes)))))

@@ -22,7 +22,7 @@ from ...selection.rules import FLOAT_DTYPES, select
 from ...tables.layout import layout_of
 from .check import chosen
 from .finite import has_kernel, not_finite
-from .fused import Fused, Recognizer, Whole, by_hand, divided
+from .fused import Recognizer, by_hand, divided
 from .rows import MatrixRow, Measured, kind
 from .stacks import expert_of
 
@@ -42,8 +42,8 @@ class Patterns:
     splits: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     stacked: Sequence[str] = ()
     convolutions: Convolutions = "flattened"
-    columns: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
-    """As ``splits``, along dim 1 of weights that are stored (in, out)."""
+    dims: Mapping[str, int] = field(default_factory=dict)
+    """Pattern of ``splits`` -> dimension, if not that of the outputs."""
     recognize: bool = True
     """Whether weights that are known to hold several matrices are divided; patterns go first."""
 
@@ -51,17 +51,15 @@ class Patterns:
         """Raise ValueError for a pattern that matches none of the names."""
         for argument in ("include", "exclude", "splits", "stacked"):
             check_patterns(argument, getattr(self, argument) or (), names)
-        check_patterns("splits", self.columns, names)
 
     def of(self, names: Sequence[str]) -> dict:
         """Return the arguments of ``select`` for one checkpoint: the patterns that match there."""
         include = ["*"] if self.include is None else self.include
-        here = {p for p in (*include, *self.exclude, *self.splits, *self.stacked)
+        here = {p for p in (*include, *self.exclude, *self.stacked)
                 if fnmatch.filter(names, p)}  # fmt: skip
         return {
             "include": [p for p in include if p in here],
             "exclude": [p for p in self.exclude if p in here],
-            "splits": {p: n for p, n in self.splits.items() if p in here},
             "stacked": [p for p in self.stacked if p in here],
             "convolutions": self.convolutions,
         }
@@ -143,21 +141,19 @@ def _divide(
     patterns: Patterns,
     recognizer: Recognizer,
 ) -> list[Skipped]:
-    """Divide weights along dim 1 as asked, and those that are recognized; return what is not."""
+    """Divide weights by hand or by what is known of them; return those that stay whole."""
     whole = []
     for name, (entry, found) in matrices.items():
-        if match_any([name], patterns.splits) or any(matrix.periods for matrix in found):
-            continue
-        stored: Fused | Whole | None = None
-        if (pattern := match_any([name], patterns.columns)) is not None:
+        stored = recognizer.of(name) if patterns.recognize and entry.factors is None else None
+        if (pattern := match_any([name], patterns.splits)) is not None:
+            dim = patterns.dims.get(pattern, 0 if stored is None else stored.row_dim)
             shape = entry.shape if found[0].index is None else entry.shape[1:]
-            stored = by_hand(name, shape, pattern, patterns.columns[pattern])
-        elif patterns.recognize and entry.factors is None:
-            stored = recognizer.of(name)
-        if isinstance(stored, Whole):
-            whole.append(_skipped(entry, stored.reason))
-        elif stored is not None:
-            matrices[name] = entry, [part for m in found for part in divided(m, stored)]
+            stored = by_hand(name, shape, pattern, patterns.splits[pattern], dim)
+        if stored is None:
+            continue
+        if stored.whole is not None:
+            whole.append(_skipped(entry, stored.whole))
+        matrices[name] = entry, [part for one in found for part in divided(one, stored)]
     return whole
 
 

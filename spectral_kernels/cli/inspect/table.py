@@ -111,7 +111,8 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
         numbers += ["as an\noperator"] * result.has_operators
     lines = list(result.pairs if result.has_all_experts else summarized(result.pairs))
     has_stacks = any(isinstance(line, Stack) for line in lines)
-    numbers += ["median", "expert"] * has_stacks
+    if has_stacks:
+        numbers += ["median\nchange" if result.is_comparison else "median\nof all", "shown:\nexpert"]
     table = _Table([*texts, *numbers], [False] * len(texts) + [True] * len(numbers))
     for line in lines:
         stack = line if isinstance(line, Stack) else None
