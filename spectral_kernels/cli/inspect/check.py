@@ -25,7 +25,10 @@ from .finite import (
     total,
 )
 
-_PIECE = 1 << 23  # elements that a thread looks through at a time
+_PIECE = 1 << 22  # elements that a thread looks through at a time
+_MOST_PIECES = 256  # of tensors that are smaller
+_Piece = tuple[LazyTensor, torch.Tensor, int]  # and the number of its first element
+_Looked = tuple[LazyTensor, int, "NotFinite | None"]  # and the number of elements
 
 
 @dataclass(frozen=True)
@@ -79,23 +82,20 @@ def check(
             read.append(entry)
     found: dict[str, NotFinite | None] = {}
     n_bytes = 0
-    waiting: deque[tuple[LazyTensor, int, Future]] = deque()
+    waiting: deque[Future[list[_Looked]]] = deque()
 
     def finish_one() -> None:
-        entry, elements, future = waiting.popleft()
-        found[entry.name] = total(found.get(entry.name), future.result())
-        step(entry.name, elements)
+        for entry, count, bad in waiting.popleft().result():
+            found[entry.name] = total(found.get(entry.name), bad)
+            step(entry.name, count)
 
     with _threads() as (pool, n_threads):
-        for entry in sorted(read, key=lambda entry: str(entry.file)):
-            tensor = entry.read()
-            n_bytes += tensor.nbytes
-            for piece, offset in tiles(tensor, _PIECE):
-                waiting.append((entry, len(piece), pool.submit(_in_piece, entry, piece, offset)))
-                del piece
-                if len(waiting) > 2 * n_threads:
-                    finish_one()
-            del tensor
+        for task in _tasks(sorted(read, key=lambda entry: str(entry.file))):
+            n_bytes += sum(piece.nbytes for _, piece, _ in task)
+            waiting.append(pool.submit(_look_through, task))
+            del task
+            if len(waiting) > 2 * n_threads:
+                finish_one()
         while waiting:
             finish_one()
     bad = [one for entry in read if (one := found.get(entry.name)) is not None]
@@ -113,10 +113,30 @@ def _why_not(entry: LazyTensor) -> str | None:
     return None if is_twin else entry.unusable
 
 
-def _in_piece(entry: LazyTensor, piece: torch.Tensor, offset: int) -> NotFinite | None:
-    found = None
-    for tile, start in tiles(piece):
-        found = total(found, in_tile(entry.name, entry.shape, tile, offset + start))
+def _tasks(entries: Sequence[LazyTensor]) -> Iterator[list[_Piece]]:
+    """Yield pieces of tensors for a thread: one that is large, or several that are small."""
+    task: list[_Piece] = []
+    size = 0
+    for entry in entries:
+        for piece, offset in tiles(entry.read(), _PIECE):
+            task.append((entry, piece, offset))
+            size += len(piece)
+            if size >= _PIECE or len(task) >= _MOST_PIECES:
+                yield task
+                task, size = [], 0
+    if task:
+        yield task
+
+
+def _look_through(task: list[_Piece]) -> list[_Looked]:
+    """Return what is not finite in each piece; the pieces are released."""
+    found: list[_Looked] = []
+    while task:
+        entry, piece, offset = task.pop()
+        bad = None
+        for tile, start in tiles(piece):
+            bad = total(bad, in_tile(entry.name, entry.shape, tile, offset + start))
+        found.append((entry, len(piece), bad))
     return found
 
 

@@ -102,17 +102,21 @@ def _width(text: str) -> int:
 
 def _table(result: Result, has_ranks: bool = True) -> _Table:
     has_dtypes = len({row.dtype for row, _ in result.pairs}) > 1 and not result.is_comparison
+    has_operators = result.has_operators
     texts = ["matrix", "shape"] + ["dtype"] * has_dtypes
     if result.is_comparison:
         numbers = ["sigma_1,\nfirst", "other", "change"]
         numbers += ["stable rank,\nfirst", "other"] if has_ranks else []
     else:
         numbers = ["sigma_1", "stable\nrank", "||W||_F", "sigma_1\n/ usual"]
-        numbers += ["as an\noperator"] * result.has_operators
+        numbers += ["as an\noperator"] * has_operators
     lines = list(result.pairs if result.has_all_experts else summarized(result.pairs))
     has_stacks = any(isinstance(line, Stack) for line in lines)
     if has_stacks:
-        numbers += ["median\nchange" if result.is_comparison else "median\nof all", "shown:\nexpert"]
+        numbers += [
+            "median\nchange" if result.is_comparison else "median\nof all",
+            "shown:\nexpert",
+        ]
     table = _Table([*texts, *numbers], [False] * len(texts) + [True] * len(numbers))
     for line in lines:
         stack = line if isinstance(line, Stack) else None
@@ -122,7 +126,7 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
             cells += [one.dtype] if has_dtypes else []
             cells += [_number(one.sigma), _number(one.stable_rank, 1), _number(one.norm, 2),
                       _number(one.ratio, 2)]  # fmt: skip
-            if result.has_operators:
+            if has_operators:
                 cells.append("" if one.operator is None else _number(one.operator))
         else:
             if other.shape != one.shape:
