@@ -182,10 +182,10 @@ def as_json(results: Sequence[Checked]) -> str:
 
 
 def lines(result: Checked) -> Iterator[str]:
-    """Yield a line for each tensor that is not finite, one for what was skipped, and a summary."""
+    """Yield a line for each tensor that is not finite, lines for what was skipped, a summary."""
     for one in result.bad:
-        at = f" at {list(one.first_index)}" if one.shape else ""
-        yield f"{one.name}: {one.counts}, the first{at}"
+        at = f", the first at {list(one.first_index)}" if one.shape else ""
+        yield f"{one.name}: {one.counts}{at}"
     reasons: dict[str, list[str]] = {}
     for skipped in result.skipped:
         reasons.setdefault(skipped.reason, []).append(skipped.name)
