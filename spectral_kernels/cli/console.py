@@ -46,16 +46,21 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def escaped_output() -> Iterator[None]:
-    """Let standard output escape characters that its encoding does not have."""
-    stream, errors = sys.stdout, getattr(sys.stdout, "errors", None)
+    """Let standard output be UTF-8 whatever the locale.
+
+    A terminal shows the characters of its own encoding, so that it keeps that; others are escaped.
+    """
+    stream = sys.stdout
     if not isinstance(stream, io.TextIOWrapper):
         yield
         return
-    stream.reconfigure(errors="backslashreplace")
+    encoding, errors = stream.encoding, stream.errors
+    wanted = encoding if stream.isatty() else "utf-8"
+    stream.reconfigure(encoding=wanted, errors="backslashreplace")
     try:
         yield
     finally:
-        stream.reconfigure(errors=errors)
+        stream.reconfigure(encoding=encoding, errors=errors)
 
 
 def integer(at_least: int) -> Callable[[str], int]:
@@ -112,15 +117,20 @@ picture_path = named(".png", ".pdf", ".svg")
 page_path = named(".html", ".htm")
 
 
-def split(text: str) -> tuple[str, int | tuple[int, ...]]:
-    """Return name pattern and parts of ``PATTERN=N`` or ``PATTERN=SIZE,SIZE,...``."""
+def split(text: str) -> tuple[str, int | tuple[int, ...], int | None]:
+    """Return name pattern, parts and dimension of ``PATTERN=N`` or ``PATTERN=SIZE,SIZE,...``.
+
+    The dimension, 0 or 1, follows as ``@1``; None without.
+    """
     pattern, _, sizes = text.rpartition("=")
+    sizes, _, dim = sizes.partition("@")
     try:
         numbers = tuple(map(int, sizes.split(",")))
     except ValueError:
         numbers = ()
-    if not pattern or not numbers or min(numbers) < 1:
+    if not pattern or not numbers or min(numbers) < 1 or dim not in ("", "0", "1"):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}; accepted are PATTERN=N and PATTERN=SIZE,SIZE,..."
+            f"got {text!r}; accepted are PATTERN=N and PATTERN=SIZE,SIZE,..., both "
+            "also with @0 or @1 for a dimension"
         )
-    return pattern, numbers[0] if len(numbers) == 1 else numbers
+    return pattern, numbers[0] if len(numbers) == 1 else numbers, int(dim) if dim else None

@@ -52,14 +52,14 @@ def test_names_of_files_cannot_steer_a_terminal(tmp_path, capsys):
     assert f"a{SHOWN}.pt:w" in out
     assert f"d{SHOWN}: 2 matrices" in out
     one, other = (str(folder / f"{name}.pt") for name in (f"a{HOSTILE}", "b"))
-    torch.save({"only": torch.eye(2)}, other)
+    torch.save({"only": torch.eye(2), "w": torch.eye(2)}, other)
     picture = str(folder / "x.png")
     assert cli.main(["inspect", one, other, "--fail-above", "0.5", "--plot", picture]) == 3
     out, err = capsys.readouterr()
     assert is_harmless(out + err)
     assert f"only in {tmp_path}/d{SHOWN}/b.pt: only" in out
     assert f"picture: {tmp_path}/d{SHOWN}/x.png\n" in out
-    assert err.count("\n") == 2
+    assert err.count("\n") == 3
 
 
 def test_errors_cannot_steer_a_terminal(tmp_path, capsys):
@@ -116,16 +116,32 @@ def test_names_that_escaping_makes_the_same_are_told_apart(tmp_path, capsys):
     assert found == [(r"a\x1b", 1), (r"a\x1b#3", 2), (r"a\x1b#2", 3), ("b", 4)]
 
 
-def test_output_in_another_encoding_is_escaped(tmp_path, monkeypatch):
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("option", [None, "--json", "--csv"])
+def test_output_is_utf_8_whatever_the_locale(tmp_path, monkeypatch, encoding, option):
+    path = tmp_path / "é.pt"
+    torch.save({"\u4e2d": torch.eye(2)}, path)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.main(["inspect", str(path), *([option, "-"] if option else [])]) == 0
+    text = stream.buffer.getvalue().decode("utf-8")
+    # JSON has escapes of its own.
+    assert (r"\u4e2d" if option == "--json" else "\u4e2d") in text
+    if option is None:
+        assert "é.pt: 1 matrices" in text
+    assert (stream.encoding, stream.errors) == (encoding, "strict")
+
+
+def test_a_terminal_keeps_its_encoding(tmp_path, monkeypatch):
     path = tmp_path / "é.pt"
     torch.save({"\u4e2d": torch.eye(2)}, path)
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(stream, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdout", stream)
     assert cli.main(["inspect", str(path)]) == 0
     text = stream.buffer.getvalue().decode("ascii")
-    assert r" \u4e2d " in text
+    assert r"\u4e2d" in text
     assert r"\xe9.pt: 1 matrices" in text
-    assert stream.errors == "strict"
 
 
 @pytest.mark.takes_seconds

@@ -22,8 +22,9 @@ from ..console import (
     tell,
     writable,
 )
-from . import base, report, table
-from .measure import Patterns, measure, planned
+from . import base, check, report, table
+from .matching import Matching, matched
+from .measure import Patterns, Plan, measure, planned
 from .rows import SORTS, Measured
 
 USAGE, ABOVE = 2, 3  # exit codes
@@ -39,7 +40,8 @@ def add_parser(commands) -> None:
             "or more dimensions is a matrix (dim 0, rest). PATTERN is a glob pattern of names, as "
             "'*.mlp.*', and such options may be repeated."
         ),
-        epilog="Exit codes: 0 fine, 1 could not read or write, 2 wrong usage, 3 --fail-above.",
+        epilog="Exit codes: 0 fine, 1 could not read, write or compare, 2 wrong usage, "
+        "3 --fail-above or --check.",
     )
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT",
@@ -56,7 +58,12 @@ def add_parser(commands) -> None:
     parser.add_argument("--exclude", **several, default=[], help="leave these out")
     parser.add_argument(
         "--splits", action="append", default=[], type=split, metavar="PATTERN=N",
-        help="divide dim 0 into N equal parts, or by sizes: '*.qkv.weight=768,256,256'",
+        help="divide the outputs into N equal parts, or by sizes: '*.qkv.weight=768,256,256'; they "
+        "are dim 0, where nothing else is known, or as told: '*.c_attn.weight=3@1'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-splits", action="store_true",
+        help="leave weights whole that are known to hold several matrices, such as q, k and v",
     )  # fmt: skip
     parser.add_argument("--stacked", **several, default=[], help="E matrices from (E, out, in)")
     parser.add_argument(
@@ -68,6 +75,12 @@ def add_parser(commands) -> None:
                          help="largest first (default: as the layers come)")  # fmt: skip
     parser.add_argument("--top", type=integer(1), metavar="N",
                          help="the first N after sorting, by default by sigma")  # fmt: skip
+    parser.add_argument("--experts", action="store_true",
+                         help="a line per expert, instead of one per stack of experts")  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="only look for values that are not finite, in every tensor: exit code 3 if there are",
+    )  # fmt: skip
     parser.add_argument("--json", type=writable, metavar="FILE", help="- for standard output")
     parser.add_argument(
         "--csv", type=writable, metavar="FILE",
@@ -77,8 +90,10 @@ def add_parser(commands) -> None:
                          help="sigma_1 over depth, as .png, .pdf or .svg")  # fmt: skip
     parser.add_argument("--html", type=page_path, metavar="FILE",
                          help="a page: the table, to sort and filter, and the picture")  # fmt: skip
-    parser.add_argument("--fail-above", type=non_negative, metavar="X",
-                         help="exit code 3 if a sigma_1 is above X or not finite")  # fmt: skip
+    parser.add_argument(
+        "--fail-above", type=non_negative, metavar="X",
+        help="exit code 3 if a sigma_1 is above X, or anything is not finite",
+    )  # fmt: skip
     parser.set_defaults(command=run)
 
 
@@ -105,22 +120,35 @@ def _run(arguments: argparse.Namespace) -> int:
         return say("--sort change: needs a second checkpoint", USAGE)
     if arguments.base is not None and arguments.other is not None:
         return say("--base: accepted with one checkpoint; for two give no --base", USAGE)
-    _need("matplotlib" if arguments.plot or arguments.html else None, None if to_stdout else "rich")
+    if arguments.check and (wrong := _not_of_check(arguments)):
+        return say(f"--check: goes with --include, --exclude and --json, not with {wrong}", USAGE)
+    _need("matplotlib" if arguments.plot or arguments.html else None,
+          None if to_stdout or arguments.check else "rich")  # fmt: skip
 
+    splits = {pattern: sizes for pattern, sizes, _ in arguments.splits}
+    dims = {pattern: dim for pattern, _, dim in arguments.splits if dim is not None}
     patterns = Patterns(
-        arguments.include, arguments.exclude, dict(arguments.splits), arguments.stacked,
-        arguments.convolutions,
+        arguments.include, arguments.exclude, splits, arguments.stacked,
+        arguments.convolutions, dims, not arguments.no_splits,
     )  # fmt: skip
     paths = [p for p in (arguments.checkpoint, arguments.other) if p is not None]
-    checkpoints = [Checkpoint(path) for path in paths]
+    # What is stored is looked through, not the weights that are made of it.
+    checkpoints = [Checkpoint(path, effective=not arguments.check) for path in paths]
     for checkpoint in checkpoints:
         if not checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: holds no tensor")
+    compares = len(checkpoints) > 1 and not arguments.check
+    matching = _matched(checkpoints) if compares else Matching()
     try:
         patterns.check([e.name for checkpoint in checkpoints for e in checkpoint.tensors])
-        plans = [planned(checkpoint, patterns) for checkpoint in checkpoints]
+        if arguments.check:
+            return _check(checkpoints, arguments)
+        config = next((c.config for c in checkpoints if c.config), {})
+        plans = [planned(c, patterns, c.config or config) for c in checkpoints]
     except ValueError as error:  # patterns that do not fit the checkpoint
         return say(str(error), USAGE)
+    if compares:
+        _check_common(plans, matching.notes)
     measured = []
     passes = 1 if arguments.base is None else 2
     with _progress(passes * sum(plan.elements for plan in plans)) as step:
@@ -131,7 +159,8 @@ def _run(arguments: argparse.Namespace) -> int:
                     base.compare(plan, model, measured[-1], step)
             plan.checkpoint.close()
 
-    result = report.Result.of(measured, arguments.sort, arguments.top)
+    has_all = arguments.experts or arguments.top is not None
+    result = report.Result.of(measured, arguments.sort, arguments.top, matching.notes, has_all)
     for target, text in ((arguments.json, report.as_json), (arguments.csv, report.as_csv)):
         if target is not None and str(target) == "-":
             sys.stdout.write(text(result))
@@ -155,17 +184,72 @@ def _run(arguments: argparse.Namespace) -> int:
     return _above(measured, arguments.fail_above)
 
 
+def _matched(checkpoints: Sequence[Checkpoint]) -> Matching:
+    """Give the tensors of the second checkpoint the names that they have in the first one."""
+    shapes = [{e.name: e.shape for e in c.tensors if not e.in_optimizer} for c in checkpoints]
+    found = matched(*shapes)
+    checkpoints[1].tensors = found.renamed(checkpoints[1].tensors)
+    return found
+
+
+def _check_common(plans: Sequence[Plan], notes: Sequence[str]) -> None:
+    """Raise CheckpointError if two checkpoints have no matrix in common, however it is named."""
+    first, other = plans
+    if set(first.matrices) & set(other.matrices):
+        return
+    examples = [f"'{next(iter(plan.matrices))}' in {plan.checkpoint.path}"
+                for plan in plans if plan.matrices]  # fmt: skip
+    said = ", such as " + " and ".join(examples) if examples else ""
+    raise CheckpointError("; ".join([f"nothing to compare: no matrix is in both{said}", *notes]))
+
+
+def _not_of_check(arguments: argparse.Namespace) -> str:
+    """Return the options that were given and say nothing to --check."""
+    given = {
+        "--csv": arguments.csv, "--plot": arguments.plot, "--top": arguments.top,
+        "--sort": arguments.sort, "--splits": arguments.splits, "--stacked": arguments.stacked,
+        "--no-splits": arguments.no_splits, "--experts": arguments.experts,
+        "--fail-above": arguments.fail_above is not None or None,
+    }  # fmt: skip
+    return ", ".join(option for option, value in given.items() if value)
+
+
+def _check(checkpoints: Sequence[Checkpoint], arguments: argparse.Namespace) -> int:
+    """Look through checkpoints for values that are not finite, and return the exit code."""
+    taken = [check.chosen(c.tensors, arguments.include, arguments.exclude) for c in checkpoints]
+    results = []
+    with _progress(sum(map(check.elements, taken))) as step:
+        for checkpoint, entries in zip(checkpoints, taken, strict=True):
+            results.append(check.check(checkpoint, entries, step))
+            checkpoint.close()
+    if arguments.json is not None and str(arguments.json) != "-":
+        arguments.json.write_text(check.as_json(results), encoding="utf-8")
+    if str(arguments.json) == "-":
+        sys.stdout.write(check.as_json(results))
+    else:
+        for result in results:
+            for line in check.lines(result):
+                tell(line)
+    return ABOVE if any(result.bad for result in results) else 0
+
+
 def _above(measured: Sequence[Measured], limit: float | None) -> int:
     """Report matrices above the limit or not finite, and return the exit code."""
     if limit is None:
         return 0
-    above = [(one.path, row) for one in measured for row in one.rows if not row.sigma <= limit]
-    for path, row in above[:10]:
-        where = f"{path}: " if len(measured) > 1 else ""
-        say(f"{where}{row.name}: sigma_1 {row.sigma:.4g} is above {limit:g}", ABOVE)
-    if len(above) > 10:
-        say(f"and {len(above) - 10} more", ABOVE)
-    return ABOVE if above else 0
+    said = []
+    for one in measured:
+        where = f"{one.path}: " if len(measured) > 1 else ""
+        said += [f"{where}{bad.name}: {bad.counts}" for bad in one.not_finite]
+        bad_names = tuple(bad.name for bad in one.not_finite)
+        said += [f"{where}{row.name}: sigma_1 {row.sigma:.4g} is above {limit:g}"
+                 for row in one.rows if not row.sigma <= limit
+                 and (row.sigma > limit or not row.name.startswith(bad_names))]  # fmt: skip
+    for line in said[:10]:
+        say(line, ABOVE)
+    if len(said) > 10:
+        say(f"and {len(said) - 10} more", ABOVE)
+    return ABOVE if said else 0
 
 
 def _need(*packages: str | None) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -14,13 +16,17 @@ from ...diagnostics.checkpoints import Checkpoint, LazyTensor, Skipped
 from ...diagnostics.low_rank import product_singular_values
 from ...engine import operators
 from ...engine.lanczos import singular_values
-from ...selection.arguments import check_patterns
+from ...selection.arguments import check_patterns, match_any
 from ...selection.matrices import Matrix, NothingSelected
 from ...selection.options import Convolutions
 from ...selection.rules import FLOAT_DTYPES, select
 from ...tables.layout import layout_of
+from .check import chosen
+from .finite import has_kernel, not_finite
+from .fused import Recognizer, by_hand, divided
 from .parallel import for_each
 from .rows import MatrixRow, Measured, kind
+from .stacks import expert_of
 
 RTOL = 1e-4
 _PIECE = 1 << 15  # elements converted to float64 at a time: 256 kB, which stay in a cache
@@ -38,6 +44,10 @@ class Patterns:
     splits: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     stacked: Sequence[str] = ()
     convolutions: Convolutions = "flattened"
+    dims: Mapping[str, int] = field(default_factory=dict)
+    """Pattern of ``splits`` -> dimension, if not that of the outputs."""
+    recognize: bool = True
+    """Whether weights that are known to hold several matrices are divided; patterns go first."""
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError for a pattern that matches none of the names."""
@@ -47,12 +57,11 @@ class Patterns:
     def of(self, names: Sequence[str]) -> dict:
         """Return the arguments of ``select`` for one checkpoint: the patterns that match there."""
         include = ["*"] if self.include is None else self.include
-        here = {p for p in (*include, *self.exclude, *self.splits, *self.stacked)
+        here = {p for p in (*include, *self.exclude, *self.stacked)
                 if fnmatch.filter(names, p)}  # fmt: skip
         return {
             "include": [p for p in include if p in here],
             "exclude": [p for p in self.exclude if p in here],
-            "splits": {p: n for p, n in self.splits.items() if p in here},
             "stacked": [p for p in self.stacked if p in here],
             "convolutions": self.convolutions,
         }
@@ -67,19 +76,28 @@ class Plan:
     """Name of a tensor -> the tensor and its matrices, in the order of the layers."""
     skipped: Sequence[Skipped]
     of_optimizer: int
+    others: Sequence[LazyTensor] = ()
+    """What holds no matrix, such as biases; it is only looked through for values not finite."""
+    whole: Sequence[Skipped] = ()
+    """Weights that hold several matrices, but are measured as one, and why."""
 
     @property
     def elements(self) -> int:
         """Number of elements that will be read."""
-        return sum(math.prod(entry.shape) for entry, _ in self.matrices.values())
+        read = [*(entry for entry, _ in self.matrices.values()), *self.others]
+        return sum(math.prod(entry.shape) for entry in read)
 
 
-def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
+def planned(
+    checkpoint: Checkpoint, patterns: Patterns, config: Mapping[str, Any] | None = None
+) -> Plan:
     """Choose the matrices by the rules of ``select``, from shapes alone.
 
     Args:
-        checkpoint: its tensors with two or more dimensions are matrices (dim 0, rest).
+        checkpoint: its tensors with two or more dimensions are matrices (dim 0, rest), but for
+            those that ``fused`` knows better.
         patterns: which of them are measured, and how they are divided.
+        config: of the model; None: the checkpoint's own.
 
     Raises:
         ValueError: a split or a stack that does not fit a tensor.
@@ -96,7 +114,11 @@ def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
             dtype, shape = torch.bool, (0,) * len(shape)
         metas.append((entry.name, torch.empty(shape, dtype=dtype, device="meta")))
     matrices: dict[str, tuple[LazyTensor, list[Matrix]]] = {}
+    shapes = {entry.name: entry.shape for entry in entries}
+    recognizer = Recognizer(shapes, checkpoint.config if config is None else config)
     arguments = patterns.of(list(by_name))
+    if patterns.recognize:
+        arguments["stacked"] += [glob.escape(n) for n in by_name if recognizer.is_stack(n)]
     try:
         selection = select(metas, biases=False, norms=False, trainable_only=False, **arguments)
         skipped = selection.skipped
@@ -105,12 +127,36 @@ def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
             matrices.setdefault(name, (by_name[name], []))[1].append(matrix)
     except NothingSelected as nothing:
         skipped = nothing.skipped
+    whole = _divide(matrices, patterns, recognizer)
     shown = [
         _skipped(by_name[name], reasons.get(name, why)) for name, why in skipped
         if why != "not in include" and not why.startswith("exclude ")
     ]  # fmt: skip
     shown += checkpoint.skipped
-    return Plan(checkpoint, matrices, shown, of_optimizer)
+    others = [e for e in chosen(entries, patterns.include, patterns.exclude)
+              if e.name not in matrices and e.unusable is None and has_kernel(e.dtype)]  # fmt: skip
+    return Plan(checkpoint, matrices, shown, of_optimizer, others, whole)
+
+
+def _divide(
+    matrices: dict[str, tuple[LazyTensor, list[Matrix]]],
+    patterns: Patterns,
+    recognizer: Recognizer,
+) -> list[Skipped]:
+    """Divide weights by hand or by what is known of them; return those that stay whole."""
+    whole = []
+    for name, (entry, found) in matrices.items():
+        stored = recognizer.of(name) if patterns.recognize and entry.factors is None else None
+        if (pattern := match_any([name], patterns.splits)) is not None:
+            dim = patterns.dims.get(pattern, 0 if stored is None else stored.row_dim)
+            shape = entry.shape if found[0].index is None else entry.shape[1:]
+            stored = by_hand(name, shape, pattern, patterns.splits[pattern], dim)
+        if stored is None:
+            continue
+        if stored.whole is not None:
+            whole.append(_skipped(entry, stored.whole))
+        matrices[name] = entry, [part for one in found for part in divided(one, stored)]
+    return whole
 
 
 def _skipped(entry: LazyTensor, why: str) -> Skipped:
@@ -134,19 +180,29 @@ def measure(
         CheckpointError: a tensor that cannot be read.
     """
     found = Measured(plan.checkpoint.path, [], list(plan.skipped), plan.of_optimizer)
+    found.whole = plan.whole
     rows: dict[str, MatrixRow] = {}
 
     def measured(pair: tuple[LazyTensor, Sequence[Matrix]]) -> None:
         entry, matrices = pair
         step(entry.name, 0)
+        has_finite_norms = bool(matrices)
         try:
-            rows.update((row.name, row) for row in _rows(entry, matrices, backend))
+            own = _rows(entry, matrices, backend) if matrices else []
+            rows.update((row.name, row) for row in own)
+            has_finite_norms &= all(math.isfinite(row.norm) for row in own)
         except RuntimeError as error:  # no convergence
             found.skipped.append(_skipped(entry, str(error)))
+        if not has_finite_norms and (bad := not_finite(entry.name, entry.read())) is not None:
+            found.not_finite.append(bad)
         step(entry.name, math.prod(entry.shape))
 
-    pairs = sorted(plan.matrices.values(), key=lambda pair: str(pair[0].file))
+    nothing: Sequence[Matrix] = ()
+    pairs = [*plan.matrices.values(), *((entry, nothing) for entry in plan.others)]
+    pairs.sort(key=lambda pair: str(pair[0].file))
     for_each(measured, pairs, size=lambda pair: math.prod(pair[0].shape))
+    order = {entry.name: i for i, entry in enumerate(plan.checkpoint.tensors)}
+    found.not_finite.sort(key=lambda one: order[one.name])
     for _, matrices in plan.matrices.values():
         found.rows += [rows[m.name] for m in matrices if m.name in rows]
     return found
@@ -171,6 +227,7 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
             MatrixRow(
                 matrix.name, named + (label[0] if label else ""), tuple(part.shape), *matrix.shape,
                 entry.dtype, sigma, norm, operator, entry.made_by,
+                expert=expert_of(entry.name, matrix),
             )
         )  # fmt: skip
     return rows

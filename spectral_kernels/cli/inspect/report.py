@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ...diagnostics.untrusted import csv_cell
 from .base import EPSILON, LIMIT, VECTORS
+from .check import values_of
 from .measure import RTOL
 from .rows import Added, MatrixRow, Measured, change, ordered
 
@@ -48,13 +49,26 @@ class Result:
     """Number of pairs before the cut."""
     only: Sequence[Sequence[MatrixRow]]
     """Rows that only the first, and only the second checkpoint has."""
+    notes: Sequence[str] = ()
+    """What was matched under another name, and what could not be told."""
+    has_all_experts: bool = True
+    """Whether the table has a line per expert, not per stack of them."""
 
     @classmethod
-    def of(cls, measured: Sequence[Measured], sort: str | None, top: int | None) -> Result:
+    def of(
+        cls,
+        measured: Sequence[Measured],
+        sort: str | None,
+        top: int | None,
+        notes: Sequence[str] = (),
+        has_all_experts: bool = True,
+    ) -> Result:
         """Match two checkpoints by name, sort and cut."""
         first = measured[0].rows
+        more = notes, has_all_experts
         if len(measured) == 1:
-            return cls(measured, ordered([(row, None) for row in first], sort, top), len(first), ())
+            pairs = ordered([(row, None) for row in first], sort, top)
+            return cls(measured, pairs, len(first), (), *more)
         others = {row.name: row for row in measured[1].rows}
         names = {row.name for row in first}
         both = [(row, others[row.name]) for row in first if row.name in others]
@@ -62,7 +76,7 @@ class Result:
             [row for row in first if row.name not in others],
             [row for row in measured[1].rows if row.name not in names],
         )
-        return cls(measured, ordered(both, sort, top), len(both), only)
+        return cls(measured, ordered(both, sort, top), len(both), only, *more)
 
     @property
     def is_comparison(self) -> bool:
@@ -100,6 +114,7 @@ def as_json(result: Result) -> str:
         document["only_in_checkpoint"], document["only_in_other"] = (
             [_values(row) for row in rows] for rows in result.only
         )
+        document["matching"] = list(result.notes)
     if result.has_base:
         first = result.measured[0]
         document["base"] = {
@@ -107,6 +122,8 @@ def as_json(result: Result) -> str:
             "intruder_epsilon": EPSILON, "intruder_limit": LIMIT,
             "unmatched": [{"name": s.name, "reason": s.reason} for s in first.unmatched],
         }  # fmt: skip
+    document["not_finite"] = [values_of(m.path, one) for m in result.measured
+                              for one in m.not_finite]  # fmt: skip
     document["skipped"] = [
         {"checkpoint": str(one.path), "name": s.name, "shape": list(s.shape),
          "dtype": s.dtype, "reason": s.reason}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...diagnostics.checkpoints import Skipped
 from ...diagnostics.checkpoints.entries import natural
+from .finite import NotFinite
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class MatrixRow:
     """The largest singular values, if several were asked for."""
     added: Added | None = None
     """What it adds to a base model, if one was given and has the weight."""
+    expert: tuple[str, int] | None = None
+    """The stack that the matrix belongs to, and its number there; None: it is none of several."""
 
     @property
     def size(self) -> int:
@@ -96,6 +99,10 @@ class Measured:
     """The base model that the matrices are compared with."""
     unmatched: list[Skipped] = field(default_factory=list)
     """Matrices without a weight in the base model, and why."""
+    not_finite: list[NotFinite] = field(default_factory=list)
+    """All tensors with values that are not finite, in the order of the layers."""
+    whole: Sequence[Skipped] = ()
+    """Weights that hold several matrices, but were measured as one, and why."""
 
 
 def kind(name: str) -> str:

@@ -17,6 +17,7 @@ from .base import EPSILON, VECTORS
 from .measure import RTOL
 from .report import Result, size
 from .rows import change
+from .stacks import Stack, summarized
 
 _FEW = 3  # names shown of a long list
 _LEAST_WIDTH = 16  # of names
@@ -103,21 +104,31 @@ def _width(text: str) -> int:
 
 def _table(result: Result, has_ranks: bool = True) -> _Table:
     has_dtypes = len({row.dtype for row, _ in result.pairs}) > 1 and not result.is_comparison
+    has_operators = result.has_operators
     texts = ["matrix", "shape"] + ["dtype"] * has_dtypes
     if result.is_comparison:
         numbers = ["sigma_1,\nfirst", "other", "change"]
         numbers += ["stable rank,\nfirst", "other"] if has_ranks else []
     else:
         numbers = ["sigma_1", "stable\nrank", "||W||_F", "sigma_1\n/ usual"]
-        numbers += ["as an\noperator"] * result.has_operators
+        numbers += ["as an\noperator"] * has_operators
+    lines = list(result.pairs if result.has_all_experts else summarized(result.pairs))
+    has_stacks = any(isinstance(line, Stack) for line in lines)
+    if has_stacks:
+        numbers += [
+            "median\nchange" if result.is_comparison else "median\nof all",
+            "shown:\nexpert",
+        ]
     table = _Table([*texts, *numbers], [False] * len(texts) + [True] * len(numbers))
-    for one, other in result.pairs:
-        cells = [one.name, size(one.shape)]
+    for line in lines:
+        stack = line if isinstance(line, Stack) else None
+        one, other = line.shown if isinstance(line, Stack) else line
+        cells = [one.name if stack is None else stack.name, size(one.shape)]
         if other is None:
             cells += [one.dtype] if has_dtypes else []
             cells += [_number(one.sigma), _number(one.stable_rank, 1), _number(one.norm, 2),
                       _number(one.ratio, 2)]  # fmt: skip
-            if result.has_operators:
+            if has_operators:
                 cells.append("" if one.operator is None else _number(one.operator))
         else:
             if other.shape != one.shape:
@@ -126,6 +137,8 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
                       _percent(change(one.sigma, other.sigma))]  # fmt: skip
             if has_ranks:
                 cells += [_number(one.stable_rank, 1), _number(other.stable_rank, 1)]
+        if has_stacks:
+            cells += _stack_cells(stack, other is not None)
         if not all(math.isfinite(row.sigma) for row in (one, other) if row is not None):
             table.bad.add(len(table.rows))
         table.rows.append(cells)
@@ -167,6 +180,14 @@ def _base_lines(result: Result) -> list[str]:
     return lines
 
 
+def _stack_cells(stack: Stack | None, is_comparison: bool) -> list[str]:
+    """Return the median of a stack, and which of its matrices the line shows."""
+    if stack is None:
+        return ["", ""]
+    median = (_percent if is_comparison else _number)(stack.median)
+    return [median, f"{stack.number} of {stack.count}"]
+
+
 def _folded(name: str, width: int) -> str:
     """Break a name that is too long into lines: after dots, and inside what is still too long."""
     if _width(name) <= width:
@@ -188,7 +209,7 @@ def notes(result: Result) -> list[str]:
     shown = "" if len(result.pairs) == result.total else f", {len(result.pairs)} shown"
     if result.is_comparison:
         lines = [f"first: {first.path}", f"other: {result.measured[1].path}",
-                 f"{result.total} matrices in both{shown}"]  # fmt: skip
+                 f"{result.total} matrices in both{shown}", *result.notes]  # fmt: skip
         for rows, one in zip(result.only, result.measured, strict=True):
             if rows:
                 lines.append(f"only in {one.path}: {_some([row.name for row in rows])}")
@@ -205,6 +226,10 @@ def notes(result: Result) -> list[str]:
         made = collections.Counter(row.made_by for row in one.rows if row.made_by)
         lines += [f"made{where} of stored tensors: {n} matrices, {how}" for how, n in made.items()]
         lines += [f"skipped{where}, {text}" for text in _grouped(one.skipped)]
+        lines += [f"not divided{where}, {text}" for text in _grouped(one.whole)]
+        if one.not_finite:
+            some = _some([f"{bad.name} {bad.counts}" for bad in one.not_finite], "; ")
+            lines.append(f"not finite{where}: {some}")
         if one.of_optimizer:
             lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
                          "(--include '*' takes them too)")  # fmt: skip
@@ -229,9 +254,9 @@ def _grouped(skipped: Sequence[Skipped]) -> list[str]:
     ]
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Sequence[str], between: str = ", ") -> str:
     more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return ", ".join(names[:_FEW]) + more
+    return between.join(names[:_FEW]) + more
 
 
 def _many(number: int) -> str:
@@ -249,4 +274,6 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _percent(value: float) -> str:
+    if math.isnan(value):
+        return "nan"
     return f"{value:+.1f} %" if not abs(value) >= 1e5 else f"{value:+.1e} %"
