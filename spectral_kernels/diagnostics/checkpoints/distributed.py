@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,7 @@ class DistributedFolder:
         shape, dtype, pieces = self._tensors[key]
         if len(pieces) == 1 and pieces[0].sizes == shape:
             return self._chunk(key, dtype, pieces[0])
-        return assembled(
-            shape, dtype, ((p, lambda p=p: self._chunk(key, dtype, p)) for p in pieces)
-        )
+        return assembled(shape, dtype, ((p, partial(self._chunk, key, dtype, p)) for p in pieces))
 
     def _add_chunk(self, index: Record, info: Record) -> None:
         at, state = index.state, info.state

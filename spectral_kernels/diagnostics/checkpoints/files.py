@@ -18,6 +18,7 @@ from .kinds import ACCEPTED, PICKLED, kind_of
 _INDEX_BYTES = 1 << 27
 # So many files of unknown names in a folder are looked into.
 _MOST_UNKNOWN = 100
+_TEXTS = (".json", ".html", ".htm", ".xml", ".svg", ".txt", ".md", ".py")
 _INDICES = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"))
 # What is written beside a model in another precision, or with averaged weights.
 _VARIANT = re.compile(r"\.(fp16|bf16|fp32|fp8|int8|int4|8bit|4bit|non_ema|ema)(?=[.-])")
@@ -104,8 +105,8 @@ def files_in(folder: Path) -> Found | None:
     given = given or [f for f in files if f.suffix in PICKLED and f not in shards]
     skipped = [Skipped(printable(f.name), _ZERO_ADVICE) for f in shards]
     if given:
-        taken, others = _one_set(given)
-        return Found(taken, None, True, [*skipped, *_beside(others, taken[0])])
+        chosen, left = _one_set(given)
+        return Found(chosen, None, True, [*skipped, *_beside(left, chosen[0])])
     if shards:
         raise CheckpointError(f"{folder}: {printable(shards[0].name)} is {_ZERO_ADVICE}")
     return _unknown(folder, files)
@@ -115,12 +116,15 @@ def _unknown(folder: Path, files: Sequence[Path]) -> Found | None:
     """Look into files that have no name of a checkpoint."""
     found, error = [], None
     for file in files[:_MOST_UNKNOWN]:
+        if file.suffix in _TEXTS:
+            continue
         try:
             check_regular(file)
-            kind_of(file)
-            found.append(file)
+            if file.stat().st_size:
+                kind_of(file)
+                found.append(file)
         except CheckpointError as caught:
-            if "not the name of a checkpoint" not in str(caught) and file.suffix != ".json":
+            if "not the name of a checkpoint" not in str(caught):
                 error = error or caught
         except OSError:
             continue

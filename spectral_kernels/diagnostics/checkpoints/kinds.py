@@ -27,8 +27,8 @@ _MAGIC = {
     b"ggml": "it is a file of ggml; name the checkpoint that it was made of",
     b"\x89HDF\r\n": f"it is an HDF5 file, as Keras writes; {_ELSEWHERE}",
     b"\x93NUMPY": "it is an array of numpy (.npy); save it with safetensors.numpy.save_file",
-    b"\x0a\xff\xf7": f"it is a file of TensorFlow; {_ELSEWHERE}",
 }
+_TENSORFLOW = re.compile(r"\.(pb|index|meta|data-\d+-of-\d+)$")
 _HTML = re.compile(rb"(?i)\s*(<!doctype html|<html|<head|<\?xml)")
 # The map of a msgpack file, with a text as its first key; pickles begin with 0x80 and 2 to 5.
 _MSGPACK = re.compile(rb"(?s)([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9\xda]")
@@ -54,6 +54,8 @@ def kind_of(file: Path) -> str:
         return SAFETENSORS
     if file.suffix in PICKLED or start[:1] == b"\x80":
         return TORCH
+    if _TENSORFLOW.search(file.name):
+        raise CheckpointError(f"{file}: it is a file of TensorFlow; {_ELSEWHERE}")
     raise CheckpointError(f"{file}: not the name of a checkpoint; accepted are {ACCEPTED}")
 
 

@@ -11,8 +11,8 @@ _PARTS = re.compile(
     r"|exp_avg(_sq|_slow|_fast)?|max_exp_avg_sq|exp_inf|momentum_buffer|square_avg|acc_delta"
 )
 _FILES = re.compile(
-    r"(optim|scheduler|rng_state|random_states|scaler|sampler).*|.*[._-]optim(izer|_states)?"
-    r"|.*_optim_states?"
+    r"(optim(izer)?s?|(lr_)?scheduler|rng_state|random_states|scaler|sampler)([._-].*|\d+)?"
+    r"|.*[._-]optim(izer|_states)?"
 )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from io import RawIOBase
+from typing import IO, Any, cast
 
 # Opcodes of one pickle; about 60 per tensor are usual. Each takes at most some 100 bytes.
 _MOST_OPCODES = 20_000_000
 # Whatever takes these from a pickle wants to run something.
 _RUNNING = {
     "os", "posix", "nt", "sys", "subprocess", "pty", "runpy", "importlib", "socket", "shutil",
-    "ctypes", "webbrowser", "code",
+    "ctypes", "webbrowser", "commands",  # Python 2's name of subprocess
 }  # fmt: skip
 _RUNNING_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "breakpoint", "input"}
 _SCALARS = (str, bytes, int, float, type(None))
@@ -49,7 +51,7 @@ class Record:
     """Set by key, or appended, then with their index as the key."""
 
 
-def read_pickle(stream: BinaryIO, storages: list[Record] | None = None) -> Any:
+def read_pickle(stream: IO[bytes] | RawIOBase, storages: list[Record] | None = None) -> Any:
     """Return what a pickle holds: numbers, text, lists, tuples, dicts, Globals and Records.
 
     Sets become lists. The stream is left behind the end of the pickle.
@@ -75,8 +77,9 @@ class _Reader:
         self.below: list[list[Any]] = []  # the stacks below the marks
         self.memo: dict[int, Any] = {}
 
-    def read(self, stream: BinaryIO) -> Any:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+    def read(self, stream: IO[bytes] | RawIOBase) -> Any:
+        opcodes = pickletools.genops(cast(IO[bytes], stream))
+        for number, (opcode, argument, _) in enumerate(opcodes):
             if number == _MOST_OPCODES:
                 raise PickleError(f"its pickle has more than {_MOST_OPCODES} steps")
             try:
@@ -189,6 +192,10 @@ class _Reader:
 
     def persistent(self, identity: Any) -> None:
         identity = identity if isinstance(identity, tuple) else (identity,)
+        if len(identity) == 4 and identity[0] == "module":
+            # The format before torch 1.6 has the source code of a module beside its class.
+            self.stack.append(identity[1])
+            return
         self.storages.append(Record(STORAGE, identity))
         self.stack.append(self.storages[-1])
 
@@ -198,7 +205,7 @@ _LITERALS = frozenset({
     "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE",
     "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "FLOAT", "BINFLOAT",
 })  # fmt: skip
-_NEW = {
+_NEW: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": list,
 }  # fmt: skip

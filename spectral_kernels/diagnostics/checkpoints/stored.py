@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from .messages import CheckpointError
 
+ByteOrder = Literal["little", "big"]
 # Boundaries of pieces divide a tensor into so many cells at most.
 _MOST_CELLS = 1 << 22
 
@@ -90,8 +91,8 @@ def mapped(place: Place, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=dtype, count=n_elements, offset=before)
 
 
-def other_order(order: str) -> bool:
-    """Return whether bytes in ``order``, "little" or "big", have to be swapped here."""
+def other_order(order: ByteOrder) -> bool:
+    """Return whether bytes in this order have to be swapped here."""
     return order != sys.byteorder
 
 
@@ -136,9 +137,3 @@ def gap(shape: tuple[int, ...], pieces: Sequence[Piece]) -> str | None:
             return "its pieces overlap"
         taken[cells] = True
     return None
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a tensor in rows, in elements."""
-    sizes = itertools.accumulate([1, *[max(n, 1) for n in reversed(shape)][:-1]], int.__mul__)
-    return tuple(reversed(list(sizes)))[: len(shape)] if shape else ()

@@ -16,13 +16,13 @@ from .entries import CheckpointError, LazyTensor, Skipped
 from .messages import broken
 from .names import is_optimizers
 from .pickles import HostileError, PickleError, Record, read_pickle
-from .stored import Place, StoredTensor
+from .stored import ByteOrder, Place, StoredTensor
 from .torch_objects import TorchObjects, itemsize, storage_of
 
-_MAGIC = 0x1950A86A20F9469CFC6C
+_MAGIC = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+_PLAIN_BYTES = 1 << 16
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _NOT_LOADED = "not loaded, since it is no tensor"
-_TRUST = "If you trust the file, save its tensors with torch.save or safetensors"
 
 
 class TorchFile:
@@ -188,18 +188,20 @@ class _Archive:
             raise PickleError(f"{printable(name)} reaches beyond the end of the archive")
         return Place(self._file, self._part.start + before, member.file_size)
 
-    def read(self, name: str, most: int | None = None) -> bytes:
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a member."""
         place = self.place(name)
         self._part.seek(place.start - self._part.start)
-        return self._part.read(place.n_bytes if most is None else min(most, place.n_bytes))
+        return self._part.read(place.n_bytes)
 
     def load(self) -> tuple[object, TorchObjects]:
         """Return the objects of the archive, and what finds tensors among them."""
-        order = "little"
+        order: ByteOrder = "little"
         if f"{self.root}byteorder" in self.members:
-            order = self.read(f"{self.root}byteorder", 8).decode("ascii").strip()
-            if order not in ("little", "big"):
+            written = self.read(f"{self.root}byteorder").strip()
+            if written not in (b"little", b"big"):
                 raise PickleError("the order of its bytes is neither little nor big")
+            order = "little" if written == b"little" else "big"
         root = read_pickle(io.BytesIO(self.read(f"{self.root}data.pkl")))
         return root, TorchObjects(self._storage, order)
 
@@ -216,12 +218,16 @@ def _legacy(file: Path, part: _Part) -> tuple[object, TorchObjects]:
     It has pickles of a magic number, the version, the machine, the objects and the keys of the
     storages; then each storage as its number of elements and the elements.
     """
-    first = read_pickle(part)
-    if first != _MAGIC:
-        raise CheckpointError(f"{file}: {_plain_pickle(first)}")
+    start = part.read(_PLAIN_BYTES)
+    if _MAGIC not in start[:64]:
+        if start[:1] != b"\x80" or len(start) < 64:
+            raise PickleError("neither a zip archive nor a pickle of torch.save")
+        raise CheckpointError(f"{file}: {_plain_pickle(start)}")
+    part.seek(0)
+    read_pickle(part)
     storages: list[Record] = []
     _, machine, root, keys = (read_pickle(part, storages) for _ in range(4))
-    order = "little" if machine.get("little_endian", True) else "big"
+    order: ByteOrder = "little" if machine.get("little_endian", True) else "big"
     held = {str(s.arguments[2]): storage_of(s) for s in storages}
     places: dict[str, Place] = {}
     for key in map(str, keys):
@@ -239,22 +245,15 @@ def _legacy(file: Path, part: _Part) -> tuple[object, TorchObjects]:
     return root, TorchObjects(find, order)
 
 
-def _plain_pickle(root: object) -> str:
+def _plain_pickle(start: bytes) -> str:
     """Return what a pickle is that torch.save has not written."""
-    waiting, looked = [root], 0
-    while waiting and looked < 1000:
-        value = waiting.pop()
-        looked += 1
-        if isinstance(value, Record) and "numpy" in value.kind:
-            return (
-                "a plain pickle with arrays of numpy; it was not unpickled, since that could run "
-                "code of its author. If you trust it, save them with safetensors.numpy.save_file"
-            )
-        if isinstance(value, Record):
-            waiting += [value.state, *(v for _, v in value.items)]
-        waiting += value.values() if isinstance(value, dict) else ()
-        waiting += value if isinstance(value, list | tuple) else ()
-    return f"a plain pickle, not a file of torch.save; it was not unpickled. {_TRUST}"
+    what, save = "", "torch.save or safetensors"
+    if b"numpy" in start:
+        what, save = " with arrays of numpy", "safetensors.numpy.save_file"
+    return (
+        f"a plain pickle{what}, not a file of torch.save; it was not unpickled, since that could "
+        f"run code of its author. If you trust it, save its weights with {save}"
+    )
 
 
 def _other_archive(members: dict[str, zipfile.ZipInfo]) -> str:

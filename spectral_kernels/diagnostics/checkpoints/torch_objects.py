@@ -12,7 +12,7 @@ import torch
 from .entries import CheckpointError, short
 from .names import of_optimizer
 from .pickles import STORAGE, Global, PickleError, Record
-from .stored import Piece, Place, StoredTensor, other_order
+from .stored import ByteOrder, Piece, Place, StoredTensor, other_order
 
 _LONGEST_NAME = 4096
 _MOST_DIMS = 64
@@ -51,14 +51,14 @@ class TorchObjects:
 
     Args:
         find: returns the place of a storage from its persistent id, whose size in bytes it is told.
-        order: of the bytes of an element, ``"little"`` or ``"big"``.
+        order: of the bytes of an element.
 
     Attributes:
         tensors: name -> tensor, and whether it is of an optimizer.
         others: names of the classes of objects that are no tensors.
     """
 
-    def __init__(self, find: Callable[[tuple, int], Place], order: str = "little") -> None:
+    def __init__(self, find: Callable[[tuple, int], Place], order: ByteOrder = "little") -> None:
         self._find = find
         self._is_swapped = other_order(order)
         self.tensors: dict[str, tuple[StoredTensor, bool]] = {}
@@ -195,7 +195,7 @@ class TorchObjects:
         return made
 
 
-_REBUILD = {
+_REBUILD: dict[str, Callable[..., StoredTensor]] = {
     "tensor": TorchObjects._strided,
     "tensor_v2": TorchObjects._strided,
     "tensor_v3": TorchObjects._strided_v3,
