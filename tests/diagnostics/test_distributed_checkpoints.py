@@ -38,6 +38,11 @@ def test_a_folder_of_one_rank_is_read_without_its_pickles(folder, monkeypatch):
     check(Checkpoint(path / ".metadata"), tensors)
 
 
+def read_all(path):
+    for _, tensor in Checkpoint(path):
+        tensor.read()
+
+
 def altered(path, change):
     """Rewrite the metadata of a folder after ``change(metadata)``."""
     with (path / ".metadata").open("rb") as file:
@@ -101,8 +106,7 @@ def test_metadata_that_does_not_fit_is_an_error(folder, how):
     path, _ = folder
     altered(path, WRONG[how])
     with pytest.raises(CheckpointError) as caught:
-        for _, tensor in Checkpoint(path):
-            tensor.read()
+        read_all(path)
     assert str(caught.value).startswith(f"{path}{os.sep}")
 
 
@@ -142,8 +146,7 @@ def test_a_hostile_chunk_is_not_run(folder, tmp_path):
     size = (path / "__0_0.distcp").stat().st_size
     altered(path, lambda held: set_storage(held, offset=0, length=size))
     with pytest.raises(CheckpointError):
-        for _, tensor in Checkpoint(path):
-            tensor.read()
+        read_all(path)
     assert not touched.exists()
 
 
@@ -168,6 +171,7 @@ def test_shards_of_deepspeed_are_named_with_the_script_that_merges_them(tmp_path
 
 RANK = """
 import os, sys, torch, torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import torch.distributed.checkpoint as dcp

@@ -119,8 +119,7 @@ def _unknown(folder: Path, files: Sequence[Path]) -> Found | None:
         if file.suffix in _TEXTS:
             continue
         try:
-            check_regular(file)
-            if file.stat().st_size:
+            if irregular(file) is None and file.stat().st_size:
                 kind_of(file)
                 found.append(file)
         except CheckpointError as caught:

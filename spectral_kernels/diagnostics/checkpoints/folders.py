@@ -105,7 +105,8 @@ def _last_step(found: dict[str, Path]) -> tuple[dict[str, Path], list[Skipped]]:
 
 def without_path(error: CheckpointError, path: Path) -> str:
     """Return what an error says, without the path that it begins with."""
-    return printable(str(error).removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}"))
+    before = printable(str(path))
+    return str(error).removeprefix(f"{before}: ").removeprefix(f"{before}{os.sep}")
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..untrusted import printable
 from .pickles import PickleError
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read; the message names the file and the reason."""
+    """A checkpoint that cannot be read; the message names the file and the reason, escaped."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def broken(file: Path, error: Exception, where: str = "") -> CheckpointError:

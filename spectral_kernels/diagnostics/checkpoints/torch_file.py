@@ -129,7 +129,7 @@ class _Part(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.n_bytes}[whence]
         if base + offset < 0:
-            raise ValueError("a position before the beginning of the file")
+            raise OSError("a position before the beginning of the file")
         self._at = base + offset
         return self._at
 
