@@ -59,14 +59,15 @@ def folders_in(folder: Path) -> tuple[dict[str, Path], list[Skipped]]:
     """
     found: dict[str, Path] = {}
     skipped: list[Skipped] = []
-    seen = {os.path.realpath(folder)}
+    root = os.path.realpath(folder)
+    seen = {root}
     waiting = [(folder, 0)]
     while waiting:
         parent, depth = waiting.pop(0)
         for inner in _folders(parent):
             real = os.path.realpath(inner)
-            # Links may lead back to a folder.
-            if real in seen:
+            # Links may lead back to a folder, or above this one.
+            if real in seen or os.path.join(root, "").startswith(os.path.join(real, "")):
                 continue
             seen.add(real)
             if len(seen) > _MOST_FOLDERS:
