@@ -305,9 +305,9 @@ def test_tensors_in_memory_are_at_most_as_large_as_the_largest(
 def test_a_mapped_file_is_opened_anew_after_some_bytes(saved, monkeypatch):
     checkpoint = Checkpoint(saved)
     monkeypatch.setattr(safetensors_file, "MAPPED_BYTES", 100)
-    before = checkpoint._reader
+    before = checkpoint._opened.reader
     rows = measure.measure(measure.planned(checkpoint, Patterns())).rows
-    assert checkpoint._reader is not before
+    assert checkpoint._opened.reader is not before
     assert len(rows) == 3
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .entries import LazyTensor
-from .stored import Stored
+from .pool import Pool
 
 _CONFIG_BYTES = 1 << 24
 # The ending of A's name, and of B's: peft, also with the adapter's name; its embeddings; diffusers;
@@ -82,7 +82,7 @@ class Config:
         return usual
 
 
-def multiply(stored: Stored) -> None:
+def multiply(stored: Pool) -> None:
     """Put B A times its scale in the place of A and B."""
     for name in list(stored.tensors):
         if match := _OTHERS.fullmatch(name):
@@ -105,7 +105,7 @@ def multiply(stored: Stored) -> None:
                 break
 
 
-def _leave_out(stored: Stored, module: str) -> None:
+def _leave_out(stored: Pool, module: str) -> None:
     """Leave out all parts of an adapter of another kind."""
     names = ("lora_", "hada_", "lokr_")
     parts = [t for name, t in stored.tensors.items()
@@ -116,7 +116,7 @@ def _leave_out(stored: Stored, module: str) -> None:
 
 
 def _multiply(
-    stored: Stored, module: str, adapter: str, down: LazyTensor, up: LazyTensor, config: Config
+    stored: Pool, module: str, adapter: str, down: LazyTensor, up: LazyTensor, config: Config
 ) -> None:
     """Put the update of one module in the place of its factors A = ``down`` and B = ``up``."""
     rank = down.shape[0] if down.shape else 0
@@ -161,7 +161,7 @@ def _multiply(
     stored.replace(parts, name, shape, made_by, read, factors)
 
 
-def _magnitude(stored: Stored, module: str, adapter: str) -> LazyTensor | None:
+def _magnitude(stored: Pool, module: str, adapter: str) -> LazyTensor | None:
     """Return the magnitudes of DoRA (Liu et al. 2024, arXiv 2402.09353), if it is that."""
     names = [f"{module}.lora_magnitude_vector{adapter}{end}" for end in (".weight", "")]
     return next(filter(None, map(stored.get, [*names, f"{module}.dora_scale"])), None)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from .entries import LazyTensor
+from .pool import Pool
 from .scales import nibbles, scaled
-from .stored import Stored
 
 # The state of a weight is some 100 bytes of JSON.
 _STATE_BYTES = 1 << 16
 
 
-def dequantize(stored: Stored) -> None:
+def dequantize(stored: Pool) -> None:
     """Put weights in the place of what bitsandbytes stores."""
     _int8(stored)
     for kind in ("nf4", "fp4"):
@@ -24,7 +24,7 @@ def dequantize(stored: Stored) -> None:
             _four_bits(stored, name, kind, state)
 
 
-def _int8(stored: Stored) -> None:
+def _int8(stored: Pool) -> None:
     """W = int8 * SCB / 127, with SCB the largest absolute value of each row."""
     for module, scales in stored.ending(".SCB"):
         values, layout = stored.get(f"{module}.weight"), stored.get(f"{module}.weight_format")
@@ -71,7 +71,7 @@ def _state_of(tensor: LazyTensor) -> _State | None:
     return state if is_right and state.blocksize % 2 == 0 else None
 
 
-def _four_bits(stored: Stored, name: str, kind: str, packed_state: LazyTensor) -> None:
+def _four_bits(stored: Pool, name: str, kind: str, packed_state: LazyTensor) -> None:
     """Two numbers per byte, the high half first, into a map of 16 values; a scale per block.
 
     Scales may be 8-bit numbers themselves, into a map of 256 values ("double quantization",

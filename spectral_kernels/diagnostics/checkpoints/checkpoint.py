@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,15 +14,54 @@ from typing import Any
 import torch
 
 from ..untrusted import printable
+from .distributed import DistributedFolder
 from .effective import effective_weights
 from .entries import CheckpointError, LazyTensor, Skipped, natural
-from .files import as_in_index, files_of
+from .files import Found, as_in_index, check_regular, file_given, no_checkpoint
+from .folders import folders_in, found_in, snapshot_of, without_path
+from .kinds import DISTRIBUTED, SAFETENSORS, TORCH, kind_of
 from .messages import broken
+from .names import is_optimizers, of_optimizer
+from .ranks import merged
 from .safetensors_file import SafetensorsFile
 from .torch_file import TorchFile
 
 # config.json of a model is a few kB.
 _CONFIG_BYTES = 1 << 24
+
+
+Reader = SafetensorsFile | TorchFile | DistributedFolder
+_READERS: dict[str, type[Reader]] = {
+    SAFETENSORS: SafetensorsFile, TORCH: TorchFile, DISTRIBUTED: DistributedFolder
+}  # fmt: skip
+
+
+class _OneFile:
+    """The file that is open; its lock is held while something is read."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._file: Path | None = None
+        self.reader: Reader | None = None
+
+    def close(self) -> None:
+        self._file = self.reader = None
+
+    def open(self, file: Path) -> Reader:
+        if self.reader is None or self._file != file or self.reader.is_worn:
+            self.close()
+            try:
+                str(file).encode()
+            except UnicodeEncodeError:
+                raise CheckpointError(
+                    f"{file}: its path is not UTF-8; accepted is one that is, such as a link to it"
+                ) from None
+            check_regular(file)
+            try:
+                self._file, self.reader = file, _READERS[kind_of(file)](file)
+            except OSError as error:
+                raise CheckpointError(f"{file}: {error.strerror or error}") from None
+        return self.reader
 
 
 class Checkpoint:
@@ -30,32 +70,97 @@ class Checkpoint:
     Iterating yields (name, LazyTensor), in the order of the layers.
 
     Attributes:
-        path: what was opened.
+        path: what was opened: the path given, or the snapshot in a hub's cache.
         tensors: the weights.
-        skipped: files and tensors that were left out, and why.
+        skipped: files, tensors and objects that were left out, and why.
         config: ``config.json`` beside the weights; empty if there is none.
     """
 
-    def __init__(self, path: str | PathLike[str], effective: bool = True) -> None:
+    def __init__(self, path: str | PathLike[str], effective: bool = True,
+                 opened: _OneFile | None = None) -> None:  # fmt: skip
         self.path = Path(path)
         self.skipped: list[Skipped] = []
-        self._lock = threading.Lock()
-        self._file: Path | None = None
-        self._reader: SafetensorsFile | TorchFile | None = None
-        files, weight_map = files_of(self.path)
-        found = [entry for file in files for entry in self._open(file).entries()]
-        if weight_map is not None:
-            found = as_in_index(self.path, weight_map, found)
-        if len(files) > 1 and len({entry.name for entry in found}) < len(found):
-            found = [replace(e, name=f"{printable(e.file.name)}:{e.name}") for e in found]
-        found = _distinct(found)
-        if any(file.suffix == ".safetensors" for file in files):
-            found.sort(key=lambda entry: natural(entry.name))  # their own order is by bytes
-        self.config: Mapping[str, Any] = _config_beside(files[0])
-        self.tensors = [replace(entry, reader=self._read) for entry in found]
+        self.tensors: list[LazyTensor] = []
+        self.config: Mapping[str, Any] = {}
+        self._opened = _OneFile() if opened is None else opened
+        found: Found | None
+        if os.path.isdir(self.path):
+            self.path, self.skipped = snapshot_of(self.path)
+            found = found_in(self.path)
+        else:
+            found = file_given(self.path)
+        if found is None:
+            self._add_folders(effective)
+            return
+        self.tensors = self._listed(found)
+        self.skipped += found.skipped
+        self.config = _config_beside(found.files[0])
         if effective:
             self.tensors, left_out = effective_weights(self.tensors, self.config)
             self.skipped += left_out
+
+    def _listed(self, found: Found) -> list[LazyTensor]:
+        """Return the tensors of the files, in the order of the layers."""
+        files = list(found.files)
+        entries, error = [], None
+        for file in found.files:
+            try:
+                reader = self._opened.open(file)
+            except CheckpointError as caught:
+                if not found.is_lenient or len(found.files) == 1:
+                    raise
+                error = error or caught
+                files.remove(file)
+                self.skipped.append(Skipped(printable(file.name), without_path(caught, file)))
+                continue
+            of_state = is_optimizers(file.name)
+            entries += [
+                replace(
+                    e,
+                    reader=self._read,
+                    in_optimizer=e.in_optimizer or of_state or of_optimizer(e.name),
+                )
+                for e in reader.entries()
+            ]
+            self.skipped += [s for s in reader.skipped if s not in self.skipped]
+        if error is not None and not entries:
+            raise error
+        if found.weight_map is not None:
+            entries = as_in_index(self.path, found.weight_map, entries)
+        entries = merged(entries)
+        if len(files) > 1 and len({entry.name for entry in entries}) < len(entries):
+            entries = [replace(e, name=f"{printable(e.file.name)}:{e.name}") for e in entries]
+        entries = _distinct(entries)
+        if any(file.suffix == ".safetensors" for file in files):
+            entries.sort(key=lambda entry: natural(entry.name))  # their own order is by bytes
+        return entries
+
+    def _add_folders(self, effective: bool) -> None:
+        """Take the tensors of the folders below, with the folder before their names."""
+        folders, skipped = folders_in(self.path)
+        self.skipped += skipped
+        errors = []
+        for name, folder in folders.items():
+            before, of_state = f"{printable(name)}:", is_optimizers(folder.name)
+            try:
+                inner = Checkpoint(folder, effective, self._opened)
+            except CheckpointError as error:
+                errors.append(error)
+                self.skipped.append(Skipped(printable(name), without_path(error, folder)))
+                continue
+            self.tensors += [
+                replace(t, name=before + t.name, in_optimizer=t.in_optimizer or of_state)
+                for t in inner.tensors
+            ]
+            self.skipped += [replace(s, name=before + s.name) for s in inner.skipped]
+            self.config = self.config or (inner.config if len(folders) == 1 else {})
+        if not self.tensors and errors:
+            raise errors[0]
+        if not folders:
+            if self.skipped:
+                first = self.skipped[0]
+                raise CheckpointError(f"{self.path}: {first.name}: {first.reason}")
+            raise no_checkpoint(self.path)
 
     def __iter__(self) -> Iterator[tuple[str, LazyTensor]]:
         return ((tensor.name, tensor) for tensor in self.tensors)
@@ -71,35 +176,19 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the file that is open; a tensor that is read later opens it again."""
-        with self._lock:
-            self._close()
-
-    def _close(self) -> None:
-        self._file = self._reader = None
+        with self._opened.lock:
+            self._opened.close()
 
     def _read(self, entry: LazyTensor) -> torch.Tensor:
         try:
-            with self._lock:
-                tensor = self._open(entry.file).read(entry.key)
+            with self._opened.lock:
+                tensor = self._opened.open(entry.file).read(entry.key)
             # Kernels expect elements at multiples of their size, which files do not guarantee.
             return tensor if tensor.data_ptr() % tensor.itemsize == 0 else tensor.clone()
         except CheckpointError:
             raise
         except Exception as error:
             raise broken(entry.file, error, f"'{entry.name}': ") from None
-
-    def _open(self, file: Path) -> SafetensorsFile | TorchFile:
-        if self._reader is None or self._file != file or self._reader.is_worn:
-            self._close()
-            try:
-                str(file).encode()
-            except UnicodeEncodeError:
-                raise CheckpointError(
-                    f"{file}: its path is not UTF-8; accepted is one that is, such as a link to it"
-                ) from None
-            kind = SafetensorsFile if file.suffix == ".safetensors" else TorchFile
-            self._file, self._reader = file, kind(file)
-        return self._reader
 
 
 def open_checkpoint(path: str | PathLike[str], *, effective: bool = True) -> Checkpoint:

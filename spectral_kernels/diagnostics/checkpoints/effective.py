@@ -7,7 +7,7 @@ from typing import Any
 
 from . import adapters, bitsandbytes, parametrized, quantized, torchao
 from .entries import LazyTensor, Skipped
-from .stored import Stored
+from .pool import Pool
 
 
 def effective_weights(
@@ -22,7 +22,7 @@ def effective_weights(
         tensors: as they are stored.
         config: of the model, see ``Checkpoint.config``.
     """
-    stored = Stored(tensors)
+    stored = Pool(tensors)
     torchao.dequantize(stored)
     bitsandbytes.dequantize(stored)
     quantized.dequantize(stored, config)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read; the message names the file and the reason."""
+from .messages import CheckpointError as CheckpointError
+from .stored import Piece
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,9 @@ class LazyTensor:
         default=None, repr=False, compare=False
     )
     """Reads B [M, r] and A [r, N] of a weight that is their product, which need not be made."""
+
+    piece: Piece | None = None
+    """Which part of a larger tensor it is, if it is one, such as the shard of a rank."""
 
     def read(self) -> torch.Tensor:
         """Return the tensor, on the CPU; release it before the next one to limit memory.

@@ -6,18 +6,41 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..untrusted import irregular
-from .entries import CheckpointError, LazyTensor, natural
+from ..untrusted import irregular, printable
+from .distributed import METADATA
+from .entries import CheckpointError, LazyTensor, Skipped, natural
+from .kinds import ACCEPTED, PICKLED, kind_of
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_ACCEPTED = "*.safetensors, *.bin, *.pt, *.pth, *.ckpt and *.index.json"
 # An index takes about 100 bytes per tensor.
 _INDEX_BYTES = 1 << 27
+# So many files of unknown names in a folder are looked into.
+_MOST_UNKNOWN = 100
+_TEXTS = (".json", ".html", ".htm", ".xml", ".svg", ".txt", ".md", ".py")
+_INDICES = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"))
+# What is written beside a model in another precision, or with averaged weights.
+_VARIANT = re.compile(r"\.(fp16|bf16|fp32|fp8|int8|int4|8bit|4bit|non_ema|ema)(?=[.-])")
+_ZERO = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt")
+_ZERO_ADVICE = (
+    "a shard of DeepSpeed's ZeRO; merge them with the zero_to_fp32.py in the folder above"
+)
 
 
-def _check_regular(path: Path) -> None:
+@dataclass(frozen=True)
+class Found:
+    """The files of a checkpoint."""
+
+    files: Sequence[Path]
+    weight_map: Mapping[str, str] | None = None
+    """Of the index: name of a tensor -> name of its file."""
+    is_lenient: bool = False
+    """A file that cannot be read is left out, unless it is the last one."""
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def check_regular(path: Path) -> None:
     """Raise CheckpointError for what is no file that ends, such as a FIFO; links are followed."""
     try:
         kind = irregular(path)
@@ -29,49 +52,121 @@ def _check_regular(path: Path) -> None:
         raise CheckpointError(f"{path}: it is {kind}; accepted are regular files")
 
 
-def files_of(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
-    """Return the files of a checkpoint, and the map name -> file of its index, if any."""
+def file_given(path: Path) -> Found:
+    """Return the checkpoint of one file, or of the index that it is.
+
+    Raises:
+        CheckpointError: it is no checkpoint.
+    """
+    check_regular(path)
     try:
-        if os.path.isdir(path):
-            return _files_in(path)
-        _check_regular(path)
         with path.open("rb"):
             pass
     except OSError as error:
-        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from None
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     if path.name.endswith(".index.json"):
         return _files_in_index(path)
-    if path.suffix != ".safetensors" and path.suffix not in PICKLED:
-        raise CheckpointError(f"{path}: not the name of a checkpoint; accepted are {_ACCEPTED}")
-    return [path], None
+    return Found([path])
 
 
-def _files_in(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
+def files_in(folder: Path) -> Found | None:
+    """Return the checkpoint that lies in a folder itself: one set of files of one format.
+
+    In this order: an index, safetensors, a folder of torch.distributed.checkpoint, pickles.
+
+    Raises:
+        CheckpointError: it is broken, or its files are of another kind.
+    """
     # What is no file is left in, so that it is named instead of ignored.
     files = sorted(
         (f for f in folder.iterdir() if not os.path.isdir(f)), key=lambda f: natural(f.name)
     )
-    for suffix, index in ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json")):
+    for suffix, index in _INDICES:
         if indices := [f for f in files if f.name.endswith(index)]:
-            return _files_in_index(indices[0])
-        if suffix == ".safetensors" and (found := [f for f in files if f.suffix == suffix]):
-            return _regular(found), None
+            taken = min(indices, key=lambda f: (_VARIANT.search(f.name) is not None, len(f.name)))
+            found = _files_in_index(taken)
+            others = {f for f in files if f.suffix == suffix or f in indices}
+            others -= {taken, *(f for f in found.files)}
+            if suffix == ".bin":  # training_args.bin and the like are no weights
+                others = {f for f in others if f.match("pytorch_model*")}
+            found.skipped.extend(_beside(sorted(others), taken))
+            return found
+        if suffix == ".safetensors":
+            if given := [f for f in files if f.suffix == suffix]:
+                return _regular(*_one_set(given))
+            if any(f.name == METADATA for f in files):
+                return Found([folder / METADATA])
+            if any(f.suffix == ".distcp" for f in files):
+                raise CheckpointError(f"{folder}: files of torch.distributed.checkpoint without "
+                                      f"their {METADATA}; copy it too")  # fmt: skip
+    shards = [f for f in files if _ZERO.fullmatch(f.name)]
     # Beside transformers' weights are other pickles, such as training_args.bin.
-    found = [f for f in files if f.match("pytorch_model*.bin")]
-    found = found or [f for f in files if f.suffix in PICKLED]
-    if not found:
-        raise CheckpointError(f"{folder}: no checkpoint in this folder; accepted are {_ACCEPTED}")
-    return _regular(found), None
+    given = [f for f in files if f.match("pytorch_model*.bin")]
+    given = given or [f for f in files if f.suffix in PICKLED and f not in shards]
+    skipped = [Skipped(printable(f.name), _ZERO_ADVICE) for f in shards]
+    if given:
+        chosen, left = _one_set(given)
+        return Found(chosen, None, True, [*skipped, *_beside(left, chosen[0])])
+    if shards:
+        raise CheckpointError(f"{folder}: {printable(shards[0].name)} is {_ZERO_ADVICE}")
+    return _unknown(folder, files)
 
 
-def _regular(files: list[Path]) -> list[Path]:
+def _unknown(folder: Path, files: Sequence[Path]) -> Found | None:
+    """Look into files that have no name of a checkpoint."""
+    found, error = [], None
+    for file in files[:_MOST_UNKNOWN]:
+        if file.suffix in _TEXTS:
+            continue
+        try:
+            if irregular(file) is None and file.stat().st_size:
+                kind_of(file)
+                found.append(file)
+        except CheckpointError as caught:
+            if "not the name of a checkpoint" not in str(caught):
+                error = error or caught
+        except OSError:
+            continue
+    if not found and error is not None:
+        raise error
+    return Found(found, None, True) if found else None
+
+
+def _one_set(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Divide files into those of the model and other variants of them.
+
+    A file whose name without the variant is that of another file is one; so is consolidated.*
+    beside the weights as transformers names them, and so are all variants but the first.
+    """
+    plain = [f for f in files if not _VARIANT.search(f.name)]
+    if not plain:
+        first = _VARIANT.search(files[0].name)
+        assert first is not None
+        taken = [f for f in files if f".{first[1]}" in f.name]
+        return taken, [f for f in files if f not in taken]
+    stems = {re.sub(r"-\d+-of-\d+", "", f.name) for f in plain}
+    others = [
+        f for f in files
+        if f not in plain and _VARIANT.sub("", re.sub(r"-\d+-of-\d+", "", f.name)) in stems
+    ]  # fmt: skip
+    if any(f.name.startswith(("model.", "model-", "pytorch_model")) for f in plain):
+        others += [f for f in plain if re.match(r"consolidated[.\d]*\.", f.name)]
+    return [f for f in files if f not in others], others
+
+
+def _beside(others: Sequence[Path], taken: Path) -> list[Skipped]:
+    why = f"{printable(taken.name)} is taken"
+    return [Skipped(printable(f.name), why) for f in others]
+
+
+def _regular(files: Sequence[Path], others: Sequence[Path] = ()) -> Found:
     for file in files:
-        _check_regular(file)
-    return files
+        check_regular(file)
+    return Found(files, None, False, _beside(others, files[0]))
 
 
-def _files_in_index(path: Path) -> tuple[list[Path], Mapping[str, str]]:
-    _check_regular(path)
+def _files_in_index(path: Path) -> Found:
+    check_regular(path)
     with path.open("rb") as file:
         text = file.read(_INDEX_BYTES + 1)
     if len(text) > _INDEX_BYTES:
@@ -91,7 +186,8 @@ def _files_in_index(path: Path) -> tuple[list[Path], Mapping[str, str]]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{path}: {missing[0]}{more} is missing beside it")
-    return _regular(sorted(files, key=lambda f: natural(f.name))), weight_map
+    found = _regular(sorted(files, key=lambda f: natural(f.name)))
+    return Found(found.files, weight_map)
 
 
 def _is_name(value) -> bool:
@@ -112,3 +208,8 @@ def as_in_index(
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{path}: '{key}' is not in {file}{more}")
     return [entry for place, entry in held.items() if place in wanted]
+
+
+def no_checkpoint(folder: Path) -> CheckpointError:
+    """Return the error for a folder in which nothing was found."""
+    return CheckpointError(f"{folder}: no checkpoint in this folder; accepted are {ACCEPTED}")

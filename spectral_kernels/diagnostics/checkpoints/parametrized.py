@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import torch
 
 from .entries import LazyTensor
-from .stored import Stored
+from .pool import Pool
 
 _FLOATS = ("float32", "float64", "bfloat16", "float16")
 # M.parametrizations.weight.0._u: module, parameter, and what is registered there.
 _PLACE = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)")
 
 
-def compute(stored: Stored) -> None:
+def compute(stored: Pool) -> None:
     """Put the effective weights in the place of their parts."""
     for name, v in stored.ending("_v"):  # torch.nn.utils.weight_norm
         if (g := stored.get(f"{name}_g")) is not None:
@@ -31,7 +31,7 @@ def compute(stored: Stored) -> None:
         _of_parametrizations(stored, module + parameter, parts)
 
 
-def _of_parametrizations(stored: Stored, name: str, parts: Mapping[str, LazyTensor]) -> None:
+def _of_parametrizations(stored: Pool, name: str, parts: Mapping[str, LazyTensor]) -> None:
     """Compute weight_norm and spectral_norm of torch.nn.utils.parametrizations."""
     if set(parts) == {"original0", "original1"}:
         _normed(stored, name, parts["original0"], parts["original1"])
@@ -44,7 +44,7 @@ def _of_parametrizations(stored: Stored, name: str, parts: Mapping[str, LazyTens
                          "save the weight itself")  # fmt: skip
 
 
-def _normed(stored: Stored, name: str, g: LazyTensor, v: LazyTensor) -> None:
+def _normed(stored: Pool, name: str, g: LazyTensor, v: LazyTensor) -> None:
     """W = g v / ||v||, with the norm over the dimensions where g has one element."""
     fits = len(g.shape) in (0, len(v.shape)) and all(
         a in (1, b) for a, b in zip(g.shape, v.shape, strict=False)
@@ -63,7 +63,7 @@ def _normed(stored: Stored, name: str, g: LazyTensor, v: LazyTensor) -> None:
     stored.replace([v, g], name, v.shape, "weight_norm", read, dtype=_wide(v))
 
 
-def _of_hooks(stored: Stored, name: str, weight: LazyTensor) -> None:
+def _of_hooks(stored: Pool, name: str, weight: LazyTensor) -> None:
     """Compute ``weight_orig`` of torch.nn.utils.spectral_norm, or of torch.nn.utils.prune."""
     mask, u, v = (stored.get(name + suffix) for suffix in ("_mask", "_u", "_v"))
     if mask is not None and mask.shape == weight.shape:
@@ -79,7 +79,7 @@ def _of_hooks(stored: Stored, name: str, weight: LazyTensor) -> None:
 
 
 def _spectrally_normed(
-    stored: Stored, name: str, weight: LazyTensor, u: LazyTensor, v: LazyTensor
+    stored: Pool, name: str, weight: LazyTensor, u: LazyTensor, v: LazyTensor
 ) -> None:
     """W / (u^T W v), with the vectors as they are stored."""
     shape, count = weight.shape, math.prod(weight.shape)

@@ -10,6 +10,7 @@ import torch
 
 from ..untrusted import printable
 from .entries import LazyTensor
+from .pool import Pool
 from .scales import (
     Decode,
     block_text,
@@ -18,7 +19,6 @@ from .scales import (
     from_packed32,
     scaled,
 )
-from .stored import Stored
 
 FLOAT8 = {
     "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
@@ -43,7 +43,7 @@ _FOREIGN = {
 }
 
 
-def dequantize(stored: Stored, config: Mapping[str, Any]) -> None:
+def dequantize(stored: Pool, config: Mapping[str, Any]) -> None:
     """Put weights in the place of quantized values and their scales.
 
     Args:
@@ -73,7 +73,7 @@ def _of_config(config: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
     return (printable(method)[:40] if isinstance(method, str) else ""), tuple(blocks)
 
 
-def _scaled(stored: Stored, given: Sequence[int]) -> bool:
+def _scaled(stored: Pool, given: Sequence[int]) -> bool:
     """Put weights in the place of float8 and int8 values; return whether there are scales."""
     has_scales = False
     for name, values in list(stored.tensors.items()):
@@ -94,7 +94,7 @@ def _scaled(stored: Stored, given: Sequence[int]) -> bool:
     return has_scales
 
 
-def _scales_of(stored: Stored, name: str) -> LazyTensor | None:
+def _scales_of(stored: Pool, name: str) -> LazyTensor | None:
     names = [name + suffix for suffix in _OF_PARAMETER]
     if name.endswith(".weight"):
         names += [name.removesuffix(".weight") + suffix for suffix in _OF_MODULE]
@@ -114,7 +114,7 @@ def _misfit(values: LazyTensor, scales: LazyTensor) -> str:
 
 
 def _put(
-    stored: Stored,
+    stored: Pool,
     parts: Sequence[LazyTensor],
     name: str,
     shape: Sequence[int],
@@ -135,7 +135,7 @@ def _put(
     stored.replace(parts, name, shape, made_by, read)
 
 
-def _packed(stored: Stored) -> None:
+def _packed(stored: Pool) -> None:
     """Put weights in the place of compressed-tensors' ``weight_packed``."""
     for name, packed in stored.ending("_packed"):
         scales, whole = stored.get(f"{name}_scale"), stored.get(f"{name}_global_scale")
@@ -155,7 +155,7 @@ def _packed(stored: Stored) -> None:
 
 
 def _packed_integers(
-    stored: Stored, name: str, packed: LazyTensor, scales: LazyTensor, shape: LazyTensor
+    stored: Pool, name: str, packed: LazyTensor, scales: LazyTensor, shape: LazyTensor
 ) -> None:
     """Words of 32 bits along the last dimension; the shape of the weight is a tensor too."""
     parts = [packed, scales, shape]
@@ -173,7 +173,7 @@ def _packed_integers(
 
 
 def _packed_fp4(
-    stored: Stored, name: str, packed: LazyTensor, scales: LazyTensor, whole: LazyTensor | None
+    stored: Pool, name: str, packed: LazyTensor, scales: LazyTensor, whole: LazyTensor | None
 ) -> None:
     """NVFP4, whose scales are divided by one for the whole tensor, or MXFP4."""
     parts = [p for p in (packed, scales, whole) if p is not None]
@@ -187,7 +187,7 @@ def _packed_fp4(
 
 
 def _put_packed(
-    stored: Stored, parts: Sequence[LazyTensor], name: str, shape: Sequence[int], made_by: str,
+    stored: Pool, parts: Sequence[LazyTensor], name: str, shape: Sequence[int], made_by: str,
     blocks: Sequence[int], decode: Decode, divide: bool = False,
 ) -> None:  # fmt: skip
     """Put the weight in the place of ``parts``: packed values, scales and another one."""
@@ -201,7 +201,7 @@ def _put_packed(
     stored.replace(parts, name, shape, made_by, read)
 
 
-def _mxfp4(stored: Stored) -> None:
+def _mxfp4(stored: Pool) -> None:
     """Put experts [E, in, out] in the place of ``_blocks`` and ``_scales``, as transformers does.
 
     Blocks are bytes [E, out, in / 32, 16] with two E2M1 numbers each, scales [E, out, in / 32] are
@@ -227,7 +227,7 @@ def _mxfp4(stored: Stored) -> None:
                        f"mxfp4 with scales of {2 * n_bytes}", read)  # fmt: skip
 
 
-def _foreign(stored: Stored, method: str) -> None:
+def _foreign(stored: Pool, method: str) -> None:
     """Leave out what other methods store, and tables of scales that have no weight."""
     named = f" of {method} (config.json)" if method else ""
     for suffix, others in _FOREIGN.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..untrusted import printable
-from .entries import CheckpointError, LazyTensor, short
+from .entries import CheckpointError, LazyTensor, Skipped, short
 from .messages import broken
 
 _DTYPES = {
@@ -32,6 +32,7 @@ class SafetensorsFile:
             ) from None
         self._path = file
         self._read_bytes = 0
+        self.skipped: list[Skipped] = []
         try:
             self._opened = safe_open(str(file), framework="pt", device="cpu")
         except Exception as error:

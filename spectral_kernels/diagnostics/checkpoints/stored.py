@@ -1,99 +1,139 @@
-"""The stored tensors of a checkpoint, of which the weights of the model are made."""
+"""Tensors where they lie in a file: mapped when they are read, put together of pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import math
+import mmap
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 
-from .entries import CheckpointError, LazyTensor, Skipped
+from .messages import CheckpointError
+
+ByteOrder = Literal["little", "big"]
+# Boundaries of pieces divide a tensor into so many cells at most.
+_MOST_CELLS = 1 << 22
 
 
-class Stored:
-    """The tensors by name; each is a weight, a part of one, or left out.
+@dataclass(frozen=True)
+class Place:
+    """Bytes of a file."""
 
-    Attributes:
-        tensors: name -> what is there now: stored ones, and weights made of them.
-        left_out: what is no weight, and why.
-    """
+    file: Path
+    start: int
+    n_bytes: int
 
-    def __init__(self, tensors: Sequence[LazyTensor]) -> None:
-        self.tensors = {tensor.name: tensor for tensor in tensors if not tensor.in_optimizer}
-        self.left_out: list[Skipped] = []
-        self._of_optimizer = [tensor for tensor in tensors if tensor.in_optimizer]
-        self._places = {tensor.name: place for place, tensor in enumerate(tensors)}
 
-    def weights(self) -> list[LazyTensor]:
-        """Return the tensors that are there, in the order of the stored ones."""
-        found = [*self.tensors.values(), *self._of_optimizer]
-        return sorted(found, key=lambda tensor: self._places[tensor.name])
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that is a part of a larger one, such as the shard of a rank."""
 
-    def ending(self, suffix: str) -> list[tuple[str, LazyTensor]]:
-        """Return the tensors whose name ends with ``suffix``, each after the name without it."""
-        cut = len(suffix)
-        return [(name[:-cut], t) for name, t in self.tensors.items() if name.endswith(suffix)]
+    whole: tuple[int, ...]
+    """Shape of the larger one."""
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    said: str
+    """Which part it is: ``"shard 0 of 2 along dim 0"``."""
 
-    def get(self, name: str) -> LazyTensor | None:
-        """Return the tensor of that name, if there is one."""
-        return self.tensors.get(name)
 
-    def replace(
-        self,
-        parts: Sequence[LazyTensor],
-        name: str,
-        shape: Sequence[int],
-        made_by: str,
-        read: Callable[[], torch.Tensor],
-        factors: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
-        dtype: str = "float32",
-    ) -> None:
-        """Put a weight in the place of its parts.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that :meth:`read` maps into memory."""
 
-        Args:
-            parts: the stored tensors, the one that gives the weight its place first.
-            name: of the weight.
-            shape: of the weight.
-            made_by: see ``LazyTensor.made_by``.
-            read: makes the weight of its parts, which it reads.
-            factors: see ``LazyTensor.factors``.
-            dtype: what ``read`` returns.
-        """
-        main = parts[0]
-        names = [part.name for part in parts]
-        if name in self.tensors and name not in names:
-            self.leave_out(parts, f"{name} is stored too")
-            return
-        # Scales may be those of another weight too; only what else is wrong with them counts.
-        wrong = [
-            p.unusable for p in parts[1:] if p.unusable and not p.unusable.startswith("it is ")
-        ]
+    shape: tuple[int, ...]
+    dtype: str
+    place: Place | None
+    """Of the storage; None if there is none to read, and then ``unusable`` says why."""
+    strides: tuple[int, ...] = ()
+    offset: int = 0
+    """Of its first element in the storage, in elements."""
+    unusable: str | None = None
+    conjugated: bool = False
+    negated: bool = False
+    is_swapped: bool = False
+    """The bytes of an element come in the other order than this machine's."""
+    piece: Piece | None = None
 
-        def reader(entry: LazyTensor) -> torch.Tensor:
-            try:
-                return read()
-            except CheckpointError:
-                raise
-            except Exception as error:
-                first = f"{type(error).__name__}: {error}".split("\n")[0]
-                raise CheckpointError(
-                    f"{entry.file}: '{entry.name}': cannot be made of its tensors: {first[:200]}"
-                ) from None
+    def read(self) -> torch.Tensor:
+        """Return the tensor, whose pages come from the file as they are used."""
+        if self.place is None:
+            raise CheckpointError(f"it cannot be read: {self.unusable}")
+        dtype = getattr(torch, self.dtype)
+        flat = mapped(self.place, dtype)
+        if self.is_swapped:
+            flat = flat.clone()
+            flat.untyped_storage().byteswap(dtype)
+        tensor = flat.as_strided(self.shape, self.strides, self.offset)
+        tensor = tensor.conj() if self.conjugated else tensor
+        return tensor.neg() if self.negated else tensor
 
-        self._places[name] = self._places[main.name]
-        self.drop(parts)
-        self.tensors[name] = replace(
-            main, name=name, shape=tuple(shape), dtype=dtype, parts=tuple(names), made_by=made_by,
-            unusable=main.unusable or next(iter(wrong), None), reader=reader, factors=factors,
-        )  # fmt: skip
+    @property
+    def identity(self) -> tuple:
+        """Equal for two names of the same elements."""
+        return (self.place, self.dtype, self.shape, self.strides, self.offset, self.conjugated,
+                self.negated)  # fmt: skip
 
-    def drop(self, parts: Sequence[LazyTensor]) -> None:
-        """Take tensors out."""
-        for part in parts:
-            self.tensors.pop(part.name, None)
 
-    def leave_out(self, parts: Sequence[LazyTensor], reason: str) -> None:
-        """Take tensors out, and say why, for the first of them."""
-        self.drop(parts)
-        main = parts[0]
-        self.left_out.append(Skipped(main.name, reason, main.shape, main.dtype))
+def mapped(place: Place, dtype: torch.dtype) -> torch.Tensor:
+    """Return the bytes as a vector; writing to it leaves the file alone."""
+    n_elements = place.n_bytes // dtype.itemsize
+    if n_elements == 0:
+        return torch.empty(0, dtype=dtype)
+    before = place.start % mmap.ALLOCATIONGRANULARITY
+    with place.file.open("rb") as opened:
+        pages = mmap.mmap(opened.fileno(), before + place.n_bytes, access=mmap.ACCESS_COPY,
+                          offset=place.start - before)  # fmt: skip
+    return torch.frombuffer(pages, dtype=dtype, count=n_elements, offset=before)
+
+
+def other_order(order: ByteOrder) -> bool:
+    """Return whether bytes in this order have to be swapped here."""
+    return order != sys.byteorder
+
+
+def assembled(
+    shape: tuple[int, ...], dtype: str, pieces: Iterable[tuple[Piece, Callable[[], torch.Tensor]]]
+) -> torch.Tensor:
+    """Return a tensor [*shape] that is put together of pieces, one of them in memory at a time."""
+    whole = torch.empty(shape, dtype=getattr(torch, dtype))
+    for piece, read in pieces:
+        part = whole
+        for dim, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
+            part = part.narrow(dim, start, size)
+        part.copy_(read())
+    return whole
+
+
+def gap(shape: tuple[int, ...], pieces: Sequence[Piece]) -> str | None:
+    """Return why the pieces do not make a tensor of this shape, each element once; None if so."""
+    filled = [p for p in pieces if math.prod(p.sizes)]
+    for piece in filled:
+        if not len(piece.offsets) == len(piece.sizes) == len(shape) or not all(
+            0 <= start <= start + size <= n
+            for start, size, n in zip(piece.offsets, piece.sizes, shape, strict=True)
+        ):
+            return f"a piece {list(piece.sizes)} at {list(piece.offsets)} is outside of it"
+    if sum(math.prod(p.sizes) for p in filled) != math.prod(shape):
+        return f"its {len(pieces)} pieces do not have its number of elements"
+    bounds = [
+        sorted({0, n, *(at for p in filled for at in (p.offsets[d], p.offsets[d] + p.sizes[d]))})
+        for d, n in enumerate(shape)
+    ]  # fmt: skip
+    if math.prod(len(b) for b in bounds) > _MOST_CELLS:
+        return f"its {len(pieces)} pieces are too many"
+    index = [{bound: i for i, bound in enumerate(b)} for b in bounds]
+    taken = np.zeros([len(b) - 1 for b in bounds], dtype=bool)
+    for piece in filled:
+        cells = tuple(
+            slice(at[start], at[start + size])
+            for at, start, size in zip(index, piece.offsets, piece.sizes, strict=True)
+        )
+        if taken[cells].any():
+            return "its pieces overlap"
+        taken[cells] = True
+    return None

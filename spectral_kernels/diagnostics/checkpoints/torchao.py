@@ -17,9 +17,9 @@ import torch
 
 from ..untrusted import printable
 from .entries import LazyTensor
+from .pool import Pool
 from .quantized import FLOAT8
 from .scales import block_text, blocks_of, from_int4, scaled
-from .stored import Stored
 
 # The header of a file with 100 000 tensors takes about 10 MB.
 _HEADER_BYTES = 1 << 27
@@ -30,7 +30,7 @@ _TABLES = (
 _OF_INT8 = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
 
 
-def dequantize(stored: Stored) -> None:
+def dequantize(stored: Pool) -> None:
     """Put weights in the place of what torchao stores."""
     said: dict[Path, Mapping[str, Any]] = {}
     for place, values in stored.ending("_qdata"):
@@ -72,7 +72,7 @@ def _kind(text: Any, values: LazyTensor) -> tuple[str, tuple[int, ...]]:
 
 
 def _put(
-    stored: Stored, name: str, kind: str, given: tuple[int, ...],
+    stored: Pool, name: str, kind: str, given: tuple[int, ...],
     values: LazyTensor, tables: dict[str, LazyTensor],
 ) -> None:  # fmt: skip
     parts = [values, *tables.values()]
