@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Literal
 
@@ -33,9 +32,9 @@ def attention_norms(query: torch.Tensor, key: torch.Tensor, n_heads: int) -> tor
     """Return sigma_1 of W_q^T W_k of every head, which bounds its logits.
 
     A head's logit of x and y is (W_q x) . (W_k y) = x^T (W_q^T W_k) y, so that it is at most
-    sigma_1 |x| |y|, before the division by sqrt(head_dim), and without the biases. Rotary
-    embeddings keep the bound, as rotations do not change lengths: sigma_1 is that of positions
-    which are the same. A norm of queries or keys between projection and product does not.
+    sigma_1 |x| |y|, before the division by sqrt(head_dim), and without the biases. With rotary
+    embeddings, W_q^T R W_k with a rotation R that depends on the distance, it is that of equal
+    positions. A norm of queries or keys between projection and product makes it no bilinear form.
 
     The form [d_query, d_key] has the rank head_dim and is never made: sigma_1^2 is the largest
     eigenvalue of (W_q W_q^T) (W_k W_k^T), a product of two matrices [head_dim, head_dim]. It comes
@@ -95,10 +94,10 @@ def _largest_eigenvalue(matrices: torch.Tensor) -> torch.Tensor:
     """Return the largest eigenvalue of symmetric matrices >= 0, [n, size, size] -> [n]."""
     found, power = torch.zeros_like(matrices[:, 0, 0]), matrices
     for number in range(_SQUARINGS + 1):
+        power = power @ power if number > 0 else power
         norm = torch.linalg.matrix_norm(power)
         found = found + norm.log() / 2**number
         power = power / torch.where(norm == 0, 1.0, norm)[:, None, None]
-        power = power @ power
     return found.exp()
 
 

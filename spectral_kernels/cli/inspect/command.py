@@ -15,6 +15,7 @@ from ..console import FAILED, integer, non_negative, png, say, split, tell, writ
 from . import report, table
 from .measure import Patterns, measure, planned
 from .rows import SORTS, Measured
+from .spectrum import MOST_VALUES, SIDE_LIMIT, SpectrumOptions
 
 USAGE, ABOVE = 2, 3  # exit codes
 
@@ -50,6 +51,17 @@ def add_parser(commands) -> None:
         help="operator: also the norms of the convolutions whose kernels have 3 to 5 dimensions, "
         "for stride 1 and one group",
     )  # fmt: skip
+    parser.add_argument(
+        "--values", type=integer(1, MOST_VALUES), metavar="K",
+        help=f"the K largest singular values, up to {MOST_VALUES}; of matrices that are small "
+        "enough also condition, effective rank, tail exponent and the values above the noise",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spectrum-limit", type=integer(0), default=SIDE_LIMIT, metavar="N",
+        help="small enough for --values: the shorter side is N at most (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--heads", type=integer(1), metavar="N",
+                         help="heads of every attention layer (default: config.json)")  # fmt: skip
     parser.add_argument("--sort", choices=SORTS,
                          help="largest first (default: as the layers come)")  # fmt: skip
     parser.add_argument("--top", type=integer(1), metavar="N",
@@ -92,6 +104,9 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.include, arguments.exclude, dict(arguments.splits), arguments.stacked,
         arguments.convolutions,
     )  # fmt: skip
+    spectra = None
+    if arguments.values is not None:
+        spectra = SpectrumOptions(arguments.values, arguments.spectrum_limit)
     paths = [p for p in (arguments.checkpoint, arguments.other) if p is not None]
     checkpoints = [Checkpoint(path) for path in paths]
     for checkpoint in checkpoints:
@@ -99,7 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise CheckpointError(f"{checkpoint.path}: holds no tensor")
     try:
         patterns.check([e.name for checkpoint in checkpoints for e in checkpoint.tensors])
-        plans = [planned(checkpoint, patterns) for checkpoint in checkpoints]
+        plans = [planned(c, patterns, spectra, arguments.heads) for c in checkpoints]
     except ValueError as error:  # patterns that do not fit the checkpoint
         return say(str(error), USAGE)
     measured = []

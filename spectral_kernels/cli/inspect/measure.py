@@ -18,7 +18,9 @@ from ...selection.matrices import Matrix, NothingSelected
 from ...selection.options import Convolutions
 from ...selection.rules import FLOAT_DTYPES, select
 from ...tables.layout import layout_of
+from .attention import AttentionLayer, find_attention, measure_attention
 from .rows import MatrixRow, Measured, kind
+from .spectrum import SpectrumOptions, full_spectrum
 
 RTOL = 1e-4
 _READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
@@ -65,19 +67,32 @@ class Plan:
     """Name of a tensor -> the tensor and its matrices, in the order of the layers."""
     skipped: Sequence[Skipped]
     of_optimizer: int
+    attention: Sequence[AttentionLayer]
+    attention_left_out: Sequence[Skipped]
+    spectra: SpectrumOptions | None = None
+    """None: sigma_1 alone."""
 
     @property
     def elements(self) -> int:
         """Number of elements that will be read."""
-        return sum(math.prod(entry.shape) for entry, _ in self.matrices.values())
+        return sum(math.prod(entry.shape) for entry, _ in self.matrices.values()) + sum(
+            layer.size for layer in self.attention
+        )
 
 
-def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
+def planned(
+    checkpoint: Checkpoint,
+    patterns: Patterns,
+    spectra: SpectrumOptions | None = None,
+    n_heads: int | None = None,
+) -> Plan:
     """Choose the matrices by the rules of ``select``, from shapes alone.
 
     Args:
         checkpoint: its tensors with two or more dimensions are matrices (dim 0, rest).
         patterns: which of them are measured, and how they are divided.
+        spectra: what is measured beside sigma_1.
+        n_heads: of every layer of attention; None: as the checkpoint's config.json says.
 
     Raises:
         ValueError: a split or a stack that does not fit a tensor.
@@ -108,7 +123,11 @@ def planned(checkpoint: Checkpoint, patterns: Patterns) -> Plan:
         if why != "not in include" and not why.startswith("exclude ")
     ]  # fmt: skip
     shown += checkpoint.skipped
-    return Plan(checkpoint, matrices, shown, of_optimizer)
+    layers, left_out = find_attention(
+        [entry for entry, _ in matrices.values()], [e.name for e in checkpoint.tensors],
+        checkpoint.config, n_heads,
+    )  # fmt: skip
+    return Plan(checkpoint, matrices, shown, of_optimizer, layers, left_out, spectra)
 
 
 def _skipped(entry: LazyTensor, why: str) -> Skipped:
@@ -135,17 +154,21 @@ def measure(
     for entry, matrices in sorted(plan.matrices.values(), key=lambda pair: str(pair[0].file)):
         step(entry.name, 0)
         try:
-            for row in _rows(entry, matrices, backend):
+            for row in _rows(entry, matrices, backend, plan.spectra):
                 rows[row.name] = row
         except RuntimeError as error:  # no convergence
             found.skipped.append(_skipped(entry, str(error)))
         step(entry.name, math.prod(entry.shape))
     for _, matrices in plan.matrices.values():
         found.rows += [rows[m.name] for m in matrices if m.name in rows]
+    found.attention = measure_attention(plan.attention, step)
+    found.attention_left_out = list(plan.attention_left_out)
     return found
 
 
-def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[MatrixRow]:
+def _rows(
+    entry: LazyTensor, matrices: Sequence[Matrix], backend: str, spectra: SpectrumOptions | None
+) -> list[MatrixRow]:
     """Read one tensor and measure its matrices."""
     tensor = entry.read()
     rows = []
@@ -156,23 +179,28 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
             matrix = replace(matrix, periods=None, side=None)
         part = matrix.of(tensor)
         norm = _norm(part)
+        n_values, values, spectrum = spectra.n_values if spectra else 1, (), None
         if not math.isfinite(norm):
-            sigma = norm = math.nan
+            values, norm = (math.nan,) * n_values, math.nan
+        elif spectra is not None and spectra.is_full(*matrix.shape):
+            values, spectrum = full_spectrum(part.flatten(1), n_values)
         elif part.numel() <= _SMALL:
             whole = part.flatten(1).double()
-            sigma = float(torch.linalg.svdvals(whole)[0]) if part.numel() else 0.0
+            values = torch.linalg.svdvals(whole)[:n_values].tolist() if part.numel() else ()
         else:
             try:
                 layout_of(matrix, tensor)
             except ValueError:  # neither rows nor columns are contiguous
                 tensor = tensor.contiguous()
-            (sigma,) = singular_values(matrix, tensor, RTOL, backend)
+            r = spectra.n_vectors if spectra else 1
+            values = singular_values(matrix, tensor, RTOL, backend, r)[:n_values]
         named = kind(entry.name) + ("" if matrix.index is None else "[*]")
         label = re.search(r"\[\w+\]$", matrix.name) if matrix.part is not None else None
         rows.append(
             MatrixRow(
                 matrix.name, named + (label[0] if label else ""), tuple(part.shape), *matrix.shape,
-                entry.dtype, sigma, norm, operator, entry.made_by,
+                entry.dtype, values[0] if len(values) else 0.0, norm, operator, entry.made_by,
+                tuple(values) if spectra else (), spectrum,
             )
         )  # fmt: skip
     return rows

@@ -23,6 +23,13 @@ _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "usual_sigma": lambda row: row.usual,
     "ratio": lambda row: row.ratio,
     "operator_norm": lambda row: row.operator,
+    "values": lambda row: list(row.values),
+}
+_OF_SPECTRUM = ("sigma_min", "condition", "effective_rank", "alpha", "alpha_distance", "mp_edge",
+                "n_above_edge")  # fmt: skip
+_COLUMNS |= {
+    name: lambda row, name=name: None if row.spectrum is None else getattr(row.spectrum, name)
+    for name in _OF_SPECTRUM
 }
 _COMPARED = ("sigma", "stable_rank", "norm")
 
@@ -64,6 +71,11 @@ class Result:
         """Whether there are norms of operators."""
         return any(row.operator is not None for one in self.measured for row in one.rows)
 
+    @property
+    def n_values(self) -> int:
+        """How many singular values were asked for; 0: sigma_1 alone."""
+        return max((len(row.values) for one in self.measured for row in one.rows), default=0)
+
 
 def as_json(result: Result) -> str:
     """Return a JSON document; numbers that are not finite are null, since JSON has none."""
@@ -83,6 +95,15 @@ def as_json(result: Result) -> str:
         document["only_in_checkpoint"], document["only_in_other"] = (
             [_values(row) for row in rows] for rows in result.only
         )
+    document["attention"] = [
+        {"checkpoint": str(one.path), "layer": row.name, "largest": row.largest,
+         "largest_head": row.head, "median": row.median, "sigma": list(row.norms)}
+        for one in result.measured for row in one.attention
+    ]  # fmt: skip
+    document["attention_left_out"] = [
+        {"checkpoint": str(one.path), "layer": s.name, "reason": s.reason}
+        for one in result.measured for s in one.attention_left_out
+    ]  # fmt: skip
     document["skipped"] = [
         {"checkpoint": str(one.path), "name": s.name, "shape": list(s.shape),
          "dtype": s.dtype, "reason": s.reason}
@@ -122,7 +143,10 @@ def _values(row: MatrixRow) -> dict:
 
 
 def _cells(row: MatrixRow) -> list:
-    values = _values(row) | {"name": csv_cell(row.name), "shape": size(row.shape)}
+    values = _values(row) | {
+        "name": csv_cell(row.name), "shape": size(row.shape),
+        "values": " ".join(map(str, row.values)),
+    }  # fmt: skip
     return list(values.values())
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ...diagnostics.checkpoints import Skipped
 from ...diagnostics.checkpoints.entries import natural
+from .attention import AttentionRow
+from .spectrum import FullSpectrum
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class MatrixRow:
     made_by: str | None = None
     """How the weight is made of stored tensors, see ``LazyTensor.made_by``; None: it is stored."""
     values: tuple[float, ...] = ()
-    """The largest singular values, if several were asked for."""
+    """The largest singular values, if they were asked for."""
+    spectrum: FullSpectrum | None = None
+    """None: not asked for, or the matrix is too large."""
 
     @property
     def size(self) -> int:
@@ -70,6 +74,9 @@ class Measured:
     """Tensors with two or more dimensions that were not measured, and why."""
     of_optimizer: int = 0
     """How many tensors of an optimizer's state were left out."""
+    attention: list[AttentionRow] = field(default_factory=list)
+    attention_left_out: list[Skipped] = field(default_factory=list)
+    """Layers of attention that were not measured, and why."""
 
 
 def kind(name: str) -> str:

@@ -7,14 +7,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ...diagnostics.checkpoints import Skipped
 from ..console import tell
 from .measure import RTOL
 from .report import Result, size
-from .rows import change
+from .rows import MatrixRow, change
 
 _FEW = 3  # names shown of a long list
 _LEAST_WIDTH = 16  # of names
@@ -28,14 +28,19 @@ def show(result: Result) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     table = _table(result)
     # Output that is no terminal has a line per matrix, for grep and files.
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        if table.width > console.width and result.is_comparison:
-            table = _table(result, has_ranks=False)
-        table.fit(console.width)
+    is_folded = sys.stdout.isatty() or "COLUMNS" in os.environ
+    if is_folded and table.width > console.width and result.is_comparison:
+        table = _table(result, has_ranks=False)
+    tables = [table]
+    if not result.is_comparison and result.measured[0].attention:
+        tables.append(_attention_table(result))
     is_coloured = console.color_system not in (None, "windows") and not console.no_color
     bold, plain = ("\x1b[1;31m", "\x1b[0m") if is_coloured else ("", "")
     line = "─" if console.encoding.startswith("utf") else "-"
-    print("\n".join(table.lines(line, bold, plain)))
+    for one in tables:
+        if is_folded:
+            one.fit(console.width)
+        print("\n".join(one.lines(line, bold, plain)))
     for text in _lines(result):
         tell(text)
 
@@ -50,6 +55,8 @@ class _Table:
     rows: list[list[str]] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)
     """Rows that are to catch the eye."""
+    gap: str = _GAP
+    """Between columns."""
 
     def widths(self) -> list[int]:
         """Return the width of every column."""
@@ -59,7 +66,7 @@ class _Table:
     @property
     def width(self) -> int:
         """Number of character cells of a line."""
-        return sum(self.widths()) + len(_GAP) * (len(self.heads) - 1) + 2
+        return sum(self.widths()) + len(self.gap) * (len(self.heads) - 1) + 2
 
     def fit(self, width: int) -> None:
         """Break names into lines, so that a line of the table has ``width`` cells if possible."""
@@ -74,7 +81,7 @@ class _Table:
         heads = ["\n" * (high - head.count("\n")) + head for head in self.heads]
         yield ""
         yield from self._row(heads, widths)
-        yield f" {rule * (sum(widths) + len(_GAP) * (len(widths) - 1))}"
+        yield f" {rule * (sum(widths) + len(self.gap) * (len(widths) - 1))}"
         for number, row in enumerate(self.rows):
             for line in self._row(row, widths):
                 yield f"{bold}{line}{plain}" if number in self.bad else line
@@ -87,7 +94,7 @@ class _Table:
             for part, width, is_right in zip(parts, widths, self.is_right, strict=True):
                 blank = " " * (width - _width(part))
                 padded.append(blank + part if is_right else part + blank)
-            yield f" {_GAP.join(padded)}".rstrip()
+            yield f" {self.gap.join(padded)}".rstrip()
 
 
 def _width(text: str) -> int:
@@ -100,6 +107,8 @@ def _width(text: str) -> int:
 
 
 def _table(result: Result, has_ranks: bool = True) -> _Table:
+    if result.n_values and not result.is_comparison:
+        return _spectrum_table(result)
     has_dtypes = len({row.dtype for row, _ in result.pairs}) > 1 and not result.is_comparison
     texts = ["matrix", "shape"] + ["dtype"] * has_dtypes
     if result.is_comparison:
@@ -127,6 +136,48 @@ def _table(result: Result, has_ranks: bool = True) -> _Table:
         if not all(math.isfinite(row.sigma) for row in (one, other) if row is not None):
             table.bad.add(len(table.rows))
         table.rows.append(cells)
+    return table
+
+
+def _spectrum_table(result: Result) -> _Table:
+    """Return the table of --values, which leaves out what would make it too wide."""
+    n = result.n_values
+    more = [] if n == 1 else ["sigma_2"] if n == 2 else [f"sigma_2 ..\nsigma_{n}"]
+    heads = ["sigma_1", *more, "stable\nrank", "effective\nrank", "condition", "alpha", "D",
+             "above\nedge"]  # fmt: skip
+    heads += ["as an\noperator"] * result.has_operators
+    table = _Table(["matrix", "shape", *heads], [False] * 2 + [True] * len(heads), gap="  ")
+    for row, _ in result.pairs:
+        cells = [row.name, size(row.shape), _number(row.sigma)]
+        if more:
+            ends = row.values[1:2] + row.values[2:][-1:]
+            cells.append(" .. ".join(_number(value, 2) for value in ends))
+        cells.append(_number(row.stable_rank, 1))
+        if (full := row.spectrum) is None:
+            cells += [""] * 5
+        else:
+            cells += [_number(full.effective_rank, 1), _condition(full.condition),
+                      _number(full.alpha, 2), _number(full.alpha_distance, 2),
+                      str(full.n_above_edge)]  # fmt: skip
+        if result.has_operators:
+            cells.append("" if row.operator is None else _number(row.operator))
+        if not math.isfinite(row.sigma):
+            table.bad.add(len(table.rows))
+        table.rows.append(cells)
+    return table
+
+
+def _attention_table(result: Result) -> _Table:
+    rows = result.measured[0].attention
+    heads = ["attention, sigma_1 of W_q^T W_k by head", "heads", "largest", "head", "median"]
+    table = _Table(heads, [False] + [True] * 4)
+    for number, row in enumerate(rows):
+        if not math.isfinite(row.largest):
+            table.bad.add(number)
+        table.rows.append(
+            [row.name, str(len(row.norms)), _number(row.largest), str(row.head),
+             _number(row.median)]
+        )  # fmt: skip
     return table
 
 
@@ -164,20 +215,40 @@ def _lines(result: Result) -> list[str]:
             lines = [f"{first.path}: no matrices"]
     for one in result.measured:
         where = f" in {one.path}" if result.is_comparison else ""
-        reasons: dict[str, list[Skipped]] = {}
-        for skipped in one.skipped:
-            reasons.setdefault(skipped.reason, []).append(skipped)
-        for why, entries in reasons.items():
+        for why, entries in _by_reason(one.skipped):
             some = _some([f"{e.name} {size(e.shape)}".rstrip() for e in entries])
             lines.append(f"skipped{where}, {why}: {some}")
         if one.of_optimizer:
             lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
                          "(--include '*' takes them too)")  # fmt: skip
+        for why, layers in _by_reason(one.attention_left_out):
+            lines.append(f"attention left out{where}, {why}: {_some([x.name for x in layers])}")
+    if result.n_values and not result.is_comparison:
+        lines += _about_spectra(first.rows)
     if result.pairs:
-        usual = "" if result.is_comparison else (
+        usual = "" if result.is_comparison or result.n_values else (
             "; usual: of a fresh nn.Linear or convolution in torch"
         )  # fmt: skip
         lines.append(f"sigma_1 is within {100 * RTOL:g} % of the SVD's{usual}")
+    return lines
+
+
+def _by_reason(skipped: Sequence[Skipped]) -> Iterable[tuple[str, list[Skipped]]]:
+    reasons: dict[str, list[Skipped]] = {}
+    for one in skipped:
+        reasons.setdefault(one.reason, []).append(one)
+    return reasons.items()
+
+
+def _about_spectra(rows: Sequence[MatrixRow]) -> list[str]:
+    """Say what the columns of --values are, and of which matrices they are not known."""
+    large = [row.name for row in rows if row.spectrum is None and math.isfinite(row.sigma)]
+    lines = []
+    if large:
+        lines.append(f"only the largest values, shorter side above --spectrum-limit: {_some(large)}")
+    if len(large) < len(rows):
+        lines.append("alpha: exponent of the tail of sigma^2, D: distance of its fit; "
+                     "edge: where the values of noise end")  # fmt: skip
     return lines
 
 
@@ -198,6 +269,10 @@ def _number(value: float, digits: int = 3) -> str:
         return f"{value:g}"
     small = 10.0**-digits
     return f"{value:.{digits}f}" if small <= abs(value) < 1e6 else f"{value:.2e}"
+
+
+def _condition(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.1e}"
 
 
 def _percent(value: float) -> str:
