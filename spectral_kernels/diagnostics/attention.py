@@ -14,6 +14,9 @@ QUERY_KEY = (
     ("q_proj", "k_proj"), ("query", "key"), ("to_q", "to_k"), ("q", "k"), ("wq", "wk"),
     ("Wq", "Wk"), ("q_lin", "k_lin"), ("linear_q", "linear_k"),
 )  # fmt: skip
+# Settings that make a model normalize or clip queries and keys.
+CHANGING = ("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm", "attn_qk_norm", "qk_ln",
+            "clip_qkv")  # fmt: skip
 # What stands between the projections and their product, and makes it no bilinear form.
 _BETWEEN = re.compile(
     r"(?:^|[._])(?:"

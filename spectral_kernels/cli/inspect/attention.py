@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...diagnostics.attention import (
+    CHANGING,
     QUERY_KEY,
     FusedLayout,
     attention_norms,
@@ -39,9 +40,6 @@ _ENDS: Mapping[str, str | None] = {
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _HEAD_DIM = ("head_dim", "d_kv", "kv_channels")
 _WIDTH = ("hidden_size", "d_model", "n_embd", "embed_dim")
-# What normalizes or clips queries and keys.
-_CHANGING = ("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm", "attn_qk_norm", "qk_ln",
-             "clip_qkv")  # fmt: skip
 # Part of a model that has its own configuration -> components of the names of its tensors.
 _PARTS = {
     "text": {"text_model", "language_model", "text_encoder"},
@@ -163,7 +161,7 @@ def _known(
     """Return the layer with its heads, as far as config.json and shapes agree."""
     nested = config.get("attn_config")
     for settings in (config, nested if isinstance(nested, Mapping) else {}):
-        if set_ := [flag for flag in _CHANGING if settings.get(flag)]:
+        if set_ := [flag for flag in CHANGING if settings.get(flag)]:
             raise _LeftOutError(f"{set_[0]} of config.json changes queries and keys")
     heads = n_heads or _number(config, *_heads_of(query.name), *_HEADS)
     if heads is None:

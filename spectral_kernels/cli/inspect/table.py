@@ -143,7 +143,7 @@ def _spectrum_table(result: Result) -> _Table:
     """Return the table of --values, which leaves out what would make it too wide."""
     n = result.n_values
     more = [] if n == 1 else ["sigma_2"] if n == 2 else [f"sigma_2 ..\nsigma_{n}"]
-    heads = ["sigma_1", *more, "stable\nrank", "effective\nrank", "condition", "alpha", "D",
+    heads = ["sigma_1", *more, "stable\nrank", "eff.\nrank", "condition", "alpha", "D",
              "above\nedge"]  # fmt: skip
     heads += ["as an\noperator"] * result.has_operators
     table = _Table(["matrix", "shape", *heads], [False] * 2 + [True] * len(heads), gap="  ")
@@ -245,7 +245,7 @@ def _about_spectra(rows: Sequence[MatrixRow]) -> list[str]:
     large = [row.name for row in rows if row.spectrum is None and math.isfinite(row.sigma)]
     lines = []
     if large:
-        lines.append(f"only the largest values, shorter side above --spectrum-limit: {_some(large)}")
+        lines.append(f"largest values only, shorter side above --spectrum-limit: {_some(large)}")
     if len(large) < len(rows):
         lines.append("alpha: exponent of the tail of sigma^2, D: distance of its fit; "
                      "edge: where the values of noise end")  # fmt: skip
