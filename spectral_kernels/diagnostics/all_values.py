@@ -10,6 +10,7 @@ from ..tables.device import wide, wide_dtype
 # than half of their digits in float64.
 _LEAST_RATIO = 3e-5
 _BLOCK = 512  # rows of the Gram matrix that are computed at a time
+_PIECE = 1 << 20  # elements of W that are converted at a time
 _STEPS = 200  # of the iteration for the smallest value
 
 
@@ -51,8 +52,9 @@ def _gram(tall: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the lower triangle of W^T W / scale^2 for W [M, N], M >= N; above it lies no data."""
     n = tall.shape[1]
     gram = scale.new_zeros(n, n)
-    for first in range(0, len(tall), piece := max(_BLOCK, n)):
-        rows = wide(tall[first : first + piece]) / scale
+    length = max(_BLOCK, _PIECE // n)
+    for first in range(0, len(tall), length):
+        rows = wide(tall[first : first + length]) / scale
         for start in range(0, n, _BLOCK):
             block = rows[:, start : start + _BLOCK]
             gram[start : start + _BLOCK, : start + _BLOCK].addmm_(

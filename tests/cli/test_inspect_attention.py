@@ -254,6 +254,16 @@ def test_two_checkpoints_have_their_layers_by_path(folder, tmp_path, capsys):
     assert "W_q^T W_k" not in capsys.readouterr().out
 
 
+def test_the_largest_layers_are_shown_if_few_are_asked_for(folder, capsys):
+    tensors = {f"x.{n}.{i}_proj.weight": 2.0 ** (n == 1) * torch.randn(12, 16)
+               for n in range(4) for i in "qk"}  # fmt: skip
+    tensors["x.3.k_proj.weight"][0, 0] = torch.inf
+    path = folder(tensors, num_attention_heads=4)
+    assert cli.main(["inspect", str(path), "--top", "2"]) == 0
+    table = capsys.readouterr().out.partition("W_q^T W_k")[2].partition(str(path))[0]
+    assert [line.split()[0] for line in table.splitlines() if "x." in line] == ["x.3", "x.1"]
+
+
 def test_a_weight_that_is_not_finite_makes_its_heads_null(folder, capsys):
     tensors = {f"x.{i}_proj.weight": torch.randn(12, 16) for i in "qk"}
     tensors["x.q_proj.weight"][4, 2] = torch.nan

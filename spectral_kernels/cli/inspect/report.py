@@ -45,13 +45,16 @@ class Result:
     """Number of pairs before the cut."""
     only: Sequence[Sequence[MatrixRow]]
     """Rows that only the first, and only the second checkpoint has."""
+    top: int | None = None
+    """How many rows were asked for; None: all."""
 
     @classmethod
     def of(cls, measured: Sequence[Measured], sort: str | None, top: int | None) -> Result:
         """Match two checkpoints by name, sort and cut."""
         first = measured[0].rows
         if len(measured) == 1:
-            return cls(measured, ordered([(row, None) for row in first], sort, top), len(first), ())
+            pairs = ordered([(row, None) for row in first], sort, top)
+            return cls(measured, pairs, len(first), (), top)
         others = {row.name: row for row in measured[1].rows}
         names = {row.name for row in first}
         both = [(row, others[row.name]) for row in first if row.name in others]
@@ -59,7 +62,7 @@ class Result:
             [row for row in first if row.name not in others],
             [row for row in measured[1].rows if row.name not in names],
         )
-        return cls(measured, ordered(both, sort, top), len(both), only)
+        return cls(measured, ordered(both, sort, top), len(both), only, top)
 
     @property
     def is_comparison(self) -> bool:

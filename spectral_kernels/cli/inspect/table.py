@@ -169,6 +169,9 @@ def _spectrum_table(result: Result) -> _Table:
 
 def _attention_table(result: Result) -> _Table:
     rows = result.measured[0].attention
+    if result.top is not None:  # nan before all others, as for matrices
+        rows = sorted(rows, key=lambda row: (not math.isnan(row.largest), -row.largest))
+        rows = rows[: result.top]
     heads = ["attention, sigma_1 of W_q^T W_k by head", "heads", "largest", "head", "median"]
     table = _Table(heads, [False] + [True] * 4)
     for number, row in enumerate(rows):
