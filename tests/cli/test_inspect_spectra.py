@@ -25,6 +25,7 @@ def spread(tmp_path):
         "h.1.fc.weight": torch.randn(200, 150),
         "h.2.fc.weight": torch.randn(24, 5) @ torch.randn(5, 16),
         "conv.weight": torch.randn(8, 4, 3, 3),
+        "head.weight": torch.randn(5, 4000),
     }
     path = tmp_path / "spread.safetensors"
     save_file(tensors, path)
@@ -41,6 +42,7 @@ def test_the_largest_values_are_those_of_the_svd(spread, n_values, limit, capsys
         error = (torch.tensor(row["values"], dtype=torch.float64) - exact).abs()
         assert float(error.max()) <= 1e-4 * float(exact[0])
         assert row["sigma"] == row["values"][0]
+        assert len(row["values"]) == len(exact)
         assert (row["sigma_min"] is None) == (limit == 0)
 
 
@@ -77,11 +79,13 @@ def test_without_values_nothing_more_is_computed(spread, capsys, monkeypatch):
 
 def test_csv_has_the_numbers_of_json(spread, capsys):
     path, _ = spread
-    arguments = ["--values", "3", "--spectrum-limit", "39"]  # the two smaller ones
+    arguments = ["--values", "3", "--spectrum-limit", "39"]
     document = values(path, *arguments, capsys=capsys)
     assert cli.main(["inspect", str(path), *arguments, "--csv", "-"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert sum(row["condition"] == "" for row in rows) == 2
+    assert [row["name"] for row in rows if row["condition"] == ""] == [
+        "h.0.fc.weight", "h.1.fc.weight"
+    ]  # fmt: skip
     for row, expected in zip(rows, document["matrices"], strict=True):
         assert list(map(float, row["values"].split(" "))) == expected["values"]
         for column in COLUMNS:

@@ -123,6 +123,19 @@ def test_what_changes_queries_or_keys_is_known_by_name(name, expected):
     assert is_between(name) == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_nothing_waits_for_a_gpu():
+    query, key = torch.randn(64, 48, device="cuda"), torch.randn(32, 48, device="cuda")
+    attention_norms(query, key, 8)  # libraries are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = attention_norms(query, key, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(found.cpu(), formed(query.cpu(), key.cpu(), 8), rtol=1e-4)
+
+
 # --------------------------------------------------------------------------------------- modules
 
 

@@ -179,7 +179,8 @@ def _rows(
             matrix = replace(matrix, periods=None, side=None)
         part = matrix.of(tensor)
         norm = _norm(part)
-        n_values, values, spectrum = spectra.n_values if spectra else 1, (), None
+        n_values = min(spectra.n_values if spectra else 1, *matrix.shape)
+        values, spectrum = (), None
         if not math.isfinite(norm):
             values, norm = (math.nan,) * n_values, math.nan
         elif spectra is not None and spectra.is_full(*matrix.shape):
