@@ -63,16 +63,17 @@ def escaped_output() -> Iterator[None]:
         stream.reconfigure(encoding=encoding, errors=errors)
 
 
-def integer(at_least: int) -> Callable[[str], int]:
-    """Return the argparse type of integers >= ``at_least``."""
+def integer(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
+    """Return the argparse type of integers from ``at_least`` to ``at_most``."""
+    accepted = f">= {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most}"
 
     def parsed(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or not at_least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"got {text!r}; accepted are integers >= {at_least}")
+        if value is None or not at_least <= value <= at_most:
+            raise argparse.ArgumentTypeError(f"got {text!r}; accepted are integers {accepted}")
         return value
 
     return parsed

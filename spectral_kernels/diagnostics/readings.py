@@ -18,6 +18,8 @@ from ..engine.vectors import triplets_of
 from ..selection.arguments import shown
 from ..selection.listing import listing
 from ..selection.matrices import Elementwise, Matrix
+from .attention import attention_norms
+from .attention_layers import attention_modules
 from .log import Log
 
 
@@ -130,11 +132,15 @@ class Readings:
         "spectral/residual_max", the largest residual / sigma, "spectral/above_target", the number
         of sigma above their target (of rows, the largest one) by more than the residual, and
         "spectral/penalty", ``strength * R``. Without matrices, those of sigma and residual are left
-        out.
+        out. "spectral/attention_max" is the largest sigma_1 of W_q^T W_k over the heads of all
+        attention layers, which bounds their logits, of the weights as they are now; see
+        ``diagnostics.attention_norms`` for it, and ``diagnostics.attention_modules`` for the
+        modules. It is left out where there are none.
 
         Args:
             per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix; the
-                latter is residual / sigma too.
+                latter is residual / sigma too; and "spectral/attention/NAME" of every attention
+                layer, the largest over its heads.
             prefix: what the names begin with instead of "spectral", to tell several regularizers
                 apart.
 
@@ -239,6 +245,9 @@ def metrics(
         state, n = bucket.state, len(bucket.plan.matrices)
         parts += [state.sigma, state.residual, state.target, state.strength[:n],
                   state.norm[rows_of(bucket)], bucket.value(state).view(1)]  # fmt: skip
+    root = model_buckets.selection.root
+    layers = [] if root is None else attention_modules(root)
+    parts += [attention_norms(x.query, x.key, x.n_heads).amax().view(1) for x in layers]
     devices = [bucket.plan.device for bucket in buckets]
     device = next((d for d in devices if d.type != "cpu"), devices[0])
     dtype = _dtype(parts)
@@ -261,6 +270,10 @@ def metrics(
             by_name[entry.name] = norm, 0.0, most
         penalty += numbers.pop(0)
     found = {"penalty": penalty, "above_target": 0.0}
+    if layers:  # what is left of the numbers
+        found["attention_max"] = float(np.max(numbers))
+    if per_layer:
+        found |= {f"attention/{x.name}": n for x, n in zip(layers, numbers, strict=True)}
     if not names:
         return found
     sigma, residual, target = np.array([by_name[name] for name in names]).T

@@ -18,6 +18,7 @@ import torch
 
 from spectral_kernels import cli
 from spectral_kernels.cli.inspect import measure
+from spectral_kernels.cli.inspect import values as values_of_matrix
 from spectral_kernels.cli.inspect.measure import Patterns
 from spectral_kernels.diagnostics.checkpoints import Checkpoint, CheckpointError, safetensors_file
 from tests import TIMEOUT
@@ -353,11 +354,11 @@ def _small(folder):
 
 
 def test_the_norm_is_made_piece_by_piece(monkeypatch):
-    monkeypatch.setattr(measure, "_PIECE", 7)
+    monkeypatch.setattr(values_of_matrix, "_PIECE", 7)
     for shape in ((5, 30), (30, 5), (1, 40), (2, 3, 4), (3, 1)):
         weight = torch.randn(shape)
         exact = float(weight.double().norm())
-        assert measure._norm(weight) == pytest.approx(exact, rel=1e-12)
+        assert values_of_matrix._norm(weight) == pytest.approx(exact, rel=1e-12)
 
 
 def test_a_file_that_breaks_between_listing_and_reading_is_named(saved, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from spectral_kernels import cli
 from spectral_kernels.backends import choice
 from spectral_kernels.cli import console
-from spectral_kernels.cli.inspect import measure
+from spectral_kernels.cli.inspect import values as values_of_matrix
 from spectral_kernels.diagnostics import untrusted
 from spectral_kernels.diagnostics.checkpoints import Checkpoint, files
 from tests.support.checkpoints import check_against_svd, error_of, values
@@ -288,7 +288,7 @@ def test_small_matrices_have_the_sigma_of_large_ones(tmp_path, monkeypatch, caps
     safetensors.save_file(tensors, path)
     found = {}
     for limit in (0, 1 << 14):
-        monkeypatch.setattr(measure, "_SMALL", limit)
+        monkeypatch.setattr(values_of_matrix, "_SMALL", limit)
         document = values(path, capsys=capsys)
         found[limit] = [row["sigma"] for row in document["matrices"]]
     assert found[0] == pytest.approx(found[1 << 14], rel=1e-4)

@@ -86,7 +86,8 @@ def test_metrics_per_layer_carry_names():
         assert found[f"spectral/sigma/{row.name}"] == row.sigma
         ratio = found[f"spectral/residual/{row.name}"]
         assert ratio == pytest.approx(row.residual / row.sigma, rel=1e-6)
-    assert len(found) == len(summary) + 2 * len(reg.names)
+    assert found["spectral/attention/attention"] == summary["spectral/attention_max"]
+    assert len(found) == len(summary) + 2 * len(reg.names) + 1
 
 
 def test_the_largest_residual_is_the_largest_of_the_layers():

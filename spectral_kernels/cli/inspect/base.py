@@ -12,8 +12,9 @@ import torch
 from ...diagnostics.checkpoints import Checkpoint, CheckpointError, LazyTensor, Skipped
 from ...diagnostics.checkpoints.adapters import Config
 from ...selection.matrices import Matrix
-from .measure import READABLE, Plan, sigma_and_norm
+from .measure import READABLE, Plan
 from .rows import Added, Measured
+from .values import sigma_and_norm
 
 # As Shuttleworth et al. and peft's reduce_intruder_dimension() have them.
 VECTORS, EPSILON = 10, 0.5

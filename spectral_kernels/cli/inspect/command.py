@@ -26,6 +26,7 @@ from . import base, check, report, table
 from .matching import Matching, matched
 from .measure import Patterns, Plan, measure, planned
 from .rows import SORTS, Measured
+from .spectrum import MOST_VALUES, SIDE_LIMIT, SpectrumOptions
 
 USAGE, ABOVE = 2, 3  # exit codes
 
@@ -71,6 +72,17 @@ def add_parser(commands) -> None:
         help="operator: also the norms of the convolutions whose kernels have 3 to 5 dimensions, "
         "for stride 1 and one group",
     )  # fmt: skip
+    parser.add_argument(
+        "--values", type=integer(1, MOST_VALUES), metavar="K",
+        help=f"the K largest singular values, up to {MOST_VALUES}; of matrices that are small "
+        "enough also condition, effective rank, tail exponent and the values above the noise",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spectrum-limit", type=integer(0), default=SIDE_LIMIT, metavar="N",
+        help="small enough for --values: the shorter side is N at most (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--heads", type=integer(1), metavar="N",
+                         help="heads of every attention layer (default: config.json)")  # fmt: skip
     parser.add_argument("--sort", choices=SORTS,
                          help="largest first (default: as the layers come)")  # fmt: skip
     parser.add_argument("--top", type=integer(1), metavar="N",
@@ -131,6 +143,9 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.include, arguments.exclude, splits, arguments.stacked,
         arguments.convolutions, dims, not arguments.no_splits,
     )  # fmt: skip
+    spectra = None
+    if arguments.values is not None:
+        spectra = SpectrumOptions(arguments.values, arguments.spectrum_limit)
     paths = [p for p in (arguments.checkpoint, arguments.other) if p is not None]
     # What is stored is looked through, not the weights that are made of it.
     checkpoints = [Checkpoint(path, effective=not arguments.check) for path in paths]
@@ -144,7 +159,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.check:
             return _check(checkpoints, arguments)
         config = next((c.config for c in checkpoints if c.config), {})
-        plans = [planned(c, patterns, c.config or config) for c in checkpoints]
+        plans = [
+            planned(c, patterns, c.config or config, spectra, arguments.heads) for c in checkpoints
+        ]
     except ValueError as error:  # patterns that do not fit the checkpoint
         return say(str(error), USAGE)
     if compares:

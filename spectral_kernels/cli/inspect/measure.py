@@ -15,24 +15,21 @@ import torch
 from ...diagnostics.checkpoints import Checkpoint, LazyTensor, Skipped
 from ...diagnostics.low_rank import product_singular_values
 from ...engine import operators
-from ...engine.lanczos import singular_values
 from ...selection.arguments import check_patterns, match_any
 from ...selection.matrices import Matrix, NothingSelected
 from ...selection.options import Convolutions
 from ...selection.rules import FLOAT_DTYPES, select
-from ...tables.layout import layout_of
+from .attention import AttentionLayer, find_attention, measure_attention
 from .check import chosen
 from .finite import has_kernel, not_finite
 from .fused import Recognizer, by_hand, divided
 from .parallel import for_each
 from .rows import MatrixRow, Measured, kind
+from .spectrum import SpectrumOptions, summarized
 from .stacks import expert_of
+from .values import RTOL, measured_values
 
-RTOL = 1e-4
-_PIECE = 1 << 15  # elements converted to float64 at a time: 256 kB, which stay in a cache
 READABLE = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-# Up to so many elements a full SVD takes less time than the tables of an iteration.
-_SMALL = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -76,20 +73,30 @@ class Plan:
     """Name of a tensor -> the tensor and its matrices, in the order of the layers."""
     skipped: Sequence[Skipped]
     of_optimizer: int
-    others: Sequence[LazyTensor] = ()
+    others: Sequence[LazyTensor]
     """What holds no matrix, such as biases; it is only looked through for values not finite."""
-    whole: Sequence[Skipped] = ()
+    whole: Sequence[Skipped]
     """Weights that hold several matrices, but are measured as one, and why."""
+    attention: Sequence[AttentionLayer]
+    attention_left_out: Sequence[Skipped]
+    spectra: SpectrumOptions | None = None
+    """None: sigma_1 alone."""
 
     @property
     def elements(self) -> int:
         """Number of elements that will be read."""
         read = [*(entry for entry, _ in self.matrices.values()), *self.others]
-        return sum(math.prod(entry.shape) for entry in read)
+        return sum(math.prod(entry.shape) for entry in read) + sum(
+            layer.size for layer in self.attention
+        )
 
 
 def planned(
-    checkpoint: Checkpoint, patterns: Patterns, config: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint,
+    patterns: Patterns,
+    config: Mapping[str, Any] | None = None,
+    spectra: SpectrumOptions | None = None,
+    n_heads: int | None = None,
 ) -> Plan:
     """Choose the matrices by the rules of ``select``, from shapes alone.
 
@@ -98,6 +105,8 @@ def planned(
             those that ``fused`` knows better.
         patterns: which of them are measured, and how they are divided.
         config: of the model; None: the checkpoint's own.
+        spectra: what is measured beside sigma_1.
+        n_heads: of every layer of attention; None: as ``config`` says.
 
     Raises:
         ValueError: a split or a stack that does not fit a tensor.
@@ -135,7 +144,11 @@ def planned(
     shown += checkpoint.skipped
     others = [e for e in chosen(entries, patterns.include, patterns.exclude)
               if e.name not in matrices and e.unusable is None and has_kernel(e.dtype)]  # fmt: skip
-    return Plan(checkpoint, matrices, shown, of_optimizer, others, whole)
+    layers, left_out = find_attention(
+        [entry for entry, _ in matrices.values()], [e.name for e in checkpoint.tensors],
+        checkpoint.config if config is None else config, n_heads,
+    )  # fmt: skip
+    return Plan(checkpoint, matrices, shown, of_optimizer, others, whole, layers, left_out, spectra)
 
 
 def _divide(
@@ -188,7 +201,7 @@ def measure(
         step(entry.name, 0)
         has_finite_norms = bool(matrices)
         try:
-            own = _rows(entry, matrices, backend) if matrices else []
+            own = _rows(entry, matrices, backend, plan.spectra) if matrices else []
             rows.update((row.name, row) for row in own)
             has_finite_norms &= all(math.isfinite(row.norm) for row in own)
         except RuntimeError as error:  # no convergence
@@ -205,13 +218,17 @@ def measure(
     found.not_finite.sort(key=lambda one: order[one.name])
     for _, matrices in plan.matrices.values():
         found.rows += [rows[m.name] for m in matrices if m.name in rows]
+    found.attention = measure_attention(plan.attention, step)
+    found.attention_left_out = list(plan.attention_left_out)
     return found
 
 
-def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[MatrixRow]:
+def _rows(
+    entry: LazyTensor, matrices: Sequence[Matrix], backend: str, spectra: SpectrumOptions | None
+) -> list[MatrixRow]:
     """Read one tensor and measure its matrices."""
     if entry.factors is not None and len(matrices) == 1 and _is_whole(matrices[0]):
-        return [_product_row(entry, matrices[0])]
+        return [_product_row(entry, matrices[0], spectra)]
     tensor = entry.read()
     rows = []
     for matrix in matrices:
@@ -219,62 +236,34 @@ def _rows(entry: LazyTensor, matrices: Sequence[Matrix], backend: str) -> list[M
         if matrix.periods:
             operator = operators.norm(matrix, tensor, RTOL).sigma
             matrix = replace(matrix, periods=None, side=None)
-        sigma, norm = sigma_and_norm(matrix, tensor, backend)
+        values, norm, spectrum = measured_values(matrix, tensor, backend, spectra)
         part = matrix.of(tensor)
         named = kind(entry.name) + ("" if matrix.index is None else "[*]")
         label = re.search(r"\[\w+\]$", matrix.name) if matrix.part is not None else None
         rows.append(
             MatrixRow(
                 matrix.name, named + (label[0] if label else ""), tuple(part.shape), *matrix.shape,
-                entry.dtype, sigma, norm, operator, entry.made_by,
-                expert=expert_of(entry.name, matrix),
+                entry.dtype, values[0] if values else 0.0, norm, operator, entry.made_by,
+                values if spectra else (), spectrum, expert=expert_of(entry.name, matrix),
             )
         )  # fmt: skip
     return rows
-
-
-def sigma_and_norm(matrix: Matrix, tensor: torch.Tensor, backend: str) -> tuple[float, float]:
-    """Return sigma_1 and the Euclidean norm of a matrix of a tensor; nan if it is not finite."""
-    part = matrix.of(tensor)
-    norm = _norm(part)
-    if not math.isfinite(norm):
-        return math.nan, math.nan
-    if part.numel() <= _SMALL:
-        whole = part.flatten(1).double()
-        return (float(torch.linalg.svdvals(whole)[0]) if part.numel() else 0.0), norm
-    try:
-        layout_of(matrix, tensor)
-    except ValueError:  # neither rows nor columns are contiguous
-        tensor = tensor.contiguous()
-    (sigma,) = singular_values(matrix, tensor, RTOL, backend)
-    return sigma, norm
 
 
 def _is_whole(matrix: Matrix) -> bool:
     return matrix.index is None and matrix.part is None and not matrix.periods
 
 
-def _product_row(entry: LazyTensor, matrix: Matrix) -> MatrixRow:
+def _product_row(entry: LazyTensor, matrix: Matrix, spectra: SpectrumOptions | None) -> MatrixRow:
     """Measure a product by its factors, without forming it."""
     assert entry.factors is not None
-    values = product_singular_values(*entry.factors())
-    sigma, norm = (float(values[0]), float(values.norm())) if len(values) else (0.0, 0.0)
+    found = product_singular_values(*entry.factors())
+    norm, sigma = float(found.norm()), float(found[0]) if len(found) else 0.0
+    values, spectrum = (), None
+    if spectra is not None:
+        whole = torch.nn.functional.pad(found, (0, min(matrix.shape) - len(found)))
+        values, spectrum = summarized(whole, matrix.shape, spectra.n_values)
     return MatrixRow(
         matrix.name, kind(entry.name), entry.shape, *matrix.shape, entry.dtype, sigma, norm,
-        made_by=entry.made_by,
+        made_by=entry.made_by, values=values, spectrum=spectrum,
     )  # fmt: skip
-
-
-def _norm(part: torch.Tensor) -> float:
-    """Return the Euclidean norm in float64, piece by piece."""
-    if part.is_contiguous():
-        part = part.view(-1)
-    dim = max(range(part.dim()), key=part.shape.__getitem__)
-    length = max(1, _PIECE * part.shape[dim] // max(part.numel(), 1))
-    buffer = torch.empty(max(_PIECE, part.numel() // max(part.shape[dim], 1)), dtype=torch.float64)
-    total = 0.0
-    for piece in part.split(length, dim):
-        wide = buffer[: piece.numel()]
-        wide.view(piece.shape).copy_(piece)
-        total += float(torch.dot(wide, wide))
-    return math.sqrt(total)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ...diagnostics.untrusted import csv_cell
 from .base import EPSILON, LIMIT, VECTORS
 from .check import values_of
-from .measure import RTOL
 from .rows import Added, MatrixRow, Measured, change, ordered
+from .values import RTOL
 
 _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "name": lambda row: row.name,
@@ -26,6 +26,13 @@ _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "ratio": lambda row: row.ratio,
     "operator_norm": lambda row: row.operator,
     "made_by": lambda row: row.made_by,
+    "values": lambda row: list(row.values),
+}
+_OF_SPECTRUM = ("sigma_min", "condition", "effective_rank", "alpha", "alpha_distance", "mp_edge",
+                "n_above_edge")  # fmt: skip
+_COLUMNS |= {
+    name: lambda row, name=name: None if row.spectrum is None else getattr(row.spectrum, name)
+    for name in _OF_SPECTRUM
 }
 _ADDED: dict[str, Callable[[Added], object]] = {
     "base": lambda added: added.base,
@@ -53,6 +60,8 @@ class Result:
     """What was matched under another name, and what could not be told."""
     has_all_experts: bool = True
     """Whether the table has a line per expert, not per stack of them."""
+    top: int | None = None
+    """How many rows were asked for; None: all."""
 
     @classmethod
     def of(
@@ -65,7 +74,7 @@ class Result:
     ) -> Result:
         """Match two checkpoints by name, sort and cut."""
         first = measured[0].rows
-        more = notes, has_all_experts
+        more = notes, has_all_experts, top
         if len(measured) == 1:
             pairs = ordered([(row, None) for row in first], sort, top)
             return cls(measured, pairs, len(first), (), *more)
@@ -92,6 +101,11 @@ class Result:
     def has_operators(self) -> bool:
         """Whether there are norms of operators."""
         return any(row.operator is not None for one in self.measured for row in one.rows)
+
+    @property
+    def n_values(self) -> int:
+        """How many singular values were asked for; 0: sigma_1 alone."""
+        return max((len(row.values) for one in self.measured for row in one.rows), default=0)
 
 
 def as_json(result: Result) -> str:
@@ -124,6 +138,15 @@ def as_json(result: Result) -> str:
         }  # fmt: skip
     document["not_finite"] = [values_of(m.path, one) for m in result.measured
                               for one in m.not_finite]  # fmt: skip
+    document["attention"] = [
+        {"checkpoint": str(one.path), "layer": row.name, "largest": row.largest,
+         "largest_head": row.head, "median": row.median, "sigma": list(row.norms)}
+        for one in result.measured for row in one.attention
+    ]  # fmt: skip
+    document["attention_left_out"] = [
+        {"checkpoint": str(one.path), "layer": s.name, "reason": s.reason}
+        for one in result.measured for s in one.attention_left_out
+    ]  # fmt: skip
     document["skipped"] = [
         {"checkpoint": str(one.path), "name": s.name, "shape": list(s.shape),
          "dtype": s.dtype, "reason": s.reason}
@@ -166,8 +189,10 @@ def _values(row: MatrixRow) -> dict:
 
 
 def _cells(row: MatrixRow) -> list:
-    values = _values(row) | {"name": csv_cell(row.name), "shape": size(row.shape)}
-    values["made_by"] = csv_cell(row.made_by or "")
+    values = _values(row) | {
+        "name": csv_cell(row.name), "shape": size(row.shape),
+        "made_by": csv_cell(row.made_by or ""), "values": " ".join(map(str, row.values)),
+    }  # fmt: skip
     return list(values.values())
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ...diagnostics.checkpoints import Skipped
 from ...diagnostics.checkpoints.entries import natural
+from .attention import AttentionRow
 from .finite import NotFinite
+from .spectrum import FullSpectrum
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class MatrixRow:
     made_by: str | None = None
     """How the weight is made of stored tensors, see ``LazyTensor.made_by``; None: it is stored."""
     values: tuple[float, ...] = ()
-    """The largest singular values, if several were asked for."""
+    """The largest singular values, if they were asked for."""
+    spectrum: FullSpectrum | None = None
+    """None: not asked for, or the matrix is too large."""
     added: Added | None = None
     """What it adds to a base model, if one was given and has the weight."""
     expert: tuple[str, int] | None = None
@@ -103,6 +107,9 @@ class Measured:
     """All tensors with values that are not finite, in the order of the layers."""
     whole: Sequence[Skipped] = ()
     """Weights that hold several matrices, but were measured as one, and why."""
+    attention: list[AttentionRow] = field(default_factory=list)
+    attention_left_out: list[Skipped] = field(default_factory=list)
+    """Layers of attention that were not measured, and why."""
 
 
 def kind(name: str) -> str:

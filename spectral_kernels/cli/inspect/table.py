@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from ...diagnostics.checkpoints import Skipped
 from ..console import tell
 from .base import EPSILON, VECTORS
-from .measure import RTOL
 from .report import Result, size
-from .rows import change
+from .rows import MatrixRow, change
 from .stacks import Stack, summarized
+from .values import RTOL
 
 _FEW = 3  # names shown of a long list
 _LEAST_WIDTH = 16  # of names
@@ -31,14 +31,19 @@ def show(result: Result) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     table = _base_table(result) if result.has_base else _table(result)
     # Output that is no terminal has a line per matrix, for grep and files.
-    if sys.stdout.isatty() or "COLUMNS" in os.environ:
-        if table.width > console.width and result.is_comparison:
-            table = _table(result, has_ranks=False)
-        table.fit(console.width)
+    is_folded = sys.stdout.isatty() or "COLUMNS" in os.environ
+    if is_folded and table.width > console.width and result.is_comparison:
+        table = _table(result, has_ranks=False)
+    tables = [table]
+    if not result.is_comparison and result.measured[0].attention:
+        tables.append(_attention_table(result))
     is_coloured = console.color_system not in (None, "windows") and not console.no_color
     bold, plain = ("\x1b[1;31m", "\x1b[0m") if is_coloured else ("", "")
     line = "─" if console.encoding.startswith("utf") else "-"
-    print("\n".join(table.lines(line, bold, plain)))
+    for one in tables:
+        if is_folded:
+            one.fit(console.width)
+        print("\n".join(one.lines(line, bold, plain)))
     for text in notes(result):
         tell(text)
 
@@ -53,6 +58,8 @@ class _Table:
     rows: list[list[str]] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)
     """Rows that are to catch the eye."""
+    gap: str = _GAP
+    """Between columns."""
 
     def widths(self) -> list[int]:
         """Return the width of every column."""
@@ -62,7 +69,7 @@ class _Table:
     @property
     def width(self) -> int:
         """Number of character cells of a line."""
-        return sum(self.widths()) + len(_GAP) * (len(self.heads) - 1) + 2
+        return sum(self.widths()) + len(self.gap) * (len(self.heads) - 1) + 2
 
     def fit(self, width: int) -> None:
         """Break names into lines, so that a line of the table has ``width`` cells if possible."""
@@ -77,7 +84,7 @@ class _Table:
         heads = ["\n" * (high - head.count("\n")) + head for head in self.heads]
         yield ""
         yield from self._row(heads, widths)
-        yield f" {rule * (sum(widths) + len(_GAP) * (len(widths) - 1))}"
+        yield f" {rule * (sum(widths) + len(self.gap) * (len(widths) - 1))}"
         for number, row in enumerate(self.rows):
             for line in self._row(row, widths):
                 yield f"{bold}{line}{plain}" if number in self.bad else line
@@ -90,7 +97,7 @@ class _Table:
             for part, width, is_right in zip(parts, widths, self.is_right, strict=True):
                 blank = " " * (width - _width(part))
                 padded.append(blank + part if is_right else part + blank)
-            yield f" {_GAP.join(padded)}".rstrip()
+            yield f" {self.gap.join(padded)}".rstrip()
 
 
 def _width(text: str) -> int:
@@ -103,6 +110,8 @@ def _width(text: str) -> int:
 
 
 def _table(result: Result, has_ranks: bool = True) -> _Table:
+    if result.n_values and not result.is_comparison:
+        return _spectrum_table(result)
     has_dtypes = len({row.dtype for row, _ in result.pairs}) > 1 and not result.is_comparison
     has_operators = result.has_operators
     texts = ["matrix", "shape"] + ["dtype"] * has_dtypes
@@ -165,6 +174,34 @@ def _base_table(result: Result) -> _Table:
     return table
 
 
+def _spectrum_table(result: Result) -> _Table:
+    """Return the table of --values, which leaves out what would make it too wide."""
+    n = result.n_values
+    more = [] if n == 1 else ["sigma_2"] if n == 2 else [f"sigma_2 ..\nsigma_{n}"]
+    heads = ["sigma_1", *more, "stable\nrank", "eff.\nrank", "condition", "alpha", "D",
+             "above\nedge"]  # fmt: skip
+    heads += ["as an\noperator"] * result.has_operators
+    table = _Table(["matrix", "shape", *heads], [False] * 2 + [True] * len(heads), gap="  ")
+    for row, _ in result.pairs:
+        cells = [row.name, size(row.shape), _number(row.sigma)]
+        if more:
+            ends = row.values[1:2] + row.values[2:][-1:]
+            cells.append(" .. ".join(_number(value, 2) for value in ends))
+        cells.append(_number(row.stable_rank, 1))
+        if (full := row.spectrum) is None:
+            cells += [""] * 5
+        else:
+            cells += [_number(full.effective_rank, 1), _condition(full.condition),
+                      _number(full.alpha, 2), _number(full.alpha_distance, 2),
+                      str(full.n_above_edge)]  # fmt: skip
+        if result.has_operators:
+            cells.append("" if row.operator is None else _number(row.operator))
+        if not math.isfinite(row.sigma):
+            table.bad.add(len(table.rows))
+        table.rows.append(cells)
+    return table
+
+
 def _base_lines(result: Result) -> list[str]:
     first = result.measured[0]
     found = [row.added for row in first.rows if row.added is not None]
@@ -186,6 +223,23 @@ def _stack_cells(stack: Stack | None, is_comparison: bool) -> list[str]:
         return ["", ""]
     median = (_percent if is_comparison else _number)(stack.median)
     return [median, f"{stack.number} of {stack.count}"]
+
+
+def _attention_table(result: Result) -> _Table:
+    rows = result.measured[0].attention
+    if result.top is not None:  # nan before all others, as for matrices
+        rows = sorted(rows, key=lambda row: (not math.isnan(row.largest), -row.largest))
+        rows = rows[: result.top]
+    heads = ["attention, sigma_1 of W_q^T W_k by head", "heads", "largest", "head", "median"]
+    table = _Table(heads, [False] + [True] * 4)
+    for number, row in enumerate(rows):
+        if not math.isfinite(row.largest):
+            table.bad.add(number)
+        table.rows.append(
+            [row.name, str(len(row.norms)), _number(row.largest), str(row.head),
+             _number(row.median)]
+        )  # fmt: skip
+    return table
 
 
 def _folded(name: str, width: int) -> str:
@@ -233,25 +287,45 @@ def notes(result: Result) -> list[str]:
         if one.of_optimizer:
             lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
                          "(--include '*' takes them too)")  # fmt: skip
+        for why, layers in _by_reason(one.attention_left_out).items():
+            lines.append(f"attention left out{where}, {why}: {_some([x.name for x in layers])}")
     if result.has_base:
         lines += _base_lines(result)
+    if result.n_values and not result.is_comparison:
+        lines += _about_spectra(first.rows)
     if result.pairs:
-        usual = "" if result.is_comparison or result.has_base else (
+        usual = "" if result.is_comparison or result.has_base or result.n_values else (
             "; usual: of a fresh nn.Linear or convolution in torch"
         )  # fmt: skip
         lines.append(f"sigma_1 is within {100 * RTOL:g} % of the SVD's{usual}")
     return lines
 
 
-def _grouped(skipped: Sequence[Skipped]) -> list[str]:
-    """Return a text for each reason, with some of the names."""
+def _by_reason(skipped: Sequence[Skipped]) -> dict[str, list[Skipped]]:
     reasons: dict[str, list[Skipped]] = {}
     for one in skipped:
         reasons.setdefault(one.reason, []).append(one)
+    return reasons
+
+
+def _grouped(skipped: Sequence[Skipped]) -> list[str]:
+    """Return a text for each reason, with some of the names."""
     return [
         f"{why}: {_some([f'{e.name} {size(e.shape)}'.rstrip() for e in entries])}"
-        for why, entries in reasons.items()
+        for why, entries in _by_reason(skipped).items()
     ]
+
+
+def _about_spectra(rows: Sequence[MatrixRow]) -> list[str]:
+    """Say what the columns of --values are, and of which matrices they are not known."""
+    large = [row.name for row in rows if row.spectrum is None and math.isfinite(row.sigma)]
+    lines = []
+    if large:
+        lines.append(f"largest values only, shorter side above --spectrum-limit: {_some(large)}")
+    if len(large) < len(rows):
+        lines.append("alpha: exponent of the tail of sigma^2, D: distance of its fit; "
+                     "edge: where the values of noise end")  # fmt: skip
+    return lines
 
 
 def _some(names: Sequence[str], between: str = ", ") -> str:
@@ -271,6 +345,10 @@ def _number(value: float, digits: int = 3) -> str:
         return f"{value:g}"
     small = 10.0**-digits
     return f"{value:.{digits}f}" if small <= abs(value) < 1e6 else f"{value:.2e}"
+
+
+def _condition(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.1e}"
 
 
 def _percent(value: float) -> str:
