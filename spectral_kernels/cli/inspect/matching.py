@@ -143,7 +143,7 @@ def _candidates(
             by_end.setdefault(end, []).append(name)
     votes: Counter[tuple[str, str]] = Counter()
     for name in ours:
-        end = next((end for end in _ends(name) if end in by_end), None)
+        end = next((e for e in _ends(name) if e in by_end), None)
         alike = [] if end is None else by_end[end]
         if end is None or len(alike) > _MOST_ALIKE:
             continue
