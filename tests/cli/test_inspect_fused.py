@@ -107,18 +107,18 @@ def test_heads_of_the_configuration_tell_the_sizes(tmp_path, capsys, where):
 @pytest.mark.parametrize(
     ("name", "shape", "config", "reason"),
     [
-        ("h.0.attention.query_key_value.weight", (36, 12), {}, "follow each other"),
-        ("h.0.attn.qkv_proj.weight", (36, 12), {"model_type": "codegen"}, "follow each other"),
+        ("h.0.attention.query_key_value.weight", (36, 12), {}, "q, k and v alternate"),
+        ("h.0.attn.qkv_proj.weight", (36, 12), {"model_type": "codegen"}, "q, k and v alternate"),
         ("h.0.attn.qkv_proj.weight", (36, 12), {}, "config.json does not tell"),
         ("h.0.attn.qkv_proj.weight", (36, 12), {"num_attention_heads": 5}, "does not tell"),
         ("h.0.attn.qkv_proj.weight", (36, 12), {"num_attention_heads": -1}, "does not tell"),
-        ("s.attn_grid.attn.qkv.weight", (36, 12), {}, "follow each other"),
+        ("s.attn_grid.attn.qkv.weight", (36, 12), {}, "q, k and v alternate"),
         ("s.attn.qkv.weight", (35, 12), {}, None),
         ("s.attn.qkv.weight", (24, 12), {}, None),
         ("s.mlp.gate_up_proj.weight", (15, 12), {}, None),
         ("h.0.attn.c_attn.weight", (36, 13), {}, None),
         ("h.0.attn.c_attn.weight", (36, 12), {"model_type": "gpt_bigcode", "multi_query": False},
-         "follow each other"),
+         "q, k and v alternate"),
     ],
 )  # fmt: skip
 def test_what_is_not_certain_stays_whole(tmp_path, capsys, name, shape, config, reason):
@@ -165,6 +165,7 @@ def test_gate_and_up_of_stacked_experts_are_told_by_the_shapes(tmp_path, capsys,
 def test_columns_that_alternate_stay_whole(tmp_path, capsys):
     tensors = {}
     gate_up, _ = experts("(in, out)", tensors)
+    tensors[f"{gate_up}_bias"] = torch.randn(3, 14)  # no matrix
     save(tmp_path, tensors, {"model_type": "gpt_oss"})
     rows = values(tmp_path, capsys=capsys)["matrices"]
     assert [row["name"] for row in rows if "gate" in row["name"]] == [

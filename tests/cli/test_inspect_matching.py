@@ -158,3 +158,24 @@ def test_a_bias_that_is_not_finite_fails_the_gate(tmp_path, capsys, state):
     assert cli.main(["inspect", str(path), "--fail-above", "1e6"]) == 3
     assert capsys.readouterr().err == "spectral-kernels: 0.bias: 1 nan\n"
     assert cli.main(["inspect", str(path), "--fail-above", "1e6", "--exclude", "*.bias"]) == 0
+
+
+def test_every_matrix_of_a_tensor_is_told_once(tmp_path, capsys):
+    path = tmp_path / "a.pt"
+    tensors = {
+        "h.experts.w1": torch.randn(3, 4, 5),
+        "fc.weight": torch.full((2, 2), 1e200, dtype=torch.float64),
+    }
+    tensors["h.experts.w1"][1, 2, 3] = math.inf
+    torch.save(tensors, path)
+    assert cli.main(["inspect", str(path), "--fail-above", "1e6"]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "spectral-kernels: h.experts.w1: 1 inf"
+    # Its numbers are finite, and its norm is not.
+    assert lines[1:] == ["spectral-kernels: fc.weight: sigma_1 nan is above 1e+06"]
+
+
+def test_names_of_many_parts_are_matched_in_no_time():
+    first = {"a." * 20000 + f"{i}.w": (2, 2) for i in range(20)}
+    other = {"b." * 20000 + f"{i}.w": (2, 2) for i in range(20)}
+    assert matched(first, other).names == {}

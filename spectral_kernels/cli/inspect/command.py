@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 
 from ...diagnostics.checkpoints import Checkpoint, CheckpointError
@@ -258,15 +258,22 @@ def _above(measured: Sequence[Measured], limit: float | None) -> int:
     for one in measured:
         where = f"{one.path}: " if len(measured) > 1 else ""
         said += [f"{where}{bad.name}: {bad.counts}" for bad in one.not_finite]
-        bad_names = tuple(bad.name for bad in one.not_finite)
+        bad_names = {bad.name for bad in one.not_finite}
         said += [f"{where}{row.name}: sigma_1 {row.sigma:.4g} is above {limit:g}"
                  for row in one.rows if not row.sigma <= limit
-                 and (row.sigma > limit or not row.name.startswith(bad_names))]  # fmt: skip
+                 and (row.sigma > limit or not _is_of(row.name, bad_names))]  # fmt: skip
     for line in said[:10]:
         say(line, ABOVE)
     if len(said) > 10:
         say(f"and {len(said) - 10} more", ABOVE)
     return ABOVE if said else 0
+
+
+def _is_of(name: str, tensors: Set[str]) -> bool:
+    """Return whether a matrix, such as ``w[3][gate]``, is of one of these tensors."""
+    while name not in tensors and name.endswith("]"):
+        name = name.rpartition("[")[0]
+    return name in tensors
 
 
 def _need(*packages: str | None) -> None:

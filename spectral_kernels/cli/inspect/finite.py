@@ -121,8 +121,10 @@ def in_tile(name: str, shape: tuple[int, ...], tile: torch.Tensor, offset: int) 
     places = bad.nonzero()
     if not len(places):
         return None
-    counts = (int(torch.count_nonzero(mask)) for mask in (nan, positive, negative))
-    return NotFinite(name, shape, *counts, offset + int(places[0]))
+    n_nan, n_positive, n_negative = (
+        int(torch.count_nonzero(mask)) for mask in (nan, positive, negative)
+    )
+    return NotFinite(name, shape, n_nan, n_positive, n_negative, offset + int(places[0]))
 
 
 def _is_finite(tile: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ _EQUAL = {
     "qkv": _QKV, "qkv_linear": _QKV, "to_qkv": _QKV, "in_proj_weight": _QKV, "W_pack": _QKV,
     "w12": _GATED,
 }  # fmt: skip
-_BY_HEAD = "q, k and v of a head follow each other"
+_BY_HEAD = "rows of q, k and v alternate"
 _INTERLEAVED_MODELS = {"gpt_oss", "openai_privacy_filter"}
 # Models whose qkv_proj is stored in another order.
 _OTHER_QKV_PROJ = {"codegen", "minimax", "minimax_text_01", "minimax_m1"}
@@ -64,6 +64,12 @@ class Recognizer:
     def is_stack(self, name: str) -> bool:
         """Return whether a tensor is known to be a stack of matrices, one for each expert."""
         return len(self._shapes[name]) == 3 and _STACKS.search(f".{name}") is not None
+
+    def is_bias(self, name: str) -> bool:
+        """Return whether a tensor (E, out) holds the biases of experts."""
+        path = name.split(".")
+        is_named = path[-1] == "bias" or path[-1].endswith("_bias")
+        return is_named and "experts" in path and len(self._shapes[name]) == 2
 
     def of(self, name: str) -> Fused | None:
         """Return how a weight is stored; None if nothing is known of it."""

@@ -17,6 +17,7 @@ _CONTAINERS = {
     "state_dict", "model_state_dict", "model_state", "model", "base_model", "network", "net",
 }  # fmt: skip
 _MOST_ALIKE = 4  # names with a common end that are tried against each other
+_MOST_PARTS = 32  # of a name that may belong to its root
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -139,11 +140,11 @@ def _candidates(
     """Yield roots (of the first, of the other) by the longest common ends of names, best first."""
     by_end: dict[str, list[str]] = {}
     for name in theirs:
-        for end in _ends(name):
-            by_end.setdefault(end, []).append(name)
+        for common in _ends(name):
+            by_end.setdefault(common, []).append(name)
     votes: Counter[tuple[str, str]] = Counter()
     for name in ours:
-        end = next((end for end in _ends(name) if end in by_end), None)
+        end = next((e for e in _ends(name) if e in by_end), None)
         alike = [] if end is None else by_end[end]
         if end is None or len(alike) > _MOST_ALIKE:
             continue
@@ -157,8 +158,10 @@ def _candidates(
 def _ends(name: str) -> Iterator[str]:
     """Yield the ends of a name that begin after a dot, the longest first, and the name itself."""
     yield name
-    while "." in name:
-        name = name.partition(".")[2]
+    for _ in range(_MOST_PARTS):
+        _, dot, name = name.partition(".")
+        if not dot:
+            return
         yield name
 
 

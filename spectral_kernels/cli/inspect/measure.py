@@ -113,7 +113,10 @@ def planned(
     """
     entries = [e for e in checkpoint.tensors if patterns.include or not e.in_optimizer]
     of_optimizer = len(checkpoint.tensors) - len(entries)
-    by_name = {entry.name: entry for entry in entries if len(entry.shape) >= 2}
+    shapes = {entry.name: entry.shape for entry in entries}
+    recognizer = Recognizer(shapes, checkpoint.config if config is None else config)
+    by_name = {e.name: e for e in entries if len(e.shape) >= 2
+               and not (patterns.recognize and recognizer.is_bias(e.name))}  # fmt: skip
     reasons: dict[str, str] = {}
     metas = []
     for entry in by_name.values():
@@ -123,8 +126,6 @@ def planned(
             dtype, shape = torch.bool, (0,) * len(shape)
         metas.append((entry.name, torch.empty(shape, dtype=dtype, device="meta")))
     matrices: dict[str, tuple[LazyTensor, list[Matrix]]] = {}
-    shapes = {entry.name: entry.shape for entry in entries}
-    recognizer = Recognizer(shapes, checkpoint.config if config is None else config)
     arguments = patterns.of(list(by_name))
     if patterns.recognize:
         arguments["stacked"] += [glob.escape(n) for n in by_name if recognizer.is_stack(n)]
