@@ -10,7 +10,7 @@ import torch
 
 from spectral_kernels.diagnostics.checkpoints import Checkpoint, CheckpointError
 from tests import TIMEOUT
-from tests.diagnostics.test_open_checkpoint import Touches, check, error, network
+from tests.support.checkpoints import Touches, check, error, network
 
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 metadata = pytest.importorskip("torch.distributed.checkpoint.metadata")
