@@ -84,6 +84,16 @@ def test_the_weights_of_a_torchscript_archive_are_read_without_its_code(tmp_path
     check(Checkpoint(path), net.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_frozen_torchscript_archive_has_its_weights_among_the_constants(tmp_path):
+    net, path = network().eval(), tmp_path / "frozen.pt"
+    torch.jit.freeze(torch.jit.script(net)).save(str(path))
+    found = {name: tensor.read() for name, tensor in Checkpoint(path)}
+    assert all(name.startswith("constants.") for name in found)
+    for weight in net.state_dict().values():
+        assert any(torch.equal(weight, tensor) for tensor in found.values())
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_of_every_kind_are_read_or_listed_with_the_reason(tmp_path):
     dense = {
