@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 
-from spectral_kernels.diagnostics.checkpoints import Checkpoint, CheckpointError
+from spectral_kernels.diagnostics.checkpoints import Checkpoint, CheckpointError, dtensors
+from spectral_kernels.diagnostics.checkpoints.pickles import Record
+from spectral_kernels.diagnostics.checkpoints.stored import StoredTensor
 from tests import TIMEOUT
-from tests.diagnostics.test_open_checkpoint import Touches, check, error, network
+from tests.support.checkpoints import Touches, check, error, network
 
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 metadata = pytest.importorskip("torch.distributed.checkpoint.metadata")
@@ -236,6 +238,29 @@ def test_the_file_of_one_rank_has_its_shards_marked(of_two_ranks):
     assert torch.equal(found["columns"].read(), torch.arange(21.0).view(3, 7)[:, 4:])
     assert torch.equal(found["both"].read(), torch.arange(12.0).view(3, 4))
     assert found["both"].unusable is found["plain"].unusable is None
+
+
+MESHES = [
+    {"_layout": Record("", (), {"axes": (Record("", (), {"shape": (2,)}),)})},
+    {"_layout": Record("", (), {"shape": (2,), "stride": (1,)})},
+    {"_layout": Record("", (), {"shape": 2, "stride": 1})},
+    {"mesh": Record("torch._utils._rebuild_tensor_v2", (None, 0, (2,), (1,)))},
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_meshes_are_read_as_versions_of_torch_write_them(mesh):
+    module = "torch.distributed.tensor.placement_types"
+    local = StoredTensor((2, 3), "float32", None)
+    shard = Record(f"{module}.Shard", (), {"dim": 1})
+    mesh = Record("DeviceMesh", (), {**mesh, "_coordinate_on_dim": [1]})
+    spec = Record("DTensorSpec", (), {"mesh": mesh, "placements": (shard,)})
+    piece = dtensors.placed((2, 7), local, spec).piece
+    assert (piece.offsets, piece.said) == ((0, 4), "shard 1 of 2 along dim 1")
+    partial = Record(f"{module}.Partial", (), {"reduce_op": "sum"})
+    spec.state["placements"] = (partial,)
+    why = dtensors.placed((2, 3), local, spec).unusable
+    assert why == "the part of one rank (Partial); gather it before saving"
 
 
 def test_a_quantized_tensor_of_another_package_is_named_with_its_parts(tmp_path):

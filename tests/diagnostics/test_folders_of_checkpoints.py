@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spectral_kernels.diagnostics.checkpoints import Checkpoint, CheckpointError, folders
-from tests.diagnostics.test_open_checkpoint import Touches, check, error, left_out, network
+from tests.support.checkpoints import Touches, check, error, left_out, network
 
 safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -1,11 +1,17 @@
 """Helpers for tests of checkpoints on disk."""
 
 import json
+import os
+import pathlib
+import pickle
+import subprocess
 
 import pytest
 import torch
+from torch import nn
 
 from spectral_kernels import cli
+from spectral_kernels.diagnostics.checkpoints import Checkpoint, CheckpointError
 
 
 def values(path, *arguments, capsys):
@@ -52,3 +58,48 @@ def save_sharded(folder, tensors, suffix):
     index = folder / f"{stem}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return index
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def check(checkpoint, tensors):
+    """The checkpoint has these tensors, bit by bit, and no others."""
+    found = {name: tensor.read() for name, tensor in checkpoint}
+    assert sorted(found) == sorted(tensors)
+    for name, tensor in checkpoint:
+        expected = tensors[name].detach()
+        assert tensor.shape == tuple(expected.shape)
+        assert tensor.dtype == str(expected.dtype).removeprefix("torch.")
+        assert torch.equal(found[name], expected)
+
+
+def left_out(checkpoint):
+    """Return names and reasons of what was skipped."""
+    return [(skipped.name, skipped.reason) for skipped in checkpoint.skipped]
+
+
+def error(path):
+    """Return what is said of a checkpoint that is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(path)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+class Touches:
+    """Would make a folder when it is unpickled; ``how`` says with which function."""
+
+    def __init__(self, how, path):
+        self.how, self.path = how, str(path)
+
+    def __reduce__(self):
+        code = f"__import__('os').mkdir({self.path!r})"
+        return {
+            "mkdir": (os.mkdir, (self.path,)), "eval": (eval, (code,)), "exec": (exec, (code,)),
+            "system": (os.system, (f"mkdir {self.path}",)),
+            "popen": (subprocess.Popen, (["mkdir", self.path],)),
+            "path": (pathlib.Path.mkdir, (pathlib.Path(self.path),)),
+            "load": (pickle.loads, (b"cposix\nmkdir\n(V" + self.path.encode() + b"\ntR.",)),
+        }[self.how]  # fmt: skip

@@ -102,7 +102,7 @@ class Checkpoint:
     def _listed(self, found: Found) -> list[LazyTensor]:
         """Return the tensors of the files, in the order of the layers."""
         files = list(found.files)
-        entries, error = [], None
+        entries, error, is_by_bytes = [], None, False
         for file in found.files:
             try:
                 reader = self._opened.open(file)
@@ -113,6 +113,7 @@ class Checkpoint:
                 files.remove(file)
                 self.skipped.append(Skipped(printable(file.name), without_path(caught, file)))
                 continue
+            is_by_bytes |= isinstance(reader, SafetensorsFile)
             of_state = is_optimizers(file.name)
             entries += [
                 replace(
@@ -131,8 +132,8 @@ class Checkpoint:
         if len(files) > 1 and len({entry.name for entry in entries}) < len(entries):
             entries = [replace(e, name=f"{printable(e.file.name)}:{e.name}") for e in entries]
         entries = _distinct(entries)
-        if any(file.suffix == ".safetensors" for file in files):
-            entries.sort(key=lambda entry: natural(entry.name))  # their own order is by bytes
+        if is_by_bytes:  # safetensors have their names in that order
+            entries.sort(key=lambda entry: natural(entry.name))
         return entries
 
     def _add_folders(self, effective: bool) -> None:
@@ -194,18 +195,22 @@ class Checkpoint:
 def open_checkpoint(path: str | PathLike[str], *, effective: bool = True) -> Checkpoint:
     """List the tensors of a checkpoint on disk, without reading them.
 
-    One file is open at a time. safetensors files and zip archives of ``torch.save`` are mapped, so
-    that only what is being read takes memory; a file in torch's older format is read as a whole.
+    One file is open at a time. Files are mapped, so that only what is being read takes memory; a
+    tensor that is made of pieces takes its own size. Pickles are read as data: nothing in them is
+    imported, built or run, and objects that are no tensors are named in ``skipped``.
 
     Args:
-        path: a ``.safetensors``, ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file, the ``.index.json``
-            of a checkpoint in several files, or a directory: the index in it, else its safetensors,
-            else its pickled files.
+        path: a file, known by its content: safetensors, of ``torch.save`` (state dicts, whole
+            modules, training states) or ``torch.jit.save``, an agent of Stable-Baselines3; the
+            ``.index.json`` of a checkpoint in several files; or a directory. Of a directory one
+            set of files is taken, in this order: safetensors, of torch.distributed.checkpoint, other
+            pickles; else the checkpoints in the directories below, at most two deep. In the cache
+            of the Hugging Face hub it is the snapshot that ``refs/main`` names.
         effective: the weights as the model computes with them; False: the tensors that are stored.
 
     Raises:
-        CheckpointError: no such file, a FIFO, socket or device, a broken file, a pickle that holds
-            more than tensors, a missing package.
+        CheckpointError: no such file, a FIFO, socket or device, a broken file, one of another kind,
+            a pickle that would run programs, a missing package.
     """
     return Checkpoint(path, effective)
 

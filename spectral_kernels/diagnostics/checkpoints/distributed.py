@@ -17,7 +17,8 @@ from .names import of_optimizer
 from .pickles import HostileError, PickleError, Record, read_pickle
 from .stored import Piece, assembled, gap
 from .torch_file import TorchFile
-from .torch_objects import dtype_of, itemsize, shape_of
+from .torch_objects import itemsize
+from .values import dtype_of, shape_of
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata."

@@ -14,7 +14,8 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64,
+    "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
 }  # fmt: skip
 # Pages read from a mapped file count as used memory until it is unmapped.
 MAPPED_BYTES = 1 << 30

@@ -7,6 +7,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,6 +91,8 @@ class TorchFile:
         archive = _Archive(self._path, part)
         if archive.root is not None:
             self._collect("", False, archive.load)
+            if f"{archive.root}constants.pkl" in archive.members:  # of TorchScript
+                self._collect("constants.", False, partial(archive.load, "constants"))
             return
         inner = [m for m in archive.members if Path(m).suffix in _SUFFIXES]
         if not inner:
@@ -194,19 +197,23 @@ class _Archive:
         self._part.seek(place.start - self._part.start)
         return self._part.read(place.n_bytes)
 
-    def load(self) -> tuple[object, TorchObjects]:
-        """Return the objects of the archive, and what finds tensors among them."""
+    def load(self, part: str = "data") -> tuple[object, TorchObjects]:
+        """Return the objects of the archive, and what finds tensors among them.
+
+        Args:
+            part: name of the pickle, and of the folder with its storages.
+        """
         order: ByteOrder = "little"
         if f"{self.root}byteorder" in self.members:
             written = self.read(f"{self.root}byteorder").strip()
             if written not in (b"little", b"big"):
                 raise PickleError("the order of its bytes is neither little nor big")
             order = "little" if written == b"little" else "big"
-        root = read_pickle(io.BytesIO(self.read(f"{self.root}data.pkl")))
-        return root, TorchObjects(self._storage, order)
+        root = read_pickle(io.BytesIO(self.read(f"{self.root}{part}.pkl")))
+        return root, TorchObjects(partial(self._storage, part), order)
 
-    def _storage(self, identity: tuple, n_bytes: int) -> Place:
-        place = self.place(f"{self.root}data/{identity[2]}")
+    def _storage(self, part: str, identity: tuple, n_bytes: int) -> Place:
+        place = self.place(f"{self.root}{part}/{identity[2]}")
         if place.n_bytes < n_bytes:
             raise PickleError(f"a storage has {place.n_bytes} bytes instead of {n_bytes}")
         return Place(place.file, place.start, n_bytes)

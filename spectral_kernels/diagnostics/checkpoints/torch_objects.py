@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from .entries import CheckpointError, short
+from .dtensors import placed
+from .entries import short
 from .names import of_optimizer
 from .pickles import STORAGE, Global, PickleError, Record
-from .stored import ByteOrder, Piece, Place, StoredTensor, other_order
+from .stored import ByteOrder, Place, StoredTensor, other_order
+from .values import attributes, count_of, dtype_of, shape_of
 
 _LONGEST_NAME = 4096
-_MOST_DIMS = 64
 # Storages that newer versions of torch still name by the old classes.
 _STORAGES = {
     f"torch.{name}Storage": dtype
@@ -142,11 +143,11 @@ class TorchObjects:
         name, count = storage_of(storage)
         n_bytes = count * itemsize(name)
         name = dtype or name
-        shape, strides = _shape(size), _shape(stride)
+        shape, strides = shape_of(size), shape_of(stride)
         if len(shape) != len(strides):
             raise PickleError(f"a tensor of shape {list(shape)} has strides {list(strides)}")
         made = StoredTensor(
-            shape, name, None, strides, _count(offset), conjugated=bool(metadata.get("conj")),
+            shape, name, None, strides, count_of(offset), conjugated=bool(metadata.get("conj")),
             negated=bool(metadata.get("neg")), is_swapped=self._is_swapped,
         )  # fmt: skip
         if storage.arguments[3] == "meta":
@@ -163,14 +164,16 @@ class TorchObjects:
         return replace(made, place=place, unusable=why)
 
     def _strided_v3(self, storage, offset, size, stride, grad, hooks, dtype, *more):
-        return self._strided(storage, offset, size, stride, grad, hooks, *more, dtype=_dtype(dtype))
+        return self._strided(
+            storage, offset, size, stride, grad, hooks, *more, dtype=dtype_of(dtype)
+        )
 
     def _sparse(self, layout, data) -> StoredTensor:
         name = short(layout.arguments[0])
         index = 2 if name == "sparse_coo" else 3
         values = self._tensor_of(data[index - 1], 1)
         assert values is not None
-        return StoredTensor(_shape(data[index]), values.dtype, None, unusable=f"layout {name}")
+        return StoredTensor(shape_of(data[index]), values.dtype, None, unusable=f"layout {name}")
 
     def _nested(self, buffer, *_) -> StoredTensor:
         inner = self._tensor_of(buffer, 1)
@@ -181,17 +184,19 @@ class TorchObjects:
         return self._strided(storage, *more[:3])
 
     def _meta(self, dtype, size, stride, *_) -> StoredTensor:
-        return StoredTensor(_shape(size), _dtype(dtype), None, unusable="device meta")
+        return StoredTensor(shape_of(size), dtype_of(dtype), None, unusable="device meta")
 
     def _wrapper(self, cls: str, arguments: tuple, state: Any) -> StoredTensor:
         """A tensor of another class: a DTensor is its local part, others are not understood."""
         _, dtype, size = arguments[:3]
-        made = StoredTensor(_shape(size), _dtype(dtype), None, unusable=f"a tensor of class {cls}")
+        made = StoredTensor(
+            shape_of(size), dtype_of(dtype), None, unusable=f"a tensor of class {cls}"
+        )
         if cls.startswith(_DTENSOR) and cls.endswith(".DTensor"):
-            state = _attributes(state)
+            state = attributes(state)
             local = self._tensor_of(state["_local_tensor"], 1)
             assert local is not None
-            return _placed(made.shape, local, state["_spec"])
+            return placed(made.shape, local, state["_spec"])
         return made
 
 
@@ -206,57 +211,6 @@ _REBUILD: dict[str, Callable[..., StoredTensor]] = {
 }
 
 
-def _placed(shape: tuple[int, ...], local: StoredTensor, spec: Record) -> StoredTensor:
-    """Return the local part of a DTensor as what it is: the tensor, or a piece of it."""
-    attributes = _attributes(spec.state)
-    mesh = _attributes(attributes["mesh"].state)
-    placements = [(p.kind.rpartition(".")[2], p) for p in attributes["placements"]]
-    if all(kind == "Replicate" for kind, _ in placements):
-        return local
-    sharded = [(at, p.state["dim"]) for at, (kind, p) in enumerate(placements) if kind == "Shard"]
-    others = {kind for kind, _ in placements} - {"Shard", "Replicate"}
-    if not others and local.shape == shape:  # a mesh of one rank
-        return local
-    dims = [dim for _, dim in sharded]
-    coordinate, counts = mesh.get("_coordinate_on_dim"), _mesh_shape(mesh)
-    if others or len(set(dims)) < len(dims) or not coordinate or counts is None:
-        how = ", ".join(sorted(others)) or "several shards of a dimension"
-        return replace(local, unusable=f"the part of one rank ({how}); gather it before saving")
-    offsets, said = [0] * len(shape), []
-    for at, dim in sharded:
-        rank, of = _count(coordinate[at]), _count(counts[at])
-        # As torch.chunk divides: equal parts, rounded up.
-        offsets[dim] = min(rank * -(-shape[dim] // of), shape[dim])
-        said.append(f"shard {rank} of {of} along dim {dim}")
-    piece = Piece(shape, tuple(offsets), local.shape, ", ".join(said))
-    return replace(local, piece=piece)
-
-
-def _mesh_shape(mesh: dict) -> tuple[int, ...] | None:
-    """Return the sizes of a DeviceMesh, which versions of torch keep in several ways."""
-    layout = mesh.get("_layout")
-    if isinstance(layout, Record):
-        inner = _attributes(layout.state)
-        if "axes" in inner:
-            shapes = [_attributes(axis.state)["shape"] for axis in inner["axes"]]
-            return tuple(math.prod(s) if isinstance(s, tuple) else s for s in shapes)
-        if isinstance(inner.get("shape"), tuple):
-            return inner["shape"]
-    ranks = mesh.get("mesh")
-    if isinstance(ranks, Record) and ranks.kind == "torch._utils._rebuild_tensor_v2":
-        return ranks.arguments[2]
-    return None
-
-
-def _attributes(state: Any) -> dict:
-    """Return attributes from a state: a dict, or a pair of dicts where there are slots."""
-    found: dict = {}
-    for part in state if isinstance(state, tuple) else (state,):
-        if isinstance(part, dict):
-            found.update(part)
-    return found
-
-
 def _children(value: Any) -> Iterator[tuple[Any, Any]]:
     """Yield what a container or an object holds, with keys that lengthen its name.
 
@@ -268,7 +222,7 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(value)
     elif isinstance(value, Record) and value.kind != STORAGE:
         yield from value.items
-        state = _attributes(value.state)
+        state = attributes(value.state)
         if isinstance(state.get("_modules"), dict | Record) and "_parameters" in state:
             for holder in ("_parameters", "_buffers", "_modules"):
                 yield from _children(state.pop(holder, None))
@@ -276,7 +230,7 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
         elif value.kind != "collections.OrderedDict":
             yield from state.items()
         if value.kind == _SUBCLASS:
-            yield from _attributes(value.arguments[3]).items()
+            yield from attributes(value.arguments[3]).items()
         elif not value.items and not state:
             yield from enumerate(value.arguments)
 
@@ -294,56 +248,14 @@ def _is_foreign(name: str) -> bool:
     return name not in _PLAIN and not (module == "torch" and hasattr(torch, attribute))
 
 
-def _dtype(value: Any) -> str:
-    """Return the name of a dtype from a Global such as torch.float32."""
-    name = value.name.removeprefix("torch.")
-    if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise PickleError(f"there is no dtype {name}")
-    return name
-
-
 def storage_of(storage: Record) -> tuple[str, int]:
     """Return the dtype of a storage, and its number of elements, from its persistent id."""
     _, kind, _, _, count = storage.arguments[:5]
     if len(storage.arguments) > 5 and storage.arguments[5] is not None:
         raise PickleError("a storage is a view of another one")
-    return _STORAGES[kind.name.replace("torch.cuda.", "torch.")], _count(count)
+    return _STORAGES[kind.name.replace("torch.cuda.", "torch.")], count_of(count)
 
 
 def itemsize(dtype: str) -> int:
     """Return the bytes of an element."""
     return _ITEMSIZES.get(dtype) or getattr(torch, dtype).itemsize
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise PickleError("a count is no integer of at least 0")
-    return value
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    while isinstance(value, Record) and value.kind == "torch.Size":
-        (value,) = value.arguments
-    if not isinstance(value, tuple | list) or len(value) > _MOST_DIMS:
-        raise PickleError("a shape is no tuple of integers")
-    return tuple(_count(n) for n in value)
-
-
-def shape_of(value: Any) -> tuple[int, ...]:
-    """Return a shape from a tuple, or a Record of torch.Size.
-
-    Raises:
-        PickleError: it is none.
-    """
-    return _shape(value)
-
-
-def dtype_of(value: Any) -> str:
-    """Return the name of a dtype from a Global.
-
-    Raises:
-        CheckpointError: it is none of torch.
-    """
-    if not isinstance(value, Global):
-        raise CheckpointError("a dtype is no name")
-    return _dtype(value)
