@@ -22,7 +22,7 @@ from ..console import (
     tell,
     writable,
 )
-from . import base, check, report, table
+from . import base, check, report, terminal
 from .matching import Matching, matched
 from .measure import Patterns, Plan, measure, planned
 from .rows import SORTS, Measured
@@ -193,7 +193,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         arguments.html.write_text(page.as_html(result, arguments.fail_above), encoding="utf-8")
     if not to_stdout:
-        table.show(result)
+        terminal.show(result)
         if arguments.plot is not None:
             tell(f"picture: {arguments.plot}")
         if arguments.html is not None:

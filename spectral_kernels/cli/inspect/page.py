@@ -13,8 +13,8 @@ from importlib import resources
 
 from ...diagnostics.untrusted import printable
 from . import picture, report
+from .notes import notes
 from .rows import MatrixRow, change
-from .table import notes
 
 _STYLE, _SCRIPT = (
     resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
