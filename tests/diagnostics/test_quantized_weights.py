@@ -280,6 +280,22 @@ def test_weights_of_torchao(tmp_path, config, arguments, made_by):
     check(weights, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("config", ["Float8WeightOnlyConfig", "Int8WeightOnlyConfig"])
+def test_weights_of_torchao_that_were_pickled(tmp_path, config):
+    api = pytest.importorskip("torchao.quantization")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.Linear(48, 8))
+    api.quantize_(model[0], getattr(api, config)(), filter_fn=lambda *_: True)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    checkpoint = open_checkpoint(tmp_path / "model.pt")
+    weights = dict(checkpoint)
+    assert not checkpoint.skipped
+    assert list(weights) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert weights["0.weight"].made_by.endswith("of torchao with a scale per row")
+    expected = {name: p.dequantize() if hasattr(p, "qdata") else p
+                for name, p in model.state_dict().items()}  # fmt: skip
+    check(weights, expected, rtol=1e-5)
+
+
 def test_int4_of_torchao_has_scales_for_its_kernel(tmp_path):
     values, factors = torch.randint(-8, 8, (6, 64)), torch.rand(6, 2) + 0.5
     shifts = torch.randn(6, 2)

@@ -18,6 +18,7 @@ from ...diagnostics.attention import (
     is_between,
 )
 from ...diagnostics.checkpoints import LazyTensor, Skipped
+from .parallel import for_each
 
 # End of the name of a fused weight -> order of its rows, and the models (``model_type``; None: a
 # config.json without it, or none) that have it. Others order the rows of the same name differently.
@@ -229,21 +230,28 @@ def _number(config: Mapping[str, Any], *keys: str) -> int | None:
 def measure_attention(
     layers: Sequence[AttentionLayer],
     step: Callable[[str, int], None] = lambda name, elements: None,
+    most: int | None = None,
 ) -> list[AttentionRow]:
-    """Measure the heads of every layer, two tensors in memory at a time.
+    """Measure the heads of every layer.
 
     Args:
         layers: of one checkpoint.
-        step: called with a layer's name and 0 before it is read, its number of elements after.
+        step: called with a layer's name and 0 before it is read, its number of elements after; by
+            several threads.
+        most: elements in memory, see ``for_each``; a layer has its two tensors, whatever that is.
 
     Raises:
         CheckpointError: a tensor that cannot be read.
     """
     rows = {}
-    for layer in sorted(layers, key=lambda one: str(one.query.file)):
+
+    def measured(layer: AttentionLayer) -> None:
         step(layer.name, 0)
         rows[layer.query.name] = AttentionRow(layer.name, _norms(layer))
         step(layer.name, layer.size)
+
+    in_order = sorted(layers, key=lambda one: str(one.query.file))
+    for_each(measured, in_order, lambda layer: layer.size, most)
     return [rows[layer.query.name] for layer in layers]
 
 

@@ -38,15 +38,16 @@ def add_parser(commands) -> None:
         help="largest singular values and stable ranks of the matrices of a checkpoint",
         description=(
             "Measure the matrices of a checkpoint, or compare two by name. Every tensor with two "
-            "or more dimensions is a matrix (dim 0, rest). PATTERN is a glob pattern of names, as "
-            "'*.mlp.*', and such options may be repeated."
+            "or more dimensions is a matrix (dim 0, rest), but for those that are known to hold "
+            "several. PATTERN is a glob pattern of names, as '*.mlp.*', and such options may be "
+            "repeated. Formats, columns and options: docs/inspect.md."
         ),
         epilog="Exit codes: 0 fine, 1 could not read, write or compare, 2 wrong usage, "
         "3 --fail-above or --check.",
     )
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT",
-        help=".safetensors, .pt, .pth, .bin or .ckpt file, *.index.json, or a directory of them",
+        help="a file of safetensors or torch.save, *.index.json, or a directory of them",
     )  # fmt: skip
     parser.add_argument("other", type=Path, nargs="?", metavar="OTHER",
                          help="a second checkpoint: changes from the first to it")  # fmt: skip
@@ -151,7 +152,7 @@ def _run(arguments: argparse.Namespace) -> int:
     checkpoints = [Checkpoint(path, effective=not arguments.check) for path in paths]
     for checkpoint in checkpoints:
         if not checkpoint.tensors:
-            raise CheckpointError(f"{checkpoint.path}: holds no tensor")
+            raise CheckpointError(f"{checkpoint.path}: holds no tensor{_why_none(checkpoint)}")
     compares = len(checkpoints) > 1 and not arguments.check
     matching = _matched(checkpoints) if compares else Matching()
     try:
@@ -199,6 +200,13 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.html is not None:
             tell(f"page: {arguments.html}")
     return _above(measured, arguments.fail_above)
+
+
+def _why_none(checkpoint: Checkpoint) -> str:
+    """Return what was left out of a checkpoint of which nothing is shown, and why."""
+    said = [f"{skipped.name}: {skipped.reason}" for skipped in checkpoint.skipped[:3]]
+    more = len(checkpoint.skipped) - len(said)
+    return "".join(f"; {text}" for text in said) + (f"; and {more} more" if more else "")
 
 
 def _matched(checkpoints: Sequence[Checkpoint]) -> Matching:

@@ -214,12 +214,13 @@ def measure(
     nothing: Sequence[Matrix] = ()
     pairs = [*plan.matrices.values(), *((entry, nothing) for entry in plan.others)]
     pairs.sort(key=lambda pair: str(pair[0].file))
-    for_each(measured, pairs, size=lambda pair: math.prod(pair[0].shape))
+    most = max((math.prod(entry.shape) for entry, _ in pairs), default=0)
+    for_each(measured, pairs, lambda pair: math.prod(pair[0].shape), most)
     order = {entry.name: i for i, entry in enumerate(plan.checkpoint.tensors)}
     found.not_finite.sort(key=lambda one: order[one.name])
     for _, matrices in plan.matrices.values():
         found.rows += [rows[m.name] for m in matrices if m.name in rows]
-    found.attention = measure_attention(plan.attention, step)
+    found.attention = measure_attention(plan.attention, step, most)
     found.attention_left_out = list(plan.attention_left_out)
     return found
 

@@ -12,20 +12,27 @@ T = TypeVar("T")
 _MOST_THREADS = 8  # of which each holds a tensor
 
 
-def for_each(work: Callable[[T], None], tasks: Sequence[T], size: Callable[[T], int]) -> None:
-    """Do ``work`` for all tasks; those that go on at the same time are no larger than the largest.
+def for_each(
+    work: Callable[[T], None],
+    tasks: Sequence[T],
+    size: Callable[[T], int],
+    most: int | None = None,
+) -> None:
+    """Do ``work`` for all tasks; those that go on at the same time are no larger than ``most``.
 
-    With n threads, tasks of at most 1/n of the largest size go first, n at a time and each in one
-    thread of torch; those that are larger follow one by one, each in all threads.
+    With n threads, tasks of at most 1/n of that go first, n at a time and each in one thread of
+    torch; those that are larger follow one by one, each in all threads.
 
     Args:
         work: takes a task; what it raises ends all, after the tasks that have begun.
         tasks: in the order in which they should begin.
         size: of a task, such as the elements of its tensor.
+        most: of all sizes together; None: the largest one.
     """
     threads = torch.get_num_threads()
     at_once = min(threads, _MOST_THREADS)
-    most = max(map(size, tasks), default=0)
+    if most is None:
+        most = max(map(size, tasks), default=0)
     small = [task for task in tasks if size(task) * at_once <= most] if at_once > 1 else []
     if small:
         # torch counts the threads of its operators for every thread that starts them.

@@ -203,9 +203,9 @@ def open_checkpoint(path: str | PathLike[str], *, effective: bool = True) -> Che
         path: a file, known by its content: safetensors, of ``torch.save`` (state dicts, whole
             modules, training states) or ``torch.jit.save``, an agent of Stable-Baselines3; the
             ``.index.json`` of a checkpoint in several files; or a directory. Of a directory one
-            set of files is taken, in this order: safetensors, of torch.distributed.checkpoint,
-            other pickles; else the checkpoints in the directories below, at most two deep. In the
-            cache of the Hugging Face hub it is the snapshot that ``refs/main`` names.
+            set of files is taken, in this order: safetensors, torch.distributed.checkpoint,
+            pickles; else the checkpoints in the directories below, at most two deep. In the cache
+            of the Hugging Face hub it is the snapshot that ``refs/main`` names.
         effective: the weights as the model computes with them; False: the tensors that are stored.
 
     Raises:

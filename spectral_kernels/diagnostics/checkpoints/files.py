@@ -72,7 +72,8 @@ def file_given(path: Path) -> Found:
 def files_in(folder: Path) -> Found | None:
     """Return the checkpoint that lies in a folder itself: one set of files of one format.
 
-    In this order: an index, safetensors, a folder of torch.distributed.checkpoint, pickles.
+    In this order: safetensors, by their index if there is one, torch.distributed.checkpoint, and
+    pickles, by their index too.
 
     Raises:
         CheckpointError: it is broken, or its files are of another kind.

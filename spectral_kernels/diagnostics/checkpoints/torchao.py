@@ -1,7 +1,8 @@
-"""Weights of torchao, as its state dicts are flattened into safetensors files.
+"""Weights of torchao: its state dicts flattened into safetensors files, and saved by torch.save.
 
-``M.weight`` is stored as ``M._weight_qdata``, ``M._weight_scale`` and others; the metadata of the
-file name its class and the blocks that share a scale.
+In safetensors files ``M.weight`` is stored as ``M._weight_qdata``, ``M._weight_scale`` and others;
+the metadata of the file name its class and the blocks that share a scale. In a pickle it is an
+object, whose tensors the reader lists as ``M.weight.qdata``, ``M.weight.scale`` and so on.
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ def dequantize(stored: Pool) -> None:
         inner = re.sub(r"(^|\.)_([^.]+)$", r"\1\2", key)
         kind, blocks = _kind(said[values.file].get(inner), values)
         _put(stored, match[1] + match[2], kind, blocks, values, tables)
+
+    for name, whole in list(stored.tensors.items()):
+        named = re.fullmatch(r"a tensor of class torchao\.(?:\w+\.)*(\w+)", whole.unusable or "")
+        values = stored.get(f"{name}.qdata")
+        if named is not None and values is not None:
+            tables = {key: t for key in _TABLES if (t := stored.get(f"{name}.{key}")) is not None}
+            stored.drop([whole])
+            _put(stored, name, named[1], (), values, tables)
 
 
 def _metadata(file: Path) -> Mapping[str, Any]:
