@@ -1,4 +1,4 @@
-"""Work on several tensors at a time: how many, with which threads, and what an error ends."""
+"""Work on several tensors at a time: how many, with which threads, what an error ends, progress."""
 
 import threading
 import time
@@ -6,7 +6,11 @@ import time
 import pytest
 import torch
 
+from spectral_kernels.cli.inspect import base
+from spectral_kernels.cli.inspect.measure import Patterns, measure, planned
 from spectral_kernels.cli.inspect.parallel import for_each
+from spectral_kernels.cli.inspect.spectrum import SpectrumOptions
+from spectral_kernels.diagnostics.checkpoints import Checkpoint
 
 
 @pytest.fixture
@@ -58,3 +62,21 @@ def test_an_error_ends_the_rest(bad):
 
 def test_no_tasks_are_no_work():
     for_each(lambda task: pytest.fail("called"), [], size=lambda task: 1)
+
+
+@pytest.mark.parametrize("spectra", [None, SpectrumOptions(2), SpectrumOptions(3, side_limit=8)])
+def test_progress_ends_at_all_of_the_work(tmp_path, spectra):
+    tensors = {"a.q_proj.weight": torch.randn(16, 16), "a.k_proj.weight": torch.randn(8, 16),
+               "a.bias": torch.randn(16), "b.weight": torch.randn(300, 250)}  # fmt: skip
+    path, other = tmp_path / "model.pt", tmp_path / "base.pt"
+    torch.save(tensors, path)
+    torch.save({"b.weight": tensors["b.weight"] + 1}, other)
+    plan = planned(Checkpoint(path), Patterns(), None, spectra, 4)
+    assert plan.attention
+    steps = []
+    found = measure(plan, lambda name, work: steps.append(work))
+    assert sum(steps) == plan.work >= sum(tensor.numel() for tensor in tensors.values())
+    steps.clear()
+    base.compare(plan, Checkpoint(other), found, lambda name, work: steps.append(work))
+    assert sum(steps) == base.work(plan, other) == 384 + 300 * 250
+    assert base.work(plan, None) == 0

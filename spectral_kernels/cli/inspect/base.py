@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -53,6 +54,7 @@ def compare(
         n_matched += weight is not None
         if weight is None or why is not None:
             measured.unmatched.append(Skipped(name, why or _MISSING, entry.shape, entry.dtype))
+            step(name, math.prod(entry.shape))
             continue
         step(name, 0)
         for matrix, added in _added(entry, weight, matrices, backend):
@@ -69,6 +71,13 @@ def compare(
             f"{base.path}: has none of the weights of {plan.checkpoint.path}; looked for names "
             f"that end with {', '.join(wanted[:3])}{more}"
         )
+
+
+def work(plan: Plan, base: Path | None) -> int:
+    """Return the number of elements that :func:`compare` tells to ``step``; 0 without a base."""
+    if base is None:
+        return 0
+    return sum(math.prod(entry.shape) for entry, _ in plan.matrices.values())
 
 
 class _Names:

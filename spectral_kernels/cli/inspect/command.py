@@ -168,8 +168,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if compares:
         _check_common(plans, matching.notes)
     measured = []
-    passes = 1 if arguments.base is None else 2
-    with _progress(passes * sum(plan.elements for plan in plans)) as step:
+    with _progress(sum(plan.work + base.work(plan, arguments.base) for plan in plans)) as step:
         for plan in plans:
             measured.append(measure(plan, step))
             if arguments.base is not None:

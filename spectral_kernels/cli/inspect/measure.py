@@ -83,12 +83,18 @@ class Plan:
     """None: sigma_1 alone."""
 
     @property
-    def elements(self) -> int:
-        """Number of elements that will be read."""
-        read = [*(entry for entry, _ in self.matrices.values()), *self.others]
-        return sum(math.prod(entry.shape) for entry in read) + sum(
+    def work(self) -> int:
+        """What measuring costs, in elements of which sigma_1 alone is measured."""
+        pairs = [*self.matrices.values(), *((entry, ()) for entry in self.others)]
+        return sum(self.work_of(entry, matrices) for entry, matrices in pairs) + sum(
             layer.size for layer in self.attention
         )
+
+    def work_of(self, entry: LazyTensor, matrices: Sequence[Matrix]) -> int:
+        """Return the part of ``work`` that is of one tensor."""
+        if self.spectra is None or not matrices or entry.factors is not None:
+            return math.prod(entry.shape)
+        return round(sum(self.spectra.cost(*matrix.shape) for matrix in matrices))
 
 
 def planned(
@@ -186,8 +192,8 @@ def measure(
 
     Args:
         plan: of a checkpoint.
-        step: called with a tensor's name and 0 before it is read, its number of elements after; by
-            several threads.
+        step: called with a tensor's name and 0 before it is read, its part of ``plan.work`` after;
+            by several threads.
         backend: as for SpectralRegularizer.
 
     Raises:
@@ -209,7 +215,7 @@ def measure(
             found.skipped.append(_skipped(entry, str(error)))
         if not has_finite_norms and (bad := not_finite(entry.name, entry.read())) is not None:
             found.not_finite.append(bad)
-        step(entry.name, math.prod(entry.shape))
+        step(entry.name, plan.work_of(entry, matrices))
 
     nothing: Sequence[Matrix] = ()
     pairs = [*plan.matrices.values(), *((entry, nothing) for entry in plan.others)]

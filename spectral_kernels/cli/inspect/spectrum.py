@@ -15,6 +15,7 @@ from ...tables.schema import N_VECTORS
 MOST_VALUES = max(N_VECTORS)
 # A square matrix of this size takes about a second on one core, one twice as wide eight times it.
 SIDE_LIMIT = 2048
+_AS_LONG = 200  # rows of a Gram matrix with which all values take as long as sigma_1
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class SpectrumOptions:
     def n_vectors(self) -> int:
         """The number that the block method takes: the next of 1, 2, 4, 8, 16."""
         return next(r for r in N_VECTORS if r >= self.n_values)
+
+    def cost(self, rows: int, cols: int) -> float:
+        """Return about how many elements' sigma_1 would take as long as this matrix."""
+        if self.is_full(rows, cols):
+            return rows * cols * max(1.0, min(rows, cols) / _AS_LONG)
+        return float(rows * cols * self.n_vectors)
 
     def is_full(self, rows: int, cols: int) -> bool:
         """Return whether all singular values of a matrix of this shape are computed."""
