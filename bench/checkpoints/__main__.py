@@ -15,7 +15,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -85,15 +84,24 @@ def save(folder: Path, n_layers: int) -> int:
     return total
 
 
+# A process begins with the memory of the one that starts it as its maximum, so a small one does.
+_LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+seconds = time.perf_counter() - start
+print(json.dumps([code, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+"""
+
+
 def command(*arguments: str) -> tuple[float, float]:
     """Run a command; return its seconds and the most megabytes that it held."""
-    start = time.perf_counter()
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: exit code {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1e3
+    launcher = [sys.executable, "-S", "-c", _LAUNCHER, *arguments]
+    done = subprocess.run(launcher, capture_output=True, text=True, check=True)
+    code, seconds, kilobytes = json.loads(done.stdout)
+    if code:
+        raise RuntimeError(f"{' '.join(arguments)}: exit code {code}: {done.stderr[-300:]}")
+    return seconds, kilobytes / 1e3
 
 
 def commands(folder: Path, rounds: int) -> dict[str, tuple[float, float]]:

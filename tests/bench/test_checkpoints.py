@@ -52,3 +52,4 @@ def test_a_command_that_fails_is_an_error():
     seconds, megabytes = checkpoints.command(sys.executable, "-c", "x = bytearray(100_000_000)")
     assert 0 < seconds < 60
     assert megabytes > 100
+    assert checkpoints.command("true")[1] < 50  # not what this process holds
