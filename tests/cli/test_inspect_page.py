@@ -110,7 +110,7 @@ def test_the_page_has_the_numbers_of_the_json(saved, tmp_path, capsys):
             assert float(shown) == pytest.approx(row[key], rel=6e-3)
     for (attributes, shown), row in zip(columns["operator_norm"], rows, strict=True):
         assert (shown == "") == ("data-v" not in attributes) == (row["operator_norm"] is None)
-    filled = {key for row in rows for key, value in row.items() if value is not None}
+    filled = {k for row in rows for k, v in row.items() if v is not None and v != []}
     assert set(columns) == filled
     assert "operator_norm" not in Page(written(tmp_path, saved)[0]).columns()
 
@@ -140,13 +140,13 @@ def test_columns_that_are_added_to_the_report_are_on_the_page(saved, tmp_path, m
     def spectrum(row):
         return drawn.setdefault(row.name, tuple(torch.rand(3).tolist()))
 
-    monkeypatch.setitem(report._COLUMNS, "values", spectrum)
-    monkeypatch.setitem(report._COLUMNS, "rank_90", lambda row: min(row.shape))
+    monkeypatch.setitem(report.COLUMNS, "values", spectrum)
+    monkeypatch.setitem(report.COLUMNS, "rank_90", lambda row: min(row.shape))
     monkeypatch.setitem(
-        report._COLUMNS, "alpha", lambda row: row.sigma if "h." in row.name else None
+        report.COLUMNS, "alpha", lambda row: row.sigma if "h." in row.name else None
     )
-    monkeypatch.setitem(report._COLUMNS, "nothing", lambda row: None)
-    monkeypatch.setitem(report._COLUMNS, "none_of_them", lambda row: ())
+    monkeypatch.setitem(report.COLUMNS, "nothing", lambda row: None)
+    monkeypatch.setitem(report.COLUMNS, "none_of_them", lambda row: ())
     text, document = written(tmp_path, saved)
     page = Page(text)
     columns, rows = page.columns(), document["matrices"]
@@ -201,6 +201,25 @@ def test_the_page_loads_nothing_and_only_its_own_script_may_run(saved, tmp_path)
     assert not re.search(r"url\((?!#)|@import", text)
     addresses = set(re.findall(r"https?://[^\"\s<]+", text))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_several_values_attention_and_what_is_added_have_their_columns(tmp_path):
+    path, model = tmp_path / "tuned.pt", tmp_path / "base.pt"
+    tensors = {f"h.{i}.{n}_proj.weight": torch.randn(16, 16) for i in range(2) for n in "qk"}
+    torch.save(tensors, model)
+    torch.save({name: t + 0.1 * torch.randn(16, 16) for name, t in tensors.items()}, path)
+    text, document = written(tmp_path, path, "--values", "3", "--heads", "2", "--base", model)
+    page = Page(text)
+    columns, layers = page.columns(), page.columns(1)
+    for row, (attributes, _) in zip(document["matrices"], columns["values"], strict=True):
+        assert [float(x) for x in attributes["data-v"].split()] == row["values"]
+    for key in ("condition", "alpha", "n_above_edge"):
+        assert numbers(columns[key]) == [row[key] for row in document["matrices"]]
+    for key in ("base_sigma", "relative_update", "intruders"):
+        assert numbers(columns[key]) == [row["added"][key] for row in document["matrices"]]
+    assert [name for _, name in layers["name"]] == [row["layer"] for row in document["attention"]]
+    assert numbers(layers["largest"]) == [row["largest"] for row in document["attention"]]
+    assert [len(a["data-v"].split()) for a, _ in layers["sigma"]] == [2, 2]
 
 
 def test_a_page_without_a_matrix_says_so(tmp_path):

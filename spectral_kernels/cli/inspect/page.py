@@ -72,6 +72,7 @@ def as_html(result: report.Result, limit: float | None = None) -> str:
 <button id="more" type="button" hidden>show all</button>
 </div>
 {_table(_columns(result), len(result.pairs), _bad_rows(result), ' id="matrices"')}
+{_attention(result)}
 <div class="notes">
 {_paragraphs(notes(result))}
 </div>
@@ -132,7 +133,7 @@ class _Column:
     @property
     def is_empty(self) -> bool:
         """Whether no row has a value."""
-        return all(value is None or value == () for value in self.values)
+        return all(value is None or value in ((), []) for value in self.values)
 
     @property
     def order(self) -> str:
@@ -198,10 +199,12 @@ def _columns(result: report.Result) -> list[_Column]:
 
 
 def _plain_columns(rows: Sequence[MatrixRow]) -> list[_Column]:
-    return [
-        _Column(key, _HEADS.get(key, key.replace("_", " ")), [of(row) for row in rows])
-        for key, of in report._COLUMNS.items()
-    ]
+    values = {key: [of(row) for row in rows] for key, of in report.COLUMNS.items()}
+    values |= {
+        key: [None if row.added is None else of(row.added) for row in rows]
+        for key, of in report.ADDED.items()
+    }
+    return [_Column(key, _HEADS.get(key, key.replace("_", " ")), of) for key, of in values.items()]
 
 
 def _compared(
@@ -214,7 +217,7 @@ def _compared(
             continue
         yield _Column(one.key, f"{one.head}, first", one.values)
         yield _Column(f"other_{one.key}", "other", other.values)
-        if one.key in report._COMPARED:
+        if one.key in report.COMPARED:
             changes = [change(*pair) for pair in zip(one.values, other.values, strict=True)]
             yield _Column(f"{one.key}_change_percent", "change", changes)
 
@@ -238,6 +241,26 @@ def _table(columns: Sequence[_Column], n_rows: int, bad: set[int], attributes: s
         f"<table{attributes}>\n<thead><tr>{heads}</tr></thead>\n"
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
+
+
+def _attention(result: report.Result) -> str:
+    """Return a table of the attention layers of each checkpoint that has some."""
+    parts = []
+    for one in filter(lambda measured: measured.attention, result.measured):
+        rows = one.attention
+        columns = [
+            _Column("name", "layer", [row.name for row in rows]),
+            _Column("heads", "heads", [len(row.norms) for row in rows]),
+            _Column("largest", "largest", [row.largest for row in rows]),
+            _Column("largest_head", "its head", [row.head for row in rows]),
+            _Column("median", "median", [row.median for row in rows]),
+            _Column("sigma", "of all heads", [row.norms for row in rows]),
+        ]
+        where = f" in {_escaped(str(one.path))}" if result.is_comparison else ""
+        bad = {i for i, row in enumerate(rows) if not math.isfinite(row.largest)}
+        parts.append(f"<h2>Attention{where}: sigma_1 of W_q<sup>T</sup> W_k by head</h2>\n"
+                     + _table(columns, len(rows), bad))  # fmt: skip
+    return "\n".join(parts)
 
 
 def _left_out(result: report.Result) -> str:

@@ -15,7 +15,7 @@ from .check import values_of
 from .rows import Added, MatrixRow, Measured, change, ordered
 from .values import RTOL
 
-_COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
+COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
     "name": lambda row: row.name,
     "shape": lambda row: list(row.shape),
     "dtype": lambda row: row.dtype,
@@ -30,11 +30,11 @@ _COLUMNS: dict[str, Callable[[MatrixRow], object]] = {
 }
 _OF_SPECTRUM = ("sigma_min", "condition", "effective_rank", "alpha", "alpha_distance", "mp_edge",
                 "n_above_edge")  # fmt: skip
-_COLUMNS |= {
+COLUMNS |= {
     name: lambda row, name=name: None if row.spectrum is None else getattr(row.spectrum, name)
     for name in _OF_SPECTRUM
 }
-_ADDED: dict[str, Callable[[Added], object]] = {
+ADDED: dict[str, Callable[[Added], object]] = {
     "base": lambda added: added.base,
     "base_sigma": lambda added: added.base_sigma,
     "sum_sigma": lambda added: added.sum_sigma,
@@ -42,7 +42,7 @@ _ADDED: dict[str, Callable[[Added], object]] = {
     "relative_update": lambda added: added.relative,
     "intruders": lambda added: added.intruders,
 }
-_COMPARED = ("sigma", "stable_rank", "norm")
+COMPARED = ("sigma", "stable_rank", "norm")
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def as_json(result: Result) -> str:
         row = _values(one)
         if other is not None:
             row["other"] = {k: v for k, v in _values(other).items() if k != "name"}
-            row["change_percent"] = {k: change(_COLUMNS[k](one), _COLUMNS[k](other))
-                                     for k in _COMPARED}  # fmt: skip
+            row["change_percent"] = {k: change(COLUMNS[k](one), COLUMNS[k](other))
+                                     for k in COMPARED}  # fmt: skip
         if result.has_base:
             row["added"] = None if one.added is None else _of_added(one.added)
         rows.append(row)
@@ -162,17 +162,17 @@ def as_csv(result: Result) -> str:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = list(_COLUMNS)
-    more = [f"other_{k}" for k in names[1:]] + [f"{k}_change_percent" for k in _COMPARED]
-    added = list(_ADDED) if result.has_base else []
+    names = list(COLUMNS)
+    more = [f"other_{k}" for k in names[1:]] + [f"{k}_change_percent" for k in COMPARED]
+    added = list(ADDED) if result.has_base else []
     writer.writerow(names + more if result.is_comparison else names + added)
     blank = [""] * (len(names) - 1)
-    unchanged = [""] * len(_COMPARED)
+    unchanged = [""] * len(COMPARED)
     for one, other in result.pairs:
         cells = _cells(one)
         if other is not None:
             cells += _cells(other)[1:]
-            cells += [change(_COLUMNS[k](one), _COLUMNS[k](other)) for k in _COMPARED]
+            cells += [change(COLUMNS[k](one), COLUMNS[k](other)) for k in COMPARED]
         if result.has_base:
             cells += _added_cells(one.added)
         writer.writerow(cells)
@@ -185,7 +185,7 @@ def as_csv(result: Result) -> str:
 
 
 def _values(row: MatrixRow) -> dict:
-    return {key: of(row) for key, of in _COLUMNS.items()}
+    return {key: of(row) for key, of in COLUMNS.items()}
 
 
 def _cells(row: MatrixRow) -> list:
@@ -197,12 +197,12 @@ def _cells(row: MatrixRow) -> list:
 
 
 def _of_added(added: Added) -> dict:
-    return {key: of(added) for key, of in _ADDED.items()}
+    return {key: of(added) for key, of in ADDED.items()}
 
 
 def _added_cells(added: Added | None) -> list:
     if added is None:
-        return [""] * len(_ADDED)
+        return [""] * len(ADDED)
     return list((_of_added(added) | {"base": csv_cell(added.base)}).values())
 
 
