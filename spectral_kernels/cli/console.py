@@ -36,6 +36,11 @@ def tell(text: str) -> None:
     print(printable(text), flush=True)
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with its noun: ``"1 matrix"``, ``"2 matrices"``."""
+    return f"{number} {one if number == 1 else many}"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are safe to print: a shell's ``*`` may put any name into them."""
 

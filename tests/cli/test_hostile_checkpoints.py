@@ -128,7 +128,7 @@ def test_output_is_utf_8_whatever_the_locale(tmp_path, monkeypatch, encoding, op
     # JSON has escapes of its own.
     assert (r"\u4e2d" if option == "--json" else "\u4e2d") in text
     if option is None:
-        assert "é.pt: 1 matrices" in text
+        assert "é.pt: 1 matrix" in text
     assert (stream.encoding, stream.errors) == (encoding, "strict")
 
 
@@ -141,7 +141,7 @@ def test_a_terminal_keeps_its_encoding(tmp_path, monkeypatch):
     assert cli.main(["inspect", str(path)]) == 0
     text = stream.buffer.getvalue().decode("ascii")
     assert r"\u4e2d" in text
-    assert r"\xe9.pt: 1 matrices" in text
+    assert r"\xe9.pt: 1 matrix" in text
 
 
 @pytest.mark.takes_seconds

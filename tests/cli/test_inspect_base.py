@@ -141,7 +141,7 @@ def test_the_table_and_the_csv_say_what_was_added(model, adapter, capsys, monkey
     assert rows[1]["made_by"] == "2 B A (LoRA)"
     assert cli.main(["inspect", str(adapter[0]), "--base", str(model[0])]) == 0
     out = capsys.readouterr().out
-    assert "intruders not counted for 1 matrices: both sides are above 22\n" in out
+    assert "intruders not counted for 1 matrix: both sides are above 22\n" in out
     assert "below 0.5 (arXiv 2410.21228)\n" in out
     assert "made of stored tensors: 3 matrices, 2 B A (LoRA)\n" in out
     assert float(rows[0]["sum_sigma"]) == pytest.approx(

@@ -126,7 +126,7 @@ def test_moments_of_an_optimizer_are_left_out(tmp_path, capsys):
     state = {"state": {0: {"exp_avg": torch.full((3,), math.nan)}}, "param_groups": []}
     torch.save({"model": {"w": torch.randn(3, 3)}, "optimizer": state}, path)
     assert cli.main(["inspect", str(path), "--check"]) == 0
-    assert "left out: 1 tensors of an optimizer's state" in capsys.readouterr().out
+    assert "left out: 1 tensor of an optimizer's state" in capsys.readouterr().out
     assert cli.main(["inspect", str(path), "--check", "--include", "*"]) == 3
     assert "optimizer.state.0.exp_avg: 3 nan, the first at [0]" in capsys.readouterr().out
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys):
     assert cli.main(["inspect", str(path), "--check"]) == 0
     out = capsys.readouterr().out
     assert "not checked, layout sparse_coo: s\n" in out
-    assert ": 1 tensors, all finite; " in out
+    assert ": 1 tensor, all finite; " in out
 
 
 @pytest.mark.parametrize(

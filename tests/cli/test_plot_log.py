@@ -164,7 +164,9 @@ def test_pictures_of_unusual_logs(tmp_path, capsys, n, rows, fill):
     assert cli.main(["plot", str(path)]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert out.startswith(f"{n} matrices, {rows} rows, steps 0 to {rows - 1}\npicture: ")
+    number = "1 matrix" if n == 1 else f"{n} matrices"
+    length = "1 row" if rows == 1 else f"{rows} rows"
+    assert out.startswith(f"{number}, {length}, steps 0 to {rows - 1}\npicture: ")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ...diagnostics.checkpoints import Checkpoint, LazyTensor, Skipped
+from ..console import counted
 from .finite import (
     NotFinite,
     has_kernel,
@@ -193,12 +194,14 @@ def lines(result: Checked) -> Iterator[str]:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         yield f"not checked, {why}: {', '.join(names[:3])}{more}"
     if result.of_optimizer:
-        yield (f"left out: {result.of_optimizer} tensors of an optimizer's state "
+        number = counted(result.of_optimizer, "tensor", "tensors")
+        yield (f"left out: {number} of an optimizer's state "
                "(--include '*' takes them too)")  # fmt: skip
     speed = result.n_bytes / max(result.seconds, 1e-9) / 1e9
     said = f"{len(result.bad)} of them not finite" if result.bad else "all finite"
+    number = counted(result.tensors, "tensor", "tensors")
     yield (
-        f"{result.path}: {result.tensors} tensors, {said}; {result.n_bytes / 1e9:.3g} GB in "
+        f"{result.path}: {number}, {said}; {result.n_bytes / 1e9:.3g} GB in "
         f"{result.seconds:.2f} s, {speed:.1f} GB/s"
     )
 

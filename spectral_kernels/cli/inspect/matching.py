@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...diagnostics.checkpoints import LazyTensor
+from ..console import counted
 
 # What wrappers insert anywhere: DistributedDataParallel, torch.compile, FSDP, Fabric.
 _WRAPPERS = {
@@ -97,7 +98,7 @@ def _match_without(removed, first: Shapes, other: Shapes, found: Matching) -> No
                 f"wrappers add: {(theirs if several is ours else ours)[0]}"
             )
     for parts, count in without.most_common():
-        found.notes.append(f"{count} names matched without {parts}")
+        found.notes.append(f"{counted(count, 'name', 'names')} matched without {parts}")
 
 
 def _difference(one: str, other: str) -> str:
@@ -127,7 +128,9 @@ def _match_roots(first: Shapes, other: Shapes, found: Matching) -> None:
             )
             return
     found.names |= names
-    found.notes.append(f"{count} names matched with {_shown(new)} for {_shown(old)}")
+    found.notes.append(
+        f"{counted(count, 'name', 'names')} matched with {_shown(new)} for {_shown(old)}"
+    )
 
 
 def _shown(root: str) -> str:

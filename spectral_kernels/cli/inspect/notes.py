@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ...diagnostics.checkpoints import Skipped
+from ..console import counted
 from .base import EPSILON, VECTORS
 from .report import Result, size
 from .rows import MatrixRow
@@ -21,7 +22,7 @@ def notes(result: Result) -> list[str]:
     shown = "" if len(result.pairs) == result.total else f", {len(result.pairs)} shown"
     if result.is_comparison:
         lines = [f"first: {first.path}", f"other: {result.measured[1].path}",
-                 f"{result.total} matrices in both{shown}", *result.notes]  # fmt: skip
+                 f"{_matrices(result.total)} in both{shown}", *result.notes]  # fmt: skip
         for rows, one in zip(result.only, result.measured, strict=True):
             if rows:
                 lines.append(f"only in {one.path}: {_some([row.name for row in rows])}")
@@ -29,21 +30,24 @@ def notes(result: Result) -> list[str]:
         dtypes = ", ".join(sorted({row.dtype for row in first.rows}))
         numbers = sum(row.size for row in first.rows)
         lines = [
-            f"{first.path}: {result.total} matrices{shown}, {_many(numbers)} weights, {dtypes}"
+            f"{first.path}: {_matrices(result.total)}{shown}, {_many(numbers)} weights, {dtypes}"
         ]
         if not first.rows:
             lines = [f"{first.path}: no matrices"]
     for one in result.measured:
         where = f" in {one.path}" if result.is_comparison else ""
         made = collections.Counter(row.made_by for row in one.rows if row.made_by)
-        lines += [f"made{where} of stored tensors: {n} matrices, {how}" for how, n in made.items()]
+        lines += [
+            f"made{where} of stored tensors: {_matrices(n)}, {how}" for how, n in made.items()
+        ]
         lines += [f"skipped{where}, {text}" for text in _grouped(one.skipped)]
         lines += [f"not divided{where}, {text}" for text in _grouped(one.whole)]
         if one.not_finite:
             some = _some([f"{bad.name} {bad.counts}" for bad in one.not_finite], "; ")
             lines.append(f"not finite{where}: {some}")
         if one.of_optimizer:
-            lines.append(f"left out{where}: {one.of_optimizer} tensors of an optimizer's state "
+            number = counted(one.of_optimizer, "tensor", "tensors")
+            lines.append(f"left out{where}: {number} of an optimizer's state "
                          "(--include '*' takes them too)")  # fmt: skip
         for why, layers in _by_reason(one.attention_left_out).items():
             lines.append(f"attention left out{where}, {why}: {_some([x.name for x in layers])}")
@@ -57,6 +61,10 @@ def notes(result: Result) -> list[str]:
         )  # fmt: skip
         lines.append(f"sigma_1 is within {100 * RTOL:g} % of the SVD's{usual}")
     return lines
+
+
+def _matrices(number: int) -> str:
+    return counted(number, "matrix", "matrices")
 
 
 def _by_reason(skipped: Sequence[Skipped]) -> dict[str, list[Skipped]]:
@@ -98,7 +106,7 @@ def _base_lines(result: Result) -> list[str]:
     for skipped in _grouped(first.unmatched):
         lines.append(f"not in the base, {skipped}")
     for why, count in collections.Counter(a.reason for a in found if a.reason).items():
-        lines.append(f"intruders not counted for {count} matrices: {why}")
+        lines.append(f"intruders not counted for {_matrices(count)}: {why}")
     lines.append(
         f"intruders: of the first {VECTORS} left singular vectors of the sum, those whose cosine "
         f"with each one of the base is below {EPSILON:g} (arXiv 2410.21228)"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ...diagnostics import log as logs
-from ..console import picture_path, say, tell
+from ..console import counted, picture_path, say, tell
 
 
 def add_parser(commands) -> None:
@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (ArithmeticError, ValueError) as error:
         return say(f"{log}: it cannot be drawn: {error}")
     first, last = history.steps[0], history.steps[-1]
-    tell(f"{len(history.names)} matrices, {len(history.steps)} rows, steps {first} to {last}")
+    matrices = counted(len(history.names), "matrix", "matrices")
+    rows = counted(len(history.steps), "row", "rows")
+    tell(f"{matrices}, {rows}, steps {first} to {last}")
     tell(f"picture: {out}")
     return 0
