@@ -135,7 +135,7 @@ class Readings:
         out. "spectral/attention_max" is the largest sigma_1 of W_q^T W_k over the heads of all
         attention layers, which bounds their logits, of the weights as they are now; see
         ``diagnostics.attention_norms`` for it, and ``diagnostics.attention_modules`` for the
-        modules. It is left out where there are none.
+        modules. It is left out where there are none, or their weights are sharded.
 
         Args:
             per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix; the

@@ -17,8 +17,10 @@ from .bucket import Bucket
 
 EVERY = 3  # iterations between two convergence checks
 BETWEEN = 5  # iterations of the block form between two convergence checks
-# Parts of the tolerance: of the bound of the error, and of what two checks have added.
-_SURE, _SETTLED = 0.25, 0.3
+# Parts of the tolerance: of the bound of the error, and of what so many checks have added. Where
+# singular values are dense, the first may hide behind the next ones: it grows by a factor in every
+# iteration, and over twelve of them it would show. Half of them miss it ten times as often.
+_SURE, _SETTLED, _CHECKS = 0.05, 0.05, 4
 _ROWS = 64  # of the basis at first
 
 
@@ -76,8 +78,8 @@ def _lanczos(
 ) -> tuple[float, torch.Tensor | None]:
     """Return sigma_1 and its vector v [N] as it is stored, None if there is none.
 
-    With ``exact_vector`` the vector is as near as sigma_1 is, which takes half as many iterations
-    again; else it may have parts of the next ones, of which sigma_1 knows only the square.
+    With ``exact_vector`` the vector is as near as sigma_1 is, which takes some more
+    iterations; else it may have parts of the next ones, of which sigma_1 knows only the square.
     """
     plan, state = bucket.plan, bucket.state
     n = state.plan.layouts[0].cols
@@ -123,7 +125,7 @@ def _lanczos(
             ritz, rest, error, weights = _top_ritz_value(alphas, betas, beta)
             converged = rest <= 0.1 * rtol * ritz if exact_vector else error <= _SURE * rtol * ritz
             history.append(math.sqrt(max(ritz, 0.0)))
-            gained = history[-1] - history[-3] if len(history) > 2 else math.inf
+            gained = history[-1] - history[-1 - _CHECKS] if len(history) > _CHECKS else math.inf
             if is_last or (converged and gained <= _SETTLED * rtol * history[-1]):
                 return history[-1] * unit, weights.to(basis) @ basis
             if k + 1 >= 2000:
