@@ -41,6 +41,12 @@ def counted(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
+def some(names: Sequence[str], between: str = ", ", most: int = 3) -> str:
+    """Return the first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are safe to print: a shell's ``*`` may put any name into them."""
 

@@ -5,8 +5,8 @@ import collections
 import pathlib
 import pickle
 import sys
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -217,11 +217,9 @@ def test_several_threads_read_from_one_checkpoint(tmp_path):
             if not torch.equal(tensor.read(), tensors[name]):
                 wrong.append(name)
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for reading in [pool.submit(read) for _ in range(4)]:
+            reading.result()
     assert wrong == []
 
 

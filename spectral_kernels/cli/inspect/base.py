@@ -13,6 +13,8 @@ import torch
 from ...diagnostics.checkpoints import Checkpoint, CheckpointError, LazyTensor, Skipped
 from ...diagnostics.checkpoints.adapters import Config
 from ...selection.matrices import Matrix
+from ..console import some
+from .matching import unwrapped
 from .measure import READABLE, Plan
 from .rows import Added, Measured
 from .values import sigma_and_norm
@@ -21,7 +23,7 @@ from .values import sigma_and_norm
 VECTORS, EPSILON = 10, 0.5
 # The two full SVDs of a square matrix of this size take about 4 s on a core, of 2048 rows 40 s.
 LIMIT = 1024
-_WRAPPERS = re.compile(r"^(?:base_model\.model\.|base_model\.|module\.|_orig_mod\.)+")
+_OF_PEFT = re.compile(r"^(?:base_model\.(?:model\.)?)+")
 _LORA = re.compile(r"\.lora(?:\.[^.]+)?$")
 _MISSING = "no weight of that name and shape"
 
@@ -53,7 +55,7 @@ def compare(
         weight, why = found.of(entry)
         n_matched += weight is not None
         if weight is None or why is not None:
-            measured.unmatched.append(Skipped(name, why or _MISSING, entry.shape, entry.dtype))
+            measured.unmatched.append(Skipped.of(entry, why or _MISSING))
             step(name, math.prod(entry.shape))
             continue
         step(name, 0)
@@ -66,10 +68,9 @@ def compare(
         wanted = [
             f"{_target(entry.name)} {list(entry.shape)}" for entry, _ in plan.matrices.values()
         ]
-        more = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""
         raise CheckpointError(
             f"{base.path}: has none of the weights of {plan.checkpoint.path}; looked for names "
-            f"that end with {', '.join(wanted[:3])}{more}"
+            f"that end with {some(wanted)}"
         )
 
 
@@ -115,7 +116,7 @@ class _Names:
 
 
 def _plain(name: str) -> str:
-    return _WRAPPERS.sub("", name).replace(".base_layer.", ".")
+    return _OF_PEFT.sub("", unwrapped(name)).replace(".base_layer.", ".")
 
 
 def _target(name: str) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...diagnostics.checkpoints import Checkpoint, LazyTensor, Skipped
-from ..console import counted
+from ..console import counted, some
 from .finite import (
     NotFinite,
     has_kernel,
@@ -25,6 +24,7 @@ from .finite import (
     tiles,
     total,
 )
+from .parallel import threads_of_one
 
 _PIECE = 1 << 22  # elements that a thread looks through at a time
 _MOST_PIECES = 256  # of tensors that are smaller
@@ -78,7 +78,7 @@ def check(
     read = []
     for entry in entries:
         if (why := _why_not(entry)) is not None:
-            skipped.append(Skipped(entry.name, why, entry.shape, entry.dtype))
+            skipped.append(Skipped.of(entry, why))
         elif has_kernel(entry.dtype) and entry.unusable is None:
             read.append(entry)
     found: dict[str, NotFinite | None] = {}
@@ -90,7 +90,8 @@ def check(
             found[entry.name] = total(found.get(entry.name), bad)
             step(entry.name, count)
 
-    with _threads() as (pool, n_threads):
+    n_threads = torch.get_num_threads()
+    with threads_of_one(n_threads) as pool:
         for task in _tasks(sorted(read, key=lambda entry: str(entry.file))):
             n_bytes += sum(piece.nbytes for _, piece, _ in task)
             waiting.append(pool.submit(_look_through, task))
@@ -141,18 +142,6 @@ def _look_through(task: list[_Piece]) -> list[_Looked]:
     return found
 
 
-@contextlib.contextmanager
-def _threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Yield a pool of as many threads as torch has, each of which then has one."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            yield pool, n_threads
-    finally:
-        torch.set_num_threads(n_threads)
-
-
 # --------------------------------------------------------------------------------------- output
 
 
@@ -161,6 +150,14 @@ def values_of(path: Path, one: NotFinite) -> dict:
     return {
         "checkpoint": str(path), "name": one.name, "nan": one.nan, "inf": one.inf,
         "negative_inf": one.negative, "first_index": list(one.first_index),
+    }  # fmt: skip
+
+
+def skipped_values(path: Path, one: Skipped) -> dict:
+    """Return what JSON says of what was left out."""
+    return {
+        "checkpoint": str(path), "name": one.name, "shape": list(one.shape), "dtype": one.dtype,
+        "reason": one.reason,
     }  # fmt: skip
 
 
@@ -174,9 +171,7 @@ def as_json(results: Sequence[Checked]) -> str:
         ],
         "not_finite": [values_of(r.path, one) for r in results for one in r.bad],
         "skipped": [
-            {"checkpoint": str(r.path), "name": s.name, "shape": list(s.shape),
-             "dtype": s.dtype, "reason": s.reason}
-            for r in results for s in r.skipped
+            skipped_values(r.path, s) for r in results for s in r.skipped
         ],
     }  # fmt: skip
     return json.dumps(document, indent=1) + "\n"
@@ -191,8 +186,7 @@ def lines(result: Checked) -> Iterator[str]:
     for skipped in result.skipped:
         reasons.setdefault(skipped.reason, []).append(skipped.name)
     for why, names in reasons.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"not checked, {why}: {', '.join(names[:3])}{more}"
+        yield f"not checked, {why}: {some(names)}"
     if result.of_optimizer:
         number = counted(result.of_optimizer, "tensor", "tensors")
         yield (f"left out: {number} of an optimizer's state "

@@ -54,7 +54,7 @@ def matched(first: Shapes, other: Shapes) -> Matching:
         other: name -> shape, of the checkpoint that is compared with it.
     """
     found = Matching({name: name for name in other if name in first})
-    for removed in (_unwrapped, _uncontained):
+    for removed in (unwrapped, _uncontained):
         _match_without(removed, first, other, found)
     _match_roots(first, other, found)
     return found
@@ -65,14 +65,14 @@ def _rest(first: Shapes, other: Shapes, found: Matching) -> tuple[list[str], lis
     return [n for n in first if n not in taken], [n for n in other if n not in found.names]
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
     """Return a name without what wrappers insert; the last part is a tensor's own."""
     *path, own = name.split(".")
     return ".".join([*(part for part in path if part not in _WRAPPERS), own])
 
 
 def _uncontained(name: str) -> str:
-    parts = _unwrapped(name).split(".")
+    parts = unwrapped(name).split(".")
     while len(parts) > 1 and parts[0] in _CONTAINERS:
         del parts[0]
     return ".".join(parts)

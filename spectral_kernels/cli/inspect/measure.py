@@ -145,7 +145,7 @@ def planned(
         skipped = nothing.skipped
     whole = _divide(matrices, patterns, recognizer)
     shown = [
-        _skipped(by_name[name], reasons.get(name, why)) for name, why in skipped
+        Skipped.of(by_name[name], reasons.get(name, why)) for name, why in skipped
         if why != "not in include" and not why.startswith("exclude ")
     ]  # fmt: skip
     shown += checkpoint.skipped
@@ -174,13 +174,9 @@ def _divide(
         if stored is None:
             continue
         if stored.whole is not None:
-            whole.append(_skipped(entry, stored.whole))
+            whole.append(Skipped.of(entry, stored.whole))
         matrices[name] = entry, [part for one in found for part in divided(one, stored)]
     return whole
-
-
-def _skipped(entry: LazyTensor, why: str) -> Skipped:
-    return Skipped(entry.name, why, entry.shape, entry.dtype)
 
 
 def measure(
@@ -212,7 +208,7 @@ def measure(
             rows.update((row.name, row) for row in own)
             has_finite_norms &= all(math.isfinite(row.norm) for row in own)
         except RuntimeError as error:  # no convergence
-            found.skipped.append(_skipped(entry, str(error)))
+            found.skipped.append(Skipped.of(entry, str(error)))
         if not has_finite_norms and (bad := not_finite(entry.name, entry.read())) is not None:
             found.not_finite.append(bad)
         step(entry.name, plan.work_of(entry, matrices))

@@ -7,13 +7,11 @@ import math
 from collections.abc import Sequence
 
 from ...diagnostics.checkpoints import Skipped
-from ..console import counted
+from ..console import counted, some
 from .base import EPSILON, VECTORS
 from .report import Result, size
 from .rows import MatrixRow
 from .values import RTOL
-
-_FEW = 3  # names shown of a long list
 
 
 def notes(result: Result) -> list[str]:
@@ -25,7 +23,7 @@ def notes(result: Result) -> list[str]:
                  f"{_matrices(result.total)} in both{shown}", *result.notes]  # fmt: skip
         for rows, one in zip(result.only, result.measured, strict=True):
             if rows:
-                lines.append(f"only in {one.path}: {_some([row.name for row in rows])}")
+                lines.append(f"only in {one.path}: {some([row.name for row in rows])}")
     else:
         dtypes = ", ".join(sorted({row.dtype for row in first.rows}))
         numbers = sum(row.size for row in first.rows)
@@ -43,14 +41,14 @@ def notes(result: Result) -> list[str]:
         lines += [f"skipped{where}, {text}" for text in _grouped(one.skipped)]
         lines += [f"not divided{where}, {text}" for text in _grouped(one.whole)]
         if one.not_finite:
-            some = _some([f"{bad.name} {bad.counts}" for bad in one.not_finite], "; ")
-            lines.append(f"not finite{where}: {some}")
+            bad = some([f"{tensor.name} {tensor.counts}" for tensor in one.not_finite], "; ")
+            lines.append(f"not finite{where}: {bad}")
         if one.of_optimizer:
             number = counted(one.of_optimizer, "tensor", "tensors")
             lines.append(f"left out{where}: {number} of an optimizer's state "
                          "(--include '*' takes them too)")  # fmt: skip
         for why, layers in _by_reason(one.attention_left_out).items():
-            lines.append(f"attention left out{where}, {why}: {_some([x.name for x in layers])}")
+            lines.append(f"attention left out{where}, {why}: {some([x.name for x in layers])}")
     if result.has_base:
         lines += _base_lines(result)
     if result.n_values and not result.is_comparison:
@@ -77,7 +75,7 @@ def _by_reason(skipped: Sequence[Skipped]) -> dict[str, list[Skipped]]:
 def _grouped(skipped: Sequence[Skipped]) -> list[str]:
     """Return a text for each reason, with some of the names."""
     return [
-        f"{why}: {_some([f'{e.name} {size(e.shape)}'.rstrip() for e in entries])}"
+        f"{why}: {some([f'{e.name} {size(e.shape)}'.rstrip() for e in entries])}"
         for why, entries in _by_reason(skipped).items()
     ]
 
@@ -87,16 +85,11 @@ def _about_spectra(rows: Sequence[MatrixRow]) -> list[str]:
     large = [row.name for row in rows if row.spectrum is None and math.isfinite(row.sigma)]
     lines = []
     if large:
-        lines.append(f"largest values only, shorter side above --spectrum-limit: {_some(large)}")
+        lines.append(f"largest values only, shorter side above --spectrum-limit: {some(large)}")
     if len(large) < len(rows):
         lines.append("alpha: exponent of the tail of sigma^2, D: distance of its fit; "
                      "edge: where the values of noise end")  # fmt: skip
     return lines
-
-
-def _some(names: Sequence[str], between: str = ", ") -> str:
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return between.join(names[:_FEW]) + more
 
 
 def _base_lines(result: Result) -> list[str]:

@@ -194,7 +194,7 @@ def _columns(result: report.Result) -> list[_Column]:
     columns = _plain_columns(ones)
     if result.is_comparison:
         others = [other for _, other in result.pairs if other is not None]
-        columns = list(_compared(columns, _plain_columns(others), {c.key: c for c in columns}))
+        columns = list(_compared(columns, _plain_columns(others)))
     return [c for c in columns if c.key == "name" or not c.is_empty]
 
 
@@ -207,9 +207,7 @@ def _plain_columns(rows: Sequence[MatrixRow]) -> list[_Column]:
     return [_Column(key, _HEADS.get(key, key.replace("_", " ")), of) for key, of in values.items()]
 
 
-def _compared(
-    columns: Sequence[_Column], others: Sequence[_Column], by_key: dict[str, _Column]
-) -> Iterator[_Column]:
+def _compared(columns: Sequence[_Column], others: Sequence[_Column]) -> Iterator[_Column]:
     """Yield the columns of two checkpoints; what is the same in all rows of both stands once."""
     for one, other in zip(columns, others, strict=True):
         if one.key == "name" or one.values == other.values:

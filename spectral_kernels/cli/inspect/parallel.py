@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 _MOST_THREADS = 8  # of which each holds a tensor
+
+
+@contextmanager
+def threads_of_one(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads in each of which torch has one; what has not begun is cancelled."""
+    before = torch.get_num_threads()
+    # torch counts the threads of its operators for every thread that starts them.
+    pool = ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def for_each(
@@ -35,15 +49,10 @@ def for_each(
         most = max(map(size, tasks), default=0)
     small = [task for task in tasks if size(task) * at_once <= most] if at_once > 1 else []
     if small:
-        # torch counts the threads of its operators for every thread that starts them.
-        pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,))
-        try:
+        with threads_of_one(at_once) as pool:
             futures = [pool.submit(work, task) for task in small]
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
     done = set(map(id, small))
     for task in tasks:
         if id(task) not in done:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...diagnostics.untrusted import csv_cell
 from .base import EPSILON, LIMIT, VECTORS
-from .check import values_of
+from .check import skipped_values, values_of
 from .rows import Added, MatrixRow, Measured, change, ordered
 from .values import RTOL
 
@@ -148,9 +148,7 @@ def as_json(result: Result) -> str:
         for one in result.measured for s in one.attention_left_out
     ]  # fmt: skip
     document["skipped"] = [
-        {"checkpoint": str(one.path), "name": s.name, "shape": list(s.shape),
-         "dtype": s.dtype, "reason": s.reason}
-        for one in result.measured for s in one.skipped
+        skipped_values(one.path, s) for one in result.measured for s in one.skipped
     ]  # fmt: skip
     return json.dumps(_without_nan(document), indent=1, allow_nan=False) + "\n"
 

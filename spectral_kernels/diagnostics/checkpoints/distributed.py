@@ -12,9 +12,9 @@ import torch
 
 from ..untrusted import irregular, printable
 from .entries import CheckpointError, LazyTensor, Skipped
-from .messages import broken
+from .messages import listing
 from .names import of_optimizer
-from .pickles import HostileError, PickleError, Record, read_pickle
+from .pickles import PickleError, Record, read_pickle
 from .stored import Piece, assembled, gap
 from .torch_file import TorchFile
 from .torch_objects import itemsize
@@ -41,7 +41,7 @@ class DistributedFolder:
         self._tensors: dict[str, tuple[tuple[int, ...], str, list[Piece]]] = {}
         self._sizes: dict[str, int] = {}
         self._unusable: dict[str, str] = {}
-        try:
+        with listing(file, holds="names and sizes"):
             if file.stat().st_size > _METADATA_BYTES:
                 raise CheckpointError(f"{file}: accepted are at most {_METADATA_BYTES} bytes")
             with file.open("rb") as opened:
@@ -53,15 +53,6 @@ class DistributedFolder:
             for name, value in metadata.state["state_dict_metadata"].items():
                 if value.kind == f"{_MODULE}TensorStorageMetadata":
                     self._add_tensor(name, value.state)
-        except HostileError as error:
-            raise CheckpointError(
-                f"{file}: it holds more than names and sizes: unpickling it would call {error}, as "
-                "only files made to do harm do. Nothing of it was run"
-            ) from None
-        except (CheckpointError, FileNotFoundError):
-            raise
-        except Exception as error:
-            raise broken(file, error) from None
 
     def entries(self) -> list[LazyTensor]:
         """Return the tensors, without a reader."""

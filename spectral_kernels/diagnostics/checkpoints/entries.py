@@ -66,6 +66,11 @@ class Skipped:
     shape: tuple[int, ...] = ()
     dtype: str = ""
 
+    @classmethod
+    def of(cls, tensor: LazyTensor, reason: str) -> Skipped:
+        """Return what is said of a tensor."""
+        return cls(tensor.name, reason, tensor.shape, tensor.dtype)
+
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Return a sort key for names that orders numbers by value: 2 before 10."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..untrusted import printable
-from .pickles import PickleError
+from .pickles import HostileError, PickleError
 
 
 class CheckpointError(Exception):
@@ -13,6 +15,27 @@ class CheckpointError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+@contextmanager
+def listing(file: Path, holds: str) -> Iterator[None]:
+    """Raise a CheckpointError for whatever is wrong with a file of which the pickles are read.
+
+    Args:
+        file: that is named.
+        holds: what it should hold, such as ``"tensors"``.
+    """
+    try:
+        yield
+    except HostileError as error:
+        raise CheckpointError(
+            f"{file}: it holds more than {holds}: unpickling it would call {error}, as only "
+            "pickles made to do harm do. Nothing of it was run"
+        ) from None
+    except (CheckpointError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise broken(file, error) from None
 
 
 def broken(file: Path, error: Exception, where: str = "") -> CheckpointError:

@@ -95,5 +95,4 @@ class Pool:
     def leave_out(self, parts: Sequence[LazyTensor], reason: str) -> None:
         """Take tensors out, and say why, for the first of them."""
         self.drop(parts)
-        main = parts[0]
-        self.left_out.append(Skipped(main.name, reason, main.shape, main.dtype))
+        self.left_out.append(Skipped.of(parts[0], reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,3 +62,11 @@ class SafetensorsFile:
         tensor = self._opened.get_tensor(key)
         self._read_bytes += tensor.nbytes
         return tensor
+
+
+def metadata_of(file: Path) -> Mapping[str, str]:
+    """Return the metadata in the header of a safetensors file; {} if there are none."""
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as opened:
+        return opened.metadata() or {}

@@ -14,9 +14,9 @@ import torch
 
 from ..untrusted import printable
 from .entries import CheckpointError, LazyTensor, Skipped
-from .messages import broken
+from .messages import listing
 from .names import is_optimizers
-from .pickles import HostileError, PickleError, Record, read_pickle
+from .pickles import PickleError, Record, read_pickle
 from .stored import ByteOrder, Place, StoredTensor
 from .torch_objects import TorchObjects, itemsize, storage_of
 
@@ -41,23 +41,13 @@ class TorchFile:
         self._path = file
         self._tensors: dict[str, tuple[StoredTensor, bool]] = {}
         self.skipped: list[Skipped] = []
-        try:
-            with file.open("rb") as opened:
-                part = _Part(opened, start, n_bytes)
-                if part.read(2) == b"PK":
-                    self._list_archive(part)
-                else:
-                    part.seek(0)
-                    self._collect("", False, lambda: _legacy(file, part))
-        except HostileError as error:
-            raise CheckpointError(
-                f"{file}: it holds more than tensors: unpickling it would call {error}, as only "
-                "pickles made to do harm do. Nothing of it was run"
-            ) from None
-        except (CheckpointError, FileNotFoundError):
-            raise
-        except Exception as error:
-            raise broken(file, error) from None
+        with listing(file, holds="tensors"), file.open("rb") as opened:
+            part = _Part(opened, start, n_bytes)
+            if part.read(2) == b"PK":
+                self._list_archive(part)
+            else:
+                part.seek(0)
+                self._collect("", False, lambda: _legacy(file, part))
 
     def entries(self) -> list[LazyTensor]:
         """Return the tensors, without a reader."""

@@ -18,12 +18,12 @@ import torch
 
 from ..untrusted import printable
 from .entries import LazyTensor
+from .kinds import SAFETENSORS, kind_of
 from .pool import Pool
 from .quantized import FLOAT8
+from .safetensors_file import metadata_of
 from .scales import block_text, blocks_of, from_int4, scaled
 
-# The header of a file with 100 000 tensors takes about 10 MB.
-_HEADER_BYTES = 1 << 27
 _TABLES = (
     "scale", "zero_point", "act_pre_scale", "act_quant_scale", "act_quant_zero_point",
     "per_tensor_scale", "act_per_tensor_scale",
@@ -40,7 +40,8 @@ def dequantize(stored: Pool) -> None:
             continue
         tables = {key: t for key in _TABLES if (t := stored.get(f"{place}_{key}")) is not None}
         if values.file not in said:
-            said[values.file] = _metadata(values.file)
+            is_safetensors = kind_of(values.file) == SAFETENSORS
+            said[values.file] = metadata_of(values.file) if is_safetensors else {}
         key = values.key.removesuffix("_qdata")
         inner = re.sub(r"(^|\.)_([^.]+)$", r"\1\2", key)
         kind, blocks = _kind(said[values.file].get(inner), values)
@@ -53,20 +54,6 @@ def dequantize(stored: Pool) -> None:
             tables = {key: t for key in _TABLES if (t := stored.get(f"{name}.{key}")) is not None}
             stored.drop([whole])
             _put(stored, name, named[1], (), values, tables)
-
-
-def _metadata(file: Path) -> Mapping[str, Any]:
-    """Return the metadata in the header of a safetensors file; {} if there are none."""
-    if file.suffix != ".safetensors":
-        return {}
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if length <= _HEADER_BYTES else {}
-        found = header["__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _kind(text: Any, values: LazyTensor) -> tuple[str, tuple[int, ...]]:
