@@ -160,6 +160,20 @@ def test_tests_are_collected_without_triton():
 
 
 @pytest.mark.takes_seconds
+def test_readers_of_checkpoints_are_loaded_when_they_are_wanted():
+    result = processes.run(
+        "import sys, spectral_kernels as package\n"
+        "readers = 'spectral_kernels.diagnostics.checkpoints'\n"
+        "assert readers not in sys.modules\n"
+        "from spectral_kernels import open_checkpoint\n"
+        "assert package.open_checkpoint is open_checkpoint\n"
+        "assert readers in sys.modules\n"
+        "assert not hasattr(package, 'no_such_name')\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.takes_seconds
 def test_one_openmp_runtime_is_mapped():
     if (reason := choice.unavailable("cpu")) is not None:
         pytest.skip(reason)
