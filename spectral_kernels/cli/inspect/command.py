@@ -233,6 +233,9 @@ def _not_of_check(arguments: argparse.Namespace) -> str:
         "--csv": arguments.csv, "--plot": arguments.plot, "--top": arguments.top,
         "--sort": arguments.sort, "--splits": arguments.splits, "--stacked": arguments.stacked,
         "--no-splits": arguments.no_splits, "--experts": arguments.experts,
+        "--html": arguments.html, "--base": arguments.base, "--values": arguments.values,
+        "--heads": arguments.heads, "--convolutions": arguments.convolutions != CHOICES[0],
+        "--spectrum-limit": arguments.spectrum_limit != SIDE_LIMIT,
         "--fail-above": arguments.fail_above is not None or None,
     }  # fmt: skip
     return ", ".join(option for option, value in given.items() if value)
