@@ -135,7 +135,8 @@ class Readings:
         out. "spectral/attention_max" is the largest sigma_1 of W_q^T W_k over the heads of all
         attention layers, which bounds their logits, of the weights as they are now; see
         ``diagnostics.attention_norms`` for it, and ``diagnostics.attention_modules`` for the
-        modules. It is left out where there are none, or their weights are sharded.
+        modules. It is left out where there are none, or their weights are sharded. It takes two
+        products of small matrices per head, in float64: on a CPU some milliseconds per layer.
 
         Args:
             per_layer: add "spectral/sigma/NAME" and "spectral/residual/NAME" of every matrix; the
