@@ -145,8 +145,8 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     "more",
     [["--csv", "-"], ["--plot", "x.png"], ["--top", "3"], ["--fail-above", "0"],
-     ["--html", "x.html"], ["--base", "a.pt"], ["--values", "2"], ["--heads", "2"], ["--convolutions", "operator"],
-     ["--spectrum-limit", "9"]],
+     ["--html", "x.html"], ["--base", "a.pt"], ["--values", "2"], ["--heads", "2"],
+     ["--convolutions", "operator"], ["--spectrum-limit", "9"]],
 )  # fmt: skip
 def test_options_that_say_nothing_to_it_are_refused(tmp_path, capsys, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
