@@ -114,11 +114,11 @@ def _not_ours(folder: Path, arguments: argparse.Namespace) -> str | None:
     if known is None:
         return None
     if not arguments.only:
-        return f"{folder} has results; accepted are a new folder, or --only to add to these"
+        return f"{folder}: expected a new folder, or --only to add to it, got one with results"
     if known["dry_run"] != arguments.dry_run:
         return f"{folder}: figures of a dry run and of a GPU do not go into one file"
     if known["environment"]["sources"] != sources():
-        return f"{folder} has results of other sources; accepted is a new folder"
+        return f"{folder}: expected results of these sources, got others (name a new folder)"
     return None
 
 
@@ -144,7 +144,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 10 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted are seconds from 10 to 86400")
+        raise argparse.ArgumentTypeError(f"expected seconds from 10 to 86400, got {text!r}")
     return value
 
 
@@ -152,7 +152,7 @@ def _cases(text: str) -> tuple[str, ...]:
     found = tuple(text.split(","))
     if unknown := set(found) - set(CASES):
         raise argparse.ArgumentTypeError(
-            f"got {', '.join(sorted(unknown))}; accepted are {', '.join(CASES)}"
+            f"expected some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}"
         )
     return found
 

@@ -14,10 +14,13 @@ struct Guard::Objects {
   PyObject* parts[8];
 
   explicit Objects(const py::tuple& objects) {
-    if (objects.size() != 8) throw py::type_error("objects: accepted are eight tuples");
+    if (objects.size() != 8)
+      throw py::type_error("objects: expected eight tuples, got " + std::to_string(objects.size()));
     for (int i = 0; i < 8; ++i) {
       parts[i] = PyTuple_GET_ITEM(objects.ptr(), i);
-      if (!PyTuple_Check(parts[i])) throw py::type_error("objects: accepted are eight tuples");
+      if (!PyTuple_Check(parts[i]))
+        throw py::type_error("objects: expected eight tuples, got another type at " +
+                             std::to_string(i));
     }
   }
 
@@ -93,27 +96,31 @@ Guard::Guard(const TensorReader& reader, const py::tuple& objects, std::vector<i
       is_inference_(std::move(is_inference)) {
   const Objects own(objects);
   if (wanted_.size() != (size_t)PyTuple_GET_SIZE(own.holders()))
-    throw std::invalid_argument("grads: accepted is one number per holder");
+    throw std::invalid_argument("grads: expected one number per holder, got " +
+                                std::to_string(wanted_.size()));
   if (2 * options_.size() != (size_t)PyTuple_GET_SIZE(own.options()))
-    throw std::invalid_argument("options: accepted is one Option per dict and key");
+    throw std::invalid_argument("options: expected one Option per dict and key, got " +
+                                std::to_string(options_.size()));
   const py::handle type = reader_->type();
   grad_ = type.attr("grad");
   requires_grad_of_ = type.attr("requires_grad");
   version_ = type.attr("_version");
   for (const py::object& own : {grad_, requires_grad_of_, version_})
     if (Py_TYPE(own.ptr())->tp_descr_get == nullptr)
-      throw std::invalid_argument("reader: the attributes of torch.Tensor are no descriptors");
+      throw std::invalid_argument("reader: expected descriptors in torch.Tensor, got others");
   for (const py::handle holder : py::reinterpret_borrow<py::tuple>(own.holders())) {
     const py::object kind = py::type::of(holder);
     const py::object grad = kind.attr("grad"), requires_grad = kind.attr("requires_grad");
     if (!grad.is(grad_) || !requires_grad.is(requires_grad_of_))
-      throw std::invalid_argument("objects: a class of tensors has attributes of its own");
+      throw std::invalid_argument("objects: expected the attributes of torch.Tensor, got others");
   }
   for (const GradColumn& column : columns_) {
     const int64_t* refs = reinterpret_cast<const int64_t*>(column.refs);
     for (int64_t i = 0; i < column.n_rows; ++i)
       if (column.first + refs[i] < 0 || column.first + refs[i] >= (int64_t)wanted_.size())
-        throw std::invalid_argument("columns: a row is about a gradient that there is not");
+        throw std::invalid_argument("columns: expected a gradient below " +
+                                    std::to_string(wanted_.size()) + ", got " +
+                                    std::to_string(column.first + refs[i]));
   }
   std::vector<double> values;
   if (!is_same(own) || !read(own, true) || !read_versions(own, true) || !read_options(own, values))

@@ -59,7 +59,8 @@ TensorReader::TensorReader(const py::tuple& types, const std::vector<int64_t>& f
       api_(nullptr),
       impl_offset_(impl_offset) {
   if (functions.size() * sizeof(int64_t) != sizeof(torch_))
-    throw std::invalid_argument("functions: accepted is one address per function");
+    throw std::invalid_argument("functions: expected one address per function, got " +
+                                std::to_string(functions.size()));
   std::memcpy(&torch_, functions.data(), sizeof(torch_));
   const py::object capsule = py::getattr(type_, "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
@@ -68,9 +69,9 @@ TensorReader::TensorReader(const py::tuple& types, const std::vector<int64_t>& f
     while (api_ != nullptr && api_->major > 1) api_ = api_->previous;
   }
   if (api_ == nullptr || api_->major != 1 || api_->dltensor_from_py_object == nullptr)
-    throw std::invalid_argument("type: it has no DLPack exchange table of version 1");
+    throw std::invalid_argument("type: expected a DLPack exchange table of version 1, got none");
   if (Py_TYPE(impl_.ptr())->tp_descr_get == nullptr || !PyCallable_Check(is_neg_.ptr()))
-    throw std::invalid_argument("type: _cdata and is_neg are not the descriptors of torch.Tensor");
+    throw std::invalid_argument("type: expected _cdata and is_neg of torch.Tensor, got others");
 }
 
 void append_layout(const TensorFacts& facts, std::vector<int64_t>& layouts) {
@@ -204,7 +205,8 @@ py::list entries(const py::list& dicts, const py::tuple& keys) {
   size_t place = 0;
   for (const py::handle dict : dicts)
     for (const py::handle key : keys) {
-      if (!PyDict_Check(dict.ptr())) throw py::type_error("dicts: accepted is a list of dicts");
+      if (!PyDict_Check(dict.ptr()))
+        throw py::type_error("dicts: expected a list of dicts, got others");
       PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
       if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
       found[place++] = value == nullptr ? py::handle(Py_None) : py::handle(value);
@@ -229,8 +231,8 @@ void place(const py::bytes& addresses, int64_t table, int64_t n_rows, int64_t ro
   const int64_t* const ref = reinterpret_cast<const int64_t*>(refs);
   for (int64_t i = 0; i < n_rows; ++i)
     if (ref[i] < 0 || ref[i] >= n)
-      throw std::out_of_range("refs: row " + std::to_string(i) + " is about tensor " +
-                              std::to_string(ref[i]) + " of " + std::to_string(n));
+      throw std::out_of_range("refs: expected a tensor below " + std::to_string(n) + ", got " +
+                              std::to_string(ref[i]) + " in row " + std::to_string(i));
   place_rows(found, table, n_rows, row_bytes, refs, offsets);
 }
 

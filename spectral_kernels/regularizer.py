@@ -326,7 +326,10 @@ class SpectralRegularizer(Assignable, Readings):
             RuntimeError: ranks differ (the message names ranks and matrix), or no process group.
         """
         if not torch.distributed.is_initialized():
-            raise RuntimeError("check_ranks: torch.distributed has no process group yet")
+            raise RuntimeError(
+                "check_ranks: torch.distributed has no process group yet; call "
+                "torch.distributed.init_process_group() first"
+            )
         with self._buckets.lock:
             for bucket in self._buckets.bound():
                 bucket.check_ranks()

@@ -95,7 +95,7 @@ def write(folder: Path) -> list[Path]:
     """
     runs = load(folder)
     if not runs:
-        raise ValueError(f"{folder}: no finished run in it")
+        raise ValueError(f"{folder}: expected finished runs, got none")
     lines, written = [], []
     for (optimizer, lr, steps), ways in settings(runs).items():
         by = NAMES.get(optimizer, optimizer)

@@ -228,5 +228,5 @@ def _hidden(model: nn.Module, method: str) -> list[tuple[nn.Linear, nn.Module]]:
     kinds = [type(module) for module in model] if isinstance(model, nn.Sequential) else []
     n = (len(kinds) - 2) // 2
     if kinds != [nn.Flatten, *[nn.Linear, nn.ReLU] * n, nn.Linear]:
-        raise ValueError(f"model: {method!r} is for the model 'mlp' alone")
+        raise ValueError(f"model: expected 'mlp' for the method {method!r}, got another model")
     return [(model[2 * i + 1], model[2 * i + 2]) for i in range(n)]

@@ -241,7 +241,7 @@ def write(folder: Path) -> list[Path]:
     runs = load(folder)
     found = settings(runs)
     if not found:
-        raise ValueError(f"{folder}: no finished run in it")
+        raise ValueError(f"{folder}: expected finished runs, got none")
     lines, written = [], []
     total = 0.0
     for setting, arms in found.items():

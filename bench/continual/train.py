@@ -45,13 +45,13 @@ class Key(NamedTuple):
             known += [("data", problems.DATA), ("model", models.MODELS)]
         for name, accepted in known:
             if (got := getattr(self, name)) not in accepted:
-                accepted = ", ".join(map(repr, accepted))
+                accepted = " or ".join(map(repr, accepted))
                 where = "" if name in ("problem", "method") else f" for {self.problem!r}"
-                raise ValueError(f"{name}: got {got!r}; accepted{where} are {accepted}")
+                raise ValueError(f"{name}: expected {accepted}{where}, got {got!r}")
         if self.problem == "cartpole":
             if self.method in ("layer_norm", "redo", "spectral_norm"):
-                raise ValueError(f"method: got {self.method!r}, which changes the network: PPO has "
-                                 "its own")  # fmt: skip
+                raise ValueError("method: expected one that leaves PPO's network as it is, got "
+                                 f"{self.method!r}")  # fmt: skip
             return
         generator = torch.Generator().manual_seed(0)
         METHODS[self.method](models.build(self.model, (1, 8, 8), 10, generator), 0.1, LR)

@@ -76,20 +76,22 @@ def load(paths: Iterable[str | Path]) -> Run:
             known = {field: info[field] for field in Result._fields if field in info}
             results.append(Result(**known, median=b["stats"]["median"], info=info))
         if not results:
-            raise ValueError(f"{path}: no benchmark in it")
+            raise ValueError(f"{path}: expected benchmarks, got none")
         runs.append(
             Run(machine["device"], machine["versions"], commit_name(commit),
                 data["datetime"][:10], results)
         )  # fmt: skip
     kinds = sorted({(run.machine, run.versions, run.commit) for run in runs})
     if len(kinds) > 1:
-        raise ValueError(f"different machines or commits do not go into one table: {kinds}")
+        raise ValueError(f"runs: expected one machine and commit per table, got {kinds}")
     results = [result for run in runs for result in run.results]
     conditions = {
         (r.info["device"], r.device_name, r.threads) for r in results if r.suite != "scaling"
     }
     if len(conditions) > len({device for device, _, _ in conditions}):
-        raise ValueError(f"one table has one device and number of threads: {sorted(conditions)}")
+        raise ValueError(
+            f"runs: expected one device and number of threads per table, got {sorted(conditions)}"
+        )
     return runs[0]._replace(results=results)
 
 

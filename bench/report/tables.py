@@ -165,7 +165,7 @@ def summary(run: Run, dtype: str = "float32") -> str:
     ]
     chosen = [r for r in run.results if (r.suite, r.dtype) == ("penalty_step", dtype)]
     if len(names := {r.device_name for r in chosen}) > 1:
-        raise ValueError(f"different devices do not go into one table: {sorted(names)}")
+        raise ValueError(f"runs: expected one device per table, got {sorted(names)}")
     for (case, _), found in by_case(chosen).items():
         own = ours(found)
         if own is None or not {"floor", "autograd_loop", "compiled_loop"} <= set(found):

@@ -32,7 +32,7 @@ def load(folder: Path) -> list[dict]:
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {i}: {error}") from None
+            raise ValueError(f"{path}, line {i}: invalid JSON: {error}") from None
     return found
 
 

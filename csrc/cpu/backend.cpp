@@ -291,11 +291,12 @@ void set_level(const std::string& name) {
   for (const Level& candidate : all_levels()) {
     if (name != candidate.name) continue;
     if (!candidate.supported)
-      throw std::invalid_argument("level: this processor cannot run '" + name + "'");
+      throw std::invalid_argument("level: expected one that this processor can run, got '" + name +
+                                  "'");
     current = &candidate;
     return;
   }
-  throw std::invalid_argument("level: got '" + name + "', which this build does not have");
+  throw std::invalid_argument("level: expected one that this build has, got '" + name + "'");
 }
 
 bool has_openmp() {

@@ -21,7 +21,8 @@ inline void check(cudaError_t error, const char* what) {
 inline void check_dtype(const Header& header, const char* what) {
   const int64_t dtype = header.weight_dtype;
   if (dtype != kFloat32 && dtype != kBFloat16 && dtype != kFloat16)
-    throw std::invalid_argument(std::string(what) + ": weights are float32, bfloat16 or float16");
+    throw std::invalid_argument(std::string(what) +
+                                ": expected float32, bfloat16 or float16 weights, got others");
 }
 
 // Makes a device current, and restores the previous one at the end.
@@ -47,7 +48,10 @@ template <class... Parameters>
 void launch(const char* what, void (*kernel)(Parameters...), int64_t blocks, int threads,
             int64_t shared, int64_t stream, Parameters... arguments) {
   constexpr int64_t kMaxBlocks = 0x7fffffff, kAlwaysGranted = 48 * 1024;
-  if (blocks > kMaxBlocks) throw std::invalid_argument(std::string(what) + ": too many tiles");
+  if (blocks > kMaxBlocks)
+    throw std::invalid_argument(std::string(what) + ": expected at most " +
+                                std::to_string(kMaxBlocks) + " tiles, got " +
+                                std::to_string(blocks));
   if (shared > kAlwaysGranted)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),

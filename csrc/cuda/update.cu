@@ -9,7 +9,8 @@ namespace cuda {
 void update(const Header& header, const Update& update, int device, int64_t stream) {
   check_dtype(header, "update");
   if (update.moment_dtype != header.weight_dtype && update.moment_dtype != kFloat32)
-    throw std::invalid_argument("update: moments are of the weights' dtype or float32");
+    throw std::invalid_argument(
+        "moment_dtype: expected the weights' dtype or float32, got another");
   if (header.n_tiles + header.n_elementwise + update.n_others == 0) return;
   const DeviceGuard guard(device, "update");
   const auto step = update.rule == kAdamW ? adamw : sgd;

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from ..selection.arguments import expected, one_of
 from ..selection.warn import warn
 from ..tables.native import installation_failure, native_module
 from .base import Backend, Reference
@@ -102,11 +103,11 @@ def check_backend(backend: str | Backend) -> None:
     """
     if isinstance(backend, Backend):
         return
-    accepted = ", ".join(repr(n) for n in ("auto", *NAMES))
+    wanted = one_of([*map(repr, ("auto", *NAMES)), "a Backend object"])
     if not isinstance(backend, str):
-        raise TypeError(f"backend: got {backend!r}; accepted are {accepted} and a Backend object")
+        raise TypeError(expected("backend", wanted, backend))
     if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend: got {backend!r}; accepted are {accepted}")
+        raise ValueError(expected("backend", wanted, backend))
     if backend != "auto" and (reason := unavailable(backend)) is not None:
         raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..diagnostics.untrusted import printable
+from ..selection.arguments import one_of
 
 FAILED = 1
 INTERRUPTED = 130  # as a shell reports a process that SIGINT has ended
@@ -76,7 +77,7 @@ def escaped_output() -> Iterator[None]:
 
 def integer(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
     """Return the argparse type of integers from ``at_least`` to ``at_most``."""
-    accepted = f">= {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most}"
+    wanted = f">= {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most}"
 
     def parsed(text: str) -> int:
         try:
@@ -84,7 +85,7 @@ def integer(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
         except ValueError:
             value = None
         if value is None or not at_least <= value <= at_most:
-            raise argparse.ArgumentTypeError(f"got {text!r}; accepted are integers {accepted}")
+            raise argparse.ArgumentTypeError(f"expected an integer {wanted}, got {text!r}")
         return value
 
     return parsed
@@ -97,7 +98,7 @@ def non_negative(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted are numbers from 0 on")
+        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text!r}")
     return value
 
 
@@ -105,9 +106,11 @@ def writable(text: str) -> Path:
     """Return the path of a file that can be written."""
     path = Path(text)
     if not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"got {text!r}; cannot write to folder '{path.parent}'")
+        raise argparse.ArgumentTypeError(
+            f"expected a file in a folder that can be written to, got {text!r} in '{path.parent}'"
+        )
     if os.path.isdir(path):
-        raise argparse.ArgumentTypeError(f"got {text!r}; it is a directory")
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}, a directory")
     return path
 
 
@@ -116,9 +119,8 @@ def named(*suffixes: str) -> Callable[[str], Path]:
 
     def parsed(text: str) -> Path:
         if Path(text).suffix.lower() not in suffixes:
-            accepted = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
             raise argparse.ArgumentTypeError(
-                f"got {text!r}; accepted are names that end in {accepted}"
+                f"expected a name that ends in {one_of(suffixes)}, got {text!r}"
             )
         return writable(text)
 
@@ -142,7 +144,7 @@ def split(text: str) -> tuple[str, int | tuple[int, ...], int | None]:
         numbers = ()
     if not pattern or not numbers or min(numbers) < 1 or dim not in ("", "0", "1"):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}; accepted are PATTERN=N and PATTERN=SIZE,SIZE,..., both "
-            "also with @0 or @1 for a dimension"
+            "expected PATTERN=N or PATTERN=SIZE,SIZE,..., both also with @0 or @1 for a dimension, "
+            f"got {text!r}"
         )
     return pattern, numbers[0] if len(numbers) == 1 else numbers, int(dim) if dim else None

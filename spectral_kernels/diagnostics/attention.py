@@ -61,8 +61,8 @@ def attention_norms(query: torch.Tensor, key: torch.Tensor, n_heads: int) -> tor
     head_dim = head_dim_of(query.shape[0], key.shape[0], n_heads)
     if head_dim is None:
         raise ValueError(
-            f"n_heads: got {n_heads} for queries {list(query.shape)} and keys {list(key.shape)}; "
-            "accepted is one that divides both into heads of the same size"
+            f"n_heads: expected a number that divides queries {list(query.shape)} and keys "
+            f"{list(key.shape)} into heads of the same size, got {n_heads}"
         )
     queries, query_size = _gram(query, head_dim)
     keys, key_size = _gram(key, head_dim)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..engine.untraced import untraced
-from ..selection.arguments import check_count
+from ..selection.arguments import check_count, expected
 from .untrusted import irregular, printable
 
 SUFFIXES = (".csv", ".jsonl")
@@ -67,10 +67,12 @@ class Log:
         self._left: tuple[int, ...] | None = None  # the file after the last look at it or line
         if self.path.suffix not in SUFFIXES:
             raise ValueError(
-                f"path: got {self._shown}; accepted are names that end in .csv, .jsonl"
+                f"path: expected a name that ends in .csv or .jsonl, got {self._shown}"
             )
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"path: got {self._shown}; its folder does not exist")
+            raise FileNotFoundError(
+                f"path: expected a file in a folder that exists, got {self._shown}"
+            )
         if _writes():
             self._open().close()
 
@@ -87,8 +89,8 @@ class Log:
         """
         if check_count("step", step, 0) > LAST_STEP:
             raise ValueError(
-                f"step: got an integer of {step.bit_length()} bits; accepted are integers from 0 "
-                "to 2**63 - 1"
+                "step: expected an integer from 0 to 2**63 - 1, got one of "
+                f"{step.bit_length()} bits"
             )
         if step % self.every:
             return
@@ -138,7 +140,7 @@ class Log:
     def _refuse_irregular(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             if (kind := irregular(self.path)) is not None:
-                raise ValueError(f"path: got {self._shown}, {kind}; accepted are regular files")
+                raise ValueError(f"path: expected a regular file, got {self._shown}, {kind}")
 
     def _continue(self, file: io.FileIO) -> None:
         """Check that the file is empty or a log of these matrices; remove a half last line."""
@@ -156,8 +158,8 @@ class Log:
         reader.detach()
         if not is_log:
             raise ValueError(
-                f"path: {self._shown} exists and is not a log of these {len(self.names)} matrices; "
-                "accepted are a new name, or the log of a model with the same names"
+                f"path: expected a new name or a log of these {len(self.names)} matrices, got "
+                f"{self._shown}, which exists and is no such log"
             )
         if end < size:
             file.truncate(end)
@@ -218,9 +220,12 @@ def read(path: str | PathLike[str]) -> History:
     path = Path(path)
     shown = printable(str(path))
     if path.suffix not in SUFFIXES:
-        raise LogError(f"{shown}: accepted are names in .csv and .jsonl, as log_to() writes them")
+        raise LogError(
+            f"{shown}: expected a name that ends in .csv or .jsonl, as log_to() writes, got "
+            f"{path.suffix!r}"
+        )
     if (kind := irregular(path)) is not None:
-        raise LogError(f"{shown}: it is {kind}; accepted are regular files")
+        raise LogError(f"{shown}: expected a regular file, got {kind}")
     parse = _parsed_csv if path.suffix == ".csv" else _parsed_json
     try:
         with path.open("rb") as file:
@@ -241,8 +246,8 @@ def read(path: str | PathLike[str]) -> History:
     if (table < 0).any():
         row, column = np.argwhere(table < 0)[0]
         raise LogError(
-            f"{shown}: step {steps[row]}: {_COLUMNS[column // len(names)]} is "
-            f"{table[row, column]}; accepted are numbers from 0 on, nan and inf"
+            f"{shown}: step {steps[row]}: {_COLUMNS[column // len(names)]}: expected a number >= "
+            f"0, inf or nan, got {table[row, column]}"
         )
     return History(names, steps, table[:, : len(names)], table[:, len(names) :])
 
@@ -262,8 +267,8 @@ def _parsed_csv(
     header = next(cells, [])
     n = len(header) // 2
     names = [column.removeprefix(SIGMA) for column in header[1 : n + 1]]
-    expected = ["step", *(start + name for start in (SIGMA, RESIDUAL) for name in names)]
-    if header != expected:
+    wanted = ["step", *(start + name for start in (SIGMA, RESIDUAL) for name in names)]
+    if header != wanted:
         raise LogError(f"{path}: not a log of log_to(): line 1 is not a header of its columns")
     rows = []
     for number, row in enumerate(cells, 2):
@@ -272,7 +277,7 @@ def _parsed_csv(
         except (ValueError, IndexError):
             raise LogError(f"{path}: line {number} is not a row of numbers") from None
         if len(row) != len(header):
-            raise LogError(f"{path}: line {number} has {len(row)} columns, not {len(header)}")
+            raise LogError(f"{path}: line {number}: expected {len(header)} columns, got {len(row)}")
         _check_step(path, number, rows[-1][0])
     return names, rows
 
@@ -301,7 +306,7 @@ def _parsed_json(
 
 def _check_step(path: str, number: int, step: int) -> None:
     if not 0 <= step <= LAST_STEP:
-        raise LogError(f"{path}: line {number}: accepted are steps from 0 to 2**63 - 1")
+        raise LogError(expected(f"{path}: line {number}", "a step from 0 to 2**63 - 1", step))
 
 
 def _writes() -> bool:

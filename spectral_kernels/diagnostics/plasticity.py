@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..selection.arguments import expected
 from ..tables.device import wide, wide_dtype
 from .singular_values import effective_rank
 
@@ -107,7 +108,7 @@ def dormant_units(
         ValueError: a model without activation modules, or a threshold below zero.
     """
     if not threshold >= 0:
-        raise ValueError(f"threshold: got {threshold!r}; accepted are numbers from 0 on")
+        raise ValueError(expected("threshold", "a number >= 0", threshold))
     found: dict[str, Dormant] = {}
 
     def hook(name: str):
@@ -125,10 +126,7 @@ def dormant_units(
                for name, module in model.named_modules()
                if isinstance(module, _ACTIVATIONS)]  # fmt: skip
     if not handles:
-        raise ValueError(
-            "model: no activation module was found; accepted are models whose activations are "
-            "modules such as nn.ReLU"
-        )
+        raise ValueError("model: expected activations that are modules, such as nn.ReLU, got none")
     try:
         with torch.no_grad(), _evaluating(model):
             model(inputs)
@@ -174,8 +172,8 @@ def accuracy(
 def _check_examples(inputs: torch.Tensor, targets: torch.Tensor) -> None:
     if len(inputs) == 0 or len(inputs) != len(targets):
         raise ValueError(
-            f"inputs, targets: got {len(inputs)} and {len(targets)} examples; accepted are equally "
-            "many, at least one"
+            "inputs, targets: expected equally many examples, at least one, got "
+            f"{len(inputs)} and {len(targets)}"
         )
 
 

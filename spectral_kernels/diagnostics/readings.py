@@ -15,7 +15,7 @@ from ..engine.initial import largest
 from ..engine.model_buckets import ModelBuckets
 from ..engine.untraced import untraced
 from ..engine.vectors import triplets_of
-from ..selection.arguments import shown
+from ..selection.arguments import expected
 from ..selection.listing import listing
 from ..selection.matrices import Elementwise, Matrix
 from .attention import attention_norms
@@ -149,7 +149,7 @@ class Readings:
             TypeError: ``prefix`` is not a string.
         """
         if not isinstance(prefix, str):
-            raise TypeError(f"prefix: got {shown(prefix)}; accepted is a string")
+            raise TypeError(expected("prefix", "a string", prefix))
         with self._buckets.lock:
             self._buckets.tell_of_added()
             found = metrics(self._buckets, self.names, per_layer, self._sgd_groups())

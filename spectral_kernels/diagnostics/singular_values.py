@@ -148,8 +148,8 @@ def spectra(
     found, chosen = {}, _selected(model_or_named_tensors, selection)
     if any(matrix.periods for matrix in chosen.matrices):
         raise ValueError(
-            "convolutions: got 'operator'; accepted here is 'flattened', as an operator has a "
-            "spectrum at every frequency"
+            "convolutions: expected 'flattened', got 'operator', which has a spectrum at every "
+            "frequency"
         )
     for matrix in chosen.matrices:
         part = matrix.of(whole_of(matrix.ref.get().detach()))

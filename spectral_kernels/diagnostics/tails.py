@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..selection.arguments import check_number
+from ..selection.arguments import check_number, expected
 from ..tables.device import wide
 
 # As in WeightWatcher: eigenvalues up to LEAST_EIGENVALUE are left out of a fit, fewer than
@@ -122,7 +122,7 @@ def marchenko_pastur_edge(values: torch.Tensor, shape: tuple[int, int]) -> float
     _check_values(values)
     short, long = sorted(shape)
     if len(values) != short:
-        raise ValueError(f"values: got {len(values)}; accepted for shape {shape} are all {short}")
+        raise ValueError(f"values: expected all {short} of shape {shape}, got {len(values)}")
     if short == 0 or not bool(torch.isfinite(values).all()):
         return math.nan
     ordered = wide(values.detach()).sort().values
@@ -155,6 +155,6 @@ def _median_of_law(ratio: float) -> float:
 
 def _check_values(values: torch.Tensor) -> None:
     if not isinstance(values, torch.Tensor):
-        raise TypeError(f"values: got {type(values).__name__}; accepted is a tensor")
+        raise TypeError(expected("values", "a tensor", values))
     if values.dim() != 1:
-        raise ValueError(f"values: got {values.dim()} dimensions; accepted is one")
+        raise ValueError(f"values: expected one dimension, got {values.dim()}")

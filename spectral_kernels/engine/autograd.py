@@ -112,11 +112,11 @@ def _differentiable(parts, weights, needed, upstream):
     return [next(found) if wanted else None for wanted in needed]
 
 
-def _check_unsharded(bucket: Bucket, what: str, accepted: str) -> None:
+def _check_unsharded(bucket: Bucket, what: str, instead: str) -> None:
     if bucket.is_sharded:
         raise RuntimeError(
-            f"parameter {bucket.plan.refs[0].name!r} is sharded: {what} are not supported; "
-            f"accepted is {accepted}"
+            f"parameter {bucket.plan.refs[0].name!r} is sharded, and {what} are not supported; "
+            f"use {instead}"
         )
 
 

@@ -75,7 +75,7 @@ class Coefficients:
         is_tensor = isinstance(strength, torch.Tensor)
         if is_tensor:
             transforms.check_plain(
-                "strength", strength, "are plain ones; with strength 1, multiply penalty() by it"
+                "strength", strength, "with strength 1, multiply penalty() by it"
             )
             _check_tensor(strength, is_read=device_tables.shares_memory(strength.device))
         else:
@@ -210,8 +210,8 @@ def _check_tensor(strength: torch.Tensor, is_read: bool) -> None:
     """Check a strength that is a tensor, and its value too if ``is_read``."""
     if strength.dim() != 0 or not strength.is_floating_point():
         raise ValueError(
-            f"strength: got {shown(strength)} and dtype {strength.dtype}; accepted are 0-d "
-            "floating-point tensors"
+            f"strength: expected a number or a 0-d floating-point tensor, got {shown(strength)} "
+            f"and dtype {strength.dtype}"
         )
     if is_read and not strength.is_meta:
         check_number("strength", strength.item())

@@ -320,7 +320,9 @@ def traced_penalty(buckets: ModelBuckets, iterations: int, strength: Tensor | No
     """
     own, number, total = torch.ops.spectral_kernels, buckets.number, None
     if buckets.selection.follower is not None and has_changed(buckets.selection.follower):
-        raise RuntimeError("the model has changed while penalty() was compiled")
+        raise RuntimeError(
+            "the model has changed while penalty() was compiled; change it between two calls"
+        )
     for index, (bucket, weights) in enumerate(buckets.with_tensors()):
         state, where = bucket.state, (number, index)
         if torch.is_grad_enabled() and bucket.traceable is not None and not bucket.extra_iterations:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..selection.arguments import check_number
+from ..selection.arguments import check_number, expected
 from ..selection.matrices import Elementwise, Selection
 from ..sharding.shards import whole_of
 from ..tables.device import wide
@@ -47,34 +47,32 @@ def checked_initial(initial: Mapping[str, Initial], selection: Selection) -> dic
         ValueError: one of another size, not finite, or below 0.
     """
     if not isinstance(initial, Mapping):
-        raise TypeError(
-            f"state: the initial targets are a {type(initial).__name__}; accepted is a mapping "
-            "from names to numbers and tensors"
-        )
+        wanted = "a mapping from names to numbers and tensors"
+        raise TypeError(expected("state: initial targets", wanted, initial))
     several = {x.name: x for x in selection.elementwise if x.kind != "shift"}
     found: dict[str, Initial] = {}
     for name, value in initial.items():
-        what = f"state: the initial target of {name!r}"
+        what = f"state: initial target of {name!r}"
         if name in several:
             found[name] = _checked_numbers(what, value, several[name])
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-            raise TypeError(f"{what} is a {type(value).__name__}; accepted is a number")
+            raise TypeError(expected(what, "a number", value))
         found[name] = check_number(what, float(value))
     return found
 
 
 def _checked_numbers(what: str, value, entry: Elementwise) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{what} is a {type(value).__name__}; accepted is a tensor")
+        raise TypeError(expected(what, "a tensor", value))
     n = entry.n_targets(entry.ref.get().numel())
     if tuple(value.shape) != (n,):
-        raise ValueError(f"{what} has shape {tuple(value.shape)}; accepted is ({n},)")
+        raise ValueError(f"{what}: expected shape ({n},), got {tuple(value.shape)}")
     numbers = value.detach().cpu().clone()
     numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
     if not bool(torch.isfinite(numbers).all()) or bool((numbers < 0).any()):
-        raise ValueError(f"{what} has numbers that are negative or not finite; accepted are others")
+        raise ValueError(f"{what}: expected finite numbers >= 0, got others")
     return numbers
 
 

@@ -34,7 +34,7 @@ def singular_values(
     finest = 1e-12 if tensor.dtype == torch.float64 else 1e-5
     if not isinstance(rtol, float) or not finest <= rtol < 1:
         raise ValueError(
-            f"rtol: got {rtol!r}; accepted for {tensor.dtype} are numbers from {finest} to 1"
+            f"rtol: expected a number from {finest} to below 1 for {tensor.dtype}, got {rtol!r}"
         )
     if tensor.numel() == 0:
         return (0.0,) * r
@@ -175,7 +175,9 @@ def _block_lanczos(bucket: Bucket, rtol: float, name: str) -> tuple[float, ...]:
 
 
 def _no_convergence(name: str, rtol: float) -> RuntimeError:
-    return RuntimeError(f"{name!r}: no convergence to rtol {rtol} in 2000 iterations")
+    return RuntimeError(
+        f"{name!r}: no convergence to rtol {rtol} in 2000 iterations; pass a larger rtol"
+    )
 
 
 def _wide(device: torch.device) -> dict:

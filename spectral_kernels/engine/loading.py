@@ -9,6 +9,7 @@ import torch
 
 from ..backends import operators
 from ..backends.formulas import orthonormal
+from ..selection.arguments import expected
 from ..selection.matrices import Matrix
 from ..tables.device import wide
 
@@ -39,7 +40,8 @@ def vectors_of(state: Mapping[str, Any], matrices: Sequence[Matrix]) -> Loaded:
         ValueError: vectors of the wrong shape, or zero, or not finite.
     """
     if not isinstance(state, Mapping) or not isinstance(state.get("vectors"), Mapping):
-        raise TypeError('state: accepted is the dict that state_dict() returns, with "vectors"')
+        wanted = 'the dict that state_dict() returns, with "vectors"'
+        raise TypeError(expected("state", wanted, state))
     by_name = {matrix.name: matrix for matrix in matrices}
     right, left = (state.get(key, {}) for key in ("vectors", "left"))
     given = list(dict.fromkeys((*right, *left)))
@@ -98,14 +100,17 @@ def _checked(matrix: Matrix, v, side: int) -> torch.Tensor:
     if not isinstance(v, torch.Tensor) or len(shape) != 2 or shape[0] < 1 or shape[1] != n:
         kind = "vectors" if side else "left vectors"
         raise ValueError(
-            f"state: the {kind} of {matrix.name!r} have shape {shape}; accepted is "
-            f"({1 if matrix.periods is None else 2}, {n}), or one row per vector, for this matrix "
-            f"of {sizes[0]} x {sizes[1]}"
+            f"state: {kind} of {matrix.name!r}: expected shape "
+            f"({1 if matrix.periods is None else 2}, {n}), or one row per vector, for a matrix of "
+            f"{sizes[0]} x {sizes[1]}, got {shape}"
         )
     found = v.detach().to(torch.promote_types(v.dtype, torch.float32))
     norms = torch.linalg.vector_norm(wide(found), dim=1)
     if not torch.isfinite(norms).all() or (norms[0] == 0 and v.numel()):
-        raise ValueError(f"state: the vectors of {matrix.name!r} have norms {norms.tolist()}")
+        raise ValueError(
+            f"state: vectors of {matrix.name!r}: expected finite ones, and the first not zero, got "
+            f"norms {norms.tolist()}"
+        )
     if matrix.periods is not None:
         return _of_operator(matrix, found)
     # Vectors that are already orthonormal keep their bits; those beyond N are zero.
@@ -120,6 +125,9 @@ def _of_operator(matrix: Matrix, v: torch.Tensor) -> torch.Tensor:
     taps = operators.taps_of(shape[2:], matrix.periods, v.device)
     found = operators.projected(v.view(2, shape[1], -1), taps)
     if found is None:
-        raise ValueError(f"state: the vectors of {matrix.name!r} have no part that an operator has")
+        raise ValueError(
+            f"state: vectors of {matrix.name!r}: expected some with a part that the operator has, "
+            "got none"
+        )
     found = found.flatten(1).to(v.dtype)
     return v.clone() if (found - v).abs().max() < 2e-6 else found

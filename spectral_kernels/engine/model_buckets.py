@@ -119,8 +119,8 @@ class ModelBuckets:
         follower = self.selection.follower
         if follower is None:
             raise RuntimeError(
-                "model: got (name, parameter) pairs, from which nothing can be selected again; "
-                "accepted is a module"
+                "model: expected a module, from which parameters can be selected again, got "
+                "(name, parameter) pairs"
             )
         with self.lock:
             self.follow()
@@ -334,7 +334,7 @@ class ModelBuckets:
                 self._build(tensors)
         except RuntimeError:
             for ref, tensor in zip(self.refs, tensors, strict=True):
-                transforms.check_plain(f"parameter {ref.name!r}", tensor, "there is penalty()")
+                transforms.check_plain(f"parameter {ref.name!r}", tensor, "use penalty() there")
             raise
         for bucket in self.buckets if values is None else ():
             if bucket.looks_other_frozen():
@@ -399,7 +399,7 @@ class ModelBuckets:
         for i, (ref, tensor) in enumerate(zip(self.refs, tensors, strict=True)):
             if tensor.is_meta:
                 raise RuntimeError(
-                    f"parameter {ref.name!r} is on the meta device: materialize the model before "
+                    f"parameter {ref.name!r} is on the meta device; materialize the model before "
                     "the regularizer is first used"
                 )
             part = 0 if self.parts is None else self.parts[i]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backends import operators
 from ..backends.operators import Taps
+from ..selection.arguments import expected
 from ..selection.matrices import Matrix
 from ..sharding.shards import is_sharded, whole_of
 from ..tables.device import is_capturing, wide, wide_dtype
@@ -109,9 +110,9 @@ def checked_next_search(value: Any) -> int | None:
         return None
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise TypeError(f"state: next_search is {value!r}; accepted is an integer")
+        raise TypeError(expected("state: next_search", "an integer", value))
     if not 1 <= number <= EVERY or number != int(number):
-        raise ValueError(f"state: next_search is {number}; accepted is an integer, 1 to {EVERY}")
+        raise ValueError(expected("state: next_search", f"an integer from 1 to {EVERY}", number))
     return int(number)
 
 

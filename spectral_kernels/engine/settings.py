@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..backends.base import Backend
-from ..selection.arguments import check_count, check_word
+from ..selection.arguments import check_count, check_word, expected
 from ..selection.matrices import Selection
 from ..tables.schema import CONSTRAINTS
 from .bucket import MAX_EXTRA_ITERATIONS
@@ -50,7 +50,8 @@ def check_constraint(constraint, decoupled: bool) -> str | None:
     check_word("constraint", constraint, tuple(CONSTRAINTS))
     if constraint is not None and not decoupled:
         raise ValueError(
-            f"constraint: got {constraint!r} with decoupled=False; accepted is decoupled=True"
+            f"constraint: expected None with decoupled=False, got {constraint!r} (decoupled=True "
+            "takes it)"
         )
     return constraint
 
@@ -58,7 +59,7 @@ def check_constraint(constraint, decoupled: bool) -> str | None:
 def check_one_vector(selection: Selection, n_vectors: int) -> None:
     """Raise ValueError for several vectors per matrix where there are operators."""
     if n_vectors != 1 and any(matrix.periods for matrix in selection.matrices):
-        raise ValueError(f"n_vectors: got {n_vectors}; accepted with convolutions='operator' is 1")
+        raise ValueError(expected("n_vectors", "1 with convolutions='operator'", n_vectors))
 
 
 def iterations_of(n_power_iterations, is_in_optimizer: bool = False) -> tuple[int, int]:
@@ -72,7 +73,5 @@ def iterations_of(n_power_iterations, is_in_optimizer: bool = False) -> tuple[in
         return 1, MAX_EXTRA_ITERATIONS
     found = check_count("n_power_iterations", n_power_iterations, 1, words=("auto",))
     if is_in_optimizer and found != 1:
-        raise ValueError(
-            f"n_power_iterations: got {found}; accepted are 1 and 'auto' in an optimizer"
-        )
+        raise ValueError(expected("n_power_iterations", "1 or 'auto' in an optimizer", found))
     return found, 0

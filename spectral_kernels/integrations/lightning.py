@@ -82,7 +82,8 @@ class SpectralCallback(Callback):
         for index in self._indices:
             if index >= len(trainer.optimizers):
                 raise ValueError(
-                    f"optimizer: got {index}; the module has {len(trainer.optimizers)}"
+                    f"optimizer: expected indices of the module's {len(trainer.optimizers)} "
+                    f"optimizers, got {index}"
                 )
         own = [trainer.optimizers[index] for index in self._indices]
         regularizer = self._session.begin(pl_module, own, trainer.optimizers)

@@ -106,7 +106,10 @@ class SpectralCallback(TrainerCallback):
         if not args.should_save:
             return
         if not folder.is_dir():  # a hyperparameter search saves in other folders
-            warn(f"SpectralCallback: no folder {folder}; its state is not saved")
+            warn(
+                f"SpectralCallback: no folder {folder}; its state is not saved, and a run that "
+                "resumes from there warms the vectors up"
+            )
             return
         torch.save(found, folder / FILE)
 

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..backends.base import Backend
 from ..backends.choice import BackendName
 from ..regularizer import Strength, Target
-from ..selection.arguments import check_scalar, known_keywords, shown
+from ..selection.arguments import check_scalar, expected, known_keywords
 from ..selection.options import StartOptions
 from .base import SpectralOptimizer
 from .groups import Params
@@ -154,18 +154,18 @@ class SpectralAdamW(SpectralOptimizer):
             found["betas"] = _checked_betas(found["betas"])
         if not found.get("decoupled_weight_decay", True):
             raise ValueError(
-                "decoupled_weight_decay: got False (torch.optim.Adam); accepted is True"
+                "decoupled_weight_decay: expected True, got False (that is torch.optim.Adam)"
             )
         return found
 
 
 def _checked_betas(betas: Any) -> tuple[float | torch.Tensor, ...]:
     """Return two decay rates as floats, or as 0-d tensors if both are tensors."""
-    accepted = "accepted are two numbers in [0, 1), or two tensors of one element"
+    wanted = "two numbers in [0, 1), or two tensors of one element"
     found = list(betas) if isinstance(betas, Iterable) and not isinstance(betas, str) else []
     if len(found) != 2 or len({isinstance(beta, torch.Tensor) for beta in found}) != 1:
-        raise ValueError(f"betas: got {shown(betas)}; {accepted}")
+        raise ValueError(expected("betas", wanted, betas))
     found = [check_scalar("betas", beta) for beta in found]
     if not all(float(beta) < 1 for beta in found):
-        raise ValueError(f"betas: got {shown(betas)}; {accepted}")
+        raise ValueError(expected("betas", wanted, betas))
     return tuple(beta if isinstance(beta, torch.Tensor) else float(beta) for beta in found)

@@ -26,7 +26,7 @@ from ..selection.arguments import (
     check_flag,
     check_pattern_list,
     check_scalar,
-    shown,
+    expected,
 )
 from ..selection.parameters import named_parameters
 from ..sharding import shards
@@ -63,7 +63,7 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         self._decoupled = check_flag("decoupled", decoupled)
         self._constraint = check_constraint(constraint, self._decoupled)
         if state_dtype not in (None, torch.float32):
-            raise ValueError(f"state_dtype: got {state_dtype}; accepted are None and torch.float32")
+            raise ValueError(expected("state_dtype", "None or torch.float32", state_dtype))
         iterations_of(n_power_iterations, is_in_optimizer=True)
         source, groups = source_and_groups(params, model)
         # Of the parameters that it was built with, by id, which they keep as long as they are here.
@@ -203,7 +203,10 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
                 self._learn_names(buckets)
                 updates = self._build(buckets)
                 if not self._bind(updates):
-                    raise RuntimeError("the optimizer's state changes while its step is prepared")
+                    raise RuntimeError(
+                        f"{type(self).__name__}: its state was changed while its step was "
+                        "prepared; change it between two steps"
+                    )
                 self._keep_states(updates)
             self._updates, self._seen = updates, self._look(buckets)
         return self._updates
@@ -343,9 +346,7 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         """
         group = as_dict(param_group)
         if group is None or "params" not in group:
-            raise TypeError(
-                f'param_group: got {shown(param_group)}; accepted is a dict with "params"'
-            )
+            raise TypeError(expected("param_group", 'a dict with "params"', param_group))
         group = self._checked_options(group)
         group["params"] = items_of(group["params"])
         names = {id(x[1]): (x[1], x[0]) for x in group["params"] if isinstance(x, tuple)}
@@ -391,7 +392,7 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
                 found[name] = check_scalar(name, found[name])
         for name in ("amsgrad", "maximize", "differentiable"):
             if name in found and check_flag(name, found[name]):
-                raise ValueError(f"{name}: got True; accepted is False")
+                raise ValueError(expected(name, "False", True))
         for name in ("amsgrad", "maximize", "differentiable", "foreach", "fused", "capturable"):
             if found.get(name) is not None:
                 found[name] = bool(found[name])

@@ -97,12 +97,13 @@ class Checkpoints(torch.optim.Optimizer):
             self._updates = None
         if not loaded.vectors and not loaded.left and any(states):
             warn(
-                f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty; "
-                "they are warmed up",
+                f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty, as "
+                "one of torch's optimizer; they are warmed up, and nothing need be done",
             )
         if missing:
             warn(f"{type(self).__name__}: the checkpoint has no initial targets of "
-                 f"{', '.join(missing)}; those measured here are kept")  # fmt: skip
+                 f"{', '.join(missing)}; those measured before are kept, and assigning target "
+                 "measures them anew")  # fmt: skip
 
     def _entries(self) -> Iterable[tuple[Matrix | Elementwise, torch.Tensor, str]]:
         """Yield every entry, its parameter, and its name's suffix after the parameter's."""

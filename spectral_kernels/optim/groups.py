@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..selection.arguments import as_dict, shown
+from ..selection.arguments import as_dict, expected
 from ..selection.parameters import named_parameters, parameter_refs
 
 Params = (
@@ -24,27 +24,29 @@ def source_and_groups(params, model: nn.Module | None):
     """Return what to select from, and parameter groups as torch.optim takes them."""
     if isinstance(params, nn.Module):
         return params, [{"params": list(params.parameters())}]
-    accepted = "accepted are a module, its parameters or groups of them"
+    wanted = "a module, its parameters or groups of them"
     if isinstance(params, torch.Tensor | str | Mapping) or not isinstance(params, Iterable):
-        raise TypeError(f"params: got {shown(params)}; {accepted}")
+        raise TypeError(expected("params", wanted, params))
     given = list(params)
     if not given:
-        raise ValueError(f"params: got no parameters; {accepted}")
+        raise ValueError(f"params: expected {wanted}, got no parameters")
     if all(as_dict(group) is None for group in given):
         given = [{"params": given}]
     groups = []
     for group in map(as_dict, given):
         if group is None or "params" not in group:
-            raise TypeError('params: got groups and parameters; accepted are dicts with "params"')
+            raise TypeError(
+                'params: expected dicts with "params", or parameters, got both groups and parameters'
+            )
         groups.append({**group, "params": items_of(group["params"])})
     items = [item for group in groups for item in group["params"]]
     named = [isinstance(item, tuple) for item in items]
     if any(named) and not all(named):
-        raise ValueError("params: some have names and others have none; accepted are names for all")
+        raise ValueError("params: expected names for all or for none, got names for some")
     if model is None and not all(named):
         raise TypeError(
-            "params: got parameters without names; pass the module or model.named_parameters(), "
-            "or the module as model= beside them"
+            "params: expected parameters with names, got parameters alone (pass the module or "
+            "model.named_parameters(), or the module as model= beside them)"
         )
     return model if model is not None else items, groups
 
@@ -52,15 +54,12 @@ def source_and_groups(params, model: nn.Module | None):
 def items_of(params) -> list[torch.Tensor | tuple[str, torch.Tensor]]:
     """Return the parameters of a group, or its (name, parameter) pairs, as a list."""
     if isinstance(params, set):
-        raise TypeError("params: got a set; accepted are lists, whose order is the same every time")
+        raise TypeError("params: expected a list, whose order is the same every time, got a set")
     items = [params] if isinstance(params, torch.Tensor) else list(params)
     for item in items:
         name, p = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
         if not isinstance(name, str) or not isinstance(p, torch.Tensor):
-            raise TypeError(
-                f"params: got an item {shown(item)}; accepted are parameters and "
-                "(name, parameter) pairs"
-            )
+            raise TypeError(expected("params", "parameters or (name, parameter) pairs", item))
     return items
 
 
@@ -84,7 +83,7 @@ def not_in(groups, model: nn.Module) -> list[str]:
     absent = [refs for refs in aliases if id(refs[0].get()) not in held]
     if len(absent) == len(aliases):
         raise ValueError(
-            "params: none of them is a parameter of model; accepted are parameters as they are in "
-            "the model now (after sharding, or after a move that replaces them)"
+            "params: expected parameters as they are in model now (after sharding, or after a move "
+            "that replaces them), got none of these"
         )
     return [glob.escape(ref.name) for refs in absent for ref in refs]

@@ -121,7 +121,9 @@ class SpectralSGD(SpectralOptimizer):
             found["nesterov"] = check_flag("nesterov", found["nesterov"])
         both = {**getattr(self, "defaults", {}), **found}
         if both["nesterov"] and (both["momentum"] <= 0 or both["dampening"] != 0):
-            raise ValueError("nesterov: got True; accepted with momentum > 0 and dampening 0")
+            raise ValueError(
+                "nesterov: expected False without momentum > 0 and dampening 0, got True"
+            )
         return found
 
     def _sgd_groups(self) -> list[Mapping[str, Any]]:

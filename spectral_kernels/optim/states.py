@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..selection.arguments import check_number
+from ..selection.arguments import check_number, expected, shown
 from ..sharding import shards
 from ..tables.layout import same_strides
 
@@ -25,26 +25,23 @@ def check_state(name: str, p: torch.Tensor, state: Mapping[str, Any], moments: S
             continue
         what = f"state_dict: {key} of parameter {name!r}"
         if not isinstance(kept, torch.Tensor):
-            raise TypeError(f"{what} is a {type(kept).__name__}; accepted is a tensor")
+            raise TypeError(expected(what, "a tensor", kept))
         if kept.shape != p.shape:
             raise ValueError(
-                f"{what} has shape {tuple(kept.shape)}; accepted is that of the parameter, "
-                f"{tuple(p.shape)}"
+                f"{what}: expected the parameter's shape {tuple(p.shape)}, got {tuple(kept.shape)}"
             )
         values = shards.local_of(kept)
         if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"{what} has values that are not finite; accepted are finite ones")
+            raise ValueError(f"{what}: expected finite values, got some that are not")
         if key == "exp_avg_sq" and bool((values < 0).any()):
-            raise ValueError(f"{what} has values below 0; accepted are means of squares")
+            raise ValueError(f"{what}: expected means of squares, got some below 0")
     step = state.get("step")
     if step is not None:
+        what = f"state_dict: step of parameter {name!r}"
         is_number = isinstance(step, int | float) and not isinstance(step, bool)
         if not is_number and not (isinstance(step, torch.Tensor) and step.numel() == 1):
-            raise TypeError(
-                f"state_dict: step of parameter {name!r} is a {type(step).__name__}; accepted is a "
-                "number"
-            )
-        check_number(f"state_dict: step of parameter {name!r}", float(step))
+            raise TypeError(expected(what, "a number", step))
+        check_number(what, float(step))
 
 
 def state_of(
@@ -77,8 +74,8 @@ def state_of(
     if is_partial or (counts_steps and bool(kept) != (step is not None)):
         missing = [key for key in (*names, "step") if state.get(key) is None]
         raise ValueError(
-            f"the state of parameter {name!r} has no {', '.join(missing)}; accepted is one "
-            "with all of them, or with none to begin anew"
+            f"state of parameter {name!r}: expected all of {', '.join((*names, 'step'))}, or none "
+            f"to begin anew, got a state without {', '.join(missing)}"
         )
     for key in names:
         moment = torch.zeros_like(p, dtype=dtype, requires_grad=False)
@@ -93,10 +90,9 @@ def state_of(
 def _fitting(name: str, key: str, kept, like: torch.Tensor) -> torch.Tensor:
     """Return the moment ``kept`` if it is laid out like ``like``, or else a copy that is."""
     if not isinstance(kept, torch.Tensor) or kept.shape != like.shape:
-        found = tuple(kept.shape) if isinstance(kept, torch.Tensor) else repr(kept)
         raise ValueError(
-            f"{key} of parameter {name!r}: got {found}; accepted is a tensor of the "
-            f"parameter's shape {tuple(like.shape)} (after a change of shape, remove "
+            f"{key} of parameter {name!r}: expected a tensor of the parameter's shape "
+            f"{tuple(like.shape)}, got {shown(kept)} (after a change of shape, remove "
             "optimizer.state[parameter] to begin anew)"
         )
     fits = kept.dtype == like.dtype and same_strides(kept, like)

@@ -16,6 +16,7 @@ import torch
 from ..backends import formulas
 from ..backends.base import Backend, Rule, Step
 from ..engine.bucket import Bucket
+from ..selection.arguments import one_of
 from ..sharding import shards
 from ..tables.addresses import Column, Counter, Look, entries, look
 from ..tables.device import DeviceTables, fill, number_on
@@ -46,8 +47,8 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise ValueError if no step can be taken for a parameter of ``dtype``."""
     if dtype not in DTYPES:
         raise ValueError(
-            f"params: parameter {name!r} is {dtype}; accepted are {', '.join(map(str, DTYPES))}; "
-            "put it into an optimizer of its own"
+            f"params: expected {one_of(map(str, DTYPES))}, got parameter {name!r} of {dtype} (put "
+            "it into an optimizer of its own)"
         )
 
 
@@ -287,17 +288,17 @@ class Update:
         for name, weight, grad, own in zip(self.names, weights, grads, moments, strict=True):
             if not same_strides(torch.empty_like(weight, device="meta"), weight):
                 raise ValueError(
-                    f"parameter {name!r} has strides {tuple(weight.stride())}; accepted are "
-                    "parameters without gaps between their elements"
+                    f"parameter {name!r}: expected no gaps between its elements, got strides "
+                    f"{tuple(weight.stride())} of shape {tuple(weight.shape)}"
                 )
             expected = [(grad, "gradient", weight.dtype)] if grad is not None else []
             expected += [(m, "moment", self.moment_dtype) for m in own]
             for tensor, what, dtype in expected:
                 if tensor.layout != torch.strided and what == "gradient":
                     raise ValueError(
-                        f"the gradient of parameter {name!r} has layout {tensor.layout}; accepted "
-                        "are dense gradients (Embedding(sparse=False)), or put the parameter into "
-                        "an optimizer of its own, such as torch.optim.SparseAdam"
+                        f"gradient of parameter {name!r}: expected a dense one, got layout "
+                        f"{tensor.layout} (use Embedding(sparse=False), or put the parameter into "
+                        "an optimizer of its own, such as torch.optim.SparseAdam)"
                     )
                 for field, value in (
                     ("layout", torch.strided), ("dtype", dtype), ("device", weight.device),
@@ -305,13 +306,13 @@ class Update:
                 ):  # fmt: skip
                     if getattr(tensor, field) != value:
                         raise ValueError(
-                            f"the {what} of parameter {name!r} has {field} "
-                            f"{getattr(tensor, field)}; accepted is {value}"
+                            f"{what} of parameter {name!r}: expected {field} {value}, got "
+                            f"{getattr(tensor, field)}"
                         )
                 if not same_strides(tensor, weight) and tensor.numel():
                     raise ValueError(
-                        f"the {what} of parameter {name!r} has strides {tuple(tensor.stride())}; "
-                        f"accepted are those of the parameter, {tuple(weight.stride())}"
+                        f"{what} of parameter {name!r}: expected the parameter's strides "
+                        f"{tuple(weight.stride())}, got {tuple(tensor.stride())}"
                     )
 
     def look_ahead(self, changed: bool) -> None:

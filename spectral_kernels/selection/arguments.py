@@ -51,16 +51,26 @@ def shown(value: Any) -> str:
     return type(value).__name__ if "tensor(" in text or "array(" in text else text
 
 
+def expected(argument: str, wanted: str, value: Any) -> str:
+    """Return the text of an error: what was expected of ``argument``, and the value that came."""
+    return f"{argument}: expected {wanted}, got {shown(value)}"
+
+
+def one_of(choices: Iterable[str]) -> str:
+    """Return choices in words: ``"a"``, ``"a or b"``, ``"a, b or c"``."""
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def check_number(argument: str, value, at_least: float = 0.0, words: Sequence[str] = ()) -> float:
     """Return ``value`` if it is a finite number >= ``at_least``; TypeError or ValueError if not."""
     if type(value) is not float:
         value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        accepted = "".join(f" or {word!r}" for word in words)
-        raise TypeError(f"{argument}: got {shown(value)}; accepted is a number{accepted}")
+        raise TypeError(expected(argument, one_of(["a number", *map(repr, words)]), value))
     if not math.isfinite(value) or value < at_least:
         least = f" >= {at_least:g}" if at_least > -math.inf else ""
-        raise ValueError(f"{argument}: got {value!r}; accepted are finite numbers{least}")
+        raise ValueError(expected(argument, f"a finite number{least}", value))
     return value
 
 
@@ -73,8 +83,8 @@ def check_scalar(argument: str, value, at_least: float = 0.0) -> float | torch.T
         return check_number(argument, value, at_least)
     if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
         raise ValueError(
-            f"{argument}: got {shown(value)}, {value.dtype}; accepted are numbers and tensors with "
-            "one real element"
+            f"{argument}: expected a number or a tensor with one real element, got {shown(value)} "
+            f"and dtype {value.dtype}"
         )
     check_number(argument, value.item(), at_least)
     return value if value.dim() == 0 else value.detach().view(())
@@ -84,30 +94,29 @@ def check_count(argument: str, value, at_least: int, words: Sequence[str] = ()) 
     """Return ``value`` if it is an integer >= ``at_least``; TypeError or ValueError if not."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        accepted = "".join(f" or {word!r}" for word in words)
-        raise TypeError(f"{argument}: got {shown(value)}; accepted is an integer{accepted}")
+        raise TypeError(expected(argument, one_of(["an integer", *map(repr, words)]), value))
     if value < at_least:
-        raise ValueError(f"{argument}: got {value!r}; accepted are integers >= {at_least}")
+        raise ValueError(expected(argument, f"an integer >= {at_least}", value))
     return value
 
 
 def check_choice(argument: str, value, accepted: Sequence[int]) -> int:
     """Return ``value`` if it is one of ``accepted``; TypeError or ValueError if not."""
-    value, listed = plain(value), ", ".join(map(str, accepted))
+    value, wanted = plain(value), one_of(map(str, accepted))
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: got {shown(value)}; accepted are {listed}")
+        raise TypeError(expected(argument, wanted, value))
     if value not in accepted:
-        raise ValueError(f"{argument}: got {value!r}; accepted are {listed}")
+        raise ValueError(expected(argument, wanted, value))
     return value
 
 
 def check_word(argument: str, value, accepted: Sequence[str | None]) -> str | None:
     """Return ``value`` if it is one of ``accepted``; TypeError or ValueError if not."""
-    listed = ", ".join(map(repr, accepted))
+    wanted = one_of(map(repr, accepted))
     if not isinstance(value, str) and (value is not None or None not in accepted):
-        raise TypeError(f"{argument}: got {shown(value)}; accepted are {listed}")
+        raise TypeError(expected(argument, wanted, value))
     if value not in accepted:
-        raise ValueError(f"{argument}: got {value!r}; accepted are {listed}")
+        raise ValueError(expected(argument, wanted, value))
     return value if value is None else str(value)
 
 
@@ -120,7 +129,7 @@ def check_flag(argument: str, value) -> bool:
         return bool(value)
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
-    raise TypeError(f"{argument}: got {shown(value)}; accepted are True and False")
+    raise TypeError(expected(argument, "True or False", value))
 
 
 # ------------------------------------------------------------------------------------- keywords
@@ -144,8 +153,8 @@ def check_keywords(owner: str, given: Iterable[str], accepted: Sequence[str]) ->
     for name in given:
         if name not in accepted:
             near = difflib.get_close_matches(name, accepted, 1)
-            said = f"did you mean {near[0]!r}?" if near else f"accepted are {', '.join(accepted)}"
-            raise TypeError(f"{owner}: unknown keyword {name!r}; {said}")
+            said = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(accepted)}"
+            raise TypeError(f"{owner}: expected a known keyword, got {name!r} ({said})")
 
 
 def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
@@ -185,8 +194,11 @@ def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str])
     names = list(names)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"{argument}: {pattern!r} matches no parameter; there are: {shown}")
+            listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(
+                f"{argument}: expected a pattern that matches a parameter, got {pattern!r} "
+                f"(there are {listed})"
+            )
 
 
 def check_pattern_list(argument: str, patterns) -> list[str] | None:
@@ -197,19 +209,17 @@ def check_pattern_list(argument: str, patterns) -> list[str] | None:
         return [str(patterns)]
     found = list(patterns) if isinstance(patterns, Iterable) else None
     if found is None or not all(isinstance(p, str) for p in found):
-        got = shown(patterns if found is None else found)
-        raise TypeError(
-            f"{argument}: got {got}; accepted are a glob pattern and a list of glob patterns"
-        )
+        wanted = "a glob pattern or a list of glob patterns"
+        raise TypeError(expected(argument, wanted, patterns if found is None else found))
     found = list(map(str, found))
     return sorted(found) if isinstance(patterns, Set) else found
 
 
-def check_names(argument: str, value, accepted: str) -> dict[str, Any]:
-    """Return a mapping from strings as a dict; TypeError, with what is accepted, if it is none."""
+def check_names(argument: str, value, wanted: str) -> dict[str, Any]:
+    """Return a mapping from strings as a dict; TypeError, with what is ``wanted``, if not."""
     found = as_dict(value)
     if found is None or not all(isinstance(name, str) for name in found):
-        raise TypeError(f"{argument}: got {shown(value)}; {accepted}")
+        raise TypeError(expected(argument, wanted, value))
     return {str(name): x for name, x in found.items()}
 
 
@@ -217,11 +227,11 @@ def check_splits(splits) -> dict[str, Any]:
     """Return ``splits`` as a dict from patterns to an int or to a list; TypeError if it is none."""
     if splits is None:
         return {}
-    accepted = (
-        "accepted is a mapping from name patterns to a number of parts or their sizes, such as "
+    wanted = (
+        "a mapping from name patterns to a number of parts or their sizes, such as "
         '{"*.qkv.weight": 3}'
     )
-    return {p: _sizes(value) for p, value in check_names("splits", splits, accepted).items()}
+    return {p: _sizes(value) for p, value in check_names("splits", splits, wanted).items()}
 
 
 ROLES = ("matrix", "stack", "bias", "gain", "skip")
@@ -229,13 +239,13 @@ ROLES = ("matrix", "stack", "bias", "gain", "skip")
 
 def check_role(argument: str, role) -> str:
     """Return ``role`` if it is one of ROLES; TypeError or ValueError if not."""
-    listed = ", ".join(map(repr, ROLES))
+    wanted = one_of(map(repr, ROLES))
     if not isinstance(role, str):
-        raise TypeError(f"{argument}: got {shown(role)}; accepted are {listed}")
+        raise TypeError(expected(argument, wanted, role))
     if role not in ROLES:
         near = difflib.get_close_matches(role, ROLES, 1)
         said = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{argument}: got {role!r}{said}; accepted are {listed}")
+        raise ValueError(expected(argument, wanted, role) + said)
     return str(role)
 
 
@@ -243,8 +253,8 @@ def check_roles(roles) -> dict[str, str]:
     """Return ``roles`` as a dict from patterns to roles; TypeError or ValueError if it is none."""
     if roles is None:
         return {}
-    accepted = 'accepted is a mapping from name patterns to roles, such as {"*.scale": "gain"}'
-    found = check_names("roles", roles, accepted)
+    wanted = 'a mapping from name patterns to roles, such as {"*.scale": "gain"}'
+    found = check_names("roles", roles, wanted)
     return {p: check_role(f"roles[{p!r}]", role) for p, role in found.items()}
 
 
@@ -269,10 +279,10 @@ def check_by_pattern(
     """
     if as_dict(value) is None:
         return _number_or_word(argument, value, words)
-    accepted = "accepted are mappings from name patterns to numbers"
+    wanted = "a mapping from name patterns to numbers"
     return {
         pattern: _number_or_word(f"{argument}[{pattern!r}]", x, words)
-        for pattern, x in check_names(argument, value, accepted).items()
+        for pattern, x in check_names(argument, value, wanted).items()
     }
 
 
@@ -326,7 +336,8 @@ def by_name(
         pattern = match_any(names[name], value)
         if pattern is None:
             raise ValueError(
-                f"{argument}: no pattern matches {name!r}; end the mapping with a '*' entry"
+                f"{argument}: expected a pattern for every parameter, got none for {name!r} (end "
+                "the mapping with a '*' entry)"
             )
         found[name] = value[pattern]
     return {entry.name: found[entry.ref.name] for entry in entries}

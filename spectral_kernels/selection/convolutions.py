@@ -17,7 +17,7 @@ import math
 
 import torch
 
-from .arguments import shown
+from .arguments import check_word
 from .layers import CONVOLUTIONS, TRANSPOSED
 from .parameters import ParameterRef
 
@@ -27,15 +27,7 @@ MOST_DIMENSIONS = 3  # of an image
 
 def check_convolutions(convolutions) -> bool:
     """Return whether convolutions are to be operators; TypeError or ValueError if unknown."""
-    if not isinstance(convolutions, str):
-        raise TypeError(
-            f"convolutions: got {shown(convolutions)}; accepted are {' and '.join(CHOICES)}"
-        )
-    if convolutions not in CHOICES:
-        raise ValueError(
-            f"convolutions: got {convolutions!r}; accepted are {' and '.join(CHOICES)}"
-        )
-    return convolutions == "operator"
+    return check_word("convolutions", convolutions, CHOICES) == "operator"
 
 
 def periods_of(ref: ParameterRef, tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .arguments import check_names, check_role, shown
+from .arguments import check_names, check_role, expected
 from .parameters import ParameterRef
 from .words import is_norm, is_table
 
@@ -76,9 +76,8 @@ def register_layer(cls: type[nn.Module], *, roles: Mapping[str, str]) -> None:
         ValueError: another role.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"cls: got {shown(cls)}; accepted are subclasses of torch.nn.Module")
-    accepted = "accepted is a mapping from names of parameters to roles"
-    found = check_names("roles", roles, accepted)
+        raise TypeError(expected("cls", "a subclass of torch.nn.Module", cls))
+    found = check_names("roles", roles, "a mapping from names of parameters to roles")
     _registered[cls] = {n: check_role(f"roles[{n!r}]", role) for n, role in found.items()}
 
 

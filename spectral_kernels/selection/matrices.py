@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .arguments import expected
 from .layers import GATES, RECURRENT, TRANSPOSED, is_hf_conv1d
 from .parameters import ParameterRef
 
@@ -132,7 +133,7 @@ class NothingSelected(ValueError):
 
     def __init__(self, skipped: list[tuple[str, str]]) -> None:
         shown = "; ".join(f"{n}: {why}" for n, why in skipped[:8]) or "no parameters"
-        super().__init__(f"nothing to regularize was found ({shown})")
+        super().__init__(f"model: nothing to regularize was found ({shown})")
         self.skipped = skipped
 
 
@@ -244,11 +245,11 @@ def _split(ref: ParameterRef, total: int, row_dim: int, pattern: str, wanted: An
     else:
         sizes = list(wanted) if isinstance(wanted, Sequence) else []
     if not all(isinstance(n, int) and n > 0 for n in sizes) or sum(sizes) != total or not sizes:
-        raise ValueError(
-            f"splits: {pattern!r}: {wanted!r} does not divide the {total} outputs (dim "
-            f"{row_dim}) of {ref.name!r}; accepted are a number of equal parts or sizes "
-            f"that add up to {total}"
+        accepted = (
+            f"a number of equal parts or sizes that add up to the {total} outputs (dim {row_dim}) "
+            f"of {ref.name!r}"
         )
+        raise ValueError(expected(f"splits[{pattern!r}]", accepted, wanted))
     return sizes
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.utils.prune
 from torch import nn
 
-from .arguments import shown
+from .arguments import expected
 
 # Modules that hold another one as this attribute; its parameters keep the names they have there.
 _WRAPPERS = {
@@ -82,14 +82,15 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
     if isinstance(source, torch.Tensor | Mapping | str) or not isinstance(source, Iterable):
         got = repr(source) if isinstance(source, str) else type(source).__name__
         raise TypeError(
-            f"model: got {got}; accepted are a torch.nn.Module and an iterable of "
-            "(name, parameter), such as model.state_dict().items()"
+            "model: expected a torch.nn.Module or an iterable of (name, parameter), such as "
+            f"model.state_dict().items(), got {got}"
         )
     seen: dict[str, torch.Tensor] = {}
     for item in source:
         if isinstance(item, torch.Tensor):
             raise TypeError(
-                "model: got parameters without names; pass the module or model.named_parameters()"
+                "model: expected parameters with names, got parameters alone (pass the module or "
+                "model.named_parameters())"
             )
         if not (
             isinstance(item, tuple)
@@ -97,12 +98,12 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
             and isinstance(item[0], str)
             and isinstance(item[1], torch.Tensor)
         ):
-            raise TypeError(f"model: got an item {shown(item)}; accepted is (name, parameter)")
+            raise TypeError(expected("model", "items that are (name, parameter)", item))
         name, tensor = item
         if name in seen:
             if seen[name] is tensor:
                 continue
-            raise ValueError(f"model: got the name {name!r} twice; accepted are distinct names")
+            raise ValueError(f"model: expected one tensor per name, got two with the name {name!r}")
         seen[name] = tensor
         groups.setdefault(id(tensor), []).append(
             ParameterRef(name, None, name.rpartition(".")[2], tensor)

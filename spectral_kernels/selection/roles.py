@@ -56,8 +56,9 @@ def _said_role(ref: ParameterRef, tensor: torch.Tensor, said: str) -> Role:
     least = {"matrix": 2, "stack": 3}.get(said, 1)
     if tensor.dim() < least:
         raise ValueError(
-            f"roles, stacked: the parameter {ref.name!r} has shape {tuple(tensor.shape)}; accepted "
-            f"for {said!r} are {least} or more dimensions{', (E, out, in)' * (least == 3)}"
+            f"roles, stacked: expected a parameter of {least} or more dimensions"
+            f"{', (E, out, in),' * (least == 3)} for {said!r}, got {ref.name!r} with shape "
+            f"{tuple(tensor.shape)}"
         )
     if said == "stack" and is_bias(own_words(ref)):
         return Role("biases")

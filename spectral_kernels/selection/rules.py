@@ -15,6 +15,7 @@ from .arguments import (
     check_roles,
     check_splits,
     match_any,
+    one_of,
 )
 from .convolutions import check_convolutions, periods_of
 from .layers import TRANSPOSED, is_embedding
@@ -119,8 +120,8 @@ def select(
                 found.frozen.append(ref)
             elif said not in (None, "skip") and reason.startswith(("dtype", "layout")):
                 raise ValueError(
-                    f"roles: the parameter {ref.name!r} has {reason}; accepted are dense ones of "
-                    f"{', '.join(map(str, FLOAT_DTYPES))}"
+                    f"roles: expected a dense parameter of {one_of(map(str, FLOAT_DTYPES))}, got "
+                    f"{ref.name!r} with {reason}"
                 )
             found.skipped.append((ref.name, reason))
             continue

@@ -15,12 +15,12 @@ from torch._C import _functorch as wrappers
 from torch.autograd import forward_ad
 
 
-def check_inactive(what: str, accepted: str) -> None:
-    """Raise RuntimeError if a transform of torch.func is active; say what is accepted there."""
+def check_inactive(what: str, instead: str) -> None:
+    """Raise RuntimeError if a transform of torch.func is active; say what works there."""
     if wrappers.peek_interpreter_stack() is not None:
         raise RuntimeError(
-            f"{what} cannot run in a transform of torch.func (grad, vmap, jvp, ...); accepted "
-            f"there is {accepted}"
+            f"{what} cannot run in a transform of torch.func (grad, vmap, jvp, ...); use "
+            f"{instead} there"
         )
 
 
@@ -37,12 +37,12 @@ def is_differentiated(tensor: torch.Tensor) -> bool:
     return has_level and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def check_plain(what: str, tensor: torch.Tensor, accepted: str) -> None:
-    """Raise RuntimeError if ``tensor`` is a transform's wrapper; say what is accepted instead."""
+def check_plain(what: str, tensor: torch.Tensor, instead: str) -> None:
+    """Raise RuntimeError if ``tensor`` is a transform's wrapper; say what to do instead."""
     if wrappers.is_functorch_wrapped_tensor(tensor):
         raise RuntimeError(
-            f"{what} is a tensor of a transform of torch.func (grad, vmap, jvp, ...); "
-            f"accepted {accepted}"
+            f"{what}: expected a plain tensor, got one of a transform of torch.func such as grad, "
+            f"vmap or jvp ({instead})"
         )
 
 
@@ -55,8 +55,8 @@ def value_of(name: str, tensor: torch.Tensor) -> torch.Tensor:
     while wrappers.is_functorch_wrapped_tensor(tensor):
         if wrappers.is_batchedtensor(tensor):
             raise RuntimeError(
-                f"parameter {name!r} is batched by torch.func.vmap; accepted are one penalty() per "
-                "member of the batch, or, outside of vmap, a SpectralRegularizer of the stacked "
+                f"parameter {name!r} is batched by torch.func.vmap; call penalty() once per member "
+                "of the batch, or, outside of vmap, build a SpectralRegularizer of the stacked "
                 "parameters with stacked=[...]"
             )
         tensor = wrappers.get_unwrapped(tensor)

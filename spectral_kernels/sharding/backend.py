@@ -326,8 +326,8 @@ def check_ranks(
     groups = [axis.group for axis in axes] or [dist.group.WORLD]
     device = coefficients[0].device
     checks = (
-        ("strength or target", "they must be set alike on all ranks", coefficients),
-        ("vectors", "their weights or seed differ", vectors),
+        ("strength or target", "set them alike on all ranks", coefficients),
+        ("vectors", "begin with the same weights and seed on all ranks", vectors),
     )
     known = zlib.crc32("\n".join(names).encode())
     for group in groups:
@@ -336,7 +336,8 @@ def check_ranks(
         for rank, other in zip(ranks, found, strict=True):
             if int(other) != known:
                 raise RuntimeError(
-                    f"ranks {ranks[dist.get_rank(group)]} and {rank} regularize different matrices"
+                    f"ranks {ranks[dist.get_rank(group)]} and {rank} regularize different "
+                    "matrices; build both from the same model, with the same arguments"
                 )
         for what, why, numbers in checks:
             if not len(numbers):
@@ -346,8 +347,8 @@ def check_ranks(
                 different = (other != sums).any(1).nonzero().flatten().tolist()
                 if different:
                     raise RuntimeError(
-                        f"the {what} of {names[different[0]]!r} and of {len(different) - 1} others "
-                        f"differ between ranks {ranks[dist.get_rank(group)]} and {rank}: {why}"
+                        f"{what} of {names[different[0]]!r} and of {len(different) - 1} others "
+                        f"differ between ranks {ranks[dist.get_rank(group)]} and {rank}; {why}"
                     )
 
 

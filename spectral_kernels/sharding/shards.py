@@ -107,8 +107,8 @@ def local_grad(name: str, parameter: torch.Tensor) -> torch.Tensor | None:
         return grad
     if not is_sharded(grad):
         raise ValueError(
-            f"the gradient of parameter {name!r} is a {type(grad).__name__} of shape "
-            f"{tuple(grad.shape)}; accepted is a DTensor, as the parameter is"
+            f"gradient of parameter {name!r}: expected a DTensor, as the parameter is, got a "
+            f"{type(grad).__name__} of shape {tuple(grad.shape)}"
         )
     if grad.placements != parameter.placements:  # such as partial sums
         grad = grad.redistribute(parameter.device_mesh, parameter.placements)
@@ -130,7 +130,7 @@ class _Placed:
         mesh = parameter.device_mesh
         if mesh.get_coordinate() is None:
             raise RuntimeError(
-                f"parameter {name!r} lies on {mesh}, which this rank is not part of: build one "
+                f"parameter {name!r} lies on {mesh}, which this rank is not part of; build one "
                 "SpectralRegularizer per mesh, from parameters of that mesh alone"
             )
         shape, placements = parameter.shape, parameter.placements
@@ -141,8 +141,7 @@ class _Placed:
         for i, one in enumerate(placements):
             if one.is_partial():
                 raise ValueError(
-                    f"parameter {name!r} has placements {placements}; accepted are Shard and "
-                    "Replicate"
+                    f"parameter {name!r}: expected placements Shard and Replicate, got {placements}"
                 )
             if mesh.size(i) < LEAST_RANKS:
                 continue
@@ -165,9 +164,9 @@ def elementwise_axes(vector: Elementwise, parameter: torch.Tensor) -> ShardAxes:
     placed = _Placed(vector.name, parameter)
     if vector.kind == "rows" and any(d != 0 for d in placed.axes):
         raise ValueError(
-            f"parameter {vector.name!r} has placements {parameter.placements}, which cut its rows "
-            f"of {vector.length} elements into pieces; accepted are Shard(0) and Replicate, or "
-            "leave it out with exclude"
+            f"parameter {vector.name!r}: expected placements Shard(0) and Replicate, which leave "
+            f"its rows of {vector.length} elements whole, got {parameter.placements} (shard it so, "
+            "or leave it out with exclude)"
         )
     return ShardAxes(
         tuple(a for axes in placed.axes.values() for a in axes), (), tuple(placed.mesh)
@@ -200,9 +199,9 @@ def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:
     local = placed.local
     if matrix.part_dim is not None and placed.axes:
         raise ValueError(
-            f"parameter {matrix.ref.name!r} is a transposed convolution by groups and sharded "
-            f"({parameter.placements}); accepted are whole ones: leave it out with exclude, or "
-            'take it as one matrix (roles: "matrix")'
+            f"parameter {matrix.ref.name!r}: expected a whole one, as it is a transposed "
+            f"convolution by groups, got placements {parameter.placements} (leave it out with "
+            "exclude, or take it as one matrix with the role 'matrix')"
         )
     # Local strides may differ from the DTensor's, and ranks must agree on the order of columns:
     # that of a contiguous full tensor.
@@ -231,8 +230,8 @@ def matrix_shard(matrix: Matrix, parameter: DTensor) -> MatrixShard:
     found = layout_of(own, local)
     if found.side != whole.side:
         raise ValueError(
-            f"parameter {matrix.name!r} has a shard of shape {tuple(local.shape)} and strides "
-            f"{local.stride()}; accepted are contiguous and channels_last shards"
+            f"parameter {matrix.name!r}: expected a contiguous or channels_last shard, got shape "
+            f"{tuple(local.shape)} and strides {local.stride()}"
         )
     row_axes = [a for d, axes in placed.axes.items() for a in axes if d < stacked or d == row_dim]
     column_axes = [a for d, axes in placed.axes.items() for a in axes if a not in row_axes]

@@ -56,11 +56,10 @@ class Look(NamedTuple):
         what, i, j = self.problem
         if what == "overlap":
             raise ValueError(
-                f"{name(i)} and {name(j)} share memory, and a step writes to one of them; "
-                "accepted are tensors with memory of their own (to tie two weights, register one "
-                "parameter in both modules)"
+                f"{name(i)} and {name(j)} share memory, and a step writes to one of them; give "
+                "each its own memory (to tie two weights, register one parameter in both modules)"
             )
-        raise ValueError(f"{name(i)} has {_WHY[what]}; accepted are plain tensors")
+        raise ValueError(f"{name(i)}: expected a plain tensor, got one with {_WHY[what]}")
 
 
 def look(
@@ -200,7 +199,7 @@ def _look(written: list[torch.Tensor | None], read: list[torch.Tensor | None]) -
     problem, tensors = None, [*written, *read]
     for t in tensors:
         if t is not None and not isinstance(t, torch.Tensor):
-            raise RuntimeError(f"a {type(t).__name__} has no address; accepted are tensors")
+            raise RuntimeError(f"tensors: expected tensors or None, got a {type(t).__name__}")
     for i, t in enumerate(tensors):
         if t is None or problem is not None:
             continue

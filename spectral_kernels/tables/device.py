@@ -201,7 +201,7 @@ class DeviceTables:
                 raise RuntimeError(
                     f"{self._what} has changed since the last step outside of a CUDA graph, "
                     f"and all {SPARES} spare copies of the tables are in graphs, or there are "
-                    "none yet: run a step before the capture"
+                    "none yet; run a step before the capture"
                 )
             found = self._spares.pop()
             np.concatenate(self._parts, out=found.staged.numpy())

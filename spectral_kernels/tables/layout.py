@@ -114,9 +114,9 @@ def layout_of(matrix: Matrix, tensor: torch.Tensor) -> Layout:
     is_part = matrix.index is not None or matrix.part is not None
     if whole.dim() != len(matrix.whole) or (is_part and whole.shape != matrix.whole):
         raise ValueError(
-            f"parameter {matrix.name!r} had shape {matrix.whole} when it was selected, now "
-            f"{tuple(whole.shape)}; accepted are as many dimensions, and other sizes only if the "
-            "parameter is one matrix"
+            f"parameter {matrix.name!r}: expected as many dimensions as in the shape "
+            f"{tuple(matrix.whole)} that was selected, and the same sizes unless it is one matrix, "
+            f"got shape {tuple(whole.shape)}"
         )
     part = matrix.of(whole)
     offset = part.storage_offset() - whole.storage_offset()
@@ -167,7 +167,7 @@ def layout_of(matrix: Matrix, tensor: torch.Tensor) -> Layout:
 
 def _unusable(matrix: Matrix, tensor: torch.Tensor, why: str) -> ValueError:
     return ValueError(
-        f"parameter {matrix.name!r} with shape {tuple(tensor.shape)} and strides "
-        f"{tensor.stride()} cannot be used in place: {why}; accepted are contiguous, channels_last "
-        "and transposed dense weights, with any stride between the rows"
+        f"parameter {matrix.name!r}: expected a contiguous, channels_last or transposed dense "
+        f"weight, with any stride between its rows, got shape {tuple(tensor.shape)} and strides "
+        f"{tensor.stride()}, which cannot be used in place ({why})"
     )

@@ -364,11 +364,11 @@ class Plan(Tables):
         ):
             if _order(entry, tensors[ref]) is None:
                 found = f"strides {tensors[ref].stride()}"
-                accepted = "contiguous biases and norm parameters"
+                wanted = "a contiguous bias or norm parameter"
                 if entry.kind == "rows":
                     found = f"shape {tuple(tensors[ref].shape)} and {found}"
-                    accepted = f"contiguous rows of {entry.length} elements, one after the other"
-                raise ValueError(f"parameter {entry.name!r} has {found}; accepted are {accepted}")
+                    wanted = f"contiguous rows of {entry.length} elements, one after the other"
+                raise ValueError(f"parameter {entry.name!r}: expected {wanted}, got {found}")
             if tensors[ref].numel() != size:
                 return False
         return all(
@@ -457,20 +457,20 @@ class Plan(Tables):
             problem = None if grad is None else self._grad_problem(ref, grad)
             if problem is not None:
                 name = self.refs[ref].name
-                raise ValueError(f"the gradient of parameter {name!r} has {problem}")
+                raise ValueError(f"gradient of parameter {name!r}: {problem}")
 
     def _grad_problem(self, ref: int, grad: torch.Tensor) -> str | None:
         weight = self.tensors[ref]
         wide = self.dtype == torch.float64
         if grad.layout != torch.strided:
-            return f"layout {grad.layout}; accepted are dense gradients (Embedding(sparse=False))"
+            return f"expected a dense one (Embedding(sparse=False)), got layout {grad.layout}"
         if grad.device != self.device:
-            return f"device {grad.device}; accepted is {self.device}"
+            return f"expected device {self.device}, got {grad.device}"
         if grad.dtype not in DTYPES or (grad.dtype == torch.float64) != wide:
-            accepted = "float64" if wide else "float32, bfloat16 and float16"
-            return f"dtype {grad.dtype}; accepted for a weight of {self.dtype}: {accepted}"
+            wanted = "float64" if wide else "float32, bfloat16 or float16"
+            return f"expected dtype {wanted} for a weight of {self.dtype}, got {grad.dtype}"
         if grad.shape != weight.shape:
-            return f"shape {tuple(grad.shape)}; accepted is {tuple(weight.shape)}"
+            return f"expected shape {tuple(weight.shape)}, got {tuple(grad.shape)}"
         if not same_strides(grad, weight):
             owned = np.flatnonzero(self.matrix_ref == ref)
             same = all(self._grad_layout(i, grad) is not None for i in owned)
@@ -480,9 +480,8 @@ class Plan(Tables):
             )
             if not same:
                 return (
-                    f"strides {grad.stride()}, those of the weight are {weight.stride()}; accepted "
-                    "are gradients laid out like the weight (after zero_grad(set_to_none=True) "
-                    "autograd creates such ones)"
+                    f"expected strides {weight.stride()} like the weight's, got {grad.stride()} "
+                    "(after zero_grad(set_to_none=True) autograd makes gradients like the weight)"
                 )
         return None
 

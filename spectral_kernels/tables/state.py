@@ -140,8 +140,8 @@ class State:
             buffer = getattr(self, name)
             if buffer is not None and buffer.numel() != n:
                 raise RuntimeError(
-                    f"the buffer {name} of the state has {buffer.numel()} elements; accepted for "
-                    f"these parameters are {n}"
+                    f"buffer {name} of the state: expected {n} elements for these parameters, got "
+                    f"{buffer.numel()}"
                 )
         return self
 

@@ -57,7 +57,7 @@ def runtime() -> str:
             ask = [cxx, f"-print-file-name={name}"]
             path = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
         if not os.path.isabs(path):
-            raise SystemExit(f"CXX: {cxx!r} has no {name}; accepted is g++ with its sanitizers")
+            raise SystemExit(f"CXX: expected g++ with its sanitizers, got {cxx!r} without {name}")
         paths.append(path)
     return " ".join(paths)
 

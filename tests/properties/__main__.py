@@ -43,7 +43,7 @@ def main() -> int:
     Machine.ways = given.ways.split(";") if given.ways else Machine.ways
     rules = given.rules.split(",") if given.rules else None
     if unknown := set(rules or ()) - set(OPERATIONS):
-        parser.error(f"--rules: got {sorted(unknown)}; accepted are {', '.join(OPERATIONS)}")
+        parser.error(f"--rules: expected some of {', '.join(OPERATIONS)}, got {sorted(unknown)}")
     # What torch imports at the first use, for all processes. One thread: a fork has no others.
     first = Surgery()
     first.build()

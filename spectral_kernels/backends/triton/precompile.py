@@ -134,7 +134,10 @@ def compile_core(
     """
     capability = device if isinstance(device, int) else capability_of(device)
     if not capability or triton.knobs.runtime.interpret:
-        raise RuntimeError("there is nothing to compile: the kernels are interpreted")
+        raise RuntimeError(
+            f"device: expected a CUDA device whose kernels are compiled, got {device!r}, for which "
+            "Triton interprets them"
+        )
     every = {d: None for r in n_vectors for dtype in dtypes for d in core(dtype, r)}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:

@@ -27,6 +27,7 @@ from torch import nn
 
 from ...optim import SpectralAdamW
 from ...regularizer import SpectralRegularizer
+from ...selection.arguments import expected, one_of
 
 ARMS = ("none", "L2", "spectral", "SpectralAdamW")
 CLASSES = 10
@@ -112,7 +113,7 @@ def build_optimizer(arm: str, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: an unknown arm.
     """
     if arm not in ARMS:
-        raise ValueError(f"arm: got {arm!r}; accepted are {', '.join(map(repr, ARMS))}")
+        raise ValueError(expected("arm", one_of(map(repr, ARMS)), arm))
     if arm == "SpectralAdamW":
         return SpectralAdamW(model, lr=1e-3, weight_decay=0.0, strength=STRENGTH)
     decay = 2 * STRENGTH if arm == "L2" else 0.0

@@ -130,11 +130,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if len(to_stdout) > 1:
         return say("--json - and --csv -: only one of them can go to standard output", USAGE)
     if arguments.sort == "change" and arguments.other is None:
-        return say("--sort change: needs a second checkpoint", USAGE)
+        return say("--sort change: expected two checkpoints, got one", USAGE)
     if arguments.base is not None and arguments.other is not None:
-        return say("--base: accepted with one checkpoint; for two give no --base", USAGE)
+        return say("--base: expected one checkpoint, got two (they are compared without it)", USAGE)
     if arguments.check and (wrong := _not_of_check(arguments)):
-        return say(f"--check: goes with --include, --exclude and --json, not with {wrong}", USAGE)
+        return say(f"--check: expected --include, --exclude and --json at most, got {wrong}", USAGE)
     _need("matplotlib" if arguments.plot or arguments.html else None,
           None if to_stdout or arguments.check else "rich")  # fmt: skip
 

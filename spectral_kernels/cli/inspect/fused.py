@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...selection.arguments import expected
 from ...selection.matrices import Matrix
 
 _QKV = ("q", "k", "v")
@@ -242,8 +243,9 @@ def by_hand(
     elif total % wanted == 0:
         sizes = (total // wanted,) * wanted
     if not sizes or sum(sizes) != total or min(sizes) < 1:
-        raise ValueError(
-            f"splits: {pattern!r}: {wanted!r} does not divide the {total} outputs (dim {dim}) of "
-            f"{name!r}; accepted are a number of equal parts or sizes that add up to {total}"
+        accepted = (
+            f"a number of equal parts or sizes that add up to the {total} outputs (dim {dim}) of "
+            f"{name!r}"
         )
+        raise ValueError(expected(f"splits[{pattern!r}]", accepted, wanted))
     return Fused(dim, tuple(sizes), tuple(map(str, range(len(sizes)))))

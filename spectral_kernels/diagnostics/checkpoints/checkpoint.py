@@ -54,7 +54,7 @@ class _OneFile:
                 str(file).encode()
             except UnicodeEncodeError:
                 raise CheckpointError(
-                    f"{file}: its path is not UTF-8; accepted is one that is, such as a link to it"
+                    f"{file}: its path is not UTF-8; name it by one that is, such as a link to it"
                 ) from None
             check_regular(file)
             try:

@@ -43,7 +43,7 @@ class DistributedFolder:
         self._unusable: dict[str, str] = {}
         with listing(file, holds="names and sizes"):
             if file.stat().st_size > _METADATA_BYTES:
-                raise CheckpointError(f"{file}: accepted are at most {_METADATA_BYTES} bytes")
+                raise CheckpointError(f"{file}: expected at most {_METADATA_BYTES} bytes, got more")
             with file.open("rb") as opened:
                 metadata = read_pickle(opened)
             if not isinstance(metadata, Record) or metadata.kind != f"{_MODULE}Metadata":
@@ -90,7 +90,7 @@ class DistributedFolder:
     def _size_of(self, file: str) -> int:
         path = self._path.parent / file
         if (kind := irregular(path)) is not None:
-            raise CheckpointError(f"{path}: it is {kind}; accepted are regular files")
+            raise CheckpointError(f"{path}: expected a regular file, got {kind}")
         return path.stat().st_size
 
     def _add_tensor(self, name: Any, state: dict) -> None:
@@ -122,7 +122,7 @@ class DistributedFolder:
         (entry,) = inner.entries()
         if (entry.shape, entry.dtype) != (piece.sizes, dtype):
             raise CheckpointError(
-                f"{self._path.parent / file}: a chunk is {entry.dtype} {list(entry.shape)}; the "
-                f"metadata says {dtype} {list(piece.sizes)}"
+                f"{self._path.parent / file}: expected a chunk of {dtype} {list(piece.sizes)}, as "
+                f"the metadata says, got {entry.dtype} {list(entry.shape)}"
             )
         return inner.read(entry.key)

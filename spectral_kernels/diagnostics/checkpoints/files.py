@@ -49,7 +49,7 @@ def check_regular(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     if kind is not None:
-        raise CheckpointError(f"{path}: it is {kind}; accepted are regular files")
+        raise CheckpointError(f"{path}: expected a regular file, got {kind}")
 
 
 def file_given(path: Path) -> Found:
@@ -171,7 +171,9 @@ def _files_in_index(path: Path) -> Found:
     with path.open("rb") as file:
         text = file.read(_INDEX_BYTES + 1)
     if len(text) > _INDEX_BYTES:
-        raise CheckpointError(f"{path}: accepted is an index of at most {_INDEX_BYTES} bytes")
+        raise CheckpointError(
+            f"{path}: expected an index of at most {_INDEX_BYTES} bytes, got more"
+        )
     try:
         weight_map = json.loads(text)["weight_map"]
         right = isinstance(weight_map, dict) and all(map(_is_name, weight_map.values()))
@@ -179,14 +181,14 @@ def _files_in_index(path: Path) -> Found:
         right = False
     if not right or not weight_map:
         raise CheckpointError(
-            f"{path}: not an index; accepted is JSON with a weight_map from names of tensors to "
-            "names of files beside it"
+            f"{path}: expected an index, JSON with a weight_map from names of tensors to names of "
+            "files beside it, got something else"
         )
     files = [path.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [file.name for file in files if not os.path.exists(file)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{path}: {missing[0]}{more} is missing beside it")
+        raise CheckpointError(f"{path}: {missing[0]}{more} is missing beside it; copy it too")
     found = _regular(sorted(files, key=lambda f: natural(f.name)))
     return Found(found.files, weight_map)
 
@@ -213,4 +215,6 @@ def as_in_index(
 
 def no_checkpoint(folder: Path) -> CheckpointError:
     """Return the error for a folder in which nothing was found."""
-    return CheckpointError(f"{folder}: no checkpoint in this folder; accepted are {ACCEPTED}")
+    return CheckpointError(
+        f"{folder}: expected a checkpoint ({ACCEPTED}), got a folder without one"
+    )

@@ -71,7 +71,9 @@ def folders_in(folder: Path) -> tuple[dict[str, Path], list[Skipped]]:
                 continue
             seen.add(real)
             if len(seen) > _MOST_FOLDERS:
-                raise CheckpointError(f"{folder}: more than {_MOST_FOLDERS} folders; name one")
+                raise CheckpointError(
+                    f"{folder}: expected at most {_MOST_FOLDERS} folders, got more (name one)"
+                )
             name = inner.relative_to(folder).as_posix()
             try:
                 holds = files_in(inner) is not None
@@ -89,8 +91,8 @@ def folders_in(folder: Path) -> tuple[dict[str, Path], list[Skipped]]:
     found, steps = _last_step(found)
     if len(found) > _MOST_CHECKPOINTS:
         raise CheckpointError(
-            f"{folder}: {len(found)} folders with checkpoints; accepted are {_MOST_CHECKPOINTS}; "
-            f"name one of them, such as {printable(next(iter(found)))}"
+            f"{folder}: expected at most {_MOST_CHECKPOINTS} folders with checkpoints, got "
+            f"{len(found)} (name one of them, such as {printable(next(iter(found)))})"
         )
     return found, skipped + steps
 

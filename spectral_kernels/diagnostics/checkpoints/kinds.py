@@ -11,7 +11,7 @@ from .entries import CheckpointError
 
 SAFETENSORS, TORCH, DISTRIBUTED = "safetensors", "torch", "distributed"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-ACCEPTED = "*.safetensors, *.bin, *.pt, *.pth, *.ckpt and *.index.json"
+ACCEPTED = "*.safetensors, *.bin, *.pt, *.pth, *.ckpt or *.index.json"
 _ELSEWHERE = "convert it to safetensors where it was made"
 _MAGIC = {
     b"\x1f\x8b": "it is compressed (gzip); unpack it first: gunzip or tar -xzf",
@@ -56,7 +56,7 @@ def kind_of(file: Path) -> str:
         return TORCH
     if _TENSORFLOW.search(file.name):
         raise CheckpointError(f"{file}: it is a file of TensorFlow; {_ELSEWHERE}")
-    raise CheckpointError(f"{file}: not the name of a checkpoint; accepted are {ACCEPTED}")
+    raise CheckpointError(f"{file}: expected a checkpoint ({ACCEPTED}), got another name")
 
 
 def _is_safetensors(start: bytes, size: int) -> bool:

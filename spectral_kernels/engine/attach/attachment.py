@@ -294,7 +294,7 @@ def attach(
     check_constraint(constraint, decoupled)
     given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     if not given:
-        raise TypeError("optimizer: got no optimizer; accepted are one or several")
+        raise TypeError("optimizer: expected one or several, got none")
     optimizers = [to_attach_to(one) for one in given]
     buckets = regularizer._buckets
     buckets.tell_of_added()
@@ -342,9 +342,8 @@ def _problem(buckets: ModelBuckets, optimizers, other: StepPenalty, parameter: s
         )
     if other.attachment is None:
         return (
-            f"parameter {parameter!r} has its penalty in the steps of {name} already; accepted "
-            "are parameters without one: leave it out of this regularizer (include, exclude), or "
-            "say shared=True if both are meant"
+            f"parameter {parameter!r} has its penalty in the steps of {name} already; leave it out "
+            "of this regularizer (include, exclude), or say shared=True if both are meant"
         )
     return (
         f"parameter {parameter!r} gets a penalty in the steps of {name} already, from an attached "
@@ -362,7 +361,7 @@ def _check_parts(buckets: ModelBuckets, parts: list[int], ended: list[Attachment
         names = " and ".join(type(x.optimizer).__name__ for x in kept)
         raise RuntimeError(
             f"optimizer: this regularizer is attached to {names} too, which divide its parameters "
-            "in another way; accepted is another regularizer"
+            "in another way; attach another regularizer"
         )
 
 

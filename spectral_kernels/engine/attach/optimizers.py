@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...selection.arguments import shown
 from ...selection.parameters import ParameterRef
 from ...selection.warn import warn
 from ..model_buckets import ModelBuckets
@@ -42,39 +43,37 @@ def to_attach_to(optimizer) -> torch.optim.Optimizer:
     is_optimizer = isinstance(optimizer, torch.optim.Optimizer)
     if is_optimizer and isinstance(getattr(optimizer, "_buckets", None), ModelBuckets):
         raise TypeError(
-            f"optimizer: got {given}, whose step contains the penalty already; accepted is an "
-            "optimizer without it"
+            f"optimizer: expected one without the penalty in its step, got {given}, which has it"
         )
     if all(callable(getattr(optimizer, name, None)) for name in ("first_step", "second_step")):
         raise TypeError(
-            f"optimizer: got {given}, whose first_step() and second_step() run no step hooks; "
-            "call accumulate_grad_() before second_step() instead of attach()"
+            f"optimizer: expected one that runs step hooks, got {given}, whose first_step() and "
+            "second_step() run none (call accumulate_grad_() before second_step() instead)"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
-            f"optimizer: got {given}, which needs the loss and the gradient of the same function; "
-            "add penalty() to the loss in its closure instead of attach()"
+            f"optimizer: expected one that needs gradients alone, got {given}, which needs the "
+            "loss of the same function too (add penalty() to the loss in its closure instead)"
         )
     if getattr(optimizer, "_overlap_with_ddp", False):
         raise TypeError(
-            f"optimizer: got {given}, which updates parameters in the backward pass and not in "
-            "step(); accepted is overlap_with_ddp=False"
+            f"optimizer: expected one that updates parameters in step(), got {given}, which does "
+            "so in the backward pass (overlap_with_ddp=False turns that off)"
         )
     if _runs_hooks(optimizer):
         return optimizer
     inner = " and ".join(type(x).__name__ for x in _inside(optimizer))
     if inner:
         raise TypeError(
-            f"optimizer: got {given}, whose step runs no step hooks; accepted are the optimizers "
-            f"that it drives, {inner}: attach([...]) takes several"
+            f"optimizer: expected one that runs step hooks, got {given}, whose step runs none "
+            f"(attach what it drives, {inner}: attach([...]) takes several)"
         )
     if is_optimizer:
         raise TypeError(
-            f"optimizer: got {given}, whose step runs no step hooks (its __init__ does not call "
-            "that of torch.optim.Optimizer); accepted is the optimizer that it drives"
+            f"optimizer: expected one that runs step hooks, got {given}, whose __init__ does not "
+            "call that of torch.optim.Optimizer (attach the optimizer that it drives)"
         )
-    raise TypeError(f"optimizer: got {given}; accepted is a torch.optim.Optimizer or a list of "
-                    "them")  # fmt: skip
+    raise TypeError(f"optimizer: expected a torch.optim.Optimizer or a list of them, got {given}")
 
 
 def owners(
@@ -94,15 +93,15 @@ def owners(
         if not own:
             raise ValueError(
                 f"optimizer: {' and '.join(names)} {'does' if len(names) == 1 else 'do'} not hold "
-                f"parameter {ref.name!r}; accepted are optimizers that together hold every "
-                "parameter of the regularizer, attach([first, second]), or a regularizer without "
-                "this parameter (include, exclude)"
+                f"parameter {ref.name!r}; attach all optimizers that hold parameters of the "
+                "regularizer, attach([first, second]), or leave this one out of it (include, "
+                "exclude)"
             )
         if len(own) > 1:
             raise ValueError(
                 f"optimizer: {' and '.join(names[i] for i in own)} both hold parameter "
-                f"{ref.name!r}, whose penalty would count in the steps of each; accepted are "
-                "optimizers of which one holds it"
+                f"{ref.name!r}, whose penalty would count in the steps of each; take it out of all "
+                "but one of them"
             )
         found += own
     return found
@@ -120,9 +119,9 @@ def check_held(
             names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
             raise RuntimeError(
                 f"parameter {ref.name!r} was replaced in its module, or added, and {names} "
-                f"{'does' if len(optimizers) == 1 else 'do'} not hold it; accepted are "
-                "optimizer.add_param_group(...) with the new parameter, or a new optimizer (with "
-                "attach(new_optimizer), if the penalty is attached)"
+                f"{'does' if len(optimizers) == 1 else 'do'} not hold it; add the new parameter "
+                "with optimizer.add_param_group(...), or build a new optimizer (and attach the "
+                "penalty to it with attach(new_optimizer), if it was attached)"
             )
 
 
@@ -144,8 +143,8 @@ def check_directions(
     for ref, tensor, part in zip(refs, tensors, parts, strict=True):
         if groups[part][id(tensor)].get("maximize"):
             raise ValueError(
-                f"maximize: got True in the group of parameter {ref.name!r}, whose penalty would "
-                "be maximized too; accepted is False, or attach(optimizer, decoupled=True)"
+                f"maximize: expected False, got True in the group of parameter {ref.name!r}, whose "
+                "penalty would be maximized too (attach(optimizer, decoupled=True) takes it)"
             )
 
 
@@ -160,8 +159,8 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float | torch.Tenso
         is_number = lr.numel() == 1 if isinstance(lr, torch.Tensor) else isinstance(lr, int | float)
         if not is_number:
             raise ValueError(
-                f"lr: got {lr!r} in group {i} of {type(optimizer).__name__}; accepted with "
-                "decoupled=True are numbers and tensors with one element"
+                "lr: expected a number or a tensor with one element with decoupled=True, got "
+                f"{shown(lr)} in group {i} of {type(optimizer).__name__}"
             )
     return found
 
