@@ -122,7 +122,9 @@ def marchenko_pastur_edge(values: torch.Tensor, shape: tuple[int, int]) -> float
     _check_values(values)
     short, long = sorted(shape)
     if len(values) != short:
-        raise ValueError(f"values: expected all {short} of shape {shape}, got {len(values)}")
+        raise ValueError(
+            f"values: expected all {short} of a matrix of shape {shape}, got {len(values)}"
+        )
     if short == 0 or not bool(torch.isfinite(values).all()):
         return math.nan
     ordered = wide(values.detach()).sort().values

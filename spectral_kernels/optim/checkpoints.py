@@ -97,8 +97,8 @@ class Checkpoints(torch.optim.Optimizer):
             self._updates = None
         if not loaded.vectors and not loaded.left and any(states):
             warn(
-                f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty, as "
-                "one of torch's optimizer; they are warmed up, and nothing need be done",
+                f"{type(self).__name__}: the checkpoint has no vectors of the spectral penalty, "
+                "like one of torch's own optimizer; they are warmed up, and there is nothing to do",
             )
         if missing:
             warn(f"{type(self).__name__}: the checkpoint has no initial targets of "

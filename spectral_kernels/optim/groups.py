@@ -36,7 +36,7 @@ def source_and_groups(params, model: nn.Module | None):
     for group in map(as_dict, given):
         if group is None or "params" not in group:
             raise TypeError(
-                'params: expected dicts with "params", or parameters, got both groups and parameters'
+                'params: expected dicts with "params", or parameters, got groups and parameters'
             )
         groups.append({**group, "params": items_of(group["params"])})
     items = [item for group in groups for item in group["params"]]

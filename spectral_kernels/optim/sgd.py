@@ -122,7 +122,7 @@ class SpectralSGD(SpectralOptimizer):
         both = {**getattr(self, "defaults", {}), **found}
         if both["nesterov"] and (both["momentum"] <= 0 or both["dampening"] != 0):
             raise ValueError(
-                "nesterov: expected False without momentum > 0 and dampening 0, got True"
+                "nesterov: expected False unless momentum > 0 and dampening is 0, got True"
             )
         return found
 

@@ -261,19 +261,17 @@ def aligned(
 def warn_of_gone(names: list[str]) -> None:
     """Warn that parameters are no longer in the model."""
     if names:
-        it, has = ("it", "has") if len(names) == 1 else ("they", "have")
-        taken = "it" if len(names) == 1 else "them"
         warn(
-            f"{_listed(names)} removed from the model, and no longer regularized; if {it} {has} "
-            f"another name now, reselect() takes {taken} in"
+            f"{_listed(names)} removed from the model, and no longer regularized; if names have "
+            "changed, reselect() takes in the new ones"
         )
 
 
 def warn_of_computed(names: list[str]) -> None:
     """Warn that weights which a parametrization computes are left out."""
     warn(
-        f"{_listed(names)} left out: made by a parametrization at every use, which only penalty() "
-        "can regularize; add it to the loss"
+        f"{_listed(names)} left out: made by a parametrization at every use, and regularized by "
+        "penalty() alone; add that to the loss"
     )
 
 

@@ -113,7 +113,7 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
 
 def _refuse_other_shards(prefix: str, module: nn.Module) -> None:
     """Raise ValueError for parameters that are sharded, but not as DTensors."""
-    name = repr(prefix.rstrip(".") or "it")
+    name = repr(prefix.rstrip(".")) if prefix else "it"
     instead = "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
     if type(module).__name__ == "FullyShardedDataParallel":
         raise ValueError(

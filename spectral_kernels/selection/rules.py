@@ -213,7 +213,7 @@ def _reason_to_skip(ref, aliases, tensor, include, exclude, trainable_only) -> s
         return f"dtype {str(tensor.dtype).removeprefix('torch.')}"
     if _is_lazy(tensor):
         raise ValueError(
-            f"parameter {ref.name!r} is not initialized yet: run the lazy module once before "
+            f"parameter {ref.name!r} is not initialized yet; run the lazy module once before "
             "building the regularizer"
         )
     if isinstance(ref.module, nn.utils.parametrize.ParametrizationList):

@@ -134,7 +134,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.base is not None and arguments.other is not None:
         return say("--base: expected one checkpoint, got two (they are compared without it)", USAGE)
     if arguments.check and (wrong := _not_of_check(arguments)):
-        return say(f"--check: expected --include, --exclude and --json at most, got {wrong}", USAGE)
+        wanted = "no other options than --include, --exclude and --json"
+        return say(f"--check: expected {wanted}, got {wrong}", USAGE)
     _need("matplotlib" if arguments.plot or arguments.html else None,
           None if to_stdout or arguments.check else "rich")  # fmt: skip
 
