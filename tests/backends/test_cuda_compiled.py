@@ -131,7 +131,7 @@ def test_without_a_device_a_launch_is_an_exception(native):
         with pytest.raises(RuntimeError, match="update: CUDA error"):
             native.cuda.update(*addresses, **step)
     update[schema.UPDATE_SLOT["moment_dtype"]] = schema.DTYPES[torch.bfloat16]
-    with pytest.raises(ValueError, match="moments are of the weights' dtype or float32"):
+    with pytest.raises(ValueError, match="moment_dtype: expected the weights' dtype or float32"):
         native.cuda.update(*addresses, **step)
     header[schema.SLOT["weight_dtype"]] = schema.DTYPES[torch.float64]
     with pytest.raises(ValueError, match="float32, bfloat16 or float16"):

@@ -246,9 +246,9 @@ def test_sizes_that_a_file_does_not_have_are_refused(tmp_path, tensors, capsys):
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys):
     assert "there is no such file or directory" in error_of(tmp_path / "no.safetensors", capsys)
-    assert "no checkpoint in this folder" in error_of(tmp_path, capsys)
+    assert "got a folder without one" in error_of(tmp_path, capsys)
     (tmp_path / "notes.txt").write_text("hello")
-    assert "not the name of a checkpoint" in error_of(tmp_path / "notes.txt", capsys)
+    assert "expected a checkpoint (*.safetensors, " in error_of(tmp_path / "notes.txt", capsys)
     (tmp_path / "garbage.pt").write_bytes(b"no pickle at all")
     assert "broken or truncated" in error_of(tmp_path / "garbage.pt", capsys)
     torch.save({"step": 3}, tmp_path / "empty.pt")
@@ -263,7 +263,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys):
 def test_an_index_that_is_none_is_one_line(tmp_path, capsys, text):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
-    assert f"{path}: not an index" in error_of(path, capsys)
+    assert f"{path}: expected an index" in error_of(path, capsys)
 
 
 def test_a_tensor_that_the_index_promises_is_missed(saved, tmp_path, capsys):

@@ -59,12 +59,15 @@ def test_env_says_why_a_backend_cannot_run(capsys, monkeypatch):
     ("arguments", "said"),
     [
         ([], "command"),
-        (["demo", "--tasks", "0"], "argument --tasks: got '0'; accepted are integers >= 1"),
-        (["demo", "--epochs", "x"], "argument --epochs: got 'x'"),
-        (["demo", "--seed", "-1"], "argument --seed: got '-1'"),
-        (["demo", "--seed", str(2**64)], "argument --seed: got"),
-        (["demo", "--out", "demo.jpg"], "argument --out: got 'demo.jpg'"),
-        (["demo", "--out", "no/such/folder/demo.png"], "argument --out: got"),
+        (["demo", "--tasks", "0"], "argument --tasks: expected an integer >= 1, got '0'"),
+        (["demo", "--epochs", "x"], "argument --epochs: expected an integer >= 1, got 'x'"),
+        (["demo", "--seed", "-1"], "got '-1'"),
+        (["demo", "--seed", str(2**64)], "argument --seed: expected an integer from 0"),
+        (["demo", "--out", "demo.jpg"], "argument --out: expected a name that ends in "),
+        (
+            ["demo", "--out", "no/such/folder/demo.png"],
+            "argument --out: expected a file in a folder",
+        ),
     ],
 )
 def test_bad_arguments_are_named(capsys, arguments, said):

@@ -146,7 +146,8 @@ def test_processes_compute_what_run_arm_computes():
 @pytest.mark.takes_seconds
 def test_an_error_in_a_worker_is_raised_with_its_traceback():
     with pytest.raises(
-        experiment.WorkerError, match=r"'L1' arm failed:\n(?s:.*)ValueError: arm: got 'L1'"
+        experiment.WorkerError,
+        match=r"'L1' arm failed:\n(?s:.*)ValueError: arm: expected .*, got 'L1'",
     ):
         experiment.run(1, 1, 0, arms=("L1",))
     assert multiprocessing.active_children() == []

@@ -235,7 +235,7 @@ def test_what_is_no_regular_file_is_refused_at_once(
         path.symlink_to("target")
     else:
         special(path, kind, monkeypatch)
-    said = f"spectral-kernels: {path}: it is {kind}; accepted are regular files\n"
+    said = f"spectral-kernels: {path}: expected a regular file, got {kind}\n"
     assert error_of(path, capsys) == said
     assert error_of(tmp_path, capsys) == said
 
@@ -246,7 +246,7 @@ def test_a_special_file_that_an_index_names_is_refused_at_once(tmp_path, capsys,
     index.write_text(json.dumps({"weight_map": {"w": "w.safetensors"}}))
     special(tmp_path / "w.safetensors", kind, monkeypatch)
     for path in (index, tmp_path):
-        assert f"w.safetensors: it is {kind}" in error_of(path, capsys)
+        assert f"w.safetensors: expected a regular file, got {kind}" in error_of(path, capsys)
 
 
 @pytest.mark.parametrize("name", ["b.safetensors", "model.safetensors.index.json"])
@@ -261,7 +261,7 @@ def test_an_index_that_is_gigantic_is_refused(tmp_path, capsys, n_bytes):
     path.touch()
     os.truncate(path, n_bytes)  # which takes no room on the disk
     for given in (path, tmp_path):
-        assert f"{path}: accepted is an index of at most " in error_of(given, capsys)
+        assert f"{path}: expected an index of at most " in error_of(given, capsys)
 
 
 @pytest.mark.parametrize("command", ["inspect", "plot", "demo"])
@@ -271,7 +271,7 @@ def test_a_name_that_is_too_long_for_a_file_is_no_traceback(saved, capsys, comma
     folder = str(saved.parent / ("x" * 300) / "a.png")
     with pytest.raises(SystemExit):
         cli.main([command, *wanted[command], folder])
-    assert "cannot write to folder" in capsys.readouterr().err
+    assert "expected a file in a folder that can be written to" in capsys.readouterr().err
     if command == "inspect":
         pytest.importorskip("matplotlib")
         assert cli.main([command, *wanted[command], long]) == 1

@@ -242,7 +242,7 @@ HEADER = "step,sigma/a,residual/a\n"
     ("name", "text", "said"),
     [
         ("a.jsonl", ROW % ("1e400", 1, 1), "line 1 is not a line of log_to()"),
-        ("a.jsonl", ROW % (10**400, 1, 1), "line 1: accepted are steps from 0 to 2**63 - 1"),
+        ("a.jsonl", ROW % (10**400, 1, 1), "line 1: expected a step from 0 to 2**63 - 1, got 1000"),
         ("a.jsonl", ROW % ("9" * 5000, 1, 1), "line 1 is not a line of log_to()"),
         ("a.jsonl", ROW % (1, 10**400, 1), "line 1 is not a line of log_to()"),
         ("a.jsonl", ROW % (1, 1, DEEP), "line 1 is not a line of log_to()"),
@@ -251,12 +251,20 @@ HEADER = "step,sigma/a,residual/a\n"
         ("a.jsonl", ROW % ('"1"', 1, 1), "line 1 is not a line of log_to()"),
         ("a.jsonl", ROW % (1, "true", 1), "line 1 is not a line of log_to()"),
         ("a.jsonl", ROW % (1, '"1"', 1), "line 1 is not a line of log_to()"),
-        ("a.jsonl", ROW % (7, 1, -1), "step 7: residual is -1.0; accepted are numbers from 0 on"),
-        ("a.csv", HEADER + f"{10**400},1,1\n", "line 2: accepted are steps from 0 to 2**63 - 1"),
-        ("a.csv", HEADER + "-1,1,1\n", "line 2: accepted are steps from 0 to 2**63 - 1"),
+        (
+            "a.jsonl",
+            ROW % (7, 1, -1),
+            "step 7: residual: expected a number >= 0, inf or nan, got -1.0",
+        ),
+        ("a.csv", HEADER + f"{10**400},1,1\n", "line 2: expected a step from 0 to 2**63 - 1"),
+        ("a.csv", HEADER + "-1,1,1\n", "line 2: expected a step from 0 to 2**63 - 1, got -1"),
         ("a.csv", HEADER + "1e400,1,1\n", "line 2 is not a row of numbers"),
         ("a.csv", HEADER + f"{'9' * 5000},1,1\n", "line 2 is not a row of numbers"),
-        ("a.csv", HEADER + "7,-1e-9,1\n", "step 7: sigma is -1e-09; accepted are numbers from 0"),
+        (
+            "a.csv",
+            HEADER + "7,-1e-9,1\n",
+            "step 7: sigma: expected a number >= 0, inf or nan, got -1e-09",
+        ),
         ("a\x1b[2J\n.csv", HEADER, r"a\x1b[2J\n.csv: holds no step yet"),
     ],
 )
@@ -282,14 +290,14 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, capsys, kind, targ
         os.mkfifo(tmp_path / (target or path))
     (tmp_path / "folder").mkdir()
     assert cli.main(["plot", str(path)]) == 1
-    said = f"spectral-kernels: {path}: it is {kind}; accepted are regular files\n"
+    said = f"spectral-kernels: {path}: expected a regular file, got {kind}\n"
     assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("path", [".", "/", "..", ""])
 def test_a_path_without_a_name_is_one_line(capsys, path):
     assert cli.main(["plot", path]) == 1
-    assert "accepted are names in .csv and .jsonl" in capsys.readouterr().err
+    assert "expected a name that ends in .csv or .jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

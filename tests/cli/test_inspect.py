@@ -158,15 +158,27 @@ def test_names_cannot_steer_a_terminal(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--top", "0"], "argument --top: got '0'"),
+        (["--top", "0"], "argument --top: expected an integer >= 1, got '0'"),
         (["--sort", "x"], "argument --sort"),
-        (["--splits", "w"], "argument --splits: got 'w'; accepted are PATTERN=N"),
-        (["--fail-above", "nan"], "argument --fail-above: got 'nan'"),
-        (["--plot", "x.jpg"], "got 'x.jpg'; accepted are names that end in .png, .pdf or .svg"),
-        (["--json", "no/such/folder/x.json"], "argument --json: got"),
-        (["--include", "nothing*"], "include: 'nothing*' matches no parameter"),
-        (["--splits", "conv*=3"], "splits: 'conv*': 3 does not divide the 8 outputs"),
-        (["--sort", "change"], "--sort change: needs a second checkpoint"),
+        (["--splits", "w"], "argument --splits: expected PATTERN=N or "),
+        (
+            ["--fail-above", "nan"],
+            "argument --fail-above: expected a finite number >= 0, got 'nan'",
+        ),
+        (["--plot", "x.jpg"], "expected a name that ends in .png, .pdf or .svg, got 'x.jpg'"),
+        (
+            ["--json", "no/such/folder/x.json"],
+            "argument --json: expected a file in a folder that can",
+        ),
+        (
+            ["--include", "nothing*"],
+            "include: expected a pattern that matches a parameter, got 'nothing*'",
+        ),
+        (
+            ["--splits", "conv*=3"],
+            "splits['conv*']: expected a number of equal parts or sizes that add up to the 8",
+        ),
+        (["--sort", "change"], "--sort change: expected two checkpoints, got one"),
         (["--json", "-", "--csv", "-"], "only one of them"),
     ],
 )

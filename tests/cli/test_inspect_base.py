@@ -158,4 +158,4 @@ def test_a_base_without_the_weights_is_an_error_that_names_them(tmp_path, adapte
     assert "model.h.0.q.weight [24, 20]" in err
     assert err.count("\n") == 1
     assert cli.main([*arguments[:2], *arguments[1:]]) == 2
-    assert "--base: accepted with one checkpoint" in capsys.readouterr().err
+    assert "--base: expected one checkpoint, got two" in capsys.readouterr().err

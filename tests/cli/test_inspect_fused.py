@@ -88,7 +88,7 @@ def test_splits_by_hand_go_first_and_may_be_along_columns(tmp_path, capsys):
     parts |= named("b.qkv.weight", dict(zip("01", other.split((2, 4)), strict=True)))
     check_sigmas(document, parts)
     assert cli.main(["inspect", str(tmp_path), "--splits", "a.*=5@1"]) == 2
-    said = "splits: 'a.*': 5 does not divide the 12 outputs (dim 1) of 'a.weight'"
+    said = "sizes that add up to the 12 outputs (dim 1) of 'a.weight', got 5"
     assert said in capsys.readouterr().err
 
 

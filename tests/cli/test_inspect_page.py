@@ -249,7 +249,7 @@ def test_wrong_names_of_pages_are_refused(saved, capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(["inspect", str(saved), "--html", "x.txt"])
     assert raised.value.code == 2
-    said = "argument --html: got 'x.txt'; accepted are names that end in .html or .htm\n"
+    said = "argument --html: expected a name that ends in .html or .htm, got 'x.txt'\n"
     assert capsys.readouterr().err.endswith(said)
 
 

@@ -155,5 +155,5 @@ def test_parts_and_stacks_have_numbers_of_their_own(tmp_path, capsys):
 def test_numbers_of_values_out_of_range_are_refused(spread, text, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["inspect", str(spread[0]), "--values", text])
-    expected = f"argument --values: got '{text}'; accepted are integers from 1 to 16"
+    expected = f"argument --values: expected an integer from 1 to 16, got '{text}'"
     assert expected in capsys.readouterr().err

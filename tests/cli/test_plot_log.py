@@ -172,7 +172,7 @@ def test_pictures_of_unusual_logs(tmp_path, capsys, n, rows, fill):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.txt", "x", "accepted are names in .csv and .jsonl"),
+        ("a.txt", "x", "expected a name that ends in .csv or .jsonl"),
         ("a.csv", "", "line 1 is not a header"),
         ("a.csv", "step,sigma/a,resid", "line 1 is not a header"),
         ("a.csv", "x,y,z\n1,2,3\n", "line 1 is not a header"),
@@ -181,7 +181,7 @@ def test_pictures_of_unusual_logs(tmp_path, capsys, n, rows, fill):
         ("a.csv", "step,sigma/a,residual/a\n1,2", "holds no step yet"),
         ("a.csv", "step\n1\n", "holds no matrix"),
         ("a.csv", "step,sigma/a,residual/a\n1,2,3\n1,x,3\n", "line 3 is not a row of numbers"),
-        ("a.csv", "step,sigma/a,residual/a\n1,2\n", "line 2 has 2 columns, not 3"),
+        ("a.csv", "step,sigma/a,residual/a\n1,2\n", "line 2: expected 3 columns, got 2"),
         ("a.csv", "\x00\n", "not a log of log_to()"),
         ("a.csv", f"{'x' * 200_000}\n", "not a log of log_to(): field larger"),
         ("a.jsonl", "", "holds no step yet"),

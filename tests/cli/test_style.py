@@ -203,4 +203,4 @@ def test_the_suffix_says_the_format_and_the_bytes_are_the_same_again(saved, tmp_
         assert out.read_bytes().startswith(start)
     with pytest.raises(SystemExit):
         cli.main(["plot", str(log), "--out", str(tmp_path / "x.jpg")])
-    assert "accepted are names that end in .png, .pdf or .svg" in capsys.readouterr().err
+    assert "expected a name that ends in .png, .pdf or .svg" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_pickles_that_cannot_be_read_are_skipped_with_the_reason(tmp_path):
     assert list(skipped) == [r"evil\x1b.pt", "lfs.bin", "page.ckpt", "pipe.pth"]
     assert skipped[r"evil\x1b.pt"].startswith("it holds more than tensors: ")
     assert "git lfs pull" in skipped["lfs.bin"]
-    assert skipped["pipe.pth"] == "it is a FIFO; accepted are regular files"
+    assert skipped["pipe.pth"] == "expected a regular file, got a FIFO"
     assert not touched.exists()
     (tmp_path / "model.pt").unlink()
     assert "it holds more than tensors: " in error(tmp_path)
@@ -100,7 +100,7 @@ def test_the_index_decides_beside_other_files(tmp_path, suffix):
 def test_files_of_unknown_names_are_looked_into(tmp_path):
     (tmp_path / "README.md").write_text("hello")
     (tmp_path / "empty").touch()
-    assert "no checkpoint in this folder" in error(tmp_path)
+    assert "got a folder without one" in error(tmp_path)
     tensors = saved(tmp_path / "blob.safetensors")
     (tmp_path / "blob.safetensors").rename(tmp_path / "blob")
     check(Checkpoint(tmp_path), tensors)
@@ -219,7 +219,7 @@ def test_too_many_folders_are_refused(tmp_path, monkeypatch):
     for number in range(6):
         saved(tmp_path / f"part{number}" / "model.safetensors")
     monkeypatch.setattr(folders, "_MOST_CHECKPOINTS", 5)
-    assert "6 folders with checkpoints; accepted are 5" in error(tmp_path)
+    assert "expected at most 5 folders with checkpoints, got 6" in error(tmp_path)
     monkeypatch.setattr(folders, "_MOST_FOLDERS", 3)
     assert "more than 3 folders; name one" in error(tmp_path)
 
@@ -235,8 +235,8 @@ def test_what_is_special_in_a_folder_below_is_named(tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path)
     check(checkpoint, prefixed("a", tensors))
     assert left_out(checkpoint) == [
-        ("b", "model.safetensors: it is a FIFO; accepted are regular files"),
-        ("c", "model.bin: it is a socket; accepted are regular files"),
+        ("b", "model.safetensors: expected a regular file, got a FIFO"),
+        ("c", "model.bin: expected a regular file, got a socket"),
     ]
 
 

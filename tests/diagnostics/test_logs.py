@@ -107,7 +107,7 @@ def test_regularizers_with_prefixes_of_their_own_share_no_name():
     assert found[0] == {name.replace("spectral/", "actor/"): x for name, x in plain.items()}
     assert all(name.startswith("c/r/") for name in found[1])
     assert SpectralAdamW(model).metrics(prefix="x").keys() >= {"x/sigma_max", "x/residual_max"}
-    with pytest.raises(TypeError, match=r"^prefix: got 3; accepted is a string"):
+    with pytest.raises(TypeError, match=r"^prefix: expected a string, got 3"):
         actor.metrics(prefix=3)
 
 
@@ -290,7 +290,9 @@ def test_a_first_line_that_is_cut_is_replaced_once_the_first_name_is_in_it(tmp_p
     for cut in range(1, len(first) + 1):
         path.write_bytes(first[:cut])
         if cut < end_of_name:
-            with pytest.raises(ValueError, match="exists and is not a log of these 2 matrices"):
+            with pytest.raises(
+                ValueError, match="expected a new name or a log of these 2 matrices, got"
+            ):
                 plain_log(path, names)
             assert path.read_bytes() == first[:cut]
         else:
@@ -314,7 +316,7 @@ NO_LOGS = [
 def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path, suffix, text):
     path = tmp_path / f"run{suffix}"
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"^path: '.*run{suffix}' exists and.*accepted are a new"):
+    with pytest.raises(ValueError, match=rf"^path: expected a new name or .*, got '.*run{suffix}'"):
         plain_log(path, ["0.weight"])
     assert path.read_text() == text
 
@@ -328,7 +330,7 @@ def test_a_file_that_takes_the_place_of_the_log_is_left_alone(tmp_path, suffix):
     log(1)
     assert logs.read(path).steps.tolist() == [1]
     path.write_text("other\n")
-    with pytest.raises(ValueError, match="exists and is not a log"):
+    with pytest.raises(ValueError, match="which exists and is no such log"):
         log(2)
     assert path.read_text() == "other\n"
 
@@ -344,7 +346,9 @@ def test_what_is_no_regular_file_is_refused(tmp_path, kind, target):
     if kind == "a FIFO":
         os.mkfifo(tmp_path / (target or path))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=rf"^path: got '.*run.csv', {kind}; accepted are regular"):
+    with pytest.raises(
+        ValueError, match=rf"^path: expected a regular file, got '.*run.csv', {kind}"
+    ):
         plain_log(path)
 
 
@@ -353,7 +357,7 @@ def test_a_long_line_of_a_foreign_file_is_not_read_as_a_whole(tmp_path, suffix):
     path = tmp_path / f"run{suffix}"
     path.touch()
     os.truncate(path, 1 << 40)  # without a line break; it takes no room on the disk
-    with pytest.raises(ValueError, match="exists and is not a log"):
+    with pytest.raises(ValueError, match="which exists and is no such log"):
         plain_log(path)
     assert path.stat().st_size == 1 << 40
 
@@ -375,24 +379,26 @@ def test_a_file_of_other_matrices_is_refused_and_left_alone(tmp_path, suffix):
     path = tmp_path / f"run{suffix}"
     SpectralRegularizer(net(3, 5)).log_to(path)(0)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=rf"^path: '.*run{suffix}' exists and is not a log of"):
+    with pytest.raises(
+        ValueError, match=rf"^path: expected a new name or a log.*, got '.*run{suffix}'"
+    ):
         SpectralRegularizer(net(3, 5, 4)).log_to(path)
     assert path.read_bytes() == before
 
 
 def test_bad_arguments_are_named(tmp_path):
     reg = SpectralRegularizer(net(3, 3))
-    with pytest.raises(ValueError, match=r"^path: got .*run.txt'; accepted are .*csv.*jsonl"):
+    with pytest.raises(ValueError, match=r"^path: expected .*csv or .jsonl, got .*run.txt'"):
         reg.log_to(tmp_path / "run.txt")
-    with pytest.raises(FileNotFoundError, match=r"^path: got .*'; its folder does not exist"):
-        reg.log_to(tmp_path / "none" / "run.csv")
-    with pytest.raises(ValueError, match=r"^every: got 0; accepted are integers >= 1"):
-        reg.log_to(tmp_path / "run.csv", every=0)
-    with pytest.raises(TypeError, match=r"^step: got 'x'; accepted is an integer"):
-        reg.log_to(tmp_path / "run.csv")("x")
     with pytest.raises(
-        ValueError, match=r"^step: got an integer of 64 bits; accepted are.*2\*\*63"
+        FileNotFoundError, match=r"^path: expected a file in a folder that exists, got "
     ):
+        reg.log_to(tmp_path / "none" / "run.csv")
+    with pytest.raises(ValueError, match=r"^every: expected an integer >= 1, got 0"):
+        reg.log_to(tmp_path / "run.csv", every=0)
+    with pytest.raises(TypeError, match=r"^step: expected an integer, got 'x'"):
+        reg.log_to(tmp_path / "run.csv")("x")
+    with pytest.raises(ValueError, match=r"^step: expected .*2\*\*63 - 1, got one of 64 bits"):
         reg.log_to(tmp_path / "run.csv")(2**63)
     assert (tmp_path / "run.csv").read_text() == ""
 

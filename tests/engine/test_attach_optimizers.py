@@ -154,10 +154,14 @@ def test_a_wrapper_around_several_is_refused_by_their_names():
         SpectralRegularizer(model).attach(OneForEach(first, second))
     empty = SlowFast(first)
     del empty.base
-    with pytest.raises(TypeError, match=r"SlowFast, whose step runs no step hooks .*__init__"):
+    with pytest.raises(
+        TypeError, match=r"expected one that runs step hooks, got SlowFast, whose __init__"
+    ):
         SpectralRegularizer(model).attach(empty)
     inside = Plain(SpectralSGD(model))
-    with pytest.raises(TypeError, match="Plain with SpectralSGD inside, whose step contains"):
+    with pytest.raises(
+        TypeError, match=r"without the penalty .*, got Plain with SpectralSGD inside"
+    ):
         SpectralRegularizer(model).attach(inside)
 
 
@@ -210,7 +214,9 @@ def test_a_gradient_that_is_ascended_along_is_no_place_for_the_penalty():
         {"params": model[1:].parameters(), "maximize": True},
     ]
     reg, optimizer = SpectralRegularizer(model, 0.5), torch.optim.SGD(groups, 0.1)
-    with pytest.raises(ValueError, match=r"maximize: got True in the group of parameter '3\.weig"):
+    with pytest.raises(
+        ValueError, match=r"maximize: expected False, got True in the group of .*'3\.weig"
+    ):
         reg.attach(optimizer)
     SpectralRegularizer(model[0], 0.5).attach(optimizer)
     assert SpectralRegularizer(model[1:], 0.5).attach(optimizer, decoupled=True).active
@@ -220,9 +226,9 @@ def test_nothing_is_no_optimizer():
     model = net()
     reg = SpectralRegularizer(model)
     for wrong in (None, "sgd", model, reg, {"a": sgd(model.parameters())}):
-        with pytest.raises(TypeError, match=f"optimizer: got {type(wrong).__name__}; accepted"):
+        with pytest.raises(TypeError, match=f"optimizer: expected .*, got {type(wrong).__name__}"):
             reg.attach(wrong)
-    with pytest.raises(TypeError, match="got no optimizer"):
+    with pytest.raises(TypeError, match="expected one or several, got none"):
         reg.attach([])
 
 
@@ -307,7 +313,7 @@ def test_several_must_hold_every_parameter_once():
         reg.attach([first, third])
     with pytest.raises(ValueError, match=r"AdamW and AdamW both hold parameter '3\.bias'"):
         reg.attach([first, second, third])
-    with pytest.raises(TypeError, match="optimizer: got Linear"):
+    with pytest.raises(TypeError, match=r"optimizer: expected .*, got Linear"):
         reg.attach([first, model[0]])
     beside = sgd([nn.Parameter(torch.ones(3))])  # none of the parameters
     assert reg.attach((first, second, beside)).optimizers == [first, second, beside]

@@ -142,7 +142,7 @@ def test_it_can_be_assigned_and_a_backward_pass_uses_its_own(backend):
     model.zero_grad()
     reg.accumulate_grad_()
     is_close(model, both, torch.float32)
-    with pytest.raises(ValueError, match=r"^side: got 'left'; accepted are 'both', 'above'"):
+    with pytest.raises(ValueError, match=r"^side: expected 'both' or 'above', got 'left'"):
         reg.side = "left"
     assert reg.side == "both"
 

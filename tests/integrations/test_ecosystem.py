@@ -149,7 +149,7 @@ def test_ways_that_work_in_place_leave_out_a_parametrized_weight(way):
             step()
         return held
 
-    with pytest.warns(UserWarning, match=r"'0\.weight' was left out.*only penalty\(\)") as caught:
+    with pytest.warns(UserWarning, match=r"'0\.weight' was left out.*penalty\(\) alone") as caught:
         held = stepped(model)
     assert len(caught) == 1
     assert held.names == ["1.weight"]

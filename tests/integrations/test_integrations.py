@@ -208,7 +208,9 @@ def test_the_weights_of_a_trainer_may_be_held(hf, tmp_path):
     norms = spectral_norms(trainer.model.transformer.h)
     assert norms
     assert all(0.09 < sigma < 0.11 for sigma in norms.values())
-    with pytest.raises(ValueError, match=r"^constraint: got 'sphere' with decoupled=False"):
+    with pytest.raises(
+        ValueError, match=r"^constraint: expected None with decoupled=False, got 'sphere'"
+    ):
         callback_of(constraint="sphere")
 
 
@@ -247,7 +249,7 @@ def test_with_spectral_adamw_it_logs_alone(hf, tmp_path):
 
 
 def test_an_argument_that_does_not_exist_is_told_at_once(hf):
-    with pytest.raises(TypeError, match=r"^SpectralCallback: .*; did you mean 'strength'"):
+    with pytest.raises(TypeError, match=r"^SpectralCallback: .*did you mean 'strength'"):
         callback_of(strenght=1.0)
 
 
@@ -406,9 +408,11 @@ class TestLightning:
         assert self.callback().state_key != self.callback(optimizer=1).state_key
 
     def test_an_argument_that_does_not_exist_is_told_at_once(self, pl):
-        with pytest.raises(TypeError, match=r"^SpectralCallback: .*; did you mean 'per_layer'"):
+        with pytest.raises(TypeError, match=r"^SpectralCallback: .*did you mean 'per_layer'"):
             self.callback(per_layers=True)
 
     def test_an_optimizer_that_is_not_there_is_told(self, pl, tmp_path):
-        with pytest.raises(ValueError, match=r"^optimizer: got 3; the module has 1"):
+        with pytest.raises(
+            ValueError, match=r"^optimizer: expected .* module's 1 optimizers, got 3"
+        ):
             lightning_run(pl, tmp_path, self.callback(optimizer=3))

@@ -241,13 +241,13 @@ def test_same_bits_at_any_number_of_threads(threads):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"lr": -1.0}, ValueError, "lr: got -1.0"),
-        ({"lr": "x"}, TypeError, "lr: got 'x'"),
-        ({"betas": (0.9, 1.0)}, ValueError, r"betas: got \(0.9, 1.0\)"),
-        ({"eps": float("nan")}, ValueError, "eps: got nan"),
-        ({"weight_decay": -0.1}, ValueError, "weight_decay: got -0.1"),
-        ({"state_dtype": torch.float16}, ValueError, "state_dtype: got torch.float16"),
-        ({"strength": -1.0}, ValueError, "strength: got -1.0"),
+        ({"lr": -1.0}, ValueError, "lr: expected .*, got -1.0"),
+        ({"lr": "x"}, TypeError, "lr: expected .*, got 'x'"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas: expected .*, got \(0.9, 1.0\)"),
+        ({"eps": float("nan")}, ValueError, "eps: expected .*, got nan"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay: expected .*, got -0.1"),
+        ({"state_dtype": torch.float16}, ValueError, "state_dtype: expected .*, got torch.float16"),
+        ({"strength": -1.0}, ValueError, "strength: expected .*, got -1.0"),
         ({"exclude": ["*"]}, ValueError, "nothing to regularize"),
     ],
 )
@@ -258,13 +258,13 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 def test_bad_parameters_are_named():
     model = Net()
-    with pytest.raises(TypeError, match="params: got parameters without names"):
+    with pytest.raises(TypeError, match=r"params: expected .*, got parameters alone"):
         SpectralAdamW(model.parameters())
-    with pytest.raises(ValueError, match="params: got"):
+    with pytest.raises(ValueError, match=r"params: expected .*, got"):
         SpectralAdamW([])
-    with pytest.raises(ValueError, match="nesterov: got True"):
+    with pytest.raises(ValueError, match=r"nesterov: expected .*, got True"):
         SpectralSGD(model, nesterov=True)
-    with pytest.raises(ValueError, match="amsgrad: got True"):
+    with pytest.raises(ValueError, match=r"amsgrad: expected .*, got True"):
         SpectralAdamW([{"params": list(model.parameters()), "amsgrad": True}], model=model)
 
 
@@ -274,7 +274,11 @@ def test_bad_gradients_change_nothing(backend):
     run(model, optimizer, range(2))
     for p, bad, message in (
         (model.scale, torch.ones(33).to_sparse(), "scale"),
-        (model.scale, torch.ones(66)[::2], r"the gradient of parameter 'scale' has strides \(2,\)"),
+        (
+            model.scale,
+            torch.ones(66)[::2],
+            r"gradient of parameter 'scale': expected .*, got \(2,\)",
+        ),
         (model.wide.weight, torch.ones(96, 33).t(), r"wide\.weight"),
     ):
         backward(model, 2)

@@ -71,13 +71,17 @@ def test_kernels_whose_taps_never_meet_are_matrices(name):
     assert math.isclose(found, exact, rel_tol=1e-6)
 
 
-def test_wrong_arguments_say_what_is_accepted():
+def test_wrong_arguments_say_what_was_expected():
     model = net()
-    with pytest.raises(ValueError, match="convolutions: got 'op'; accepted are flattened and op"):
+    with pytest.raises(
+        ValueError, match="convolutions: expected 'flattened' or 'operator', got 'op'"
+    ):
         SpectralRegularizer(model, convolutions="op")
-    with pytest.raises(TypeError, match="convolutions: got True; accepted are flattened and op"):
+    with pytest.raises(
+        TypeError, match="convolutions: expected 'flattened' or 'operator', got True"
+    ):
         SpectralRegularizer(model, convolutions=True)
-    said = "n_vectors: got 2; accepted with convolutions='operator' is 1"
+    said = "n_vectors: expected 1 with convolutions='operator', got 2"
     with pytest.raises(ValueError, match=said):
         regularizer(model, n_vectors=2)
     with pytest.raises(ValueError, match=said):
@@ -86,10 +90,12 @@ def test_wrong_arguments_say_what_is_accepted():
     with pytest.raises(ValueError, match=said):
         reg.n_vectors = 2
     assert reg.n_vectors == 1
-    with pytest.raises(ValueError, match="convolutions: got 'operator'; accepted here"):
+    with pytest.raises(ValueError, match="convolutions: expected 'flattened', got 'operator'"):
         spectra(model, convolutions="operator")
     weight = torch.randn(4, 3, 3, 5).permute(3, 1, 2, 0)  # (out, in, h, w), out contiguous
-    with pytest.raises(ValueError, match=r"'w' .* cannot be used in place: the rows of the kernel"):
+    with pytest.raises(
+        ValueError, match=r"'w': .* cannot be used in place \(the rows of the kernel"
+    ):
         regularizer([("w", weight.requires_grad_())]).penalty()
 
 
@@ -349,7 +355,7 @@ def test_a_state_has_real_and_imaginary_parts():
     missing, _ = reg.load_state_dict(flattened.state_dict())
     assert "0.weight" in missing
     bad = {"vectors": {"0.weight": torch.zeros(2, 27)}}
-    with pytest.raises(ValueError, match=r"vectors of '0.weight' have norms"):
+    with pytest.raises(ValueError, match=r"vectors of '0.weight': expected .*, got norms"):
         reg.load_state_dict(bad)
 
 

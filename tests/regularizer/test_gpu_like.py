@@ -105,7 +105,7 @@ def test_tables_that_a_graph_has_found_up_to_date_stay_as_they_are(gpu_like):
 
 def test_spares_last_for_a_few_changes_and_come_back(gpu_like):
     _, tables = tables_of(1, 2)
-    with pytest.raises(RuntimeError, match="none yet: run a step before the capture"):
+    with pytest.raises(RuntimeError, match="none yet; run a step before the capture"):
         gpu_like.captured(lambda: tables.refresh(1))
     tables.refresh(1)
 

@@ -195,10 +195,10 @@ def test_copies_keep_number_and_policy(copier):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"n_vectors": 3}, ValueError, "n_vectors: got 3; accepted are 1, 2, 4, 8, 16"),
-        ({"n_vectors": 32}, ValueError, "n_vectors: got 32"),
-        ({"n_vectors": 2.0}, TypeError, r"n_vectors: got 2\.0"),
-        ({"n_vectors": True}, TypeError, "n_vectors: got True"),
+        ({"n_vectors": 3}, ValueError, "n_vectors: expected 1, 2, 4, 8 or 16, got 3"),
+        ({"n_vectors": 32}, ValueError, "n_vectors: expected .*, got 32"),
+        ({"n_vectors": 2.0}, TypeError, r"n_vectors: expected .*, got 2\.0"),
+        ({"n_vectors": True}, TypeError, "n_vectors: expected .*, got True"),
         ({"n_power_iterations": "often"}, TypeError, "an integer or 'auto'"),
     ],
 )
@@ -208,7 +208,7 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 
 def test_an_optimizer_takes_one_power_iteration_or_auto():
-    with pytest.raises(ValueError, match="n_power_iterations: got 2; accepted are 1 and 'auto'"):
+    with pytest.raises(ValueError, match=r"n_power_iterations: expected 1 or 'auto' .*, got 2"):
         SpectralAdamW(net(), n_power_iterations=2)
 
 

@@ -65,7 +65,7 @@ def test_a_string_is_one_pattern():
     assert names_of(net(), exclude="2.*") == ["0.weight"]
     assert names_of(net(), include="2.*") == ["2.weight"]
     assert names_of(nn.ParameterDict({"e": torch.randn(2, 3, 4)}), stacked="e") == ["e[0]", "e[1]"]
-    with pytest.raises(ValueError, match="exclude: '3' matches no parameter"):
+    with pytest.raises(ValueError, match=r"exclude: expected a pattern .*, got '3'"):
         select(net(), exclude="3")
 
 
@@ -133,13 +133,13 @@ def test_numbers_of_numpy_are_pythons_from_the_start(options):
 @pytest.mark.parametrize("bad", ["1", "1e-3", True, np.bool_(True), None, [1], np.ones(2), 1j])
 def test_no_number_and_no_count(bad):
     for check in (check_number, check_count):
-        with pytest.raises(TypeError, match=r"^name: got .*; accepted is a"):
+        with pytest.raises(TypeError, match=r"^name: expected an? \w+, got "):
             check("name", bad, 0)
 
 
 @pytest.mark.parametrize("bad", ["true", "", None, 2, 0.0, np.ones(2), [True]])
 def test_no_flag(bad):
-    with pytest.raises(TypeError, match=r"^name: got .*; accepted are True and False"):
+    with pytest.raises(TypeError, match=r"^name: expected True or False, got "):
         check_flag("name", bad)
 
 

@@ -307,31 +307,35 @@ def test_a_layer_is_taught_once(taught):
 
 
 BAD = {
-    "no mapping": (lambda m: select(m, roles=["w"]), TypeError, ["roles: got ['w']", "mapping"]),
+    "no mapping": (
+        lambda m: select(m, roles=["w"]), TypeError, ["roles: expected a mapping", "got ['w']"]),
     "no role": (
-        lambda m: select(m, roles={"w": 3}), TypeError, ["roles['w']: got 3", "'skip'"]),
+        lambda m: select(m, roles={"w": 3}), TypeError, ["roles['w']: expected", "'skip', got 3"]),
     "a misspelt role": (
         lambda m: select(m, roles={"w": "matrx"}), ValueError,
-        ["roles['w']: got 'matrx'", "did you mean 'matrix'?"]),
+        ["roles['w']: expected", "got 'matrx' (did you mean 'matrix'?)"]),
     "a pattern without a match": (
-        lambda m: select(m, roles={"x": "skip"}), ValueError, ["roles: 'x' matches no parameter"]),
+        lambda m: select(m, roles={"x": "skip"}), ValueError,
+        ["roles: expected a pattern that matches a parameter, got 'x'"]),
     "a matrix of one dimension": (
         lambda m: select(m, roles={"v": "matrix"}), ValueError, ["'v'", "(4,)", "2 or more"]),
     "a stack of two": (
         lambda m: select(m, roles={"w": "stack"}), ValueError, ["'w'", "(3, 4)", "3 or more"]),
     "a complex parameter": (
         lambda m: select(m, roles={"c": "matrix"}), ValueError,
-        ["'c' has dtype complex64", "torch.float32"]),
+        ["got 'c' with dtype complex64", "torch.float32"]),
     "no class": (
-        lambda m: spectral_kernels.register_layer(m, roles={}), TypeError, ["cls: got", "Module"]),
+        lambda m: spectral_kernels.register_layer(m, roles={}), TypeError,
+        ["cls: expected a subclass of torch.nn.Module, got "]),
     "another class": (
-        lambda m: spectral_kernels.register_layer(int, roles={}), TypeError, ["cls: got", "int"]),
+        lambda m: spectral_kernels.register_layer(int, roles={}), TypeError,
+        ["cls: expected a subclass of torch.nn.Module, got <class 'int'>"]),
     "roles of a class": (
         lambda m: spectral_kernels.register_layer(nn.Linear, roles="bias"), TypeError,
-        ["roles: got 'bias'", "names of parameters"]),
+        ["roles: expected a mapping from names of parameters", "got 'bias'"]),
     "a misspelt role of a class": (
         lambda m: spectral_kernels.register_layer(nn.Linear, roles={"weight": "weight"}),
-        ValueError, ["roles['weight']: got 'weight'", "'gain'"]),
+        ValueError, ["roles['weight']: expected", "'gain'", "got 'weight'"]),
 }  # fmt: skip
 
 

@@ -202,11 +202,11 @@ def test_another_placement_is_noticed(ranks, change):
     [
         ("FSDP1", r"FullyShardedDataParallel \(FSDP1\).*fully_shard \(FSDP2\)"),
         ("second derivatives", r"'inputs.weight' is sharded.*create_graph"),
-        ("partial", r"'head.weight' has placements.*Partial.*accepted are Shard and Replicate"),
+        ("partial", r"'head.weight': expected placements Shard and Replicate, got .*Partial"),
         ("other ranks", r"'head.weight' lies on .*which this rank is not part of"),
-        ("column by column", r"'head.weight' has a shard.*accepted are contiguous"),
+        ("column by column", r"'head.weight': expected a contiguous or channels_last shard"),
         ("in a graph", r"only penalty\(\) of parameters that are not sharded"),
-        ("plain gradient", r"gradient of parameter 'head.weight'.*accepted is a DTensor"),
+        ("plain gradient", r"gradient of parameter 'head.weight': expected a DTensor"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(ranks, what, says):

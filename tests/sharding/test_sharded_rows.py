@@ -53,5 +53,5 @@ def test_a_row_that_is_not_finite_shows_on_every_rank(ranks):
 @pytest.mark.parametrize("dim", [2, 3])
 def test_rows_in_pieces_are_refused_by_name(ranks, dim):
     for said in ranks(2).call(sharded_rows.cut, dim):
-        assert "parameter 'kernel' has placements" in said
-        assert "accepted are Shard(0) and Replicate, or leave it out with exclude" in said
+        assert "parameter 'kernel': expected placements Shard(0) and Replicate" in said
+        assert "leave it out with exclude" in said

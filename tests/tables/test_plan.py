@@ -124,23 +124,25 @@ def test_a_divided_parameter_must_keep_its_shape(kind):
     for dim in range(len(shape)):
         for n in (shape[dim] + 3, shape[dim] - 1):
             other = torch.randn(*shape[:dim], n, *shape[dim + 1 :])
-            with pytest.raises(ValueError, match=re.escape(f"had shape {shape}")) as caught:
+            with pytest.raises(ValueError, match=re.escape(f"in the shape {shape}")) as caught:
                 plan_.bind_weights([other])
             assert f"'{name}[" in str(caught.value)
-            assert f"now {tuple(other.shape)}" in str(caught.value)
+            assert f"got shape {tuple(other.shape)}" in str(caught.value)
     assert tables(plan_) == before
 
 
 @pytest.mark.parametrize("shape", [(), (35,), (7, 5, 1)], ids=str)
 def test_a_matrix_must_keep_its_number_of_dimensions(shape):
     plan_ = bucket_of([torch.randn(7, 5)]).plan
-    with pytest.raises(ValueError, match=r"'0\.weight' had shape \(7, 5\) when it was selected"):
+    with pytest.raises(
+        ValueError, match=r"'0\.weight': expected .* shape \(7, 5\) that was selected"
+    ):
         plan_.bind_weights([torch.randn(shape)])
 
 
 def test_a_weight_moved_to_an_unusable_layout_is_named():
     plan_ = bucket_of([torch.randn(7, 5)]).plan
-    with pytest.raises(ValueError, match=r"'0\.weight'.*strides \(10, 2\).*accepted"):
+    with pytest.raises(ValueError, match=r"'0\.weight': expected .*, got .*strides \(10, 2\)"):
         plan_.bind_weights([torch.randn(7, 10)[:, ::2]])
 
 
