@@ -77,7 +77,7 @@ def escaped_output() -> Iterator[None]:
 
 def integer(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
     """Return the argparse type of integers from ``at_least`` to ``at_most``."""
-    wanted = f">= {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most}"
+    most = "2**63 - 1" if at_most == 2**63 - 1 else at_most
 
     def parsed(text: str) -> int:
         try:
@@ -85,7 +85,9 @@ def integer(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
         except ValueError:
             value = None
         if value is None or not at_least <= value <= at_most:
-            raise argparse.ArgumentTypeError(f"expected an integer {wanted}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected an integer from {at_least} to {most}, got {text!r}"
+            )
         return value
 
     return parsed

@@ -59,8 +59,14 @@ def test_env_says_why_a_backend_cannot_run(capsys, monkeypatch):
     ("arguments", "said"),
     [
         ([], "command"),
-        (["demo", "--tasks", "0"], "argument --tasks: expected an integer >= 1, got '0'"),
-        (["demo", "--epochs", "x"], "argument --epochs: expected an integer >= 1, got 'x'"),
+        (
+            ["demo", "--tasks", "0"],
+            "argument --tasks: expected an integer from 1 to 2**63 - 1, got '0'",
+        ),
+        (
+            ["demo", "--epochs", "x"],
+            "argument --epochs: expected an integer from 1 to 2**63 - 1, got 'x'",
+        ),
         (["demo", "--seed", "-1"], "got '-1'"),
         (["demo", "--seed", str(2**64)], "argument --seed: expected an integer from 0"),
         (["demo", "--out", "demo.jpg"], "argument --out: expected a name that ends in "),

@@ -158,7 +158,7 @@ def test_names_cannot_steer_a_terminal(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--top", "0"], "argument --top: expected an integer >= 1, got '0'"),
+        (["--top", "0"], "argument --top: expected an integer from 1 to 2**63 - 1, got '0'"),
         (["--sort", "x"], "argument --sort"),
         (["--splits", "w"], "argument --splits: expected PATTERN=N or "),
         (

@@ -221,7 +221,7 @@ def test_too_many_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "_MOST_CHECKPOINTS", 5)
     assert "expected at most 5 folders with checkpoints, got 6" in error(tmp_path)
     monkeypatch.setattr(folders, "_MOST_FOLDERS", 3)
-    assert "more than 3 folders; name one" in error(tmp_path)
+    assert "expected at most 3 folders, got more" in error(tmp_path)
 
 
 def test_what_is_special_in_a_folder_below_is_named(tmp_path, monkeypatch):
