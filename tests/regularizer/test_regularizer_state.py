@@ -58,7 +58,7 @@ def test_loading_normalizes_tolerates_and_refuses():
     assert result.missing_keys == ["1.weight"]
     assert result.unexpected_keys == ["gone"]
     torch.testing.assert_close(reg.state_dict()["vectors"]["0.weight"], v)
-    with pytest.raises(ValueError, match=r"0\.weight.*\(1, 9\).*\(1, 10\)"):
+    with pytest.raises(ValueError, match=r"0\.weight.*expected shape \(1, 10\).*, got \(1, 9\)"):
         reg.load_state_dict({"vectors": {"0.weight": torch.randn(1, 9)}})
     with pytest.raises(ValueError, match=r"0\.weight.*norm"):
         reg.load_state_dict({"vectors": {"0.weight": torch.zeros(1, 10)}})
