@@ -45,8 +45,8 @@ def source_and_groups(params, model: nn.Module | None):
         raise ValueError("params: expected names for all or for none, got names for some")
     if model is None and not all(named):
         raise TypeError(
-            "params: expected parameters with names, got parameters alone (pass the module or "
-            "model.named_parameters(), or the module as model= beside them)"
+            "params: expected the module or named parameters, got parameters without names (pass "
+            "the module or model.named_parameters(), or the module as model= beside them)"
         )
     return model if model is not None else items, groups
 

@@ -258,7 +258,7 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 def test_bad_parameters_are_named():
     model = Net()
-    with pytest.raises(TypeError, match=r"params: expected .*, got parameters alone"):
+    with pytest.raises(TypeError, match=r"params: expected .*, got parameters without names"):
         SpectralAdamW(model.parameters())
     with pytest.raises(ValueError, match=r"params: expected .*, got"):
         SpectralAdamW([])

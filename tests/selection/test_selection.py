@@ -353,7 +353,7 @@ BAD = {
         lambda: select(None), TypeError, ["model", "NoneType", "Module"]),
     "tensors without names": (
         lambda: select([torch.randn(3, 4)]), TypeError,
-        ["model: expected parameters with names, got parameters alone (pass the module or "]),
+        ["named parameters, got parameters without names (pass the module or model.named_p"]),
     "a name for a model": (
         lambda: select("model.pt"), TypeError,
         ["model: expected a torch.nn.Module", "got 'model.pt'"]),
