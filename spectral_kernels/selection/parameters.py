@@ -89,8 +89,8 @@ def parameter_refs(source) -> list[list[ParameterRef]]:
     for item in source:
         if isinstance(item, torch.Tensor):
             raise TypeError(
-                "model: expected the module or named parameters, got parameters without names (pass "
-                "the module or model.named_parameters())"
+                "model: expected the module or named parameters, got parameters without names "
+                "(pass the module or model.named_parameters())"
             )
         if not (
             isinstance(item, tuple)
