@@ -223,7 +223,7 @@ PYBIND11_MODULE(_native, m) {
         "Write addresses into a field of a table; see csrc/tensors.h.");
 
   py::module_ cpu = m.def_submodule("cpu", "kernels on CPU memory");
-  cpu.attr("openmp") = spectral::cpu::has_openmp();
+  cpu.attr("without_openmp") = spectral::cpu::without_openmp();
   cpu.def("levels", &spectral::cpu::levels, "Instruction-set levels this processor can run.");
   cpu.def("level", &spectral::cpu::level, "The level in use.");
   cpu.def("set_level", &spectral::cpu::set_level, py::arg("name"));

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#ifdef SPECTRAL_X86_LEVELS
+#include <cpuid.h>
+#endif
 
 #include "isa.h"
 #include "scratch.h"
@@ -18,13 +21,22 @@ struct Level {
   double products, gradient, update;  // nanoseconds per byte of the weights, with one thread
 };
 
+#ifdef SPECTRAL_X86_LEVELS
+// Clang's __builtin_cpu_supports does not know f16c. Whether the system saves the registers is not
+// asked here: it does if avx2 is supported.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 const std::vector<Level>& all_levels() {
   static const std::vector<Level> table = [] {
     std::vector<Level> found{{"baseline", &baseline::kernels, true, 0.09, 0.08, 0.8}};
 #ifdef SPECTRAL_X86_LEVELS
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("bmi2") && has_f16c();
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
@@ -299,11 +311,13 @@ void set_level(const std::string& name) {
   throw std::invalid_argument("level: expected one that this build has, got '" + name + "'");
 }
 
-bool has_openmp() {
-#ifdef _OPENMP
-  return true;
+std::string without_openmp() {
+#if defined(_OPENMP)
+  return "";
+#elif defined(__linux__) && defined(__clang__)
+  return "the compiler was Clang, whose OpenMP runtime is not torch's; reinstall with CXX=g++";
 #else
-  return false;
+  return "the compiler had no OpenMP";
 #endif
 }
 

@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if choice.unavailable("cpu") is None:
         cpu = native_module().cpu
         rows.append(("instruction set", f"{cpu.level()} (available: {', '.join(cpu.levels())})"))
-        rows.append(("openmp", "yes" if cpu.openmp else "no"))
+        why = cpu.without_openmp
+        rows.append(("openmp", f"no, one thread: {why}" if why else "yes"))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         tell(f"{label:{width}}  {value}")

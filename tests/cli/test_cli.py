@@ -44,6 +44,8 @@ def test_env_names_versions_and_every_backend(capsys):
         native = choice.native_module().cpu
         assert rows["instruction set"].split()[0] == native.level()
         assert all(level in rows["instruction set"] for level in native.levels())
+        why = native.without_openmp
+        assert rows["openmp"].strip() == (f"no, one thread: {why}" if why else "yes")
 
 
 def test_env_says_why_a_backend_cannot_run(capsys, monkeypatch):

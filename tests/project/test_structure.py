@@ -181,12 +181,12 @@ def test_one_openmp_runtime_is_mapped():
         pytest.skip("reads /proc/self/maps")
     result = processes.run(
         "import torch, spectral_kernels.tables.native as t; n = t.native_module();"
-        "print(n.cpu.openmp); print(open('/proc/self/maps').read())"
+        "print(n.cpu.without_openmp); print(open('/proc/self/maps').read())"
     )
     assert result.returncode == 0, result.stderr
     found = set(re.findall(r"/\S*lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*", result.stdout))
     assert len(found) == 1, found
-    assert result.stdout.startswith("True")
+    assert result.stdout.startswith(("\n", "the compiler was Clang")), result.stdout
 
 
 @pytest.mark.takes_seconds
