@@ -28,7 +28,7 @@ def native_module() -> ModuleType:
             says which, and what to do.
     """
     try:
-        # The finder of an editable installation would take the module from there, whatever its version.
+        # The finder of an editable installation would give the module of that one, of any version.
         if NAME not in sys.modules and PathFinder.find_spec(NAME, [str(PACKAGE)]) is None:
             raise ModuleNotFoundError
         native = importlib.import_module(NAME)

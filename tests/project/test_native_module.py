@@ -1,4 +1,4 @@
-"""What is said where the compiled module, or its CUDA kernels, are missing, and which one is used."""
+"""Which compiled module is used, and what is said where it or its CUDA kernels are missing."""
 
 import json
 import shutil
@@ -220,7 +220,7 @@ def test_benches_say_on_which_kernels_they_run(checkout):
     shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results"))
     result = processes.run(
         "import os, sys, pytest; os.chdir(sys.argv[1]); sys.path.insert(0, sys.argv[1])\n"
-        "sys.exit(pytest.main(['--collect-only', '-q', 'bench/suites/test_bench_memory.py']))\n",
+        "sys.exit(pytest.main(['--collect-only', 'bench/suites/test_bench_memory.py']))\n",
         checkout,
     )
     assert result.returncode == 0, result.stdout
