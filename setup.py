@@ -1,19 +1,23 @@
-"""Builds the native module with CMake and Ninja; everything else is in pyproject.toml."""
+"""Builds the native module with CMake and Ninja, and the description for the package index.
+
+Everything else is in pyproject.toml.
+"""
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).parent.resolve()
-WHEN = "when spectral_kernels was installed"
+README = (ROOT / "README.md").read_text("utf-8")
 
 
 def cxx_compiler():
@@ -40,12 +44,16 @@ def asked_for(name, *accepted):
     """Return the value of an environment variable, "auto" if it is not set."""
     value = os.environ.get(name) or "auto"
     if value not in accepted:
-        raise OptionError(f"{name}: got {value!r}; accepted are {', '.join(accepted)}")
+        raise OptionError(f"{name}: expected {', '.join(accepted)}, got {value!r}")
     return value
 
 
-def output_of_failure(folder, target, cuda):
-    """Compile in `folder` into the folder `target`; return the output if that fails, else None."""
+def compiled(folder, target, cuda):
+    """Compile in `folder` into the folder `target`; return whether that worked, and the output."""
+    try:
+        import pybind11
+    except ImportError as error:  # without pip's isolation of builds
+        return False, f"pybind11: {error}\n"
     configure = [
         *("cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja"),
         "-DCMAKE_BUILD_TYPE=Release",
@@ -64,40 +72,43 @@ def output_of_failure(folder, target, cuda):
                 command, env=environment, text=True, errors="replace", **pipes
             )
         except OSError as error:
-            return f"cmake: {error}\n"
+            return False, f"cmake: {error}\n"
         with running:
             for line in running.stdout:
                 print(line, end="", flush=True)
                 lines.append(line)
         if running.returncode:
-            return "".join(lines)
-    return None
+            return False, "".join(lines)
+    return True, "".join(lines)
 
 
 class CMakeBuild(build_ext):
     """Runs CMake for the one extension; where no C++ compiler works, the package goes without it.
 
-    A file of the package then says what failed, and spectral_kernels/tables/native.py reads it.
+    A file of the package then says what was left out, and why; spectral_kernels/tables/native.py
+    reads it.
     """
 
     def run(self):
         """Build; the package gets what this build has made, and loses what an earlier one has."""
-        self.is_built, self.what, self.output = True, None, ""
+        self.is_built, self.why, self.output = False, None, ""
         super().run()
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         package = package / "spectral_kernels"
-        report = package / "_native_failed.txt"
-        report.unlink(missing_ok=True)
+        record = package / "_native_left_out.txt"
+        record.unlink(missing_ok=True)
         if not self.is_built:
             (package / self.get_ext_filename("_native")).unlink(missing_ok=True)
-        if self.what is not None:
+            self.distribution.ext_modules = []  # the wheel is for every platform, py3-none-any
+            self.get_finalized_command("bdist_wheel").root_is_pure = True
+        if self.why is not None:
             package.mkdir(parents=True, exist_ok=True)
-            report.write_text(f"{self.what}\n{self.output}", "utf-8", "replace")
+            record.write_text(f"{self.why}\n{self.output}", "utf-8", "replace")
             left_out = "its CUDA kernels" if self.is_built else "the compiled module"
-            said = f"spectral_kernels is installed without {left_out}: {self.what}"
+            said = f"spectral_kernels is built without {left_out}: {self.why}"
             if self.output:
                 last = "\n".join([x for x in self.output.splitlines() if x.strip()][-12:])
-                said += f". The output is in {report}, installed too; it ends:\n{last}"
+                said += f". The output is in {record}, installed too; it ends:\n{last}"
             print(said, file=sys.stderr, flush=True)
 
     def build_extension(self, ext):
@@ -107,24 +118,48 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         cxx = cxx_compiler()
         if cxx is None:
-            self.what = (
-                f"no C++ compiler was found {WHEN}; install g++ or clang++, then reinstall it"
-            )
+            self.why = "no C++ compiler was found; install g++ or clang++, then reinstall it"
         else:
-            self.output = output_of_failure(build_folder(cxx), target, cuda)
-            if self.output is None:
+            self.is_built, output = compiled(build_folder(cxx), target, cuda)
+            if self.is_built:
+                without = re.search(r"spectral_kernels: without CUDA kernels: (.+)", output)
+                self.why = without and without[1]
                 return
-            had_cuda = cuda == "auto" and "CUDA kernels for architectures" in self.output
-            if had_cuda and output_of_failure(build_folder(cxx), target, "0") is None:
-                self.what = f"nvcc failed {WHEN}; fix that, then reinstall it"
-                return
-            self.what = f"CMake or the compiler {cxx} failed {WHEN}; fix that, then reinstall it"
+            self.output = output
+            if cuda == "auto" and "spectral_kernels: CUDA kernels for architectures" in output:
+                self.is_built, _ = compiled(build_folder(cxx), target, "0")
+                if self.is_built:
+                    self.why = "nvcc failed; fix that, then reinstall it"
+                    return
+            self.why = f"CMake or the compiler {cxx} failed; fix that, then reinstall it"
         if demanded or cuda == "1":
-            raise CompileError(f"{self.what} (SPECTRAL_KERNELS_NATIVE=1 or _CUDA=1 demands it)")
-        self.is_built, ext.optional = False, True
+            raise CompileError(f"{self.why} (SPECTRAL_KERNELS_NATIVE=1 or _CUDA=1 demands it)")
+        ext.optional = True
+
+
+class Description(egg_info):
+    """Makes links of README.md absolute: the package index has no other file of the repository."""
+
+    def finalize_options(self):
+        """Link releases to their tag."""
+        super().finalize_options()
+        about = self.distribution.metadata
+        tag = "HEAD" if re.search("dev|[+]", about.version) else f"v{about.version}"
+
+        def absolute(found):
+            kind = "raw" if found[2].endswith(".png") else "blob"
+            return f"{found[1]}{about.project_urls['Source']}/{kind}/{tag}/{found[2]}"
+
+        parts = README.split("```")  # every second one is code
+        parts[::2] = [
+            re.sub(r'(\]\(|src="|href=")(?!\w+:|#)([^)"\s]+)', absolute, x) for x in parts[::2]
+        ]
+        about.long_description = "```".join(parts)
 
 
 setup(
     ext_modules=[Extension("spectral_kernels._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "egg_info": Description},
+    long_description=README,
+    long_description_content_type="text/markdown",
 )

@@ -19,6 +19,11 @@ def pytest_addoption(parser):
     group.addoption("--rounds", type=int, default=15, help="durations per contender")
 
 
+def pytest_report_header():
+    """Say what is timed, before an hour of it."""
+    return f"spectral_kernels: {devices.cpp_kernels()}"
+
+
 def pytest_collection_modifyitems(config, items):
     """Give every benchmark the clock that replays durations; --smoke keeps the smallest case."""
     for item in items:
@@ -40,6 +45,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     found = {"torch": torch.__version__, "triton": triton_version()}
     machine_info["versions"] = ", ".join(f"{name} {version}" for name, version in found.items())
     machine_info["device"] = processor()
+    machine_info["cpp_kernels"] = devices.cpp_kernels()
 
 
 @pytest.fixture(scope="session")

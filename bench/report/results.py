@@ -52,6 +52,7 @@ class Run(NamedTuple):
     commit: str
     date: str
     results: list[Result]
+    cpp_kernels: str = ""  # not in results up to 2026-11-29
 
 
 def commit_name(info: dict) -> str:
@@ -63,8 +64,8 @@ def load(paths: Iterable[str | Path]) -> Run:
     """Read result files.
 
     Raises:
-        ValueError: files from different machines or commits, several GPUs or numbers of threads,
-            or a file without results.
+        ValueError: files from different machines, commits or builds of the C++ kernels, several
+            GPUs or numbers of threads, or a file without results.
     """
     runs = []
     for path in paths:
@@ -79,11 +80,11 @@ def load(paths: Iterable[str | Path]) -> Run:
             raise ValueError(f"{path}: expected benchmarks, got none")
         runs.append(
             Run(machine["device"], machine["versions"], commit_name(commit),
-                data["datetime"][:10], results)
+                data["datetime"][:10], results, machine.get("cpp_kernels", ""))
         )  # fmt: skip
-    kinds = sorted({(run.machine, run.versions, run.commit) for run in runs})
+    kinds = sorted({(run.machine, run.versions, run.commit, run.cpp_kernels) for run in runs})
     if len(kinds) > 1:
-        raise ValueError(f"runs: expected one machine and commit per table, got {kinds}")
+        raise ValueError(f"runs: expected one machine, commit and module per table, got {kinds}")
     results = [result for run in runs for result in run.results]
     conditions = {
         (r.info["device"], r.device_name, r.threads) for r in results if r.suite != "scaling"

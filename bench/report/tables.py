@@ -16,6 +16,8 @@ def milliseconds(seconds: float) -> str:
 def tables(run: Run) -> str:
     """Return the whole report in Markdown: one table per suite, dtype and device."""
     out = [f"{run.machine}, {run.versions}, {run.date}, commit {run.commit}. Medians."]
+    if run.cpp_kernels:
+        out += ["", f"{run.cpp_kernels[0].upper()}{run.cpp_kernels[1:]}."]
     for (suite, dtype, device_name), results in sections(run).items():
         threads = "" if suite == "scaling" else f", {results[0].threads} threads"
         where = device_name + (threads if results[0].info["device"] == "cpu" else "")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from spectral_kernels.backends import choice
 from spectral_kernels.cli.env import processor
 
 DEVICES = ("cpu", "cuda")
@@ -22,6 +23,13 @@ def missing(device: str) -> str | None:
 def name(device: str) -> str:
     """Return the device's name, for the report."""
     return torch.cuda.get_device_name() if device == "cuda" else processor()
+
+
+def cpp_kernels() -> str:
+    """Return at which instruction set the C++ kernels run here, or why they do not."""
+    if (reason := choice.unavailable("cpu")) is not None:
+        return f"without the C++ kernels: {reason}"
+    return f"C++ kernels at instruction set {choice.native_module().cpu.level()}"
 
 
 def input_sets(device: str, n_bytes: int) -> int:

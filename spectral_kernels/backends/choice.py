@@ -10,7 +10,7 @@ import torch
 
 from ..selection.arguments import expected, one_of
 from ..selection.warn import warn
-from ..tables.native import installation_failure, native_module
+from ..tables.native import command, left_out, native_module
 from .base import Backend, Reference
 from .native import Cpu, Cuda
 from .selfcheck import disagreement
@@ -38,10 +38,8 @@ def unavailable(name: str) -> str | None:
         except ImportError as error:
             return str(error)
         if name == "cuda" and not hasattr(native, "cuda"):
-            why = installation_failure() or (
-                "no nvcc was found when the package was installed; put it on the PATH and "
-                "reinstall spectral_kernels"
-            )
+            demand = "SPECTRAL_KERNELS_CUDA=1"
+            why = left_out(demand) or f"reinstall the package: {demand} {command()}"
             return f"the compiled module has no CUDA kernels: {why}"
     if name in ("triton", "cuda") and not torch.cuda.is_available():
         return "torch finds no CUDA device"

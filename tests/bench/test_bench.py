@@ -204,6 +204,18 @@ def test_the_report_gives_ratios_and_bandwidth(tmp_path):
     assert "| mlp | 1.0 M | per-layer autograd loop | 5 | 5.00 | 6.25 | 2.4 |  |" in text
 
 
+def test_the_report_says_on_which_kernels_the_run_was(tmp_path):
+    path = result_file(tmp_path / "a.json")
+    assert "kernels" not in tables.tables(results.load([path]))
+    data = json.loads(path.read_text())
+    data["machine_info"]["cpp_kernels"] = "without the C++ kernels: they are missing"
+    other = tmp_path / "b.json"
+    other.write_text(json.dumps(data))
+    assert "\nWithout the C++ kernels: they are missing.\n" in tables.tables(results.load([other]))
+    with pytest.raises(ValueError, match="different machines, commits or kernels"):
+        results.load([path, other])
+
+
 def test_the_summary_compares_with_the_best_rival(tmp_path):
     medians = {"cpu": 1e-3, "floor": 8e-4, "autograd_loop": 5e-3, "compiled_loop": 3e-3,
                "inplace_loop": 2e-3, "spectral_norm": 1e-4}  # fmt: skip

@@ -10,7 +10,6 @@ import pytest
 
 import spectral_kernels
 from spectral_kernels.backends import choice
-from spectral_kernels.tables import native as native_module
 from tests import ROOT
 from tests.support import processes
 
@@ -216,39 +215,6 @@ def test_a_broken_module_is_not_used_by_half_and_is_reported_once():
     assert "tensor(True)" in result.stdout
     assert result.stderr.count("UserWarning") == 1
     assert result.stderr.count("built from another version") == 1
-
-
-@pytest.mark.takes_seconds
-def test_what_failed_at_the_installation_is_said_where_the_module_is_missing(tmp_path):
-    report = tmp_path / "report.txt"
-    report.write_text("CMake failed; fix that\nfatal error: no Python.h\n")
-    result = processes.run(
-        "import sys, pathlib\n"
-        "sys.modules['spectral_kernels._native'] = None\n"
-        "import torch\n"
-        "from spectral_kernels.tables import native\n"
-        f"native.FAILURE = pathlib.Path({str(report)!r})\n"
-        "from spectral_kernels import cli\n"
-        "cli.main(['env'])\n" + STEPS
-    )
-    assert result.returncode == 0, result.stderr
-    why = f"the compiled module is missing: CMake failed; fix that; the output is in {report}\n"
-    rows = dict(line.split("  ", 1) for line in result.stdout.splitlines() if "  " in line)
-    assert rows["backend cpu"].strip() == f"no: {why}".strip()
-    assert f"uses its PyTorch reference: {why}" in result.stderr
-
-
-def test_a_failing_nvcc_is_the_reason_for_a_module_without_cuda_kernels(tmp_path, monkeypatch):
-    if (reason := choice.unavailable("cpu")) is not None:
-        pytest.skip(reason)
-    native = choice.native_module()
-    monkeypatch.delattr(native, "cuda", raising=False)
-    monkeypatch.setattr(native_module, "FAILURE", tmp_path / "report.txt")
-    assert "no nvcc was found" in choice.unavailable("cuda")
-    native_module.FAILURE.write_text("nvcc failed; fix that\nits words\n")
-    said = f"no CUDA kernels: nvcc failed; fix that; the output is in {native_module.FAILURE}"
-    assert choice.unavailable("cuda").endswith(said)
-    assert choice.unavailable("cpu") is None
 
 
 def test_a_module_built_from_other_tables_is_refused(monkeypatch):
