@@ -135,8 +135,8 @@ class SpectralCallback(BaseCallback):
         if len(own) > 1 and any(isinstance(one, SpectralOptimizer) for one in own):
             kinds = ", ".join(type(one).__name__ for one in own)
             raise ValueError(
-                f"optimizer: expected one of {accepted}, as each has a penalty of its own ({kinds}), "
-                f"got {self.optimizer!r}"
+                f"optimizer: expected one of {accepted}, as each has a penalty of its own "
+                f"({kinds}), got {self.optimizer!r}"
             )
         return own
 
