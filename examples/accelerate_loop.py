@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict[str, torch.Tensor]:
                     optimizer.zero_grad()
                 if done == steps and accelerator.sync_gradients:
                     break
-        return float(loss)
+        return loss.item()
 
     train(options.steps // 2)
     with tempfile.TemporaryDirectory() as folder:

@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
             if rank == 0:
                 sigma = optimizer.sigma
                 print(f"step {step:3}  loss {float(mean) / world:.5f}  "
-                      f"sigma_1 of {len(sigma)} whole matrices: median {float(sigma.median()):.5f}, "
+                      f"sigma_1 of {len(sigma)} whole matrices: "
+                      f"median {float(sigma.median()):.5f}, "
                       f"largest {float(sigma.max()):.5f}", flush=True)  # fmt: skip
     optimizer.regularizer.check_ranks()
 

@@ -67,11 +67,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
         if step % 50 == 0 or step == options.steps - 1:
-            print(f"step {step:4}  loss {float(loss):.3f}  "
+            print(f"step {step:4}  loss {loss.item():.3f}  "
                   f"largest sigma {float(reg.sigma.max()):.3f}")  # fmt: skip
     after = max(spectral_norms(model).values())
     print(f"largest sigma {before:.3f} -> {after:.3f}")
-    return {"loss": float(loss), "sigma_max": after}
+    return {"loss": loss.item(), "sigma_max": after}
 
 
 if __name__ == "__main__":
