@@ -15,6 +15,7 @@ from ..engine.attach import Attachment, unwrapped
 from ..engine.settings import check_constraint
 from ..optim.base import SpectralOptimizer
 from ..regularizer import SpectralRegularizer, Strength, Target
+from ..selection.arguments import check_pattern_list
 from ..selection.options import StartOptions
 
 
@@ -63,6 +64,8 @@ class Session:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         all_optimizers: Sequence[torch.optim.Optimizer] = (),
+        *,
+        absent: Sequence[str] = (),
     ) -> SpectralRegularizer:
         """Build the regularizer, or keep it if ``model`` is the same as before, and attach it.
 
@@ -71,6 +74,7 @@ class Session:
             optimizers: those that hold the parameters of the regularizer.
             all_optimizers: all that train ``model`` now. Attachments to others are left over from a
                 training that was interrupted, and end.
+            absent: patterns of names of parameters to leave out, beside those of the arguments.
         """
         self.end()
         optimizers = [unwrapped(optimizer) for optimizer in optimizers]
@@ -81,7 +85,10 @@ class Session:
         if any(isinstance(optimizer, SpectralOptimizer) for optimizer in optimizers):
             return self._of_optimizer(*optimizers)
         if not self.is_own or model is not self._model:
-            self.regularizer = SpectralRegularizer(model, **self.arguments)
+            excluded = check_pattern_list("exclude", self.arguments.get("exclude")) or []
+            self.regularizer = SpectralRegularizer(
+                model, **{**self.arguments, "exclude": [*excluded, *absent]}
+            )
             self.is_own, self._model = True, model
         self._attachment = self.regularizer.attach(
             optimizers, decoupled=self._decoupled, constraint=self._constraint
@@ -103,6 +110,11 @@ class Session:
         """Return whether it is attached to one of ``optimizers``."""
         own = [] if self._attachment is None else self._attachment.optimizers
         return any(a is b for a in own for b in optimizers)
+
+    def stop(self) -> None:
+        """Let steps no longer add the penalty; for a hook of an optimizer, which cannot detach."""
+        if self._attachment is not None:
+            self._attachment.stop()
 
     def end(self) -> None:
         """Detach the regularizer, which stays readable."""

@@ -66,9 +66,12 @@ class SpectralAdamW(SpectralOptimizer):
             selected, and need not be attached.
 
     Args:
-        params: a module; (name, parameter) pairs; with ``model``, also parameters without names;
-            or groups of pairs or parameters, as torch.optim takes them. As there, the names that
-            are given are kept in the groups as "param_names".
+        params: a module, or ``module.parameters()`` as that call returns it, which tells its
+            module; (name, parameter) pairs; with ``model``, also parameters without names; or
+            groups of pairs or parameters, as torch.optim takes them. As there, the names that are
+            given are kept in the groups as "param_names". Where a library makes the optimizer of a
+            class and passes it lists or groups of parameters, let the class be
+            ``functools.partial(SpectralAdamW, model=module)``.
         lr: learning rate, a number or a 0-d tensor. A tensor on the GPU is read there, and may
             change between replays of a CUDA graph, as ``strength`` may.
         betas: decay rates of the two moments, two numbers or two tensors; tensors are read at every
@@ -98,8 +101,8 @@ class SpectralAdamW(SpectralOptimizer):
             ``differentiable`` may be False.
 
     Raises:
-        TypeError: an argument of the wrong type or an unknown keyword; parameters without names
-            and without ``model``.
+        TypeError: an argument of the wrong type or an unknown keyword; a list or groups of
+            parameters without names and without ``model``.
         ValueError: a value out of range, ``amsgrad``, ``maximize`` or ``differentiable``; a
             parameter in two groups; nothing to regularize; a ``constraint`` without
             ``decoupled``.

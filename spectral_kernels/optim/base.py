@@ -65,7 +65,7 @@ class SpectralOptimizer(Assignable, Readings, Checkpoints):
         if state_dtype not in (None, torch.float32):
             raise ValueError(expected("state_dtype", "None or torch.float32", state_dtype))
         iterations_of(n_power_iterations, is_in_optimizer=True)
-        source, groups = source_and_groups(params, model)
+        source, groups = source_and_groups(params, model, type(self).__name__)
         # Of the parameters that it was built with, by id, which they keep as long as they are here.
         # torch.utils.swap_tensors refuses tensors that have weak references.
         self._names: dict[int, tuple[torch.Tensor, str]] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,13 +21,18 @@ Params = (
 )
 
 
-def source_and_groups(params, model: nn.Module | None):
-    """Return what to select from, and parameter groups as torch.optim takes them."""
+def source_and_groups(params, model: nn.Module | None, kind: str):
+    """Return what to select from, and parameter groups as torch.optim takes them.
+
+    ``kind`` is the class of the optimizer, for a message.
+    """
     if isinstance(params, nn.Module):
         return params, [{"params": list(params.parameters())}]
     wanted = "a module, its parameters or groups of them"
     if isinstance(params, torch.Tensor | str | Mapping) or not isinstance(params, Iterable):
         raise TypeError(expected("params", wanted, params))
+    if model is None:
+        model = _module_of(params)
     given = list(params)
     if not given:
         raise ValueError(f"params: expected {wanted}, got no parameters")
@@ -45,10 +51,21 @@ def source_and_groups(params, model: nn.Module | None):
         raise ValueError("params: expected names for all or for none, got names for some")
     if model is None and not all(named):
         raise TypeError(
-            "params: expected the module or named parameters, got parameters without names (pass "
-            "the module or model.named_parameters(), or the module as model= beside them)"
+            "params: expected the module, module.parameters() or named parameters, got parameters "
+            "without names; pass their module as model= too, or, where a library makes the "
+            f"optimizer, functools.partial({kind}, model=module) as its class"
         )
     return model if model is not None else items, groups
+
+
+def _module_of(params) -> nn.Module | None:
+    """Return the module whose ``parameters()``, called and not used up, is ``params``, or None.
+
+    Libraries that make an optimizer of a class which they are given pass them in this form.
+    """
+    if not isinstance(params, Generator) or params.gi_code is not nn.Module.parameters.__code__:
+        return None
+    return inspect.getgeneratorlocals(params).get("self")  # {} once it is used up
 
 
 def items_of(params) -> list[torch.Tensor | tuple[str, torch.Tensor]]:

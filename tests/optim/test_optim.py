@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -258,14 +259,37 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 def test_bad_parameters_are_named():
     model = Net()
-    with pytest.raises(TypeError, match=r"params: expected .*, got parameters without names"):
-        SpectralAdamW(model.parameters())
+    where = "functools.partial(SpectralSGD, model=module) as its class"
+    with pytest.raises(TypeError, match=f"^params: expected .*without names.*{re.escape(where)}$"):
+        SpectralSGD(list(model.parameters()))
     with pytest.raises(ValueError, match=r"params: expected .*, got"):
         SpectralAdamW([])
     with pytest.raises(ValueError, match=r"nesterov: expected .*, got True"):
         SpectralSGD(model, nesterov=True)
     with pytest.raises(ValueError, match=r"amsgrad: expected .*, got True"):
         SpectralAdamW([{"params": list(model.parameters()), "amsgrad": True}], model=model)
+
+
+@pytest.mark.parametrize("kind", [SpectralAdamW, SpectralSGD])
+def test_parameters_of_a_module_tell_the_module(kind):
+    """As a library passes them to a class; a part that was taken out before is left out."""
+    model = Net()
+    optimizer = kind(model.parameters(), lr=0.1)
+    assert optimizer.names == kind(model, lr=0.1).names
+    assert optimizer.regularizer._selection.root is model
+    assert "param_names" not in optimizer.param_groups[0]
+    used = model.parameters()
+    while next(used) is not model.conv.weight:
+        pass
+    assert kind(used, lr=0.1).names == [n for n in optimizer.names if n != "conv.weight"]
+    list(used)
+    with pytest.raises(ValueError, match="params: got no parameters"):
+        kind(used)
+    with pytest.raises(TypeError, match="without names"):
+        kind(p for p in model.parameters())
+    model.parameters = lambda: (p for p in model.wide.parameters())
+    with pytest.raises(TypeError, match="without names"):
+        kind(model.parameters())
 
 
 def test_bad_gradients_change_nothing(backend):

@@ -12,8 +12,6 @@ COMMANDS = {
     "benchmarks": ["pytest", "bench", "--smoke", "-q"],
     "accuracy": ["bench.accuracy", "--smoke", "--estimators", "1/4, auto", "--strengths", "1e-3"],
     "model of scaling": ["bench.sharded.scale_model", "--check"],
-    "FSDP2": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-              "-m", "bench.sharded.fsdp_example"],
 }  # fmt: skip
 
 

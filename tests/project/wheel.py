@@ -25,7 +25,7 @@ from tests import ROOT
 # Need sources, a module with CUDA C++ or CUDA's headers, or extras: they run where these are.
 ELSEWHERE = (
     "project/test_commands.py", "backends/test_cuda_compiled.py", "backends/test_cuda_emulated.py",
-    "bench", "cli", "integrations", "project/test_docs.py", "project/test_install.py",
+    "bench", "cli", "examples", "integrations", "project/test_docs.py", "project/test_install.py",
     "project/test_readme.py", "project/test_types.py", "selection/test_selection_views.py",
 )  # fmt: skip
 # What an extra is for, by its name.
@@ -35,6 +35,7 @@ EXTRAS = {
     "demo": "from spectral_kernels.cli.demo.experiment import *; digits(torch.Generator())",
     "transformers": "from spectral_kernels.integrations.transformers import SpectralCallback",
     "lightning": "from spectral_kernels.integrations.lightning import SpectralCallback",
+    "stable-baselines3": "from spectral_kernels.integrations.stable_baselines3 import *",
 }
 
 

@@ -93,9 +93,13 @@ class Attachment:
         """Stop adding the penalty; calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
+        self.stop()
+        self._handles, self._steps, self._optimizers = [], [], []
+
+    def stop(self) -> None:
+        """Stop adding the penalty, but leave the hooks, which no hook of theirs can remove."""
         for step in self._steps:
             step.end()
-        self._handles, self._steps, self._optimizers = [], [], []
 
     # ------------------------------------------------------------- a model that changes
 
@@ -212,6 +216,8 @@ class _Hook:
         # Without the wrapper of ``untraced``: in the step of a small network it counts.
         if torch.compiler.is_compiling():
             return outside(_Hook.before, self, optimizer, args, kwargs)
+        if not self._step.is_active:
+            return None
         if self._inside and _steps_under_way(optimizer) > 1:
             self._nested += 1
             return None
@@ -238,6 +244,8 @@ class _Hook:
 
     def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         """End the step."""
+        if not self._step.is_active:
+            return
         if self._nested:
             self._nested -= 1
             return
