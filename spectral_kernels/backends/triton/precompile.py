@@ -8,6 +8,7 @@ the same versions.
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import sys
 import time
@@ -145,9 +146,16 @@ def compile_core(
 
 def main(arguments: Sequence[str]) -> int:
     """Compile for a capability and dtypes given by name; the exit code is 1 where one failed."""
-    capability, *names = arguments
-    failed = 0
-    for what, seconds, error in compile_core(int(capability), [getattr(torch, n) for n in names]):
+    parser = argparse.ArgumentParser(
+        prog="python -m spectral_kernels.backends.triton.precompile",
+        description="Compile the kernels of usual steps into Triton's cache; needs no GPU.",
+    )
+    parser.add_argument("capability", type=int, help="compute capability: 90 for 9.0")
+    names = ["float32", "bfloat16", "float16"]
+    parser.add_argument("dtype", nargs="+", choices=names, help="of the weights")
+    given = parser.parse_args(arguments)
+    failed, dtypes = 0, [getattr(torch, name) for name in given.dtype]
+    for what, seconds, error in compile_core(given.capability, dtypes):
         print(f"{seconds:6.1f} s  {what}{'' if error is None else f': {error}'}", flush=True)
         failed |= error is not None
     return int(failed)
