@@ -14,7 +14,7 @@ from rich.console import Console
 from . import checks, own, report
 from .methods import METHODS
 from .models import MODELS
-from .runner import WorkersEndedError, run_all, words
+from .runner import WorkersEndedError, run_all, say, words
 from .train import NAMES, OWN_DATA, Key
 
 DEFAULTS = {"problem": "random_labels", "data": "digits", "model": "mlp",
@@ -98,28 +98,28 @@ def main(argv: list[str] | None = None) -> int:
         try:
             wanted = keys(options)
         except ValueError as error:
-            return _say(console, error, 2)
+            return _fail(console, error, 2)
         try:
             failures = run_all(wanted, folder, options.workers, console)
         except WorkersEndedError as error:
-            return _say(console, error, 1)
+            return _fail(console, error, 1)
         except KeyboardInterrupt:
             console.print("interrupted: the same command goes on where this one was")
             return 130
     try:
         for path in report.write(folder):
-            console.print(f"wrote {path}")
+            console.print(f"wrote {path}", soft_wrap=True)
     except ValueError as error:
-        return _say(console, error, 1)
+        return _fail(console, error, 1)
     if failures:
         failed = ", ".join(words(failure.key) for failure in failures)
-        return _say(console, f"{len(failures)} runs failed, the same command tries them again: "
-                    f"{failed}", 1)  # fmt: skip
+        return _fail(console, f"{len(failures)} runs failed, the same command tries them again: "
+                     f"{failed}", 1)  # fmt: skip
     return 0
 
 
-def _say(console: Console, message: object, code: int) -> int:
-    console.print(str(message), style="red", markup=False, highlight=False, soft_wrap=True)
+def _fail(console: Console, message: object, code: int) -> int:
+    say(console, str(message))
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..support.figures import DASHED, DASH_DOT, SOLID, WIDTH, Style, dress, log_scale, marked
+from ..support.figures import DASH_DOT, DASHED, SOLID, WIDTH, Style, dress, log_scale, marked
 from .arms import LAST, Arms, Setting, best, ended, have_operators, interval, scores
 
 # none, L2, spectral and SpectralAdamW look as in the demo's picture; kinds of spectral are dashed.
@@ -55,7 +56,10 @@ def draw(setting: Setting, arms: Arms, styles: Mapping[str, Style], path: Path) 
     score, lower, _ = scores(setting, arms)
     chosen = {arm: arms[arm] for arm in best(arms, lower).values()}
     held_out = all(run["test"][0] is not None for runs in arms.values() for run in runs)
-    unit = {"return": "return (reward per episode)"}.get(score, score)
+    unit = {"return": "return (reward per episode)",
+            "mean squared error": "mean squared error (log scale)"}.get(score, score)  # fmt: skip
+    score = "error" if lower else score
+    most = 1.0 if score == "accuracy" else None
     sigma = r"$\sigma_1$ (log scale)"
     panels: list = [
         ("train", f"{score} at the end of each task", unit, np.mean),
@@ -82,12 +86,14 @@ def draw(setting: Setting, arms: Arms, styles: Mapping[str, Style], path: Path) 
     for ax, panel in zip(figure.subplots(rows, 2).flat, panels, strict=True):
         if len(panel) == 2:
             dress(ax, panel[0].capitalize(), "strength (log scale)", unit)
-            _sensitivity(ax, arms, styles, panel[1])
+            _sensitivity(ax, arms, styles, panel[1], most)
+            if lower:
+                log_scale(ax)
             continue
         name, title, label, over = panel
         dress(ax, title[0].upper() + title[1:], f"task (each {setting.epochs} epochs)", label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
-        means: list[np.ndarray] = []
+        means, bars = [], []
         for number, (arm, runs) in enumerate(chosen.items()):
             curves = np.array([[over(v) for v in run[name]] for run in runs])
             mean = curves.mean(0)
@@ -95,7 +101,10 @@ def draw(setting: Setting, arms: Arms, styles: Mapping[str, Style], path: Path) 
             marked(ax, np.arange(1, len(mean) + 1), mean, halves, styles[arm.method],
                    (number, len(chosen)), str(arm))  # fmt: skip
             means.append(mean)
-        _show_means(ax, means)
+            bars += [mean - halves, mean + halves]
+        _fit(ax, means, bars, most if label == unit else None)
+        if lower and label == unit:
+            log_scale(ax)
         if name in ("sigma_max", "operator_sigma"):
             log_scale(ax)
             ax.axhline(1, color="0.6", linewidth=1, linestyle=":")
@@ -103,40 +112,45 @@ def draw(setting: Setting, arms: Arms, styles: Mapping[str, Style], path: Path) 
     labels = [label.replace("$", r"\$") for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4),
                   frameon=False, fontsize=9)  # fmt: skip
-    bars = "bars: 95 % confidence intervals over seeds" if _have_intervals(chosen) else "no bars: "
-    if bars.endswith(": "):
-        bars += "fewer than three seeds"
-    figure.suptitle(f"{setting}".replace("$", r"\$") + f"\nEach method at its best strength; {bars}",
-                    fontsize=10)  # fmt: skip
+    has_intervals = any(len(runs) > 2 for runs in chosen.values())
+    about = ("bars: 95 % confidence intervals over seeds" if has_intervals else
+             "no intervals, fewer than three seeds")  # fmt: skip
+    title = str(setting).replace("$", r"\$")
+    figure.suptitle(f"{title}\nEach method at its best strength; {about}", fontsize=10)
     figure.savefig(path, format="png")
 
 
-def _have_intervals(arms: Arms) -> bool:
-    return any(len(runs) > 2 for runs in arms.values())
+def _fit(ax: Axes, means: list, bars: list, most: float | None) -> None:
+    """Fit the axis to means and bars; the wide ones of few seeds are cut, and those above ``most``.
 
-
-def _show_means(ax: Axes, means: list) -> None:
-    """Fit the axis to the means; the wide intervals of few seeds may be cut off."""
-    shown = np.concatenate([np.ravel(mean) for mean in means])
-    shown = shown[np.isfinite(shown)]
+    An axis of numbers that are not negative begins above 0, so that it can be logarithmic.
+    """
+    shown, ends = (np.concatenate([np.ravel(x) for x in xs]) for xs in (means, bars))
+    shown, ends = shown[np.isfinite(shown)], ends[np.isfinite(ends)]
     if not len(shown):
         return
     low, high = shown.min(), shown.max()
     margin = 0.06 * (high - low) or 0.05
-    ax.set_ylim(low - margin if low > margin else low * 0.9, high + margin)
+    bottom = max(min([low, *ends]), low - 0.35 * (high - low)) - margin
+    top = min(max([high, *ends]), high + 0.35 * (high - low), most or math.inf)
+    ax.set_ylim(0.9 * low if low >= 0 > bottom else bottom, top + margin)
 
 
 def _sensitivity(
-    ax: Axes, arms: Arms, styles: Mapping[str, Style], score: Callable[[dict], float]
-) -> None:
+    ax: Axes, arms: Arms, styles: Mapping[str, Style], score: Callable[[dict], float],
+    most: float | None,
+) -> None:  # fmt: skip
     """Draw a score against strength; methods without one as horizontal lines."""
     shown: list[float] = []
+    bars: list[float] = []
     methods = list(dict.fromkeys(arm.method for arm in arms))
     for number, method in enumerate(methods):
         own = {arm.strength: [score(run) for run in runs]
                for arm, runs in arms.items() if arm.method == method}  # fmt: skip
         means, halves = zip(*(interval(values) for values in own.values()), strict=True)
         shown += means
+        bars += [mean + sign * half for mean, half in zip(means, halves, strict=True)
+                 for sign in (-1, 1)]  # fmt: skip
         style = styles[method]
         if list(own) == [0.0]:
             places = np.linspace(0.02, 0.98, 5)
@@ -146,7 +160,7 @@ def _sensitivity(
             aside = 10 ** (0.025 * (number - (len(methods) - 1) / 2))  # so that bars are apart
             ax.errorbar([strength * aside for strength in own], means, halves, capsize=2,
                         elinewidth=0.9, **style.options())  # fmt: skip
-    _show_means(ax, shown)
+    _fit(ax, [shown], [bars], most)
     if any(arm.strength for arm in arms):
         ax.set_xscale("log")
     if any(not arm.strength for arm in arms):

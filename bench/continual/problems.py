@@ -152,8 +152,9 @@ def _own_problem(stream: Iterable[tuple], tasks: int) -> Problem:
 
     def checked() -> Iterator[Task]:
         found = 0
-        for found, task in enumerate(itertools.islice(stream, tasks), 1):
+        for task in itertools.islice(stream, tasks):
             yield _checked(task, shape, outputs, score)
+            found += 1
         if found < tasks:
             raise ValueError(f"problem: expected {tasks} tasks or more, got {found}")
 

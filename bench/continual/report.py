@@ -23,7 +23,8 @@ def table(setting: Setting, arms: Arms) -> str:
             f"online, last {LAST}", *([f"held out, last {LAST}"] * has_test), "sigma_1, largest",
             *(["as operators", "log10 of the Lipschitz bound"] * with_operators),
             "stable rank", "gradient diversity", "dormant", "weight norm"]  # fmt: skip
-    lines = [f"**{escaped(str(setting))}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [f"**{escaped(str(setting))}**", "", "| " + " | ".join(head) + " |",
+             "|---" * len(head) + "|"]  # fmt: skip
     for arm, runs in arms.items():
         extra = []
         if with_operators:

@@ -64,8 +64,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
     with (
         (folder / FILE).open("ab", buffering=0) as file,
         Progress(*columns, console=console) as bars,
-        ProcessPoolExecutor(workers, context, _start,
-                            (reports, own.registered())) as pool,  # fmt: skip
+        ProcessPoolExecutor(workers, context, _start, (reports, own.registered())) as pool,
     ):
         every = bars.add_task("runs", total=len(keys), completed=len(keys) - len(todo))
         shown: dict[Key, int | None] = {}
@@ -79,8 +78,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
                     key, found = futures[future], future.result()
                     if isinstance(found, Failure):
                         if found.traceback not in [failure.traceback for failure in failures]:
-                            console.print(f"failed: {words(key)}\n{found.traceback}", style="red",
-                                          markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+                            say(console, f"failed: {words(key)}\n{found.traceback}")
                         failures.append(found)
                     else:
                         line = json.dumps(found | place, separators=(",", ":"))
@@ -91,6 +89,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
                         bars.remove_task(bar)
                     shown[key] = None  # later reports are not shown
         except BrokenProcessPool:
+            _show(reports, bars, shown)
             running = [words(key) for key, bar in shown.items() if bar is not None]
             raise WorkersEndedError(_why_ended(running)) from None
         except BaseException:
@@ -99,6 +98,11 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
                 process.kill()
             raise
     return failures
+
+
+def say(console: Console, message: str) -> None:
+    """Print what went wrong, in lines as they are."""
+    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def words(key: Key) -> str:
@@ -111,9 +115,11 @@ def _why_ended(running: list[str]) -> str:
     """Return what is said when a worker process ended."""
     main = getattr(sys.modules["__main__"], "__file__", None)
     if not running and main is not None and sys.modules["__main__"].__spec__ is None:
-        return (f"{main}: every worker process imports this file and ended at that: {own.GUARD}")
-    return ("a worker process ended before its run did, as one that is killed for want of memory "
-            f"does; running were: {', '.join(running) or 'none'}")  # fmt: skip
+        return f"{main}: every worker process imports this file, and ended at that: {own.GUARD}"
+    return (
+        "a worker process ended before its run did, as one does that is killed for want of memory; "
+        f"running were: {', '.join(running) or 'none'}"
+    )
 
 
 def _start(reports, every: tuple[own.Own, ...]) -> None:
@@ -124,6 +130,7 @@ def _start(reports, every: tuple[own.Own, ...]) -> None:
 
 
 def _work(key: Key) -> dict | Failure:
+    _reports.put((key, 0))
     try:
         if key.problem == "cartpole":
             from .control import run

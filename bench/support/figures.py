@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ def marked(
         turn: number of the curve and of all curves, whose markers are at different places.
         label: for the legend.
     """
-    every = max(len(x) // MARKS, 1)
+    every = math.ceil(len(x) / MARKS)
     number, of = turn
     first = number * every // of
     ax.errorbar(x, y, halves, label=label, markevery=(first, every), errorevery=(first, every),
