@@ -19,6 +19,7 @@ from .train import NAMES, OWN_DATA, Key
 
 DEFAULTS = {"problem": "random_labels", "data": "digits", "model": "mlp",
             "method": "none,l2,spectral"}  # fmt: skip
+LISTED = 5  # failed runs that are named at the end
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -112,9 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(console, error, 1)
     if failures:
-        failed = ", ".join(words(failure.key) for failure in failures)
-        return _fail(console, f"{len(failures)} runs failed, the same command tries them again: "
-                     f"{failed}", 1)  # fmt: skip
+        failed = [words(failure.key) for failure in failures]
+        listed = ", ".join(failed[:LISTED]) + (", ..." if len(failed) > LISTED else "")
+        return _fail(console, f"{len(failed)} of {len(wanted)} runs failed, the same command tries "
+                     f"them again: {listed}", 1)  # fmt: skip
     return 0
 
 

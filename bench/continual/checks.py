@@ -155,5 +155,5 @@ def _check_learner(key: train.Key) -> None:
         policy = control.build([control.ChangingPole()], 0).policy
         changes = _tried_method(key, policy, torch.zeros(FEW, 4)).model is not policy
     if changes:
-        raise ValueError("method: expected one that keeps the network for 'cartpole', where it is "
+        raise ValueError("method: expected one that keeps the network of 'cartpole', which is "
                          f"PPO's own, got {own.given(key.method)!r}")  # fmt: skip

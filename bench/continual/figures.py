@@ -52,7 +52,12 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
 
 
 def draw(setting: Setting, arms: Arms, styles: Mapping[str, Style], path: Path) -> None:
-    """Write the PNG of one setting: each method at its best over tasks, and by strength."""
+    """Write the PNG of one setting."""
+    picture(setting, arms, styles).savefig(path, format="png")
+
+
+def picture(setting: Setting, arms: Arms, styles: Mapping[str, Style]) -> Figure:
+    """Return the figure of one setting: each method at its best over tasks, and by strength."""
     score, lower, _ = scores(setting, arms)
     chosen = {arm: arms[arm] for arm in best(arms, lower).values()}
     held_out = all(run["test"][0] is not None for runs in arms.values() for run in runs)
@@ -117,7 +122,7 @@ def draw(setting: Setting, arms: Arms, styles: Mapping[str, Style], path: Path) 
              "no intervals, fewer than three seeds")  # fmt: skip
     title = str(setting).replace("$", r"\$")
     figure.suptitle(f"{title}\nEach method at its best strength; {about}", fontsize=10)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _fit(ax: Axes, means: list, bars: list, most: float | None) -> None:

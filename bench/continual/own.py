@@ -89,12 +89,11 @@ def register(kind: str, given: str) -> str:
         raise ValueError(f"{kind}: expected a class that is in {file} ({', '.join(classes)}), got "
                          f"{class_name!r}")  # fmt: skip
     label = label_of(found)
-    if not isinstance(label, str) or not label.strip() or len(label) > LONGEST_LABEL or (
-        not label.isprintable()
-    ):  # fmt: skip
+    is_line = isinstance(label, str) and 0 < len(label) <= LONGEST_LABEL and label.isprintable()
+    if not is_line or label[0] in " _":  # matplotlib has no legend for what begins with "_"
         raise ValueError(
-            f"{kind}: expected the label of {given} to be a line of 1 to {LONGEST_LABEL} "
-            f"characters, got {label!r}"
+            f"{kind}: expected the label of {given} to be 1 to {LONGEST_LABEL} characters in a "
+            f"line that begin with a word, got {label!r}"
         )
     _registered[own.name] = own
     return own.name

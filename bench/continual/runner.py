@@ -29,7 +29,8 @@ class Failure(NamedTuple):
     """A run that raised an exception."""
 
     key: Key
-    traceback: str
+    traceback: str  # with the exception
+    place: str  # the traceback alone
 
 
 class WorkersEndedError(Exception):
@@ -45,7 +46,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
     """Run what the folder lacks; return the runs that raised an exception, which are not written.
 
     Each line is written with one call when its run is finished, so that a kill loses only the runs
-    in progress. A traceback is printed when it first comes.
+    in progress. A traceback is printed when the first exception comes from there.
 
     Raises:
         WorkersEndedError: a worker process ended, which ends all of them.
@@ -77,7 +78,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
                 for future in finished:
                     key, found = futures[future], future.result()
                     if isinstance(found, Failure):
-                        if found.traceback not in [failure.traceback for failure in failures]:
+                        if found.place not in [failure.place for failure in failures]:
                             say(console, f"failed: {words(key)}\n{found.traceback}")
                         failures.append(found)
                     else:
@@ -138,8 +139,9 @@ def _work(key: Key) -> dict | Failure:
             from .train import run
         found = run(key, lambda epochs: _reports.put((key, epochs)))
         return found | own.labels(key._asdict())
-    except (Exception, SystemExit):  # as text, since not every exception can be sent
-        return Failure(key, traceback.format_exc())
+    except (Exception, SystemExit) as error:  # as text, since not every exception can be sent
+        place = "".join(traceback.format_tb(error.__traceback__))
+        return Failure(key, traceback.format_exc(), place)
 
 
 def _show(reports, bars: Progress, shown: dict[Key, int | None]) -> None:
