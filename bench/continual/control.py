@@ -23,6 +23,7 @@ from torch import nn
 
 from spectral_kernels import diagnostics
 
+from . import own
 from .methods import METHODS
 from .train import plasticity
 
@@ -96,6 +97,18 @@ class _Actor(nn.Module):
         return self.last(self.hidden(x))
 
 
+def build(poles: list[ChangingPole], seed: int) -> PPO:
+    """Return a learner with two hidden layers of 64 units."""
+    environments = DummyVecEnv([lambda pole=pole: pole for pole in poles])
+    learner = PPO(
+        "MlpPolicy", environments, n_steps=ROLLOUT, batch_size=128, learning_rate=LR,
+        device="cpu", seed=seed,
+        policy_kwargs={"activation_fn": nn.ReLU, "net_arch": [64, 64]},
+    )  # fmt: skip
+    learner.set_logger(Logger(folder=None, output_formats=[]))  # or it leaves an empty folder
+    return learner
+
+
 def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     """Do what ``train.run`` does; scores are episode returns, at most 500.
 
@@ -106,14 +119,8 @@ def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     torch.set_num_threads(1)
     rng = np.random.default_rng(key.seed)
     poles = [ChangingPole() for _ in range(ENVIRONMENTS)]
-    environments = DummyVecEnv([lambda pole=pole: pole for pole in poles])
-    learner = PPO(
-        "MlpPolicy", environments, n_steps=ROLLOUT, batch_size=128, learning_rate=LR,
-        device="cpu", seed=key.seed,
-        policy_kwargs={"activation_fn": nn.ReLU, "net_arch": [64, 64]},
-    )  # fmt: skip
-    learner.set_logger(Logger(folder=None, output_formats=[]))  # or it leaves an empty folder
-    method = METHODS[key.method](learner.policy, key.strength, LR)
+    learner = build(poles, key.seed)
+    method = own.find(METHODS, key.method)(learner.policy, key.strength, LR)
     learner.policy.optimizer = method.optimizer
     method.optimizer.register_step_pre_hook(lambda *_: method.before_step())
     method.optimizer.register_step_post_hook(lambda *_: method.after_step(None))

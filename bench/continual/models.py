@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from . import own
+
 WIDTH = 128
 
 
@@ -125,23 +127,25 @@ def lipschitz(model: nn.Module, sigmas: Mapping[str, float], name: str = "") -> 
         have none that holds for every input).
     """
     if isinstance(model, nn.Linear | nn.Conv2d):
-        return sigmas[f"{name}weight"]
+        return sigmas.get(f"{name}weight", math.nan)  # a weight that is shared has one name
+    if not isinstance(model, Block | nn.Sequential):
+        one = nn.ReLU, nn.Flatten, nn.Identity, nn.MaxPool2d, nn.AdaptiveAvgPool2d
+        return 1.0 if isinstance(model, one) else math.nan
     inner = {key: lipschitz(child, sigmas, f"{name}{key}.") for key, child in
              model.named_children()}  # fmt: skip
     if isinstance(model, Block):
         return inner["first"] * inner["second"] + inner["shortcut"]
-    if isinstance(model, nn.Sequential):
-        return math.prod(inner.values())
-    one = nn.ReLU, nn.Flatten, nn.Identity, nn.MaxPool2d, nn.AdaptiveAvgPool2d
-    return 1.0 if isinstance(model, one) else math.nan
+    return math.prod(inner.values())
 
 
 def build(name: str, shape: tuple[int, ...], outputs: int, generator: torch.Generator) -> nn.Module:
     """Return a model by its name with initial weights drawn from ``generator``.
 
-    Kernels of convolutions are channels_last, which saves a sixth to a quarter of a step.
+    A class of one's own is built with (shape, outputs), an nn.Module. Kernels of convolutions of
+    the bench's models are channels_last, which saves a sixth to a quarter of a step.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](shape, outputs).to(memory_format=torch.channels_last)
+        model = own.find(MODELS, name)(shape, outputs)
+    return model.to(memory_format=torch.channels_last) if name in MODELS else model

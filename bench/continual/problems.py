@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from . import own
 from .data import CLASSES, DATA
 
 
@@ -120,8 +122,69 @@ PROBLEMS: dict[str, Changes] = {
 
 
 def build(name: str, data: str, tasks: int, generator: torch.Generator) -> Problem:
-    """Return a problem by its name, on a data set by its name (bit_flipping has its own)."""
+    """Return a problem by its name, on a data set by its name (bit_flipping has its own).
+
+    A class of one's own is built with (generator, tasks). Its objects have ``shape``, ``outputs``
+    and, if it is not "accuracy", ``score``, and iterate over tasks: (x, y), or with held-out
+    examples (x, y, x_test, y_test).
+
+    Raises:
+        ValueError: a class of one's own whose object is not like that.
+    """
+    if name not in PROBLEMS:
+        return _own_problem(own.find({}, name)(generator, tasks), tasks)
     stream = PROBLEMS[name](generator, tasks, data)
     if name == "bit_flipping":
         return Problem((21,), 1, "mse", stream)
     return Problem((1, 8, 8) if data == "digits" else (3, 16, 16), CLASSES, "accuracy", stream)
+
+
+def _own_problem(stream: Iterable[tuple], tasks: int) -> Problem:
+    """Return a problem of an object of one's own; its tasks are checked when they are drawn."""
+    shape, outputs = getattr(stream, "shape", None), getattr(stream, "outputs", None)
+    score = getattr(stream, "score", "accuracy")
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"shape: expected a tuple of numbers from 1 on, got {shape!r}")
+    if not isinstance(outputs, int) or outputs < 1:
+        raise ValueError(f"outputs: expected a number from 1 on, got {outputs!r}")
+    if score not in ("accuracy", "mse"):
+        raise ValueError(f"score: expected 'accuracy' or 'mse', got {score!r}")
+
+    def checked() -> Iterator[Task]:
+        found = 0
+        for task in itertools.islice(stream, tasks):
+            yield _checked(task, shape, outputs, score)
+            found += 1
+        if found < tasks:
+            raise ValueError(f"problem: expected {tasks} tasks or more, got {found}")
+
+    return Problem(shape, outputs, score, checked())
+
+
+def _checked(task: tuple, shape: tuple[int, ...], outputs: int, score: str) -> Task:
+    if not isinstance(task, tuple) or len(task) not in (2, 4):
+        raise ValueError("task: expected (x, y) or (x, y, x_test, y_test), got "
+                         f"{type(task).__name__}")  # fmt: skip
+    task = Task(*task)
+    parts = [("x", "y", task.x, task.y)]
+    if task.x_test is not None or task.y_test is not None:
+        parts.append(("x_test", "y_test", task.x_test, task.y_test))
+    for x_name, y_name, x, y in parts:
+        n = len(x) if isinstance(x, torch.Tensor) and x.dim() else 0
+        _check_tensor(x_name, x, torch.float32, (max(n, 1), *shape))
+        if score == "mse":
+            _check_tensor(y_name, y, torch.float32, (n, outputs))
+        else:
+            _check_tensor(y_name, y, torch.int64, (n,))
+            if not 0 <= int(y.min()) <= int(y.max()) < outputs:
+                raise ValueError(f"{y_name}: expected classes from 0 to {outputs - 1}, got "
+                                 f"{int(y.min())} to {int(y.max())}")  # fmt: skip
+    return task
+
+
+def _check_tensor(name: str, found: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(found).__name__}")
+    if found.dtype != dtype or tuple(found.shape) != shape:
+        raise ValueError(f"{name}: expected {dtype} of shape {shape}, got {found.dtype} of shape "
+                         f"{tuple(found.shape)}")  # fmt: skip

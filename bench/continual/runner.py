@@ -6,18 +6,35 @@ import json
 import multiprocessing
 import os
 import queue
+import sys
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..support.runs import FILE, cut_off, load, where
 from ..support.workers import end_with_parent
+from . import own
 from .train import Key
 
 _reports = None  # in a worker: where it reports its progress
+
+
+class Failure(NamedTuple):
+    """A run that raised an exception."""
+
+    key: Key
+    traceback: str  # with the exception
+    place: str  # the traceback alone
+
+
+class WorkersEndedError(Exception):
+    """A worker process ended before its run did."""
 
 
 def key_of(run: dict) -> Key:
@@ -25,17 +42,21 @@ def key_of(run: dict) -> Key:
     return Key(**{field: run[field] for field in Key._fields})
 
 
-def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -> int:
-    """Run what the folder lacks; return the number of runs.
+def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -> list[Failure]:
+    """Run what the folder lacks; return the runs that raised an exception, which are not written.
 
     Each line is written with one call when its run is finished, so that a kill loses only the runs
-    in progress.
+    in progress. A traceback is printed when the first exception comes from there.
+
+    Raises:
+        WorkersEndedError: a worker process ended, which ends all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = {key_of(found) for found in load(folder)}
     todo = [key for key in keys if key not in done]
+    failures: list[Failure] = []
     if not todo:
-        return 0
+        return failures
     cut_off(folder / FILE)
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
@@ -44,7 +65,7 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
     with (
         (folder / FILE).open("ab", buffering=0) as file,
         Progress(*columns, console=console) as bars,
-        ProcessPoolExecutor(workers, context, _start, (reports,)) as pool,
+        ProcessPoolExecutor(workers, context, _start, (reports, own.registered())) as pool,
     ):
         every = bars.add_task("runs", total=len(keys), completed=len(keys) - len(todo))
         shown: dict[Key, int | None] = {}
@@ -55,33 +76,72 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
                 finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
                 _show(reports, bars, shown)
                 for future in finished:
-                    line = json.dumps(future.result() | place, separators=(",", ":"))
-                    file.write(line.encode() + b"\n")
-                    os.fsync(file.fileno())
+                    key, found = futures[future], future.result()
+                    if isinstance(found, Failure):
+                        if found.place not in [failure.place for failure in failures]:
+                            say(console, f"failed: {words(key)}\n{found.traceback}")
+                        failures.append(found)
+                    else:
+                        line = json.dumps(found | place, separators=(",", ":"))
+                        file.write(line.encode() + b"\n")
+                        os.fsync(file.fileno())
                     bars.advance(every)
-                    if (bar := shown.get(futures[future])) is not None:
+                    if (bar := shown.get(key)) is not None:
                         bars.remove_task(bar)
-                    shown[futures[future]] = None  # later reports are not shown
+                    shown[key] = None  # later reports are not shown
+        except BrokenProcessPool:
+            _show(reports, bars, shown)
+            running = [words(key) for key, bar in shown.items() if bar is not None]
+            raise WorkersEndedError(_why_ended(running)) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.kill()
             raise
-    return len(todo)
+    return failures
 
 
-def _start(reports) -> None:
+def say(console: Console, message: str) -> None:
+    """Print what went wrong, in lines as they are."""
+    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def words(key: Key) -> str:
+    """Return a key as a line for the terminal."""
+    names = (own.given(name) for name in (key.problem, key.model, key.method))
+    return f"{' '.join(names)} {key.strength:g} seed {key.seed}"
+
+
+def _why_ended(running: list[str]) -> str:
+    """Return what is said when a worker process ended."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if not running and main is not None and sys.modules["__main__"].__spec__ is None:
+        return f"{main}: every worker process imports this file, and ended at that: {own.GUARD}"
+    return (
+        "a worker process ended before its run did, as one does that is killed for want of memory; "
+        f"running were: {', '.join(running) or 'none'}"
+    )
+
+
+def _start(reports, every: tuple[own.Own, ...]) -> None:
     global _reports
     _reports = reports
+    own.register_again(every)
     end_with_parent()
 
 
-def _work(key: Key) -> dict:
-    if key.problem == "cartpole":
-        from .control import run
-    else:
-        from .train import run
-    return run(key, lambda epochs: _reports.put((key, epochs)))
+def _work(key: Key) -> dict | Failure:
+    _reports.put((key, 0))
+    try:
+        if key.problem == "cartpole":
+            from .control import run
+        else:
+            from .train import run
+        found = run(key, lambda epochs: _reports.put((key, epochs)))
+        return found | own.labels(key._asdict())
+    except (Exception, SystemExit) as error:  # as text, since not every exception can be sent
+        place = "".join(traceback.format_tb(error.__traceback__))
+        return Failure(key, traceback.format_exc(), place)
 
 
 def _show(reports, bars: Progress, shown: dict[Key, int | None]) -> None:
@@ -91,7 +151,6 @@ def _show(reports, bars: Progress, shown: dict[Key, int | None]) -> None:
         except queue.Empty:
             return
         if key not in shown:
-            what = f"{key.problem} {key.model} {key.method} {key.strength:g} seed {key.seed}"
-            shown[key] = bars.add_task(what, total=key.tasks * key.epochs)
+            shown[key] = bars.add_task(words(key), total=key.tasks * key.epochs)
         if shown[key] is not None:
             bars.update(shown[key], completed=epochs)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from spectral_kernels import diagnostics
 
-from . import models, problems
+from . import models, own, problems
 from .methods import METHODS
 
 LR = 1e-3
@@ -36,26 +36,6 @@ class Key(NamedTuple):
     tasks: int
     epochs: int
 
-    def check(self) -> None:
-        """Raise ValueError for an unknown name or a method that does not suit the model."""
-        known = [("problem", NAMES), ("method", METHODS)]
-        if self.problem in OWN_DATA:
-            known += [("data", ("none",)), ("model", OWN_DATA[self.problem])]
-        else:
-            known += [("data", problems.DATA), ("model", models.MODELS)]
-        for name, accepted in known:
-            if (got := getattr(self, name)) not in accepted:
-                accepted = " or ".join(map(repr, accepted))
-                where = "" if name in ("problem", "method") else f" for {self.problem!r}"
-                raise ValueError(f"{name}: expected {accepted}{where}, got {got!r}")
-        if self.problem == "cartpole":
-            if self.method in ("layer_norm", "redo", "spectral_norm"):
-                raise ValueError("method: expected one that leaves PPO's network as it is, got "
-                                 f"{self.method!r}")  # fmt: skip
-            return
-        generator = torch.Generator().manual_seed(0)
-        METHODS[self.method](models.build(self.model, (1, 8, 8), 10, generator), 0.1, LR)
-
 
 def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     """Train; return the key and the measurements, lists with one entry per task.
@@ -64,7 +44,7 @@ def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     examples and on held-out ones at its end (None if there are none). Also at its end: sigma_max,
     sigma_min and stable_rank per matrix, operator_sigma likewise (of a convolution as an operator),
     lipschitz (see models.lipschitz), gradient_diversity, dormant (a share of all units) and
-    weight_norm. seconds: of the training alone.
+    weight_norm. seconds: of the training alone. score: of a problem of one's own.
 
     Images, initial weights, tasks and batches of one seed are the same for every method.
     ``progress`` gets the number of finished epochs.
@@ -75,8 +55,8 @@ def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     generator = torch.Generator().manual_seed(key.seed)
     problem = problems.build(key.problem, key.data, key.tasks, generator)
     model = models.build(key.model, problem.shape, problem.outputs, generator)
-    method = METHODS[key.method](model, key.strength, LR)
-    found: dict[str, list] = {}
+    method = own.find(METHODS, key.method)(model, key.strength, LR)
+    found: dict[str, Any] = {}
     done = 0
     for task in problem.tasks:
         online, start = 0.0, time.perf_counter()
@@ -89,6 +69,8 @@ def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
         measured |= measure(method.model, problem, task)
         for name, value in measured.items():
             found.setdefault(name, []).append(value)
+    if own.known(key.problem):
+        found["score"] = problem.score
     return {**key._asdict(), **found}
 
 
