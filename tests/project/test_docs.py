@@ -20,7 +20,7 @@ LANGUAGES = {"python", "sh", "text", "mermaid", "bibtex"}
 # What is run beside the Python of its page; of other commands it is checked that they exist.
 RUN = ("spectral-kernels env", "spectral-kernels plot")
 # Modules that a page imports, with what its first import may need.
-NEEDED = ("tensorboard", "wandb", "transformers", "lightning")
+NEEDED = ("tensorboard", "wandb", "transformers", "lightning", "stable_baselines3")
 
 
 @pytest.mark.takes_seconds
