@@ -35,7 +35,7 @@ class Model(nn.Module):
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--strength", type=float, default=0.1)
+    parser.add_argument("--strength", type=float, default=10.0)
     parser.add_argument("--target", type=float, default=2.0)
     parser.add_argument("--constraint", choices=["cap", "sphere"])
     parser.add_argument("--compile", action="store_true")
