@@ -278,7 +278,7 @@ def test_an_optimizer_that_is_not_there_is_told():
 
 
 def test_an_argument_that_does_not_exist_is_told_at_once():
-    with pytest.raises(TypeError, match=r"^SpectralCallback: .*; did you mean 'strength'"):
+    with pytest.raises(TypeError, match=r"^SpectralCallback: .*did you mean 'strength'"):
         SpectralCallback(strenght=1.0)
 
 
