@@ -1,9 +1,9 @@
 """Muon for the matrices, AdamW for the rest, one regularizer for both.
 
 Shows: ``attach([muon, adamw], decoupled=True)``. Muon orthogonalizes the gradient, and a penalty
-in it would be lost; decoupled, it acts on the weights. ``--constraint cap`` holds sigma at the
-target instead, with 16 values per matrix, since Muon moves all of them. ``--compile`` compiles the
-model; the optimizers' steps run between its graphs.
+in it would be lost; decoupled, it acts on the weights, on one singular value of a matrix per step.
+``--constraint cap`` holds 16 of them at the target instead, since Muon moves all. ``--compile``
+compiles the model; the optimizers' steps run between its graphs.
 
     python examples/muon_adamw.py --steps 200
 """

