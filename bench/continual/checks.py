@@ -115,11 +115,11 @@ def _tried_method(key: train.Key, model: nn.Module, x: torch.Tensor) -> Method:
     for name, kind in (("model", nn.Module), ("optimizer", torch.optim.Optimizer)):
         if not isinstance(got := getattr(method, name, None), kind):
             raise ValueError(f"method: expected {given} to have .{name}, of {kind.__name__}, got "
-                             f"{type(got).__name__}; {_BASE}")  # fmt: skip
+                             f"{type(got).__name__} ({_BASE})")  # fmt: skip
     for name, more, words in (("before_step", (), ""), ("after_step", (x,), "inputs")):
         expected = f"method: expected {given} to have {name}({words})"
         if not callable(got := getattr(method, name, None)):
-            raise ValueError(f"{expected}, got none; {_BASE}")
+            raise ValueError(", got ".join((expected, f"none ({_BASE})")))
         own.check_takes(got, more, expected)
     return method
 

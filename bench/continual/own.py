@@ -149,7 +149,7 @@ def described(error: BaseException, own: Own) -> str:
 
 def refuse(name: str, expected: str, error: BaseException) -> ValueError:
     """Return the error of a class of one's own that raised ``error`` where it must not."""
-    return ValueError(f"{expected}, got {described(error, _registered[name])}")
+    return ValueError(", got ".join((expected, described(error, _registered[name]))))
 
 
 def check_takes(function: Callable, arguments: tuple, expected: str) -> None:
@@ -158,7 +158,7 @@ def check_takes(function: Callable, arguments: tuple, expected: str) -> None:
     try:
         signature.bind(*arguments)
     except TypeError:
-        raise ValueError(f"{expected}, got {function.__name__}{signature}") from None
+        raise ValueError(", got ".join((expected, f"{function.__name__}{signature}"))) from None
 
 
 def refuse_restart() -> None:

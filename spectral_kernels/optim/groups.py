@@ -52,8 +52,8 @@ def source_and_groups(params, model: nn.Module | None, kind: str):
     if model is None and not all(named):
         raise TypeError(
             "params: expected the module, module.parameters() or named parameters, got parameters "
-            "without names; pass their module as model= too, or, where a library makes the "
-            f"optimizer, functools.partial({kind}, model=module) as its class"
+            "without names (pass their module as model= too, or, where a library makes the "
+            f"optimizer, functools.partial({kind}, model=module) as its class)"
         )
     return model if model is not None else items, groups
 

@@ -259,7 +259,7 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 def test_bad_parameters_are_named():
     model = Net()
-    where = "functools.partial(SpectralSGD, model=module) as its class"
+    where = "functools.partial(SpectralSGD, model=module) as its class)"
     with pytest.raises(TypeError, match=f"^params: expected .*without names.*{re.escape(where)}$"):
         SpectralSGD(list(model.parameters()))
     with pytest.raises(ValueError, match=r"params: expected .*, got"):
