@@ -13,7 +13,7 @@ namespace cpu {
 std::vector<std::string> levels();        // that this processor supports, the best last
 std::string level();                      // the level in use
 void set_level(const std::string& name);  // throws std::invalid_argument
-std::string without_openmp();              // why one thread is used; empty: as many as asked
+std::string without_openmp();             // why one thread is used; empty: as many as asked
 
 void gram_matvec(const Header& header, int threads);
 void transposed(const Header& header, int threads);
