@@ -187,14 +187,14 @@ def test_results_that_do_not_go_together_do_not_go_into_one_file(tmp_path, capsy
     Lines(tmp_path, "run", True).put("environment", None, None, environment=own)
     before = (tmp_path / FILE).read_text()
     for options, said in (
-        (["--dry-run"], "has results"),
+        (["--dry-run"], "expected a new folder"),
         (["--only", "loops"], "a dry run and of a GPU"),
     ):
         assert on_gpu.main([str(tmp_path), *options]) == 2
         assert said in capsys.readouterr().err
     monkeypatch.setattr(on_gpu, "sources", lambda: "others")
     assert on_gpu.main([str(tmp_path), "--dry-run", "--only", "loops"]) == 2
-    assert "other sources" in capsys.readouterr().err
+    assert "expected results of these sources, got others" in capsys.readouterr().err
     assert (tmp_path / FILE).read_text() == before
 
 

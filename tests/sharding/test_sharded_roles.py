@@ -19,5 +19,5 @@ def test_they_are_as_whole_ones(ranks, world, placements):
 @pytest.mark.takes_seconds
 def test_transposed_groups_in_pieces_are_refused_by_name(ranks):
     for said in ranks(2).call(sharded_roles.transposed):
-        assert "'0.weight' is a transposed convolution by groups and sharded" in said
+        assert "'0.weight': expected a whole one, as it is a transposed convolution" in said
         assert "exclude" in said
