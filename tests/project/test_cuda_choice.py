@@ -16,7 +16,7 @@ pytestmark = pytest.mark.takes_seconds
 
 @pytest.fixture
 def configured(tmp_path):
-    """A function that runs CMake, with capabilities of GPUs, with nvcc or without."""
+    """A function that runs CMake, with nvcc or not, and with GPUs of some compute capabilities."""
     pybind11 = pytest.importorskip("pybind11", reason="building needs the test extra")
     tools = tmp_path / "bin"
     tools.mkdir()
