@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
-# Okabe and Ito's colours, safe for colour-blind readers; line styles differ too.
+from ..support.figures import DASHED, DOTTED, SOLID, WIDTH, Style, dress, marked
+
+# Okabe and Ito's colours, safe for colour-blind readers; markers and lines differ too.
 STYLES = {
-    "torch": ("#000000", ":"), "1": ("#D55E00", "-"), "1, auto": ("#D55E00", "--"),
-    "2": ("#E69F00", "-"), "4": ("#0072B2", "-"), "4, auto": ("#0072B2", "--"),
-    "8": ("#009E73", "-"),
+    "torch": Style("#000000", "X", DOTTED), "1": Style("#D55E00", "o", SOLID),
+    "1, auto": Style("#D55E00", "o", DASHED), "2": Style("#E69F00", "v", SOLID),
+    "4": Style("#0072B2", "s", SOLID), "4, auto": Style("#0072B2", "s", DASHED),
+    "8": Style("#009E73", "^", SOLID),
 }  # fmt: skip
 LABELS = {"torch": "torch's spectral_norm iteration", "1": "1 vector"}
 SCORES = {"demo": "accuracy, last 5 tasks", "transformer": "loss, last 3 tasks"}
@@ -86,32 +89,29 @@ def draw(data: dict, path: Path) -> None:
     found = groups(data)
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * rows + 0.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3 * rows + 0.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     handles: dict = {}
     for ax, ((problem, strength), of) in zip(axes.flat, found.items(), strict=False):
-        for estimator, runs in of.items():
+        dress(ax, f"{problem}, strength {strength:g}", "training step", "")
+        for number, (estimator, runs) in enumerate(of.items()):
             curve = np.mean([np.array(run["first"]).mean(axis=1) for run in runs], axis=0)
             width = max(1, len(curve) // 40)
             n = len(curve) // width * width
-            smooth = curve[:n].reshape(-1, width).mean(axis=1)
+            smooth = np.maximum(curve[:n].reshape(-1, width).mean(axis=1), FLOOR)
             steps = (np.arange(len(smooth)) + 0.5) * width * runs[0]["every"]
-            color, line = STYLES[estimator]
-            (handles[label(estimator)],) = ax.plot(
-                steps, np.maximum(smooth, FLOOR), color=color, linestyle=line, linewidth=1.6
-            )
+            marked(ax, steps, smooth, np.full(len(steps), np.nan), STYLES[estimator],
+                   (number, len(of)), label(estimator))  # fmt: skip
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-        ax.grid(axis="y", color="0.9")
-        ax.set_title(f"{problem}, strength {strength:g}", fontsize=10)
-        ax.set_xlabel("training step")
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=(1, 2, 5, 10)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for ax in axes.flat[len(found) :]:
         ax.set_axis_off()
     for row in axes:
-        row[0].set_ylabel("estimate below $\\sigma_1$, mean")
+        row[0].set_ylabel(r"estimate below $\sigma_1$, mean (log scale)", fontsize=9)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False,
-                  ncols=min(4, len(handles)))  # fmt: skip
+                  ncols=min(4, len(handles)), fontsize=9)  # fmt: skip
     figure.savefig(path, format="png")

@@ -9,18 +9,21 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..support.figures import log_scale
+from ..support.figures import DASHED, SOLID, WIDTH, Style, dress, log_scale, marked
 from ..support.runs import load
 from .train import FINE_TUNING, Key
 
 PANELS = {
-    "loss": "loss of text that was not seen, nats per token", "sigma": "largest sigma_1",
-    "activation": "largest activation", "logit": "largest attention logit",
-}  # fmt: skip
+    "loss": ("Loss of text that was not seen", "nats per token"),
+    "sigma": (r"Largest $\sigma_1$", r"$\sigma_1$ (log scale)"),
+    "activation": ("Largest activation", "absolute value (log scale)"),
+    "logit": ("Largest attention logit", "absolute value (log scale)"),
+}
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
-GREYS = {"free": "#000000", "decay": "#999999"}
+STYLES = {"free": Style("#000000", "o", SOLID), "decay": Style("#767676", "s", SOLID)}
 COLORS = ["#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#882255",
-          "#999933", "#44AA99"]  # fmt: skip
+          "#7A7A00", "#332288"]  # fmt: skip
+MARKERS = "^vDPX<>*d"
 
 
 def key_of(found: dict) -> Key:
@@ -60,30 +63,39 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
+def styles_of(ways: Iterable[str]) -> dict[str, Style]:
+    """Return the style of each way to hold the weights; spheres and pulls are dashed.
+
+    In the order in which the bench runs them, so that AdamW's and Muon's have the same; what only
+    one of them has comes last.
+    """
+    rest = sorted((held for held in ways if held not in STYLES), key=lambda h: h.endswith("of 16"))
+    return STYLES | {
+        held: Style(color, marker, DASHED if held.startswith(("sphere", "both")) else SOLID)
+        for held, color, marker in zip(rest, COLORS, MARKERS, strict=False)
+    }
+
+
 def draw(title: str, ways: dict[str, list[dict]], path: Path) -> None:
     """Write the PNG of one setting: the means over seeds against the steps."""
-    figure = Figure(figsize=(15, 4.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    colors = iter(COLORS)
-    chosen = {held: GREYS.get(held) or next(colors) for held in ways}
-    for ax, (name, words) in zip(figure.subplots(1, 4), PANELS.items(), strict=True):
-        for held, runs in ways.items():
+    styles = styles_of(ways)
+    panels = zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True)
+    for ax, (name, (words, unit)) in panels:
+        dress(ax, words, "step", unit)
+        for number, (held, runs) in enumerate(ways.items()):
             mean = np.mean([r[name] for r in runs], axis=0)
-            style = "--" if held.startswith(("sphere", "both")) else "-"
-            ax.plot(runs[0]["step"], mean, style, color=chosen[held], label=held, linewidth=1.5)
+            marked(ax, np.array(runs[0]["step"]), mean, np.full(len(mean), np.nan), styles[held],
+                   (number, len(ways)), held)  # fmt: skip
         if name != "loss":
             log_scale(ax)
         else:
             tail = np.concatenate([r["loss"][1:] for runs in ways.values() for r in runs])
             ax.set_ylim(tail.min() - 0.05, np.percentile(tail, 97))
-        ax.set_title(words, fontsize=10)
-        ax.set_xlabel("step")
-        ax.grid(color="0.92")
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(title, fontsize=12)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, format="png")
 
 

@@ -227,7 +227,7 @@ def _lines(results: list[Result], x: str, label: str) -> Figure:
     for r in results:
         panels[_and_threads(r.dtype, r)].append(r)
     heading = f"Time of a step against the number of {x}\n{results[0].device_name}"
-    figure = _figure(1 + 4.4 * len(panels), 4.8, heading)
+    figure = _figure(1 + 3.7 * len(panels), 4.6, heading)
     own, handles, reference = _own(results), {}, {}
     names = [n for n in _contenders(results) if n != own]
     styles = {n: _OTHERS[i % len(_OTHERS)] for i, n in enumerate(names)}
@@ -259,7 +259,7 @@ def _lines(results: list[Result], x: str, label: str) -> Figure:
         _plain_log(axis, (1, 2, 5) if max(values) < 1000 * min(values) else (1,), text)
     handles |= reference
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False,
-                  ncols=1 + len(panels), fontsize="small")  # fmt: skip
+                  ncols=1 + len(panels))  # fmt: skip
     return figure
 
 

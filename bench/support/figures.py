@@ -46,7 +46,8 @@ def marked(
     every = math.ceil(len(x) / MARKS)
     number, of = turn
     first = number * every // of
-    ax.errorbar(x, y, halves, label=label, markevery=(first, every), errorevery=(first, every),
+    bars = halves if np.isfinite(halves).any() else None
+    ax.errorbar(x, y, bars, label=label, markevery=(first, every), errorevery=(first, every),
                 elinewidth=0.9, capsize=1.5, capthick=0.9, **style.options())  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ _STYLES = {
     "SpectralAdamW": {"color": "#000000", "marker": "None", "linestyle": (0, (3, 3))},
 }
 _CHANCE = 0.1
+_BARS = 7  # of the range of the layers, per arm; bands of one colour over another would mix
 
 
 def draw(results: Results, path: str | PathLike[str]) -> None:
@@ -37,22 +39,20 @@ def draw(results: Results, path: str | PathLike[str]) -> None:
     figure = Figure(figsize=(1400 / 150, 600 / 150), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for arm, done in results.arms.items():
-        if not done:
-            continue
+    arms = [(arm, done) for arm, done in results.arms.items() if done]
+    for number, (arm, done) in enumerate(arms):
         tasks = range(1, len(done) + 1)
         style = {"label": arm, "linewidth": 1.5, "markersize": 3, **_STYLES[arm]}
         left.plot(tasks, [r.accuracy for r in done], **style)
         means = [sum(r.sigmas) / len(r.sigmas) for r in done]
-        right.plot(tasks, means, **style)
+        below = [mean - min(r.sigmas) for mean, r in zip(means, done, strict=True)]
+        above = [max(r.sigmas) - mean for mean, r in zip(means, done, strict=True)]
+        every = math.ceil(len(done) / _BARS)
+        bars = {"errorevery": (number * every // len(arms), every), "elinewidth": 1, "capsize": 2}
         if "linestyle" in style:  # its range would cover that of "spectral"
-            continue
-        low, high = [min(r.sigmas) for r in done], [max(r.sigmas) for r in done]
-        color = _STYLES[arm]["color"]
-        right.fill_between(tasks, low, high, color=color, alpha=0.12, linewidth=0)
-        # Thin edges, since the bands' colours mix where they overlap.
-        for edge in (low, high):
-            right.plot(tasks, edge, color=color, linewidth=0.7, alpha=0.6)
+            right.plot(tasks, means, zorder=3, **style)  # errorbar() draws above plot()
+        else:
+            right.errorbar(tasks, means, (below, above), **bars, **style)
 
     left.axhline(_CHANCE, color="0.35", linewidth=1, linestyle="--", zorder=1)
     left.annotate(
@@ -65,7 +65,7 @@ def draw(results: Results, path: str | PathLike[str]) -> None:
         ylim=(0, 1.03),
     )
     right.set(
-        title="Largest singular value: mean and range of the layers",
+        title="Largest singular value: mean of the layers, bars: range",
         ylabel=r"$\sigma_1$ at the end of the task (log scale)",
     )
     sigmas = [sigma for done in results.arms.values() for r in done for sigma in r.sigmas]

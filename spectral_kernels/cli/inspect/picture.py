@@ -85,7 +85,7 @@ def _figure(
     shown = sorted(places, key=lambda kind: -len(places[kind]))[:_MOST_KINDS]
     kinds = [kind for kind in places if kind in shown]
     lines = 3 + len(kinds) + (len(places) > len(kinds)) + 3 * (len(checkpoints) > 1)
-    size = (4.4, 3.4 + 0.21 * lines) if is_narrow else (11, max(4.2, 0.21 * lines + 1.2))
+    size = (4.4, 3.4 + 0.21 * lines) if is_narrow else (8.5, max(4.2, 0.21 * lines + 1.2))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -32,6 +32,7 @@ _MOST_NAMES = 40  # beside the map; of more matrices, only the first of each lay
 _MOST_CELLS = 800  # of the map, from left to right
 _MOST_POINTS = 200  # of a curve of residuals, which fluctuate
 _BROKEN = "#D55E00"
+_BELOW = 4.5  # the legend's distance from the axes, in sizes of its font: ticks are in between
 
 
 @matplotlib.rc_context({"text.usetex": False})  # LaTeX takes names for commands
@@ -45,8 +46,8 @@ def draw(history: History, title: str, path: str | PathLike[str]) -> None:
     """
     n, steps = len(history.names), history.steps
     map_height = max(0.16 * n, 1.2) if n <= _MOST_NAMES else 5.2
-    heights = (3.4, map_height + 0.4, 2.6)
-    figure = Figure(figsize=(12, sum(heights) + 0.9), dpi=130, layout="constrained")
+    heights = (2.6, map_height, 2.2)
+    figure = Figure(figsize=(8.5, sum(heights) + 4.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(3, 1, height_ratios=heights)
     figure.suptitle(f"{shortened(title, 80)}: {n} {'matrix' if n == 1 else 'matrices'}")
@@ -136,8 +137,8 @@ def _curves(
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
-        loc="upper left", bbox_to_anchor=(1.005, 1.02), frameon=False, fontsize="small",
-        borderaxespad=0, title=title, title_fontsize="small", alignment="left",
+        loc="upper left", bbox_to_anchor=(0, 0), frameon=False, fontsize="small", ncols=2,
+        borderaxespad=_BELOW, title=title, title_fontsize="small", alignment="left",
     )  # fmt: skip
 
 
