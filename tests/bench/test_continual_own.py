@@ -223,7 +223,7 @@ def test_a_wrong_problem_is_refused_in_a_line(old, new, says, capsys):
          "to return outputs of shape [4, 10] for 4 examples, got [4, 3]"),
         ("class M(nn.Sequential):\n    def __init__(self, shape, outputs):\n"
          "        super().__init__(nn.Flatten(), nn.Linear(64, outputs))\n",
-         "expected m.py:M to be measurable, got ValueError: model: no activation module"),
+         "expected m.py:M to be measurable, got ValueError: model: expected activations that are"),
     ],
 )  # fmt: skip
 def test_a_wrong_model_is_refused_in_a_line(text, says, capsys):

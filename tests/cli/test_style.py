@@ -194,7 +194,7 @@ def test_the_suffix_says_the_format_and_the_bytes_are_the_same_again(saved, tmp_
         one, again = (file.read_bytes() for file in files)
         assert one.startswith(start)
         assert one == again
-    assert processes.png_size(tmp_path / "a.png") == (1650, 630)
+    assert processes.png_size(tmp_path / "a.png") == (1275, 630)
     log = tmp_path / "run.csv"
     log.write_text("step,sigma/a,residual/a\n0,2.5,0.1\n1,2.51,0.1\n")
     for suffix, start in (("pdf", b"%PDF-"), ("svg", b"<?xml")):
