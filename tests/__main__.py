@@ -1,8 +1,10 @@
 """Every check that needs no GPU: ``python -m tests``, with the extras demo, test and bench.
 
 Style, then the test suite: from a wheel in an empty environment (see tests/project/wheel.py), and
-here what needs more than that. What concerns Triton runs once more in processes of its own, where
-an interpreter runs the kernels on the CPU.
+here what needs more than that. Where there is nvcc, the module here gets its CUDA kernels for it,
+which an installation builds only where there is a GPU too; not with SPECTRAL_KERNELS_CUDA=0. What
+concerns Triton runs once more in processes of its own, where an interpreter runs the kernels on the
+CPU.
 
 ``python -m tests --quick``: style, and every test that takes less than a second, with one
 instruction-set level. For use while working.
@@ -21,6 +23,7 @@ import argparse
 import importlib.util
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +34,7 @@ from .project import wheel
 
 STYLE = [["ruff", "check", "."], ["ruff", "format", "--check", "."]]
 SPREAD = ["pytest", "-n", "auto", "--dist", "loadfile"]  # over the cores, a file to one of them
+WITH_CUDA = ["pip", "install", "--no-deps", "--no-build-isolation", "-e", "."]
 # One by one: no file of these has fixtures of its own that take long to make.
 INTERPRETED = [
     "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not gpu",
@@ -71,6 +75,8 @@ def main() -> int:
         extra = {"OMP_WAIT_POLICY": "PASSIVE"} if is_spread else {}
         if arguments is INTERPRETED:
             extra["TRITON_INTERPRET"] = "1"
+        elif arguments is WITH_CUDA:
+            extra["SPECTRAL_KERNELS_CUDA"] = "1"
         so_far = f"[{time.monotonic() - start:.0f} s]"
         variables = [f"{k}={v}" for k, v in extra.items()]
         print(so_far, "$", *variables, "python -m", *arguments, flush=True)
@@ -94,6 +100,8 @@ def everything() -> Iterator[list[str]]:
     yield from STYLE
     yield ["spectral_kernels", "env"]
     yield ["tests.project.wheel"]
+    if shutil.which("nvcc") and os.environ.get("SPECTRAL_KERNELS_CUDA") != "0":
+        yield WITH_CUDA
     yield [*SPREAD, "-m", "not gpu", *(f"tests/{name}" for name in wheel.ELSEWHERE)]
     if importlib.util.find_spec("triton"):
         yield INTERPRETED
