@@ -56,12 +56,12 @@ def _tried_problem(
         return problem, task.x[:FEW], task.y[:FEW]
     given = own.given(name)
     own.check_takes(own.find({}, name), (generator, tasks),
-                    f"problem: expected {given} to be built with (generator, tasks)")  # fmt: skip
+                    "problem", f"{given} to be built with (generator, tasks)")  # fmt: skip
     try:
         problem = problems.build(name, data, tasks, generator)
         task = next(problem.tasks)
     except Exception as error:
-        raise own.refuse(name, f"problem: expected a first task of {given}", error) from None
+        raise own.refuse(name, "problem", f"a first task of {given}", error) from None
     return problem, task.x[:FEW], task.y[:FEW]
 
 
@@ -73,18 +73,18 @@ def _tried_model(
     generator = torch.Generator().manual_seed(0)
     if own.known(key.model):
         own.check_takes(own.find({}, key.model), (problem.shape, problem.outputs),
-                        f"model: expected {given} to be built with (shape, outputs)")  # fmt: skip
+                        "model", f"{given} to be built with (shape, outputs)")  # fmt: skip
     elif not own.known(key.problem):
         return models.build(key.model, problem.shape, problem.outputs, generator)
     who = key.model if own.known(key.model) else key.problem
-    suits = f"model: expected {given} to suit inputs of shape {problem.shape}"
+    suits = f"{given} to suit inputs of shape {problem.shape}"
     try:
         model = models.build(key.model, problem.shape, problem.outputs, generator)
         if not isinstance(model, nn.Module):
             raise TypeError("it is no nn.Module")
         outputs = model(x)
     except Exception as error:
-        raise own.refuse(who, suits, error) from None
+        raise own.refuse(who, "model", suits, error) from None
     expected = [len(x), problem.outputs]
     if list(outputs.shape) != expected:
         raise ValueError(f"model: expected {given} to return outputs of shape {expected} for "
@@ -94,7 +94,7 @@ def _tried_model(
         diagnostics.gradient_diversity(model, x, y, problem.loss)
         train.operators(model)
     except Exception as error:
-        raise own.refuse(who, f"model: expected {given} to be measurable", error) from None
+        raise own.refuse(who, "model", f"{given} to be measurable", error) from None
     return model
 
 
@@ -106,21 +106,21 @@ def _tried_method(key: train.Key, model: nn.Module, x: torch.Tensor) -> Method:
     given, found = own.given(key.method), own.find({}, key.method)
     arguments = (model, strength, train.LR)
     own.check_takes(found, arguments,
-                    f"method: expected {given} to be built with (model, strength, lr)")  # fmt: skip
+                    "method", f"{given} to be built with (model, strength, lr)")  # fmt: skip
     try:
         method = found(*arguments)
     except Exception as error:
-        expected = f"method: expected {given} to suit {own.given(key.model)}"
-        raise own.refuse(key.method, expected, error) from None
+        suits = f"{given} to suit {own.given(key.model)}"
+        raise own.refuse(key.method, "method", suits, error) from None
     for name, kind in (("model", nn.Module), ("optimizer", torch.optim.Optimizer)):
         if not isinstance(got := getattr(method, name, None), kind):
             raise ValueError(f"method: expected {given} to have .{name}, of {kind.__name__}, got "
                              f"{type(got).__name__} ({_BASE})")  # fmt: skip
     for name, more, words in (("before_step", (), ""), ("after_step", (x,), "inputs")):
-        expected = f"method: expected {given} to have {name}({words})"
+        wanted = f"{given} to have {name}({words})"
         if not callable(got := getattr(method, name, None)):
-            raise ValueError(", got ".join((expected, f"none ({_BASE})")))
-        own.check_takes(got, more, expected)
+            raise ValueError(f"method: expected {wanted}, got none ({_BASE})")
+        own.check_takes(got, more, "method", wanted)
     return method
 
 

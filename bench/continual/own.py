@@ -147,18 +147,18 @@ def described(error: BaseException, own: Own) -> str:
     return f"{type(error).__name__}{where}" + (f": {words}" if words else "")
 
 
-def refuse(name: str, expected: str, error: BaseException) -> ValueError:
+def refuse(name: str, kind: str, wanted: str, error: BaseException) -> ValueError:
     """Return the error of a class of one's own that raised ``error`` where it must not."""
-    return ValueError(", got ".join((expected, described(error, _registered[name]))))
+    return ValueError(f"{kind}: expected {wanted}, got {described(error, _registered[name])}")
 
 
-def check_takes(function: Callable, arguments: tuple, expected: str) -> None:
+def check_takes(function: Callable, arguments: tuple, kind: str, wanted: str) -> None:
     """Raise ValueError if ``function`` cannot be called with ``arguments``."""
     signature = inspect.signature(function)
     try:
         signature.bind(*arguments)
     except TypeError:
-        raise ValueError(", got ".join((expected, f"{function.__name__}{signature}"))) from None
+        raise ValueError(f"{kind}: expected {wanted}, got {function.__name__}{signature}") from None
 
 
 def refuse_restart() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from spectral_kernels.backends import choice
 from spectral_kernels.cli.env import processor
+from spectral_kernels.tables.native import native_module
 
 DEVICES = ("cpu", "cuda")
 
@@ -29,7 +30,7 @@ def cpp_kernels() -> str:
     """Return at which instruction set the C++ kernels run here, or why they do not."""
     if (reason := choice.unavailable("cpu")) is not None:
         return f"without the C++ kernels: {reason}"
-    return f"C++ kernels at instruction set {choice.native_module().cpu.level()}"
+    return f"C++ kernels at instruction set {native_module().cpu.level()}"
 
 
 def input_sets(device: str, n_bytes: int) -> int:

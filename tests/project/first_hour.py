@@ -27,11 +27,7 @@ def main() -> int:
         "--without-compiler", action="store_true", help="hide every C, C++ and CUDA compiler"
     )
     given = parser.parse_args()
-    (command, _) = re.findall(
-        r"```sh\n(python3 -m venv .*?)\n```", documents.text_of("README.md"), re.S
-    )
-    quickstart = next(b.text for b in documents.blocks("README.md") if b.language == "python"
-                      and "print(reg)" in b.text)  # fmt: skip
+    command, _ = documents.installations()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SPECTRAL_")}
@@ -41,7 +37,7 @@ def main() -> int:
         steps = [(f"git clone --quiet {ROOT} {clone}", folder)]
         steps += [(step, clone) for step in command.split(" && ")]
         (folder / "mine").mkdir()
-        (folder / "mine" / "mine.py").write_text(quickstart)
+        (folder / "mine" / "mine.py").write_text(documents.quickstart())
         steps += [("python mine.py", folder / "mine"), ("spectral-kernels env", folder / "mine")]
         lines, begin = [], time.monotonic()
         for step, where in steps:

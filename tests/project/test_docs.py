@@ -67,12 +67,7 @@ COMMANDS = sorted({(page, tuple(words)) for page in LIVE for words in documents.
 @lru_cache
 def help_of(*arguments):
     """Return what a program of ours says about its options."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments, "--help"],
-        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run(["-m", *arguments, "--help"], cwd=ROOT)
 
 
 def program_and_options(words):

@@ -42,6 +42,18 @@ def blocks(document: str) -> list[Block]:
     return [Block(m[1], m[2], text.count("\n", 0, m.start()) + 1) for m in _BLOCK.finditer(text)]
 
 
+def installations() -> list[str]:
+    """Return the README's two commands: one runs the demo, the other the tests."""
+    text = text_of("README.md")
+    return re.findall(r"^```sh\n(python3 -m venv .*)\n```$", text, re.M)
+
+
+def quickstart() -> str:
+    """Return the README's quickstart."""
+    (found,) = [b.text for b in blocks("README.md") if "print(reg)" in b.text]
+    return found
+
+
 def prose(document: str) -> str:
     """Return a document without its blocks."""
     return _BLOCK.sub("", text_of(document))
