@@ -26,7 +26,8 @@ from tests import ROOT
 ELSEWHERE = (
     "project/test_commands.py", "backends/test_cuda_compiled.py", "backends/test_cuda_emulated.py",
     "bench", "cli", "examples", "integrations", "project/test_docs.py", "project/test_install.py",
-    "project/test_readme.py", "project/test_types.py", "selection/test_selection_views.py",
+    "project/test_messages.py", "project/test_readme.py", "project/test_types.py",
+    "selection/test_selection_views.py",
 )  # fmt: skip
 # What an extra is for, by its name.
 EXTRAS = {
