@@ -212,7 +212,7 @@ def test_the_report_says_on_which_kernels_the_run_was(tmp_path):
     other = tmp_path / "b.json"
     other.write_text(json.dumps(data))
     assert "\nWithout the C++ kernels: they are missing.\n" in tables.tables(results.load([other]))
-    with pytest.raises(ValueError, match="different machines, commits or kernels"):
+    with pytest.raises(ValueError, match="expected one machine, commit and module per table"):
         results.load([path, other])
 
 
@@ -257,7 +257,7 @@ def test_the_report_of_optimizers_is_in_units_of_torchs_step(tmp_path):
 def test_the_report_refuses_to_mix_machines(tmp_path, capsys):
     files = [str(result_file(tmp_path / f"{d}.json", device=d)) for d in ("one", "other")]
     assert report.main(files) == 1
-    assert "expected one machine and commit per table" in capsys.readouterr().err
+    assert "expected one machine, commit and module per table" in capsys.readouterr().err
     assert report.main([str(tmp_path / "missing.json")]) == 1
 
 

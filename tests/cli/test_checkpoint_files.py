@@ -139,7 +139,7 @@ def test_what_is_not_finite_empty_or_zero_is_shown(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert cli.main(["inspect", str(path), "--plot", str(picture)]) == 0
     assert re.search(r"a\.nan +4x4 +nan +nan +nan +nan", capsys.readouterr().out)
-    assert processes.png_size(picture)[0] == 1650
+    assert processes.png_size(picture)[0] == 1275
 
 
 def test_tensors_that_lie_in_odd_ways_are_measured_too(tmp_path, capsys):

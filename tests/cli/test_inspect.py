@@ -220,7 +220,7 @@ def test_the_picture_shows_every_kind(tmp_path, capsys, monkeypatch):
         picture = tmp_path / "many.png"
         assert cli.main(["inspect", str(path), *more, "--plot", str(picture), "--top", "1"]) == 0
         assert f"picture: {picture}" in capsys.readouterr().out
-        assert processes.png_size(picture) == (1650, 630)
+        assert processes.png_size(picture) == (1275, 630)
         (axes,) = drawn[-1].axes
         labels = axes.get_legend_handles_labels()[1]
         assert labels[:3] == ["h.*.q.weight", "h.*.k.weight", "embed.weight"]

@@ -121,6 +121,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.option.help:
+        return
     folder = config.getoption("emulator")
     folder.mkdir(parents=True, exist_ok=True)
     emulate(pytest.MonkeyPatch(), load(build(folder)))
