@@ -287,10 +287,6 @@ void update_tile(const Header& header, const Update& update, const Tile& tile, c
   const Matrix& m = reinterpret_cast<const Matrix*>(header.matrices)[tile.matrix];
   const Moment& moment = reinterpret_cast<const Moment*>(update.matrix_moments)[tile.matrix];
   const S* v_next = reinterpret_cast<const S*>(header.v_next);
-  if (moment.group < 0) {
-    tile_products<T>(header, tile, next, v_next, scratch, [](int64_t) {});
-    return;
-  }
   const Group& group = reinterpret_cast<const Group*>(update.groups)[moment.group];
   using Rule = RuleOf<S, Lanes>;
   const bool caps = header.operators == 0 && header.r > 1 && update.constraint == kCap;
@@ -433,6 +429,12 @@ SPECTRAL_INLINE void with_dtypes(const Header& header, const Update& update, Fun
 
 void update_tile(const Header& header, const Update& update, const Tile& tile, const Tile* next,
                  const Scratch& scratch) noexcept {
+  if (reinterpret_cast<const Moment*>(update.matrix_moments)[tile.matrix].group < 0) {
+    Header from_next = header;
+    from_next.v = header.v_next;
+    from_next.tolerance = 0;
+    return gram_matvec(from_next, tile, next, scratch);
+  }
   with_dtypes(header, update, [&](auto t, auto m) {
     if (update.rule == kAdamW)
       update_tile<AdamW, decltype(t), decltype(m)>(header, update, tile, next, scratch);

@@ -25,6 +25,7 @@ from tests import ROOT
 # Need sources, a module with CUDA C++ or CUDA's headers, or extras: they run where these are.
 ELSEWHERE = (
     "project/test_commands.py", "backends/test_cuda_compiled.py", "backends/test_cuda_emulated.py",
+    "backends/test_other_processors.py",
     "bench", "cli", "examples", "integrations", "project/test_docs.py", "project/test_install.py",
     "project/test_messages.py", "project/test_readme.py", "project/test_types.py",
     "selection/test_selection_views.py",

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from spectral_kernels.backends import native as native_backends
 from tests import ROOT
 
 from ..buckets import cut_as_on_a_gpu
+from ..compiling import objects, run
 
 HERE = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -67,28 +67,13 @@ def build(folder: Path) -> Path:
     target = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     kernels = [HERE / "emulator.cpp", *CSRC.rglob("*.cu")]
     headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), HERE / "emulator.h"]
-    where = includes()
-
-    def compiled(source: Path) -> Path:
-        made = folder / f"{source.parent.name}_{source.name}.o"
-        changed = max(x.stat().st_mtime for x in (source, *headers))
-        if not made.exists() or made.stat().st_mtime < changed:
-            options = KERNELS if source in kernels else PLAIN
-            run(*FLAGS, *where, *options, "-c", source, "-o", made)
-        return made
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*kernels, *CSRC.rglob("*.cpp")]))
+    flags = [*FLAGS, *includes()]
+    options = {x: [*flags, *KERNELS] for x in kernels}
+    options |= {x: [*flags, *PLAIN] for x in CSRC.rglob("*.cpp")}
+    own = objects(compiler(), folder, options, headers)
     # -Bsymbolic: the emulator's functions, not those of the same names in torch's libraries.
-    run("-shared", "-Wl,-Bsymbolic", *objects, "-pthread", "-o", target)
+    run(compiler(), "-shared", "-Wl,-Bsymbolic", *own, "-pthread", "-o", target)
     return target
-
-
-def run(*arguments) -> None:
-    """Run the compiler; the error, if it fails, has its output."""
-    done = subprocess.run([compiler(), *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
 
 
 def load(path: Path):
