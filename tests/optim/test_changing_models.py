@@ -11,6 +11,8 @@ from spectral_kernels import SpectralAdamW, SpectralSGD
 
 from ..support.small_nets import net, zero_gradients
 
+# Estimates of sigma are compared with the SVD: how near they come depends on the matrix.
+pytestmark = pytest.mark.usefixtures("seeded")
 KINDS = {"adamw": SpectralAdamW, "sgd": SpectralSGD}
 OPTIONS = {"lr": 0.01, "strength": 0.1, "weight_decay": 0.1, "warmup": 300}
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import pytest
 import torch.utils.cpp_extension  # noqa: F401, before other tests load parts of setuptools
+import yaml
 
 from tests import ROOT, TIMEOUT
 from tests.support import documents
@@ -114,6 +115,12 @@ def test_links_lead_somewhere(page):
 def test_the_contents_name_every_page():
     contents = {path.name for path, _ in documents.links("docs/README.md")}
     assert {page.partition("/")[2] for page in GUIDE} - {"README.md"} <= contents
+
+
+def test_the_citation_names_the_version_of_the_changelog():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    version = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert citation["version"] == version
 
 
 def test_pictures_are_shown_somewhere():

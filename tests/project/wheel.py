@@ -97,6 +97,8 @@ def built(folder: Path) -> tuple[Path, Path]:
             str(ROOT), cwd=folder, SPECTRAL_KERNELS_CUDA="0",
             SPECTRAL_KERNELS_NATIVE="1")  # fmt: skip
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    # What the package index would say of them, warnings too.
+    run(sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel), cwd=folder)
     print(contents(wheel), flush=True)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert any(name.startswith("spectral_kernels/_native.") for name in names), names
