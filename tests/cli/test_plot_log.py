@@ -120,6 +120,20 @@ def test_of_many_matrices_the_extremes_are_named_beside_median_and_range(tmp_pat
     assert len(names) <= 40
 
 
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("n", [3, 30])
+def test_long_names_stay_inside(tmp_path, figures, n):
+    names = [f"{'resnet.encoder.stages.0.' * 3}{i}.convolution.weight" for i in range(n)]
+    path = written(tmp_path / "run.csv", names, np.random.default_rng(0).random((4, 2, n)) + 0.1)
+    panels = draw(figures, path)
+    whole = panels[0].figure.bbox
+    for axes in (panels[0], panels[2]):
+        legend = axes.get_legend().get_window_extent()
+        assert whole.x0 <= legend.x0 < legend.x1 <= whole.x1
+        assert whole.y0 <= legend.y0
+        assert axes.get_window_extent().height > 0.1 * whole.height
+
+
 def test_long_names_stay_apart():
     plots = pytest.importorskip("spectral_kernels.cli.style", reason="needs matplotlib")
     alike = [f"resnet.encoder.stages.{i}.layers.{j}.layer.{k}.convolution.weight"

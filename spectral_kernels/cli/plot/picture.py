@@ -75,6 +75,7 @@ def draw(history: History, title: str, path: str | PathLike[str]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     panels[0].set_ylabel(r"$\sigma_1$ (log scale)")
     panels[2].set_ylabel(r"residual / $\sigma_1$ (log scale)")
+    _fit_legends(figure, (panels[0], panels[2]))
     save(figure, path)
 
 
@@ -136,10 +137,27 @@ def _curves(
     title += f"\nmedians of {every} rows" if every > 1 else ""
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    _legend(axes, title, n_columns=2)
+
+
+def _legend(axes, title: str, n_columns: int) -> None:
     axes.legend(
-        loc="upper left", bbox_to_anchor=(0, 0), frameon=False, fontsize="small", ncols=2,
+        loc="upper left", bbox_to_anchor=(0, 0), frameon=False, fontsize="small", ncols=n_columns,
         borderaxespad=_BELOW, title=title, title_fontsize="small", alignment="left",
     )  # fmt: skip
+
+
+def _fit_legends(figure: Figure, panels: Sequence) -> None:
+    """Write names that would go beyond the picture one below the other, in a higher picture."""
+    figure.draw_without_rendering()
+    for axes in panels:
+        legend = axes.get_legend()
+        before = legend.get_window_extent()
+        if before.x1 > figure.bbox.x1:
+            _legend(axes, legend.get_title().get_text(), n_columns=1)
+            figure.draw_without_rendering()
+            added = axes.get_legend().get_window_extent().height - before.height
+            figure.set_figheight(figure.get_figheight() + added / figure.dpi)
 
 
 def _label(name: str, column: np.ndarray, steps: np.ndarray) -> str:
