@@ -29,6 +29,9 @@ class Reach:
     """The spans of memory that a call reaches, from the addresses of a header and an update.
 
     Attributes:
+        h: the header, a row of HEADER.
+        matrices: the rows of MATRIX.
+        number: bytes of a number of the state.
         n_v: elements of v.
         n_gram: numbers in the sums of products, of all matrices.
         spans: the first byte of each, and the number of bytes.
@@ -41,7 +44,7 @@ class Reach:
         self.pointers: list[int] = []
         self.unused: list[int] = []
         self.h = h = self._table(header, schema.HEADER, 1, "")[0]
-        self.number = BYTES[int(h["weight_dtype"])] if h["weight_dtype"] == 1 else 4  # of the state
+        self.number = max(BYTES[int(h["weight_dtype"])], 4)
         self._state(header)
         if update:
             self._update(update)
