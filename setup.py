@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,6 +28,15 @@ def cxx_compiler():
         if shutil.which(name):
             return name
     return None
+
+
+def failed(cxx):
+    """Return what to do about a build that failed: Linux often has a Python without its headers."""
+    folder = Path(sysconfig.get_path("include"))
+    if (folder / "Python.h").exists():
+        return f"CMake or the compiler {cxx} failed; fix that, then reinstall it"
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return f"{folder} has no Python.h; install {package} (Debian's name), then reinstall it"
 
 
 def build_folder(cxx):
@@ -131,7 +141,7 @@ class CMakeBuild(build_ext):
                 if self.is_built:
                     self.why = "nvcc failed; fix that, then reinstall it"
                     return
-            self.why = f"CMake or the compiler {cxx} failed; fix that, then reinstall it"
+            self.why = failed(cxx)
         if demanded or cuda == "1":
             raise CompileError(f"{self.why} (SPECTRAL_KERNELS_NATIVE=1 or _CUDA=1 demands it)")
         ext.optional = True

@@ -154,6 +154,24 @@ def test_with_a_failing_compiler_the_install_succeeds_and_keeps_its_output(
 
 
 @pytest.mark.takes_seconds
+def test_where_python_has_no_headers_the_install_says_what_to_install(
+    tmp_path, source, cmake, build_tools
+):
+    """As Debian's Python does before its package of headers is there."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sysconfig\n"
+        "sysconfig._INSTALL_SCHEMES['venv']['include'] = '/no/headers'\n"
+        "sysconfig._INSTALL_SCHEMES['posix_prefix']['include'] = '/no/headers'\n"
+    )
+    code, output, files = pip_wheel(source, **cmake, FAILS="cxx", PYTHONPATH=str(tmp_path))
+    assert code == 0, output
+    check_pure(files)
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    said = f"/no/headers has no Python.h; install {package} (Debian's name), then reinstall it\n"
+    assert files[REPORT].decode().startswith(said)
+
+
+@pytest.mark.takes_seconds
 @pytest.mark.parametrize("demand", ["SPECTRAL_KERNELS_NATIVE", "SPECTRAL_KERNELS_CUDA"])
 def test_a_build_that_is_demanded_fails_where_the_compiler_does(source, cmake, build_tools, demand):
     variables = {**cmake, "FAILS": "cxx", demand: "1"}
