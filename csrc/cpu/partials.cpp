@@ -51,7 +51,7 @@ SPECTRAL_INLINE void add_few(const Given<T, S>& given, int64_t row) {
   S factor[R];
   for (int i = 0; i < R; ++i) {
     const double wide = given.s[row + i];
-    *given.gram += wide * wide;
+    *given.gram = fused(wide, wide, *given.gram);
     factor[i] = (S)(wide * given.scale);
     if (given.t != nullptr) w[i] = given.row(row + i, i);
   }
@@ -109,7 +109,8 @@ void transposed_of_several(const Header& header, const Tile& tile, const Scratch
         factor[i][j] = (S)(wide[j] * given.scale);
       }
       for (int j = 0; j < r; ++j)
-        for (int k = 0; k < r; ++k) given.gram[j * r + k] += wide[j] * wide[k];
+        for (int k = 0; k < r; ++k)
+          given.gram[j * r + k] = fused(wide[j], wide[k], given.gram[j * r + k]);
       if (given.t != nullptr) w[i] = given.row(row + i, i);
     }
     if (given.t != nullptr) add_group<NV>(given, w, factor, count, row == tile.row_begin);

@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -49,6 +51,44 @@ template <class V>
 SPECTRAL_INLINE void store_bits(void* p, V x) {
   __builtin_memcpy(p, &x, sizeof(V));
 }
+
+// a * b + c, rounded once where the level has an instruction for it. Left to the compiler, it would
+// depend on the code around it, and two ways to the same sums would not have the same bits.
+SPECTRAL_INLINE f32v fused(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+SPECTRAL_INLINE f64v fused(f64v a, f64v b, f64v c) {
+#if defined(__AVX512F__)
+  return (f64v)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (f64v)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (f64v)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+SPECTRAL_INLINE double fused(double a, double b, double c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// A vector times a number, plus a vector.
+SPECTRAL_INLINE f32v fused(f32v a, float b, f32v c) { return fused(a, b - f32v{}, c); }
+SPECTRAL_INLINE f64v fused(f64v a, double b, f64v c) { return fused(a, b - f64v{}, c); }
 
 // Conversions of 16-bit floats: exact one way, to the nearest even the other.
 

@@ -37,22 +37,23 @@ SPECTRAL_INLINE void dot_block(const T* const* w, const T* const* later, const S
                   const V v0 = Simd<S>::load(v + j * n + c),
                           v1 = Simd<S>::load(v + j * n + c + L::kLanes);
                   for (int r = 0; r < R; ++r) {
-                    sum[r][j] += w0[r] * v0;
-                    sum[r][j] += w1[r] * v1;
+                    sum[r][j] = fused(w0[r], v0, sum[r][j]);
+                    sum[r][j] = fused(w1[r], v1, sum[r][j]);
                   }
                 }
               });
   if (begin + width == n) {
     if (c + L::kLanes <= n) {
       for (int j = 0; j < NV; ++j)
-        for (int r = 0; r < R; ++r) sum[r][j] += L::load(w[r] + c) * Simd<S>::load(v + j * n + c);
+        for (int r = 0; r < R; ++r)
+          sum[r][j] = fused(L::load(w[r] + c), Simd<S>::load(v + j * n + c), sum[r][j]);
       c += L::kLanes;
     }
     if (c < n) {
       const Tail<T> tail(n, c);
       for (int j = 0; j < NV; ++j) {
         const V x = tail.load_all(v + j * n);
-        for (int r = 0; r < R; ++r) sum[r][j] += tail.load(w[r]) * x;
+        for (int r = 0; r < R; ++r) sum[r][j] = fused(tail.load(w[r]), x, sum[r][j]);
       }
     }
   }
@@ -82,8 +83,8 @@ SPECTRAL_INLINE void add_block(const T* const* w, const T* const* later, const S
                   V x0 = first ? V{} : Simd<S>::load(to),
                     x1 = first ? V{} : Simd<S>::load(to + L::kLanes);
                   for (int r = 0; r < R; ++r) {
-                    x0 += w0[r] * factor[r][j];
-                    x1 += w1[r] * factor[r][j];
+                    x0 = fused(w0[r], factor[r][j], x0);
+                    x1 = fused(w1[r], factor[r][j], x1);
                   }
                   Simd<S>::store(to, x0);
                   Simd<S>::store(to + L::kLanes, x1);
@@ -94,7 +95,7 @@ SPECTRAL_INLINE void add_block(const T* const* w, const T* const* later, const S
     for (int j = 0; j < NV; ++j) {
       S* to = t + j * n + c;
       V x = first ? V{} : Simd<S>::load(to);
-      for (int r = 0; r < R; ++r) x += L::load(w[r] + c) * factor[r][j];
+      for (int r = 0; r < R; ++r) x = fused(L::load(w[r] + c), factor[r][j], x);
       Simd<S>::store(to, x);
     }
     c += L::kLanes;
@@ -103,7 +104,7 @@ SPECTRAL_INLINE void add_block(const T* const* w, const T* const* later, const S
     const Tail<T> tail(n, c);
     for (int j = 0; j < NV; ++j) {
       V x = first ? tail.load_before(t + j * n) : tail.load_all(t + j * n);
-      for (int r = 0; r < R; ++r) x += tail.load(w[r]) * factor[r][j];
+      for (int r = 0; r < R; ++r) x = fused(tail.load(w[r]), factor[r][j], x);
       tail.store(t + j * n, x);
     }
   }
@@ -180,7 +181,7 @@ struct SubspaceTask {
         wide[j] = product[i][j];
       }
       for (int j = 0; j < r; ++j)
-        for (int k = 0; k < r; ++k) gram[j * r + k] += wide[j] * wide[k];
+        for (int k = 0; k < r; ++k) gram[j * r + k] = fused(wide[j], wide[k], gram[j * r + k]);
       for (int j = 0; j < r; ++j) product[i][j] = (S)(wide[j] * scale);
     }
     if (t == nullptr) return;

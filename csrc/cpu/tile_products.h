@@ -30,19 +30,19 @@ SPECTRAL_INLINE void dot_rows(const T* const (&w)[R], const S* v, int64_t n, S (
       if (kPrefetch && prefetch && r < R / 2) prefetch_pair(later[r] + c);
       V w0, w1;
       L::load_pair(w[r] + c, w0, w1);
-      even[r] += w0 * v0;
-      odd[r] += w1 * v1;
+      even[r] = fused(w0, v0, even[r]);
+      odd[r] = fused(w1, v1, odd[r]);
     }
   });
   if (c + L::kLanes <= n) {
     const V v0 = Simd<S>::load(v + c);
-    for (int r = 0; r < R; ++r) even[r] += L::load(w[r] + c) * v0;
+    for (int r = 0; r < R; ++r) even[r] = fused(L::load(w[r] + c), v0, even[r]);
     c += L::kLanes;
   }
   if (c < n) {
     const Tail<T> tail(n, c);
     const V v0 = tail.load_all(v);
-    for (int r = 0; r < R; ++r) odd[r] += tail.load(w[r]) * v0;
+    for (int r = 0; r < R; ++r) odd[r] = fused(tail.load(w[r]), v0, odd[r]);
   }
   for (int r = 0; r < R; ++r) out[r] = sum_lanes(even[r] + odd[r]);
 }
@@ -59,22 +59,22 @@ SPECTRAL_INLINE void add_rows(const T* const (&w)[R], const S (&a)[R], int64_t n
       if (kPrefetch && prefetch && r >= R / 2) prefetch_pair(later[r] + c);
       V w0, w1;
       L::load_pair(w[r] + c, w0, w1);
-      x0 += w0 * a[r];
-      x1 += w1 * a[r];
+      x0 = fused(w0, a[r], x0);
+      x1 = fused(w1, a[r], x1);
     }
     Simd<S>::store(t + c, x0);
     Simd<S>::store(t + c + L::kLanes, x1);
   });
   if (c + L::kLanes <= n) {
     V x = first ? V{} : Simd<S>::load(t + c);
-    for (int r = 0; r < R; ++r) x += L::load(w[r] + c) * a[r];
+    for (int r = 0; r < R; ++r) x = fused(L::load(w[r] + c), a[r], x);
     Simd<S>::store(t + c, x);
     c += L::kLanes;
   }
   if (c < n) {
     const Tail<T> tail(n, c);
     V x = first ? tail.load_before(t) : tail.load_all(t);
-    for (int r = 0; r < R; ++r) x += tail.load(w[r]) * a[r];
+    for (int r = 0; r < R; ++r) x = fused(tail.load(w[r]), a[r], x);
     tail.store(t, x);
   }
 }
@@ -96,22 +96,22 @@ struct RowProducts {
   SPECTRAL_INLINE void pair(const T* row, int64_t c) {
     V w0, w1;
     L::load_pair(row + c, w0, w1);
-    even += w0 * Simd<S>::load(v + c);
-    odd += w1 * Simd<S>::load(v + c + L::kLanes);
+    even = fused(w0, Simd<S>::load(v + c), even);
+    odd = fused(w1, Simd<S>::load(v + c + L::kLanes), odd);
     L::load_pair(before + c, w0, w1);
-    Simd<S>::store(t + c, Simd<S>::load(t + c) + w0 * a);
-    Simd<S>::store(t + c + L::kLanes, Simd<S>::load(t + c + L::kLanes) + w1 * a);
+    Simd<S>::store(t + c, fused(w0, a, Simd<S>::load(t + c)));
+    Simd<S>::store(t + c + L::kLanes, fused(w1, a, Simd<S>::load(t + c + L::kLanes)));
   }
 
   SPECTRAL_INLINE void one(const T* row, int64_t c) {
-    even += L::load(row + c) * Simd<S>::load(v + c);
-    Simd<S>::store(t + c, Simd<S>::load(t + c) + L::load(before + c) * a);
+    even = fused(L::load(row + c), Simd<S>::load(v + c), even);
+    Simd<S>::store(t + c, fused(L::load(before + c), a, Simd<S>::load(t + c)));
   }
 
   SPECTRAL_INLINE void part(const T* row, int64_t c, int64_t n) {
     const Tail<T> tail(n, c);
-    odd += tail.load(row) * tail.load_all(v);
-    tail.store(t, tail.load_all(t) + tail.load(before) * a);
+    odd = fused(tail.load(row), tail.load_all(v), odd);
+    tail.store(t, fused(tail.load(before), a, tail.load_all(t)));
   }
 
   // The row times v, of which all vectors have been handed over; the next row follows.
@@ -148,7 +148,7 @@ SPECTRAL_INLINE void products_along(const Header& header, const Tile& tile, cons
   for (int64_t i = tile.row_begin; i < tile.row_end; ++i, row += m.row_stride) {
     update(i, products);
     const double product = s[i] = products.next_row(row, scale);
-    sum_of_squares += product * product;
+    sum_of_squares = fused(product, product, sum_of_squares);
   }
   const T* const last[] = {products.before};
   add_rows<1, false>(last, {products.a}, n, t, false, last);
@@ -192,7 +192,7 @@ struct TileTask {
     dot_rows<R, kPrefetch>(w, v, n, product, later);
     for (int r = 0; r < R; ++r) {
       s[row + r] = product[r];
-      sum_of_squares += (double)product[r] * (double)product[r];
+      sum_of_squares = fused((double)product[r], (double)product[r], sum_of_squares);
       scaled[r] = (S)(product[r] * scale);
     }
     if (t != nullptr) add_rows<R, kPrefetch>(w, scaled, n, t, row == tile.row_begin, later);

@@ -11,6 +11,7 @@ from torch import nn
 from spectral_kernels import SpectralAdamW, SpectralRegularizer, SpectralSGD
 from spectral_kernels.backends import choice
 
+from ..conftest import at_level
 from ..support.optimizer_pairs import (
     FEW,
     KINDS,
@@ -35,6 +36,31 @@ def test_200_steps_are_those_of_the_regularizer_and_torch(backend, kind, dtype):
     torch.testing.assert_close(found, expected, rtol=1e-10 if wide else 1e-3, atol=1e-4)
     assert distance(a, b) < (1e-9 if wide else 2e-3)
     assert distance(Net().to(dtype), b) > 2e-4 * MANY  # it has learnt something
+
+
+@pytest.mark.parametrize("level", ["baseline", "v3", "v4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [SpectralAdamW, SpectralSGD])
+def test_products_in_a_step_have_the_bits_of_an_iteration(kind, dtype, level):
+    """Whatever the compiler makes of two ways to the same sums."""
+    if (reason := choice.unavailable("cpu")) is not None:
+        pytest.skip(reason)
+    for _ in at_level(level, "cpu"):
+        torch.manual_seed(0)
+        shapes = [(40, n) for n in (1, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 36, 47, 64, 520)]
+        named = [(f"{i}.weight", nn.Parameter(torch.randn(shape).to(dtype)))
+                 for i, shape in enumerate(shapes)]  # fmt: skip
+        optimizer = kind(named, 0.01, backend="cpu")
+        for _, p in named:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        (bucket,) = optimizer._buckets.bound()
+        state = bucket.state
+        found = [x.clone() for x in (state.s, state.v_next, state.sigma, state.residual)]
+        bucket.backend.gram_matvec(bucket.plan, state)
+        bucket.backend.normalize(bucket.plan, state)
+        for x, y in zip(found, (state.s, state.v_next, state.sigma, state.residual), strict=True):
+            assert torch.equal(x, y)
 
 
 @every_kind
