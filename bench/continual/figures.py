@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ..support.figures import DASH_DOT, DASHED, SOLID, WIDTH, Style, dress, log_scale, marked
 from .arms import LAST, Arms, Setting, best, ended, have_operators, interval, scores
@@ -166,7 +166,10 @@ def _sensitivity(
             ax.errorbar([strength * aside for strength in own], means, halves, capsize=2,
                         elinewidth=0.9, **style.options())  # fmt: skip
     _fit(ax, [shown], [bars], most)
-    if any(arm.strength for arm in arms):
+    if strengths := [arm.strength for arm in arms if arm.strength]:
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # they would overlap
+        if min(strengths) == max(strengths):
+            ax.set_xlim(strengths[0] / 4, strengths[0] * 4)
     if any(not arm.strength for arm in arms):
         ax.set_xlabel("strength (log scale; dotted: methods without one)")

@@ -13,8 +13,12 @@ pytest.importorskip("scipy", reason="scipy is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
+from matplotlib.figure import Figure
+
 from bench.continual import __main__ as cli
-from bench.continual import own, runner
+from bench.continual import figures, own, runner
+from bench.continual.arms import Arm
+from bench.support.figures import Style
 from tests import ROOT, TIMEOUT
 from tests.support import documents
 
@@ -320,3 +324,17 @@ def test_an_import_that_takes_long_is_explained(capsys, monkeypatch):
         "m.py:M: its import has taken 0.05 s, and every worker process imports it too: "
         f"{own.GUARD}\n"
     )
+
+
+@pytest.mark.parametrize("strengths", [[1e-3], [3e-4], [1e-4, 1e-3, 1e-2]])
+def test_strengths_are_labelled_by_decades_alone(strengths):
+    runs = [{"accuracy": 0.5}, {"accuracy": 0.6}]
+    arms = {Arm(method, x): runs for method in ("l2", "spectral") for x in strengths}
+    figure = Figure()
+    axes = figure.subplots()
+    styles = dict.fromkeys(("l2", "spectral"), Style("C0", "o", "-"))
+    figures._sensitivity(axes, arms, styles, lambda run: run["accuracy"], 1.0)
+    figure.draw_without_rendering()
+    assert all(not text.get_text() for text in axes.get_xticklabels(minor=True))
+    low, high = axes.get_xlim()
+    assert sum(low <= 10.0**i <= high for i in range(-6, 0)) >= 1
