@@ -35,15 +35,18 @@ class Reach:
         n_v: elements of v.
         n_gram: numbers in the sums of products, of all matrices.
         spans: the first byte of each, and the number of bytes.
+        tables: the addresses of tables, which the kernels only read.
         pointers: the addresses of the numbers in tables that are addresses.
         unused: the addresses of those that the kernels of a CPU do not need.
     """
 
     def __init__(self, header: int, update: int = 0):
         self.spans: list[tuple[int, int]] = []
+        self.tables: list[int] = []
         self.pointers: list[int] = []
-        self.unused: list[int] = []
-        self.h = h = self._table(header, schema.HEADER, 1, "")[0]
+        own = "matrices tiles elementwise operators taps"
+        self.h = h = self._table(header, schema.HEADER, 1, own)[0]
+        self.unused = [header + schema.HEADER.fields[name][1] for name in OF_A_GPU]
         self.number = max(BYTES[int(h["weight_dtype"])], 4)
         self._state(header)
         if update:
@@ -58,6 +61,7 @@ class Reach:
         """Add ``n`` rows of a table, and its ``fields`` that are addresses; return a view of it."""
         address = int(address)
         self.add(address, n * dtype.itemsize)
+        self.tables += [address] if n else []
         for i in range(n):
             self.pointers += [address + i * dtype.itemsize + dtype.fields[name][1]
                               for name in fields.split()]  # fmt: skip
@@ -89,9 +93,6 @@ class Reach:
         for name, size in (most | {"v_next": most["v"]}).items():
             self._field(header, schema.HEADER, name, size * self.number)
         self._field(header, schema.HEADER, "gram_partial", 8 * len(tiles) * r * r)
-        for name in ("matrices", "tiles", "elementwise", "operators", "taps"):
-            self.pointers.append(header + schema.HEADER.fields[name][1])
-        self.unused = [header + schema.HEADER.fields[name][1] for name in OF_A_GPU]
         if h["operators"]:
             operators = self._table(h["operators"], schema.OPERATOR, n, "")
             n_taps = (operators["first_tap"] + operators["n_taps"]).max(initial=0)
@@ -121,7 +122,8 @@ class Reach:
 
     def _update(self, update: int) -> None:
         """Add all that an update leads to."""
-        u = self._table(update, schema.UPDATE, 1, "")[0]
+        own = "matrix_moments elementwise_moments others other_moments groups"
+        u = self._table(update, schema.UPDATE, 1, own)[0]
         others = self._table(u["others"], schema.ELEMENTWISE, u["n_others"], "weight grad targets")
         self._vectors(others)
         size, moments = BYTES[int(u["moment_dtype"])], []
@@ -141,8 +143,6 @@ class Reach:
         n_steps = 1 + max((int(x["parameter"]) for x in moments), default=-1)
         for name, n in (("steps", n_steps), ("grad_scale", 1), ("found_inf", 1)):
             self._field(update, schema.UPDATE, name, 4 * n)
-        for name in ("matrix_moments", "elementwise_moments", "others", "other_moments", "groups"):
-            self.pointers.append(update + schema.UPDATE.fields[name][1])
 
 
 class Memory:
@@ -172,7 +172,7 @@ class Memory:
             number[0] = self.there(int(number[0]))
         for pointer in reach.unused:
             self._number(pointer)[0] = 0
-        self._fixed = {self._index(pointer) for pointer in (*reach.pointers, *reach.unused)}
+        self._fixed = {self._index(table) for table in reach.tables}
         self._sent = self._bytes[:end].copy()
 
     def receive(self) -> None:
