@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 from rich.console import Console
 
 from . import checks, own, report
+from .data import DATA
 from .methods import METHODS
 from .models import MODELS
 from .runner import WorkersEndedError, run_all, say, words
-from .train import NAMES, OWN_DATA, Key
+from .train import LR, NAMES, OWN_DATA, Key
 
 DEFAULTS = {"problem": "random_labels", "data": "digits", "model": "mlp",
             "method": "none,l2,spectral"}  # fmt: skip
@@ -32,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="continual", type=Path,
                         help="folder; what is there is not run again")  # fmt: skip
     for name, known in {
-        "problem": NAMES, "data": ("digits", "textures"), "model": (*MODELS, "ppo (of cartpole)"),
+        "problem": NAMES, "data": tuple(DATA), "model": (*MODELS, "ppo (of cartpole)"),
         "method": METHODS,
     }.items():  # fmt: skip
         flags = [f"--{name}", "--methods"] if name == "method" else [f"--{name}"]
@@ -41,9 +43,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                             help=f"{', '.join(known)}{more}; {DEFAULTS[name]}")  # fmt: skip
     parser.add_argument("--strengths", default="default",
                         help="of the methods that have one, e.g. 1e-4,1e-3")  # fmt: skip
+    parser.add_argument("--lrs", default=f"{LR:g}", help="learning rates; %(default)s")
     parser.add_argument("--seeds", default=5, type=int)
+    parser.add_argument("--first-seed", default=0, type=int)
     parser.add_argument("--tasks", default=40, type=int)
     parser.add_argument("--epochs", default=40, type=int, help="per task")
+    parser.add_argument("--limit", default=math.inf, type=float,
+                        help="seconds of a run; longer ones are recorded as failed")  # fmt: skip
+    parser.add_argument("--budget", default=math.inf, type=float,
+                        help="seconds after which no run begins; call again to go on")  # fmt: skip
     parser.add_argument("--workers", default=len(os.sched_getaffinity(0)), type=int)
     options = parser.parse_args(argv)
     for name, default in DEFAULTS.items():
@@ -71,7 +79,9 @@ def keys(options: argparse.Namespace) -> list[Key]:
         for strength in strengths or (0.0,):
             first = Key(problem, data, model, method, strength, 0, options.tasks, options.epochs)
             checks.check(first)
-            found += [first._replace(seed=seed) for seed in range(options.seeds)]
+            seeds = range(options.first_seed, options.first_seed + options.seeds)
+            found += [first._replace(seed=seed, lr=float(lr))
+                      for seed in seeds for lr in options.lrs.split(",")]  # fmt: skip
     # Seed by seed, so that an interrupted call has runs of every method.
     return sorted(dict.fromkeys(found), key=lambda key: key.seed)
 
@@ -101,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             return _fail(console, error, 2)
         try:
-            failures = run_all(wanted, folder, options.workers, console)
+            failures = run_all(wanted, folder, options.workers, console, options.limit,
+                               options.budget)  # fmt: skip
         except WorkersEndedError as error:
             return _fail(console, error, 1)
         except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from . import train
 from .methods import METHODS
 from .models import MODELS
 
-LAST = 5  # tasks that count as "at the end"
+LAST = 5  # tasks at least that count as "at the end"
 
 
 class Setting(NamedTuple):
@@ -32,13 +32,15 @@ class Setting(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """A method at a strength."""
+    """A method at a strength and a learning rate."""
 
     method: str
     strength: float
+    lr: float = train.LR
 
     def __str__(self) -> str:
-        return f"{self.method} {self.strength:g}" if self.strength else self.method
+        words = f"{self.method} {self.strength:g}" if self.strength else self.method
+        return words if self.lr == train.LR else f"{words}, lr {self.lr:g}"
 
 
 Arms = dict[Arm, list[dict]]
@@ -74,11 +76,12 @@ def settings(runs: Iterable[dict]) -> dict[Setting, Arms]:
 
     def place(run: dict) -> tuple:
         method = run["method"]
-        return order.get(method, len(order)), method, run["strength"], run["seed"]
+        lr = run.get("lr", train.LR)
+        return order.get(method, len(order)), method, run["strength"], lr, run["seed"]
 
     for run in sorted(runs, key=place):
         setting = Setting(*(run[name] for name in Setting._fields))
-        arm = Arm(run["method"], run["strength"])
+        arm = Arm(run["method"], run["strength"], run.get("lr", train.LR))
         found.setdefault(setting, {}).setdefault(arm, []).append(run)
     return dict(sorted(found.items()))
 
@@ -95,9 +98,14 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
 
 
+def last(values: Sequence) -> Sequence:
+    """Return the last values: a twentieth of them, at least five."""
+    return values[-max(LAST, len(values) // 20) :]
+
+
 def ended(run: dict, name: str) -> float:
     """Return the mean of a measurement over the last tasks (and over matrices)."""
-    return float(np.mean([np.mean(value) for value in run[name][-LAST:]]))
+    return float(np.mean([np.mean(value) for value in last(run[name])]))
 
 
 def scores(setting: Setting, arms: Arms) -> tuple[str, bool, int]:

@@ -13,6 +13,7 @@ from spectral_kernels import diagnostics
 from . import models, own, problems, train
 from .methods import METHODS, Method
 
+MLPS = ("mlp", "mlp_norm")  # the models for data that are no images
 FEW = 4  # examples that a model of one's own is tried on
 
 
@@ -27,7 +28,8 @@ def check(key: train.Key) -> None:
         accepted += [("data", ("none",)), ("model", train.OWN_DATA[key.problem])]
     else:
         data = ("none",) if own.known(key.problem) else problems.DATA
-        accepted += [("data", data), ("model", models.MODELS)]
+        of_rows = key.data in problems.DATA and len(problems.SHAPES[key.data]) == 1
+        accepted += [("data", data), ("model", MLPS if of_rows else models.MODELS)]
     for name, names in accepted:
         got = getattr(key, name)
         is_allowed = own.known(got) and not (name == "model" and key.problem == "cartpole")

@@ -8,6 +8,7 @@ observations; the learner is not told.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,11 +26,10 @@ from spectral_kernels import diagnostics
 
 from . import own
 from .methods import METHODS
-from .train import plasticity
+from .train import LR, plasticity, rounded
 
 ENVIRONMENTS = 8
 ROLLOUT = 128  # steps of each environment per update of PPO; those of all of them are one epoch
-LR = 1e-3
 PHYSICS = "gravity", "masscart", "masspole", "length", "force_mag"
 LAST_EPISODES = 20
 
@@ -97,11 +97,11 @@ class _Actor(nn.Module):
         return self.last(self.hidden(x))
 
 
-def build(poles: list[ChangingPole], seed: int) -> PPO:
+def build(poles: list[ChangingPole], seed: int, lr: float = LR) -> PPO:
     """Return a learner with two hidden layers of 64 units."""
     environments = DummyVecEnv([lambda pole=pole: pole for pole in poles])
     learner = PPO(
-        "MlpPolicy", environments, n_steps=ROLLOUT, batch_size=128, learning_rate=LR,
+        "MlpPolicy", environments, n_steps=ROLLOUT, batch_size=128, learning_rate=lr,
         device="cpu", seed=seed,
         policy_kwargs={"activation_fn": nn.ReLU, "net_arch": [64, 64]},
     )  # fmt: skip
@@ -109,7 +109,7 @@ def build(poles: list[ChangingPole], seed: int) -> PPO:
     return learner
 
 
-def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
+def run(key, progress: Callable[[int], Any] = lambda epochs: None, limit: float = math.inf) -> dict:
     """Do what ``train.run`` does; scores are episode returns, at most 500.
 
     train: mean over the last 20 episodes of a task; online: over all of them. An epoch is 1,024
@@ -119,8 +119,8 @@ def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     torch.set_num_threads(1)
     rng = np.random.default_rng(key.seed)
     poles = [ChangingPole() for _ in range(ENVIRONMENTS)]
-    learner = build(poles, key.seed)
-    method = own.find(METHODS, key.method)(learner.policy, key.strength, LR)
+    learner = build(poles, key.seed, key.lr)
+    method = own.find(METHODS, key.method)(learner.policy, key.strength, key.lr)
     learner.policy.optimizer = method.optimizer
     method.optimizer.register_step_pre_hook(lambda *_: method.before_step())
     method.optimizer.register_step_post_hook(lambda *_: method.after_step(None))
@@ -146,4 +146,4 @@ def run(key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
         )
         for name, value in measured.items():
             found.setdefault(name, []).append(value)
-    return {**key._asdict(), **found}
+    return {**key._asdict(), **{name: rounded(value) for name, value in found.items()}}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import own
-from .data import CLASSES, DATA
+from .data import CLASSES, DATA, SHAPES
 
 
 class Task(NamedTuple):
@@ -136,7 +136,7 @@ def build(name: str, data: str, tasks: int, generator: torch.Generator) -> Probl
     stream = PROBLEMS[name](generator, tasks, data)
     if name == "bit_flipping":
         return Problem((21,), 1, "mse", stream)
-    return Problem((1, 8, 8) if data == "digits" else (3, 16, 16), CLASSES, "accuracy", stream)
+    return Problem(SHAPES[data], CLASSES, "accuracy", stream)
 
 
 def _own_problem(stream: Iterable[tuple], tasks: int) -> Problem:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import queue
 import sys
+import time
 import traceback
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
@@ -39,11 +42,18 @@ class WorkersEndedError(Exception):
 
 def key_of(run: dict) -> Key:
     """Return the key of a run."""
-    return Key(**{field: run[field] for field in Key._fields})
+    return Key(
+        **{field: run[field] for field in Key._fields if field in run}
+    )  # the first had no lr
 
 
-def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -> list[Failure]:
+def run_all(
+    keys: Sequence[Key], folder: Path, workers: int, console: Console, limit: float = math.inf,
+    budget: float = math.inf,
+) -> list[Failure]:  # fmt: skip
     """Run what the folder lacks; return the runs that raised an exception, which are not written.
+
+    No run begins after ``budget`` seconds; ``limit`` are the seconds of a run (see train.run).
 
     Each line is written with one call when its run is finished, so that a kill loses only the runs
     in progress. A traceback is printed when the first exception comes from there.
@@ -69,14 +79,19 @@ def run_all(keys: Sequence[Key], folder: Path, workers: int, console: Console) -
     ):
         every = bars.add_task("runs", total=len(keys), completed=len(keys) - len(todo))
         shown: dict[Key, int | None] = {}
-        futures = {pool.submit(_work, key): key for key in todo}
-        waiting, place = set(futures), where()
+        futures: dict[Future, Key] = {}
+        waiting: set[Future] = set()
+        queued, place, end = deque(todo), where(), time.monotonic() + budget
         try:
-            while waiting:
+            while waiting or (queued and time.monotonic() < end):
+                while queued and len(waiting) < workers and time.monotonic() < end:
+                    key = queued.popleft()
+                    futures[future := pool.submit(_work, key, limit)] = key
+                    waiting.add(future)
                 finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
                 _show(reports, bars, shown)
                 for future in finished:
-                    key, found = futures[future], future.result()
+                    key, found = futures.pop(future), future.result()
                     if isinstance(found, Failure):
                         if found.place not in [failure.place for failure in failures]:
                             say(console, f"failed: {words(key)}\n{found.traceback}")
@@ -109,7 +124,7 @@ def say(console: Console, message: str) -> None:
 def words(key: Key) -> str:
     """Return a key as a line for the terminal."""
     names = (own.given(name) for name in (key.problem, key.model, key.method))
-    return f"{' '.join(names)} {key.strength:g} seed {key.seed}"
+    return f"{' '.join(names)} {key.strength:g} lr {key.lr:g} seed {key.seed}"
 
 
 def _why_ended(running: list[str]) -> str:
@@ -130,14 +145,14 @@ def _start(reports, every: tuple[own.Own, ...]) -> None:
     end_with_parent()
 
 
-def _work(key: Key) -> dict | Failure:
+def _work(key: Key, limit: float) -> dict | Failure:
     _reports.put((key, 0))
     try:
         if key.problem == "cartpole":
             from .control import run
         else:
             from .train import run
-        found = run(key, lambda epochs: _reports.put((key, epochs)))
+        found = run(key, lambda epochs: _reports.put((key, epochs)), limit)
         return found | own.labels(key._asdict())
     except (Exception, SystemExit) as error:  # as text, since not every exception can be sent
         place = "".join(traceback.format_tb(error.__traceback__))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from .methods import METHODS
 LR = 1e-3
 BATCH = 64
 MEASURED = 128  # examples for gradient diversity and dormant units
+MEASUREMENTS = 40  # tasks at most after which plasticity is measured: it costs as much as an epoch
 NAMES = (*problems.PROBLEMS, "cartpole")
 # Problems with their own data, and the models that they are for.
 OWN_DATA = {"bit_flipping": ("mlp", "mlp_norm"), "cartpole": ("ppo",)}
@@ -35,16 +37,25 @@ class Key(NamedTuple):
     seed: int
     tasks: int
     epochs: int
+    lr: float = LR
 
 
-def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
+def run(
+    key: Key, progress: Callable[[int], Any] = lambda epochs: None, limit: float = math.inf
+) -> dict:
     """Train; return the key and the measurements, lists with one entry per task.
 
     online: mean score of a task's batches, each before its step; train, test: score on the task's
-    examples and on held-out ones at its end (None if there are none). Also at its end: sigma_max,
-    sigma_min and stable_rank per matrix, operator_sigma likewise (of a convolution as an operator),
-    lipschitz (see models.lipschitz), gradient_diversity, dormant (a share of all units) and
-    weight_norm. seconds: of the training alone. score: of a problem of one's own.
+    examples and on held-out ones at its end (None if there are none). seconds: of the training
+    alone. score: of a problem of one's own.
+
+    Also at the end of tasks, of which ``measured`` has the numbers, from 1 on: sigma_max, sigma_min
+    and stable_rank per matrix, operator_sigma likewise (of a convolution as an operator), lipschitz
+    (see models.lipschitz), gradient_diversity, dormant (a share of all units) and weight_norm. That
+    is all tasks, or about 40 of a longer stream with the last one.
+
+    A run whose parameters are no longer finite, or that has taken ``limit`` seconds, ends after the
+    task in hand; ``failed`` says so.
 
     Images, initial weights, tasks and batches of one seed are the same for every method.
     ``progress`` gets the number of finished epochs.
@@ -55,10 +66,12 @@ def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
     generator = torch.Generator().manual_seed(key.seed)
     problem = problems.build(key.problem, key.data, key.tasks, generator)
     model = models.build(key.model, problem.shape, problem.outputs, generator)
-    method = own.find(METHODS, key.method)(model, key.strength, LR)
+    method = own.find(METHODS, key.method)(model, key.strength, key.lr)
     found: dict[str, Any] = {}
     done = 0
-    for task in problem.tasks:
+    every = math.ceil(key.tasks / MEASUREMENTS)
+    began = time.perf_counter()
+    for number, task in enumerate(problem.tasks, 1):
         online, start = 0.0, time.perf_counter()
         for _ in range(key.epochs):
             online += epoch(method, problem, task, generator)
@@ -66,12 +79,33 @@ def run(key: Key, progress: Callable[[int], Any] = lambda epochs: None) -> dict:
             progress(done)
         seconds = time.perf_counter() - start
         measured = {"online": online / key.epochs, "seconds": seconds}
-        measured |= measure(method.model, problem, task)
+        measured |= scores(method.model, problem, task)
+        left = limit - (time.perf_counter() - began) if number < key.tasks else math.inf
+        why = _why_failed(method.model, limit, left)
+        if why is None and (key.tasks - number) % every == 0:
+            measured |= {"measured": number} | measure(method.model, problem, task)
         for name, value in measured.items():
             found.setdefault(name, []).append(value)
+        if why is not None:
+            found["failed"] = f"{why}, after {number} of {key.tasks} tasks"
+            break
     if own.known(key.problem):
         found["score"] = problem.score
-    return {**key._asdict(), **found}
+    return {**key._asdict(), **{name: rounded(value) for name, value in found.items()}}
+
+
+def _why_failed(model: nn.Module, limit: float, left: float) -> str | None:
+    """Return why a run has failed, None if it has not; ``left`` are its last seconds."""
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        return "parameters that are not finite"
+    return f"more than {limit:g} seconds" if left < 0 else None
+
+
+def rounded(found: Any) -> Any:
+    """Return numbers, in lists too, with six digits: a long stream has thousands of them."""
+    if isinstance(found, list):
+        return [rounded(value) for value in found]
+    return float(f"{found:.6g}") if isinstance(found, float) else found
 
 
 def epoch(
@@ -80,13 +114,15 @@ def epoch(
     """Take a step per batch; return the mean score of the batches before their steps."""
     order = torch.randperm(len(task.x), generator=generator)
     total = 0.0
+    penalty = getattr(method, "penalty", lambda: None)
     method.model.train()
     for chosen in order.split(BATCH):
         x, y = task.x[chosen], task.y[chosen]
         outputs = method.model(x)
         loss = problem.loss(outputs, y)
         method.optimizer.zero_grad()
-        loss.backward()
+        more = penalty()
+        (loss if more is None else loss + more).backward()
         method.before_step()
         method.optimizer.step()
         method.after_step(x)
@@ -97,15 +133,18 @@ def epoch(
     return total / len(task.x)
 
 
-def measure(model: nn.Module, problem: problems.Problem, task: problems.Task) -> dict:
-    """Return what is measured at the end of a task."""
-    scores = {
+def scores(model: nn.Module, problem: problems.Problem, task: problems.Task) -> dict:
+    """Return the scores at the end of a task."""
+    return {
         "train": _score(model, problem, task.x, task.y),
         "test": None if task.x_test is None else _score(model, problem, task.x_test, task.y_test),
-        "weight_norm": diagnostics.weight_norm(model),
     }
-    scores |= operators(model)
-    return scores | plasticity(model, _weights(model), task.x, task.y, problem.loss)
+
+
+def measure(model: nn.Module, problem: problems.Problem, task: problems.Task) -> dict:
+    """Return what else is measured at the end of a task."""
+    found = {"weight_norm": diagnostics.weight_norm(model)} | operators(model)
+    return found | plasticity(model, _weights(model), task.x, task.y, problem.loss)
 
 
 def operators(model: nn.Module) -> dict:

@@ -1,0 +1,152 @@
+"""``python -m bench.continual.protocol``: the runs of PROTOCOL.md, in pieces of any length."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from . import checks
+from .arms import Arm, ended
+from .runner import key_of, load, run_all, say, words
+from .train import Key
+
+TUNED = 100  # the seed of the runs that choose; reported seeds are 0, 1, ...
+FEW_LRS, LRS = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+PLANE = ("none", "l2", "l2_init", "spectral")  # tried at all of LRS
+OURS = ("spectral", "spectral_four", "spectral_auto", "spectral_sharp", "spectral_above",
+        "spectral_decoupled", "spectral_cap")  # fmt: skip
+OTHERS = ("none", "l2", "l2_init", "l2_er", "parseval", "isometry", "shrink_perturb", "redo",
+          "continual_backprop", "snr", "layer_norm", "weight_projection", "nap", "muon")  # fmt: skip
+SHORT = ("none", "l2", "l2_init", "parseval", "isometry", "continual_backprop", "spectral",
+         "spectral_four", "spectral_sharp", "spectral_decoupled")  # fmt: skip
+ANY_MODEL = ("none", "l2", "l2_init", "parseval", "isometry", "shrink_perturb", "spectral",
+             "spectral_sharp", "spectral_decoupled", "spectral_operator")  # fmt: skip
+
+
+class Stream(NamedTuple):
+    """A stream of tasks: what is run on it, and what chooses lr and strength."""
+
+    problem: str
+    data: str
+    model: str
+    tasks: int
+    epochs: int
+    tuned_tasks: int  # of the runs that choose
+    methods: tuple[str, ...]
+    lrs: tuple[float, ...]  # of these
+    seeds: int = 5
+    score: str = "train"  # or "test"
+
+
+STREAMS = {
+    "labels": Stream("random_labels", "digits", "mlp", 400, 20, 40, OTHERS + OURS, LRS),
+    "permuted": Stream("permuted_pixels", "mnist1d", "mlp", 800, 5, 80, OTHERS + OURS, FEW_LRS,
+                       score="test"),
+    "labels_1d": Stream("random_labels", "mnist1d", "mlp", 800, 10, 80, SHORT, FEW_LRS, 3),
+    "noise": Stream("label_noise", "digits", "mlp", 20, 10, 20, OTHERS + OURS, (1e-3,),
+                    score="test"),
+    "classes_resnet": Stream("class_incremental", "textures", "resnet", 40, 5, 40, ANY_MODEL,
+                             (1e-3,), score="test"),
+    "classes_plain": Stream("class_incremental", "textures", "resnet_plain", 40, 5, 40, ANY_MODEL,
+                            (1e-3,), score="test"),
+    "classes_vit": Stream("class_incremental", "textures", "vit", 40, 5, 40, ANY_MODEL, (1e-3,),
+                          score="test"),
+}  # fmt: skip
+
+
+def tuning(stream: Stream, seed: int = TUNED) -> list[Key]:
+    """Return the runs that choose lr and strength of every method."""
+    found = []
+    for method in stream.methods:
+        lrs = stream.lrs if method in PLANE else [lr for lr in stream.lrs if lr in FEW_LRS]
+        found += [_key(stream, method, strength, lr, seed, stream.tuned_tasks)
+                  for lr in lrs for strength in checks.strengths(method) or (0.0,)]  # fmt: skip
+    return found
+
+
+def plane(stream: Stream) -> list[Key]:
+    """Return the runs of a second seed for the planes of lr and strength."""
+    return [key for key in tuning(stream, TUNED + 1) if key.method in PLANE]
+
+
+def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, Arm]:
+    """Return the arm of each method whose runs that choose are all there.
+
+    It is the one of the best score at the end, rounded to 0.01, and of these the one that is best
+    while learning. Runs that failed are not chosen.
+    """
+    done = {key_of(run): run for run in runs}
+    wanted: dict[str, list[Key]] = {}
+    for key in tuning(stream):
+        wanted.setdefault(key.method, []).append(key)
+    found = {}
+    for method, keys in wanted.items():
+        finished = [done[key] for key in keys if key in done and "failed" not in done[key]]
+        if all(key in done for key in keys) and finished:
+            best = max(finished, key=lambda run: _order(stream, run))
+            found[method] = Arm(method, best["strength"], best.get("lr", math.nan))
+    return found
+
+
+def reported(stream: Stream, runs: Iterable[dict]) -> list[Key]:
+    """Return the runs that are reported, of the methods that are chosen for already."""
+    arms = chosen(stream, runs).values()
+    return [_key(stream, arm.method, arm.strength, arm.lr, seed, stream.tasks)
+            for seed in range(stream.seeds) for arm in arms]  # fmt: skip
+
+
+def _key(
+    stream: Stream, method: str, strength: float, lr: float, seed: int, tasks: int
+) -> Key:  # fmt: skip
+    return Key(stream.problem, stream.data, stream.model, method, strength, seed, tasks,
+               stream.epochs, lr)  # fmt: skip
+
+
+def _order(stream: Stream, run: dict) -> tuple[float, float]:
+    return round(ended(run, stream.score), 2), ended(run, "online")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Go on with the runs of the streams; return 1 if runs raised an exception."""
+    parser = argparse.ArgumentParser(prog="python -m bench.continual.protocol", description=__doc__)
+    parser.add_argument("folder", type=Path, help="what is there is not run again")
+    parser.add_argument("--streams", default=",".join(STREAMS), help="%(default)s")
+    parser.add_argument("--stages", default="tune,report,plane", help="%(default)s")
+    parser.add_argument("--budget", default=math.inf, type=float,
+                        help="seconds after which no run begins; call again to go on")  # fmt: skip
+    parser.add_argument("--limit", default=1800, type=float,
+                        help="seconds of a run; longer ones are recorded as failed")  # fmt: skip
+    parser.add_argument("--workers", default=len(os.sched_getaffinity(0)), type=int)
+    options = parser.parse_args(argv)
+    streams, stages = options.streams.split(","), options.stages.split(",")
+    for given, known, kind in ((streams, STREAMS, "streams"), (stages, _STAGES, "stages")):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"{kind}: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    console, end, failures = Console(), time.monotonic() + options.budget, []
+    for name in streams:
+        for stage in stages:
+            wanted = _STAGES[stage](STREAMS[name], load(options.folder))
+            left = end - time.monotonic()
+            failures += run_all(wanted, options.folder, options.workers, console, options.limit,
+                                left)  # fmt: skip
+    for failure in failures:
+        say(console, f"failed: {words(failure.key)}")
+    return int(bool(failures))
+
+
+_STAGES = {
+    "tune": lambda stream, runs: tuning(stream), "report": reported,
+    "plane": lambda stream, runs: plane(stream),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
