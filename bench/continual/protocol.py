@@ -16,7 +16,7 @@ from rich.console import Console
 from . import checks
 from .arms import Arm, ended
 from .runner import key_of, load, run_all, say, words
-from .train import Key
+from .train import LR, Key
 
 TUNED = 100  # the seed of the runs that choose; reported seeds are 0, 1, ...
 FEW_LRS, LRS = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -24,7 +24,8 @@ PLANE = ("none", "l2", "l2_init", "spectral")  # tried at all of LRS
 OURS = ("spectral", "spectral_four", "spectral_auto", "spectral_sharp", "spectral_above",
         "spectral_decoupled", "spectral_cap")  # fmt: skip
 OTHERS = ("none", "l2", "l2_init", "l2_er", "parseval", "isometry", "shrink_perturb", "redo",
-          "continual_backprop", "snr", "layer_norm", "weight_projection", "nap", "muon")  # fmt: skip
+          "continual_backprop", "snr", "layer_norm", "weight_projection", "nap",
+          "muon")  # fmt: skip
 SHORT = ("none", "l2", "l2_init", "parseval", "isometry", "continual_backprop", "spectral",
          "spectral_four", "spectral_sharp", "spectral_decoupled")  # fmt: skip
 ANY_MODEL = ("none", "l2", "l2_init", "parseval", "isometry", "shrink_perturb", "spectral",
@@ -92,7 +93,7 @@ def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, Arm]:
         finished = [done[key] for key in keys if key in done and "failed" not in done[key]]
         if all(key in done for key in keys) and finished:
             best = max(finished, key=lambda run: _order(stream, run))
-            found[method] = Arm(method, best["strength"], best.get("lr", math.nan))
+            found[method] = Arm(method, best["strength"], best.get("lr", LR))
     return found
 
 
