@@ -108,6 +108,17 @@ def ended(run: dict, name: str) -> float:
     return float(np.mean([np.mean(value) for value in last(run[name])]))
 
 
+def finished(runs: Iterable[dict]) -> list[dict]:
+    """Return the runs that did not fail."""
+    return [run for run in runs if "failed" not in run]
+
+
+def measured(run: dict, name: str) -> list[int]:
+    """Return the tasks, from 1 on, after which a measurement was made."""
+    every = list(range(1, len(run[name]) + 1))
+    return every if len(every) == len(run["train"]) else run["measured"]
+
+
 def scores(setting: Setting, arms: Arms) -> tuple[str, bool, int]:
     """Return the name of a setting's score, whether lower is better, and decimals of its table."""
     if setting.problem == "cartpole":
@@ -119,9 +130,11 @@ def scores(setting: Setting, arms: Arms) -> tuple[str, bool, int]:
 
 
 def best(arms: Arms, lower: bool) -> dict[str, Arm]:
-    """Return the arm of each method that is best at the end."""
+    """Return the arm of each method that is best at the end, of those without a failed run."""
     found: dict[str, tuple[float, Arm]] = {}
     for arm, runs in arms.items():
+        if finished(runs) != runs:
+            continue
         score = np.mean([ended(run, "train") for run in runs])
         score = -score if lower else score
         if arm.method not in found or score > found[arm.method][0]:
@@ -131,5 +144,5 @@ def best(arms: Arms, lower: bool) -> dict[str, Arm]:
 
 def have_operators(arms: Arms) -> bool:
     """Return whether all runs have norms of operators and a Lipschitz bound."""
-    every = [run for runs in arms.values() for run in runs]
+    every = [run for runs in arms.values() for run in finished(runs)]
     return all(np.isfinite(run.get("lipschitz", [math.nan])).all() for run in every)

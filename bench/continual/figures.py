@@ -14,7 +14,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ..support.figures import DASH_DOT, DASHED, SOLID, WIDTH, Style, dress, log_scale, marked
-from .arms import LAST, Arms, Setting, best, ended, have_operators, interval, scores
+from .arms import (
+    Arm,
+    Arms,
+    Setting,
+    best,
+    ended,
+    finished,
+    have_operators,
+    interval,
+    last,
+    measured,
+    scores,
+)  # fmt: skip
 
 # none, L2, spectral and SpectralAdamW look as in the demo's picture; kinds of spectral are dashed.
 STYLES = {
@@ -30,6 +42,7 @@ STYLES = {
 # Of methods of one's own: other colours than above, all dark enough for lines on white.
 SPARE_COLORS = ("#C51B7D", "#01665E", "#7A7A00", "#6A51A3", "#B2182B", "#4D4D4D", "#543005")
 SPARE_MARKERS = "phd8*"
+MOST_CURVES = 9
 LEAST_BOUND = -3  # log10 of a Lipschitz bound; below, a network is as good as constant
 
 
@@ -59,19 +72,22 @@ def draw(setting: Setting, arms: Arms, styles: Mapping[str, Style], path: Path) 
 def picture(setting: Setting, arms: Arms, styles: Mapping[str, Style]) -> Figure:
     """Return the figure of one setting: each method at its best over tasks, and by strength."""
     score, lower, _ = scores(setting, arms)
-    chosen = {arm: arms[arm] for arm in best(arms, lower).values()}
+    chosen = shown_arms(arms, best(arms, lower), lower)
+    methods = {arm.method for arm in chosen}
+    arms = {arm: done for arm, runs in arms.items()
+            if arm.method in methods and (done := finished(runs))}  # fmt: skip
     held_out = all(run["test"][0] is not None for runs in arms.values() for run in runs)
     unit = {"return": "return (reward per episode)",
             "mean squared error": "mean squared error (log scale)"}.get(score, score)  # fmt: skip
     score = "error" if lower else score
     most = 1.0 if score == "accuracy" else None
-    sigma = r"$\sigma_1$ (log scale)"
+    sigma, n = r"$\sigma_1$ (log scale)", len(last(range(setting.tasks)))
     panels: list = [
         ("train", f"{score} at the end of each task", unit, np.mean),
         ("online", f"{score} while learning (online)", unit, np.mean),
         ("test", f"{score} on held-out data", unit, np.mean) if held_out else
         ("weight_norm", "norm of all weights", "Euclidean norm", np.mean),
-        (f"{score} of the last {LAST} tasks, by strength", lambda run: ended(run, "train")),
+        (f"{score} of the last {n} tasks, by strength", lambda run: ended(run, "train")),
         ("sigma_max", r"largest $\sigma_1$ of all layers", sigma, np.max),
         (f"{score} after the first task, by strength", lambda run: run["train"][0]),
         ("gradient_diversity", "effective rank of per-example gradients", "directions", np.mean),
@@ -91,7 +107,7 @@ def picture(setting: Setting, arms: Arms, styles: Mapping[str, Style]) -> Figure
     for ax, panel in zip(figure.subplots(rows, 2).flat, panels, strict=True):
         if len(panel) == 2:
             dress(ax, panel[0].capitalize(), "strength (log scale)", unit)
-            _sensitivity(ax, arms, styles, panel[1], most)
+            _sensitivity(ax, arms, styles, panel[1], most, min if lower else max)
             if lower:
                 log_scale(ax)
             continue
@@ -101,9 +117,10 @@ def picture(setting: Setting, arms: Arms, styles: Mapping[str, Style]) -> Figure
         means, bars = [], []
         for number, (arm, runs) in enumerate(chosen.items()):
             curves = np.array([[over(v) for v in run[name]] for run in runs])
+            places, curves = in_blocks(measured(runs[0], name), curves)
             mean = curves.mean(0)
             halves = np.array([interval(column)[1] for column in curves.T])
-            marked(ax, np.arange(1, len(mean) + 1), mean, halves, styles[arm.method],
+            marked(ax, places, mean, halves, styles[arm.method],
                    (number, len(chosen)), str(arm))  # fmt: skip
             means.append(mean)
             bars += [mean - halves, mean + halves]
@@ -125,6 +142,28 @@ def picture(setting: Setting, arms: Arms, styles: Mapping[str, Style]) -> Figure
     return figure
 
 
+def shown_arms(arms: Arms, bests: Mapping[str, Arm], lower: bool) -> Arms:
+    """Return the arms that have a curve: the best of each method, of the best nine and "none"."""
+    sign = -1 if lower else 1
+    order = sorted(bests.values(), key=lambda arm: -sign * np.mean(
+        [ended(run, "train") for run in arms[arm]]))  # fmt: skip
+    kept = {*order[:MOST_CURVES], bests.get("none")}
+    return {arm: arms[arm] for arm in bests.values() if arm in kept}
+
+
+def in_blocks(places: list[int], curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return long curves as means over blocks of tasks, and where these are; 40 to 80 blocks.
+
+    Args:
+        places: the tasks, [n].
+        curves: [seeds, n]; what is too much for whole blocks is left out at the start.
+    """
+    size = max(1, len(places) // 40)
+    skipped = len(places) % size
+    x = np.array(places[skipped:], float).reshape(-1, size).mean(1)
+    return x, curves[:, skipped:].reshape(len(curves), -1, size).mean(2)
+
+
 def _fit(ax: Axes, means: list, bars: list, most: float | None) -> None:
     """Fit the axis to means and bars; the wide ones of few seeds are cut, and those above ``most``.
 
@@ -143,15 +182,21 @@ def _fit(ax: Axes, means: list, bars: list, most: float | None) -> None:
 
 def _sensitivity(
     ax: Axes, arms: Arms, styles: Mapping[str, Style], score: Callable[[dict], float],
-    most: float | None,
+    most: float | None, better: Callable = max,
 ) -> None:  # fmt: skip
-    """Draw a score against strength; methods without one as horizontal lines."""
+    """Draw a score against strength, of several learning rates the one with the ``better`` mean.
+
+    Methods without a strength are horizontal lines.
+    """
     shown: list[float] = []
     bars: list[float] = []
     methods = list(dict.fromkeys(arm.method for arm in arms))
     for number, method in enumerate(methods):
-        own = {arm.strength: [score(run) for run in runs]
-               for arm, runs in arms.items() if arm.method == method}  # fmt: skip
+        own: dict[float, list[float]] = {}
+        for arm, runs in arms.items():
+            if arm.method == method:
+                values = [score(run) for run in runs]
+                own[arm.strength] = better(values, own.get(arm.strength, values), key=np.mean)
         means, halves = zip(*(interval(values) for values in own.values()), strict=True)
         shown += means
         bars += [mean + sign * half for mean, half in zip(means, halves, strict=True)

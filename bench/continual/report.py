@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from . import figures
-from .arms import LAST, Arms, Setting, ended, have_operators, interval, named, scores, settings
+from .arms import (
+    Arms,
+    Setting,
+    ended,
+    finished,
+    have_operators,
+    interval,
+    last,
+    named,
+    scores,
+    settings,
+)  # fmt: skip
 from .runner import load
 
 
@@ -18,20 +29,25 @@ def table(setting: Setting, arms: Arms) -> str:
     """Return the Markdown of one setting."""
     words, _, digits = scores(setting, arms)
     has_test = all(run["test"][0] is not None for runs in arms.values() for run in runs)
+    n = len(last(range(setting.tasks)))
     with_operators = have_operators(arms)
-    head = ["method", "seeds", f"{words}, first task", f"{words}, last {LAST}",
-            f"online, last {LAST}", *([f"held out, last {LAST}"] * has_test), "sigma_1, largest",
+    head = ["method", "seeds", f"{words}, first task", f"{words}, last {n}",
+            f"online, last {n}", *([f"held out, last {n}"] * has_test), "sigma_1, largest",
             *(["as operators", "log10 of the Lipschitz bound"] * with_operators),
             "stable rank", "gradient diversity", "dormant", "weight norm"]  # fmt: skip
     lines = [f"**{escaped(str(setting))}**", "", "| " + " | ".join(head) + " |",
              "|---" * len(head) + "|"]  # fmt: skip
-    for arm, runs in arms.items():
-        extra = []
+    for arm, every in arms.items():
+        runs, extra = finished(every), []
+        seeds = str(len(every)) if runs == every else f"{len(runs)} of {len(every)}, others failed"
+        if not runs:
+            lines.append(f"| {escaped(str(arm))} | {seeds} |" + " |" * (len(head) - 2))
+            continue
         if with_operators:
-            bounds = [np.log10(run["lipschitz"][-LAST:]).mean() for run in runs]
+            bounds = [np.log10(last(run["lipschitz"])).mean() for run in runs]
             extra = [_cell(_largest(runs, "operator_sigma"), 2), _cell(bounds, 1)]
         cells = [
-            escaped(str(arm)), str(len(runs)), _cell((run["train"][0] for run in runs), digits),
+            escaped(str(arm)), seeds, _cell((run["train"][0] for run in runs), digits),
             *(_cell((ended(run, name) for run in runs), digits)
               for name in ("train", "online", *(["test"] * has_test))),
             _cell(_largest(runs, "sigma_max"), 2), *extra,
@@ -51,7 +67,7 @@ def escaped(text: str) -> str:
 
 def _largest(runs: list[dict], name: str) -> list[float]:
     """Return the mean over the last tasks of the largest of all matrices, for every run."""
-    return [float(np.mean([max(s) for s in run[name][-LAST:]])) for run in runs]
+    return [float(np.mean([max(s) for s in last(run[name])])) for run in runs]
 
 
 def _cell(values: Iterable[float], digits: int = 3) -> str:

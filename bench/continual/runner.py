@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..support.runs import FILE, cut_off, load, where
 from ..support.workers import end_with_parent
 from . import own
-from .train import Key
+from .train import LR, Key
 
 _reports = None  # in a worker: where it reports its progress
 
@@ -124,7 +124,8 @@ def say(console: Console, message: str) -> None:
 def words(key: Key) -> str:
     """Return a key as a line for the terminal."""
     names = (own.given(name) for name in (key.problem, key.model, key.method))
-    return f"{' '.join(names)} {key.strength:g} lr {key.lr:g} seed {key.seed}"
+    lr = "" if key.lr == LR else f" lr {key.lr:g}"
+    return f"{' '.join(names)} {key.strength:g}{lr} seed {key.seed}"
 
 
 def _why_ended(running: list[str]) -> str:
