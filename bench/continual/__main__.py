@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="continual", type=Path,
                         help="folder; what is there is not run again")  # fmt: skip
     for name, known in {
-        "problem": NAMES, "data": tuple(DATA), "model": (*MODELS, "ppo (of cartpole)"),
+        "problem": NAMES, "data": tuple(DATA), "model": (*MODELS, "ppo (cartpole, slippery)"),
         "method": METHODS,
     }.items():  # fmt: skip
         flags = [f"--{name}", "--methods"] if name == "method" else [f"--{name}"]

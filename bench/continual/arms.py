@@ -121,7 +121,7 @@ def measured(run: dict, name: str) -> list[int]:
 
 def scores(setting: Setting, arms: Arms) -> tuple[str, bool, int]:
     """Return the name of a setting's score, whether lower is better, and decimals of its table."""
-    if setting.problem == "cartpole":
+    if setting.problem in train.CONTROL:
         return "return", False, 0
     kinds = {run.get("score") for runs in arms.values() for run in runs}
     if setting.problem == "bit_flipping" or "mse" in kinds:

@@ -14,6 +14,8 @@ from . import models, own, problems, train
 from .methods import METHODS, Method
 
 MLPS = ("mlp", "mlp_norm")  # the models for data that are no images
+# Methods that need the layers, the inputs or the loss of a model of the bench.
+FOR_OWN_MODELS = ("l2_er", "layer_norm", "muon", "nap", "redo", "spectral_norm")
 FEW = 4  # examples that a model of one's own is tried on
 
 
@@ -32,13 +34,13 @@ def check(key: train.Key) -> None:
         accepted += [("data", data), ("model", MLPS if of_rows else models.MODELS)]
     for name, names in accepted:
         got = getattr(key, name)
-        is_allowed = own.known(got) and not (name == "model" and key.problem == "cartpole")
+        is_allowed = own.known(got) and not (name == "model" and key.problem in train.CONTROL)
         if got not in names and not is_allowed:
             where = "" if name in ("problem", "method") else f" for {own.given(key.problem)!r}"
-            more = "" if name == "data" or key.problem == "cartpole" else ", or FILE.py:CLASS"
+            more = "" if name == "data" or key.problem in train.CONTROL else ", or FILE.py:CLASS"
             raise ValueError(f"{name}: expected one of {', '.join(names)}{more}{where}, got "
                              f"{own.given(got)!r}")  # fmt: skip
-    if key.problem == "cartpole":
+    if key.problem in train.CONTROL:
         _check_learner(key)
         return
     problem, x, y = _tried_problem(key.problem, key.data, key.tasks)
@@ -150,12 +152,14 @@ def strengths(method: str) -> tuple[float, ...]:
 
 def _check_learner(key: train.Key) -> None:
     """Check a method for PPO, which has a network of its own."""
-    changes = key.method in ("layer_norm", "redo", "spectral_norm")
+    changes = key.method in FOR_OWN_MODELS
     if own.known(key.method):
         from . import control  # takes seconds to import
 
-        policy = control.build([control.ChangingPole()], 0).policy
-        changes = _tried_method(key, policy, torch.zeros(FEW, 4)).model is not policy
+        environment = control.SUBJECTS[key.problem].environment()
+        policy = control.build([environment], 0, problem=key.problem).policy
+        inputs = torch.zeros(FEW, *environment.observation_space.shape)
+        changes = _tried_method(key, policy, inputs).model is not policy
     if changes:
-        raise ValueError("method: expected one that keeps the network of 'cartpole', which is "
-                         f"PPO's own, got {own.given(key.method)!r}")  # fmt: skip
+        expected = f"one that keeps the network of {key.problem!r}, which is PPO's own"
+        raise ValueError(f"method: expected {expected}, got {own.given(key.method)!r}")

@@ -16,7 +16,7 @@ from rich.console import Console
 from . import checks
 from .arms import Arm, ended
 from .runner import key_of, load, run_all, say, words
-from .train import LR, Key
+from .train import Key
 
 TUNED = 100  # the seed of the runs that choose; reported seeds are 0, 1, ...
 FEW_LRS, LRS = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -30,6 +30,7 @@ SHORT = ("none", "l2", "l2_init", "parseval", "isometry", "continual_backprop", 
          "spectral_four", "spectral_sharp", "spectral_decoupled")  # fmt: skip
 ANY_MODEL = ("none", "l2", "l2_init", "parseval", "isometry", "shrink_perturb", "spectral",
              "spectral_sharp", "spectral_decoupled", "spectral_operator")  # fmt: skip
+PPO = ("none", "l2", "continual_backprop_10k", "spectral", "spectral_decoupled")
 
 
 class Stream(NamedTuple):
@@ -44,7 +45,8 @@ class Stream(NamedTuple):
     methods: tuple[str, ...]
     lrs: tuple[float, ...]  # of these
     seeds: int = 5
-    score: str = "train"  # or "test"
+    score: str = "train"  # or "test", or "online"
+    twice: tuple[str, ...] = ()  # methods that are reported at their two best settings
 
 
 STREAMS = {
@@ -60,6 +62,8 @@ STREAMS = {
                             (1e-3,), score="test"),
     "classes_vit": Stream("class_incremental", "textures", "vit", 40, 5, 40, ANY_MODEL, (1e-3,),
                           score="test"),
+    "slippery": Stream("slippery", "none", "ppo", 10, 100, 3, PPO, (3e-4,), 3, "online",
+                       twice=("spectral",)),
 }  # fmt: skip
 
 
@@ -78,8 +82,8 @@ def plane(stream: Stream) -> list[Key]:
     return [key for key in tuning(stream, TUNED + 1) if key.method in PLANE]
 
 
-def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, Arm]:
-    """Return the arm of each method whose runs that choose are all there.
+def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, list[Arm]]:
+    """Return the arm of each method whose runs that choose are all there; two of ``twice``.
 
     It is the one of the best score at the end, rounded to 0.01, and of these the one that is best
     while learning. Runs that failed are not chosen.
@@ -92,14 +96,15 @@ def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, Arm]:
     for method, keys in wanted.items():
         finished = [done[key] for key in keys if key in done and "failed" not in done[key]]
         if all(key in done for key in keys) and finished:
-            best = max(finished, key=lambda run: _order(stream, run))
-            found[method] = Arm(method, best["strength"], best.get("lr", LR))
+            finished.sort(key=lambda run: _order(stream, run), reverse=True)
+            found[method] = [Arm(method, run["strength"], run["lr"])
+                             for run in finished[: 2 if method in stream.twice else 1]]  # fmt: skip
     return found
 
 
 def reported(stream: Stream, runs: Iterable[dict]) -> list[Key]:
     """Return the runs that are reported, of the methods that are chosen for already."""
-    arms = chosen(stream, runs).values()
+    arms = [arm for arms in chosen(stream, runs).values() for arm in arms]
     return [_key(stream, arm.method, arm.strength, arm.lr, seed, stream.tasks)
             for seed in range(stream.seeds) for arm in arms]  # fmt: skip
 

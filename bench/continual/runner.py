@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..support.runs import FILE, cut_off, load, where
 from ..support.workers import end_with_parent
 from . import own
-from .train import LR, Key
+from .train import CONTROL, LR, Key
 
 _reports = None  # in a worker: where it reports its progress
 
@@ -149,7 +149,7 @@ def _start(reports, every: tuple[own.Own, ...]) -> None:
 def _work(key: Key, limit: float) -> dict | Failure:
     _reports.put((key, 0))
     try:
-        if key.problem == "cartpole":
+        if key.problem in CONTROL:
             from .control import run
         else:
             from .train import run

@@ -21,9 +21,10 @@ LR = 1e-3
 BATCH = 64
 MEASURED = 128  # examples for gradient diversity and dormant units
 MEASUREMENTS = 40  # tasks at most after which plasticity is measured: it costs as much as an epoch
-NAMES = (*problems.PROBLEMS, "cartpole")
+CONTROL = ("cartpole", "slippery")  # by control.py
+NAMES = (*problems.PROBLEMS, *CONTROL)
 # Problems with their own data, and the models that they are for.
-OWN_DATA = {"bit_flipping": ("mlp", "mlp_norm"), "cartpole": ("ppo",)}
+OWN_DATA = {"bit_flipping": ("mlp", "mlp_norm")} | dict.fromkeys(CONTROL, ("ppo",))
 
 
 class Key(NamedTuple):

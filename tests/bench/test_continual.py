@@ -359,6 +359,44 @@ def test_a_changed_pole_moves_and_looks_differently():
     assert pole.unwrapped.force_mag == usual.unwrapped.force_mag
 
 
+def test_a_slippery_hopper_slides():
+    pytest.importorskip("mujoco", reason="mujoco is not installed")
+    hoppers = [control().SlipperyHopper() for _ in range(2)]
+    hoppers[0].change(0.1)
+    ends = []
+    for hopper in hoppers:
+        hopper.reset(seed=1)
+        hopper.action_space.seed(2)
+        for _ in range(12):  # both fall with the same push: what differs is the contact
+            hopper.step(np.array([0.2, -1.0, 1.0], np.float32))
+        ends.append(hopper.unwrapped.data.qpos[0])
+    assert abs(ends[0] - ends[1]) > 1e-3
+    friction = [hopper.unwrapped.model.geom_friction for hopper in hoppers]
+    assert np.allclose(friction[0][:, 0], 0.1 * friction[1][:, 0])
+    assert np.array_equal(friction[0][:, 1:], friction[1][:, 1:])
+    hoppers[0].change(1.0)
+    assert np.array_equal(*friction)
+    factors = list(itertools.islice(hoppers[0].changes(np.random.default_rng()), 100))
+    assert all(0.1 <= factor <= 2 for (factor,) in factors)
+
+
+@pytest.mark.takes_seconds
+@pytest.mark.parametrize("method", ["none", "continual_backprop_10k", "spectral_decoupled"])
+def test_ppo_runs_on_the_slippery_hopper(method):
+    pytest.importorskip("mujoco", reason="mujoco is not installed")
+    strength = 0.0 if method == "none" else 1e-2
+    key = train.Key("slippery", "none", "ppo", method, strength, 0, 2, 2, 3e-4)
+    found = control().run(key)
+    assert [len(found[name]) for name in ("train", "online", "sigma_max", "measured")] == [2] * 4
+    assert [len(blocks) for blocks in found["returns"]] == [10, 10]
+    ends = [mean for blocks in found["returns"] for mean in blocks if mean is not None]
+    assert len(ends) == 4  # of ten blocks two have an epoch's end in them
+    assert min(ends) > 3
+    stopped = control().run(key, limit=0)
+    assert stopped["failed"] == "more than 0 seconds, after 1 of 2 tasks"
+    assert stopped["train"] == found["train"][:1]
+
+
 @pytest.mark.takes_seconds
 def test_ppo_learns_with_a_method_in_its_steps():
     key = train.Key("cartpole", "none", "ppo", "spectral", 1e-3, 0, 1, 12)

@@ -110,6 +110,12 @@ class ContinualBackprop(Method):
                 state.masked_fill_(chosen, 0)
 
 
+class MatureBackprop(ContinualBackprop):
+    """Continual backpropagation with a maturity of 10,000 steps, as its paper has it for PPO."""
+
+    maturity = 10_000
+
+
 class SelfNormalizedResets(Method):
     """Replace units that are silent for longer than they used to be (SNR, arXiv 2410.20098).
 
