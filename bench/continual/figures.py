@@ -38,6 +38,14 @@ STYLES = {
     "spectral_k8": Style("#117733", "h", DASHED), "spectral_sharp": Style("#000000", "d", DASHED),
     "spectral_operator": Style("#332288", "p", DASHED),
     "spectral_adamw": Style("#000000", "8", DASH_DOT),
+    "l2_er": Style("#2E6F40", "H", SOLID), "parseval": Style("#8C6D00", "<", SOLID),
+    "isometry": Style("#5E3C99", "s", SOLID), "continual_backprop": Style("#A50F15", "D", SOLID),
+    "continual_backprop_10k": Style("#A50F15", "d", SOLID), "snr": Style("#DD1C77", "v", SOLID),
+    "weight_projection": Style("#636363", "P", SOLID), "nap": Style("#6B3E07", "X", SOLID),
+    "muon": Style("#252525", "*", SOLID), "spectral_four": Style("#238B45", "s", DASHED),
+    "spectral_auto": Style("#00695C", "o", DASHED), "spectral_above": Style("#9C5700", "v", DASHED),
+    "spectral_decoupled": Style("#D01C8B", "D", DASHED),
+    "spectral_cap": Style("#54278F", "P", DASHED),
 }  # fmt: skip
 # Of methods of one's own: other colours than above, all dark enough for lines on white.
 SPARE_COLORS = ("#C51B7D", "#01665E", "#7A7A00", "#6A51A3", "#B2182B", "#4D4D4D", "#543005")

@@ -164,6 +164,13 @@ def test_parseval_begins_where_its_penalty_is_zero():
     assert method.matrices[-1] is not method.model[-1].weight
 
 
+@pytest.mark.parametrize("model", ["resnet", "vit"])
+def test_parseval_begins_so_in_every_model(model):
+    method = built("parseval", model=model)
+    largest = [float(torch.linalg.svdvals(w.detach().flatten(1))[0]) for w in method.matrices]
+    assert largest == pytest.approx([2**0.5] * len(largest), rel=1e-4)
+
+
 def test_effective_rank_is_the_exponential_of_the_entropy():
     units = torch.randn(20, 8, dtype=torch.float64)
     share = torch.linalg.svdvals(units)

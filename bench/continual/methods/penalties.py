@@ -83,7 +83,8 @@ class Parseval(Method):
         """Initialize all matrices but the last."""
         self.matrices = matrices(model)[:-1]
         for weight in self.matrices:
-            nn.init.orthogonal_(weight, self.scale**0.5)
+            fresh = torch.empty(weight.shape)  # contiguous, which a kernel may not be
+            weight.data.copy_(nn.init.orthogonal_(fresh, self.scale**0.5))
         return model
 
     @torch.no_grad()
