@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -51,6 +52,8 @@ def tasks(name, n=6, seed=0, images="digits"):
 
 @pytest.mark.parametrize("name", data.DATA)
 def test_images_are_standardized_and_held_out_ones_are_others(name):
+    if name == "mnist1d":
+        pytest.importorskip("mnist1d", reason="mnist1d is not installed")
     images = data.DATA[name](generator())
     assert abs(float(images.x.mean())) < 0.1
     assert 0.8 < float(images.x.std()) < 1.1
@@ -58,6 +61,15 @@ def test_images_are_standardized_and_held_out_ones_are_others(name):
     seen = {x.numpy().tobytes() for x in images.x}
     assert sum(x.numpy().tobytes() in seen for x in images.x_test) <= 0.01 * len(images.x_test)
     assert torch.equal(images.x, data.DATA[name](generator()).x)
+
+
+def test_mnist1d_leaves_the_global_seeds_alone():
+    pytest.importorskip("mnist1d", reason="mnist1d is not installed")
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    images = data.mnist1d(generator())
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert images.x.shape == (1280, 40)
+    assert images.x_test.shape == (640, 40)
 
 
 @pytest.mark.parametrize("name", problems.PROBLEMS)

@@ -260,8 +260,9 @@ def test_silent_units_are_replaced_and_those_that_always_were_rare_are_not():
     method.lr = 0.0
     for group in method.optimizer.param_groups:
         group["lr"] = 0.0
-    for step in range(300):  # unit 1 fires every 20th step, unit 0 always
+    for step in range(300):  # unit 1 fires every 20th step, unit 0 two times of three
         with torch.no_grad():
+            layer.linear.bias[0] = 1.0 if step % 3 else -1e4
             layer.linear.bias[1] = 1.0 if step % 20 == 0 else -1e4
         trained(method, 1, x)
     assert float(layer.linear.weight[1].min()) == 1.0

@@ -44,6 +44,8 @@ def test_every_run_of_the_protocol_can_begin(name):
     if name == "slippery":
         for package in ("gymnasium", "mujoco", "stable_baselines3"):
             pytest.importorskip(package, reason=f"{package} is not installed")
+    if stream.data == "mnist1d":
+        pytest.importorskip("mnist1d", reason="mnist1d is not installed")
     keys = protocol.tuning(stream)
     assert len(set(keys)) == len(keys)
     for key in {key.method: key for key in keys}.values():

@@ -119,9 +119,10 @@ class MatureBackprop(ContinualBackprop):
 class SelfNormalizedResets(Method):
     """Replace units that are silent for longer than they used to be (SNR, arXiv 2410.20098).
 
-    A step is silent for a unit whose output is 0 for the whole batch. A unit is replaced once it
-    has been silent for longer than all but a share of ``strength`` of its own waits so far, and for
-    longer than ``patience`` steps. Waits are counted up to ``longest``.
+    Farias and Jozefiak, 2024. A step is silent for a unit whose output is 0 for the whole batch; a
+    wait are the silent steps between two others. A unit is replaced once it has been silent for
+    longer than all but a share of ``strength`` of its own waits so far, and than ``patience``
+    steps, or for longer than ``longest``. The source lets limits also grow by a factor of two.
     """
 
     strengths = (0.001, 0.01, 0.05)
@@ -133,7 +134,7 @@ class SelfNormalizedResets(Method):
         widths = [layer.linear.out_features for layer in self.hidden]
         self.silent = [torch.zeros(n, dtype=torch.long) for n in widths]
         self.waits = [torch.zeros(n, self.longest + 1) for n in widths]
-        self.limits = [torch.full((n,), self.longest) for n in widths]
+        self.limits = [torch.full((n,), self.longest - 1) for n in widths]
         return model
 
     @torch.no_grad()
@@ -147,12 +148,13 @@ class SelfNormalizedResets(Method):
             waits.scatter_add_(1, silent[:, None], fires[:, None].float())
             silent.add_(1).masked_fill_(fires, 0).clamp_(max=self.longest)
             if self.steps % self.period == 0:
-                seen = waits.cumsum(1)
+                seen = waits[:, 1:].cumsum(1)
                 enough = seen >= (1 - self.strength) * seen[:, -1:]
-                limit.copy_(enough.float().argmax(1).clamp_(min=self.patience))
+                found = (enough.float().argmax(1) + 1).clamp_(min=self.patience)
+                limit.copy_(torch.where(seen[:, -1] > 0, found, self.longest - 1))
             late = silent > limit
             if bool(late.any()):
                 layer.renew(late, self.optimizer)
                 silent.masked_fill_(late, 0)
                 waits.masked_fill_(late[:, None], 0)
-                limit.masked_fill_(late, self.longest)
+                limit.masked_fill_(late, self.longest - 1)
