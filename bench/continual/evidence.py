@@ -13,7 +13,7 @@ import numpy as np
 
 from . import pictures
 from .arms import Arm, ended, finished, interval, last
-from .protocol import LRS, PLANE, STREAMS, TUNED, Stream, plane, reported, tuning
+from .protocol import LRS, PLANE, STREAMS, TUNED, Stream, extension, plane, reported, tuning
 from .runner import key_of, load
 from .train import CONTROL, LR
 
@@ -204,8 +204,8 @@ def progress(runs: list[dict]) -> str:
     lines = ["| stream | runs that choose | reported | hours of one core |", "|---|---|---|---|"]
     total = 0.0
     for name, stream in STREAMS.items():
-        wanted = [tuning(stream) + (plane(stream) if name == "labels" else []),
-                  reported(stream, runs)]  # fmt: skip
+        choosing = tuning(stream) + extension(stream, runs)
+        wanted = [choosing + (plane(stream) if name == "labels" else []), reported(stream, runs)]
         of = stream.seeds * (len(stream.methods) + len(stream.twice))
         counts = [sum(key in done for key in keys) for keys in wanted]
         hours = sum(_hours(done[key]) for keys in wanted for key in keys if key in done)

@@ -77,6 +77,24 @@ def tuning(stream: Stream, seed: int = TUNED) -> list[Key]:
     return found
 
 
+def extension(stream: Stream, runs: Iterable[dict]) -> list[Key]:
+    """Return the runs of one more strength, for each method whose best is at an end of its own.
+
+    It is as far from the end as that from the strength beside it. Of methods whose runs that choose
+    are not all there, nothing is returned.
+    """
+    found = []
+    for method, finished in _tuned(stream, runs, tuning(stream)).items():
+        tried = sorted(checks.strengths(method))
+        if len(tried) < 2 or (best := finished[0]["strength"]) not in (tried[0], tried[-1]):
+            continue
+        beside = tried[1] if best == tried[0] else tried[-2]
+        strength = float(f"{best * best / beside:.3g}")
+        lrs = dict.fromkeys(key.lr for key in tuning(stream) if key.method == method)
+        found += [_key(stream, method, strength, lr, TUNED, stream.tuned_tasks) for lr in lrs]
+    return found
+
+
 def plane(stream: Stream) -> list[Key]:
     """Return the runs of a second seed for the planes of lr and strength."""
     return [key for key in tuning(stream, TUNED + 1) if key.method in PLANE]
@@ -88,18 +106,26 @@ def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, list[Arm]]:
     It is the one of the best score at the end, rounded to 0.01, and of these the one that is best
     while learning. Runs that failed are not chosen.
     """
+    runs = list(runs)
+    found = _tuned(stream, runs, tuning(stream) + extension(stream, runs))
+    return {method: [Arm(method, run["strength"], run["lr"])
+                     for run in finished[: 2 if method in stream.twice else 1]]
+            for method, finished in found.items()}  # fmt: skip
+
+
+def _tuned(stream: Stream, runs: Iterable[dict], keys: list[Key]) -> dict[str, list[dict]]:
+    """Return the runs of ``keys`` that did not fail, the best first, of complete methods."""
     done = {key_of(run): run for run in runs}
     wanted: dict[str, list[Key]] = {}
-    for key in tuning(stream):
+    for key in keys:
         wanted.setdefault(key.method, []).append(key)
     found = {}
-    for method, keys in wanted.items():
-        finished = [done[key] for key in keys if key in done and "failed" not in done[key]]
-        if all(key in done for key in keys) and finished:
+    for method, own in wanted.items():
+        if all(key in done for key in own):
+            finished = [done[key] for key in own if "failed" not in done[key]]
             finished.sort(key=lambda run: _order(stream, run), reverse=True)
-            found[method] = [Arm(method, run["strength"], run["lr"])
-                             for run in finished[: 2 if method in stream.twice else 1]]  # fmt: skip
-    return found
+            found[method] = finished
+    return {method: finished for method, finished in found.items() if finished}
 
 
 def reported(stream: Stream, runs: Iterable[dict]) -> list[Key]:
@@ -125,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.continual.protocol", description=__doc__)
     parser.add_argument("folder", type=Path, help="what is there is not run again")
     parser.add_argument("--streams", default=",".join(STREAMS), help="%(default)s")
-    parser.add_argument("--stages", default="tune,report,plane", help="%(default)s")
+    parser.add_argument("--stages", default="tune,extend,report,plane", help="%(default)s")
     parser.add_argument("--budget", default=math.inf, type=float,
                         help="seconds after which no run begins; call again to go on")  # fmt: skip
     parser.add_argument("--limit", default=1800, type=float,
@@ -149,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 _STAGES = {
-    "tune": lambda stream, runs: tuning(stream), "report": reported,
+    "tune": lambda stream, runs: tuning(stream), "extend": extension, "report": reported,
     "plane": lambda stream, runs: plane(stream),
 }  # fmt: skip
 

@@ -88,9 +88,35 @@ def test_the_best_is_chosen_on_its_own_seed():
     assert protocol.chosen(STREAM, others) == protocol.chosen(STREAM, runs)
 
 
+def tuned(stream):
+    """All runs that choose; the best strength is not at an end."""
+    return [made(key, 0.4 if key.strength == {"snr": 0.01}.get(key.method, 1e-3) else 0.3)
+            for key in protocol.tuning(stream)]  # fmt: skip
+
+
+def test_a_best_strength_at_an_end_is_gone_beyond():
+    runs = tuned(STREAM)
+    assert protocol.extension(STREAM, runs) == []
+    highest = [made(key, 0.5) for key in protocol.tuning(STREAM)
+               if key.method == "l2" and key.strength == 1e-2]  # fmt: skip
+    lowest = [made(key, 0.5) for key in protocol.tuning(STREAM)
+              if key.method == "snr" and key.strength == 0.001]  # fmt: skip
+    keys = {runner.key_of(run) for run in highest + lowest}
+    runs = [run for run in runs if runner.key_of(run) not in keys] + highest + lowest
+    more = protocol.extension(STREAM, runs)
+    assert {(key.method, key.strength, key.lr) for key in more} == {
+        ("l2", 0.1, 1e-4), ("l2", 0.1, 1e-3), ("snr", 1e-4, 1e-3)
+    }  # fmt: skip
+    assert set(protocol.chosen(STREAM, runs)) == {"none"}  # the others wait for these
+    runs += [made(key, 0.2 if key.method == "l2" else 0.6) for key in more]
+    found = protocol.chosen(STREAM, runs)
+    assert [found["l2"][0].strength, found["snr"][0].strength] == [1e-2, 1e-4]
+    assert protocol.extension(STREAM, runs) == more  # once
+
+
 def reported_runs(ends, method="l2", **more):
     """All runs of the stream, with ``ends`` of the seeds of one method."""
-    runs = [made(key, 0.3) for key in protocol.tuning(STREAM)]
+    runs = tuned(STREAM)
     keys = [key for key in protocol.reported(STREAM, runs) if key.method == method]
     return runs + [made(key, end, **more) for key, end in zip(keys, ends, strict=False)]
 
@@ -139,7 +165,7 @@ def test_areas_count_cells_near_the_best():
 def test_the_rule_compares_worst_seeds(monkeypatch):
     stream = STREAM._replace(methods=("spectral", "spectral_four"), lrs=(1e-3,))
     monkeypatch.setattr(evidence, "STREAMS", {"labels": stream})
-    runs = [made(key, 0.3) for key in protocol.tuning(stream)]
+    runs = tuned(stream)
     for key in protocol.reported(stream, runs):
         end = {"spectral": 0.9, "spectral_four": 0.95}[key.method] - 0.1 * key.seed
         runs.append(made(key, end))
@@ -151,7 +177,9 @@ def test_the_rule_compares_worst_seeds(monkeypatch):
     assert lines[3].endswith(f"{worst['spectral_four']:.3f} | {difference:+.3f} |")
     shares = evidence.strengths(runs).splitlines()[2:]
     assert len(shares) == 4
-    assert all(line.endswith("| 1.000 | 1.000 |") for line in shares)  # all ended alike
+    ends = [ended(made(protocol.tuning(stream)[0], end), "train") for end in (0.3, 0.4)]
+    share = f"{ends[0] / ends[1]:.3f}"
+    assert [line.split(" | ")[1] for line in shares] == [share, share, "1.000", share]
 
 
 @pytest.mark.takes_seconds
@@ -172,7 +200,9 @@ def test_the_protocol_goes_on_where_it_was(tmp_path, mini, monkeypatch):
     counts = {}
     for run in runs:
         counts[run["seed"], run["method"]] = counts.get((run["seed"], run["method"]), 0) + 1
-    assert counts == {(100, "none"): 1, (100, "spectral"): 4, (101, "none"): 1,
+    extended = counts.pop((100, "spectral"))
+    assert extended == 4 + len(protocol.extension(stream, runs))
+    assert counts == {(100, "none"): 1, (101, "none"): 1,
                       (101, "spectral"): 4, **{(s, m): 1 for s in range(3)
                                                for m in stream.methods}}  # fmt: skip
     assert evidence.main([str(tmp_path)]) == 0
