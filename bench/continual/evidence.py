@@ -13,7 +13,7 @@ import numpy as np
 
 from . import pictures
 from .arms import Arm, ended, finished, interval, last
-from .protocol import LRS, PLANE, STREAMS, TUNED, Stream, extension, plane, reported, tuning
+from .protocol import LRS, PLANES, STREAMS, TUNED, Stream, extension, plane, reported, tuning
 from .runner import key_of, load
 from .train import CONTROL, LR
 
@@ -123,14 +123,15 @@ class Plane(NamedTuple):
 
 
 def planes(stream: Stream, runs: list[dict]) -> list[Plane]:
-    """Return the planes of the methods that were tried at all learning rates."""
+    """Return the planes of the methods that are shown at all learning rates."""
     done = {key_of(run): run for run in runs}
     found = []
-    for method in PLANE:
-        keys = [key for key in tuning(stream) if key.method == method]
+    for method in PLANES:
+        every = [key for key in plane(stream) if key.method == method]
+        keys = [key for key in every if key.seed == TUNED]
         strengths = tuple(dict.fromkeys(key.strength for key in keys))
         scores = np.full((len(LRS), len(strengths)), math.nan)
-        seeds = 2 if all(key in done for key in plane(stream) if key.method == method) else 1
+        seeds = 2 if all(key in done for key in every) else 1
         for key in keys:
             wanted = [key._replace(seed=TUNED + i) for i in range(seeds)]
             if all(one in done for one in wanted):
@@ -204,8 +205,8 @@ def progress(runs: list[dict]) -> str:
     lines = ["| stream | runs that choose | reported | hours of one core |", "|---|---|---|---|"]
     total = 0.0
     for name, stream in STREAMS.items():
-        choosing = tuning(stream) + extension(stream, runs)
-        wanted = [choosing + (plane(stream) if name == "labels" else []), reported(stream, runs)]
+        choosing = tuning(stream) + extension(stream, runs) + plane(stream)
+        wanted = [list(dict.fromkeys(choosing)), reported(stream, runs)]
         of = stream.seeds * (len(stream.methods) + len(stream.twice))
         counts = [sum(key in done for key in keys) for keys in wanted]
         hours = sum(_hours(done[key]) for keys in wanted for key in keys if key in done)

@@ -21,6 +21,7 @@ from .train import Key
 TUNED = 100  # the seed of the runs that choose; reported seeds are 0, 1, ...
 FEW_LRS, LRS = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PLANE = ("none", "l2", "l2_init", "spectral")  # tried at all of LRS
+PLANES = (*PLANE, "spectral_decoupled")  # shown at all of LRS, the last without a say in the choice
 OURS = ("spectral", "spectral_four", "spectral_auto", "spectral_sharp", "spectral_above",
         "spectral_decoupled", "spectral_cap")  # fmt: skip
 OTHERS = ("none", "l2", "l2_init", "l2_er", "parseval", "isometry", "shrink_perturb", "redo",
@@ -47,10 +48,12 @@ class Stream(NamedTuple):
     seeds: int = 5
     score: str = "train"  # or "test", or "online"
     twice: tuple[str, ...] = ()  # methods that are reported at their two best settings
+    has_plane: bool = False
 
 
 STREAMS = {
-    "labels": Stream("random_labels", "digits", "mlp", 400, 20, 40, OTHERS + OURS, LRS),
+    "labels": Stream("random_labels", "digits", "mlp", 400, 20, 40, OTHERS + OURS, LRS,
+                     has_plane=True),
     "permuted": Stream("permuted_pixels", "mnist1d", "mlp", 800, 5, 80, OTHERS + OURS, FEW_LRS,
                        score="test"),
     "labels_1d": Stream("random_labels", "mnist1d", "mlp", 800, 10, 80, SHORT, FEW_LRS, 3),
@@ -67,12 +70,12 @@ STREAMS = {
 }  # fmt: skip
 
 
-def tuning(stream: Stream, seed: int = TUNED) -> list[Key]:
+def tuning(stream: Stream) -> list[Key]:
     """Return the runs that choose lr and strength of every method."""
     found = []
     for method in stream.methods:
         lrs = stream.lrs if method in PLANE else [lr for lr in stream.lrs if lr in FEW_LRS]
-        found += [_key(stream, method, strength, lr, seed, stream.tuned_tasks)
+        found += [_key(stream, method, strength, lr, TUNED, stream.tuned_tasks)
                   for lr in lrs for strength in checks.strengths(method) or (0.0,)]  # fmt: skip
     return found
 
@@ -96,8 +99,12 @@ def extension(stream: Stream, runs: Iterable[dict]) -> list[Key]:
 
 
 def plane(stream: Stream) -> list[Key]:
-    """Return the runs of a second seed for the planes of lr and strength."""
-    return [key for key in tuning(stream, TUNED + 1) if key.method in PLANE]
+    """Return the runs of two seeds for the planes of lr and strength, if the stream has them."""
+    if not stream.has_plane:
+        return []
+    return [_key(stream, method, strength, lr, seed, stream.tuned_tasks)
+            for seed in (TUNED, TUNED + 1) for method in PLANES if method in stream.methods
+            for lr in LRS for strength in checks.strengths(method) or (0.0,)]  # fmt: skip
 
 
 def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, list[Arm]]:
