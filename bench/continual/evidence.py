@@ -13,7 +13,7 @@ import numpy as np
 
 from . import pictures
 from .arms import Arm, ended, finished, interval, last
-from .protocol import LRS, PLANES, STREAMS, TUNED, Stream, extension, plane, reported, tuning
+from .protocol import LRS, PLANES, STREAMS, TUNED, Stream, extension, plane, reported, tuned, tuning
 from .runner import key_of, load
 from .train import CONTROL, LR
 
@@ -78,6 +78,29 @@ def _cell(row: Row, digits: int, best: float) -> str:
     failed = len(row.runs) - len(finished(row.runs))
     more = f", {failed} failed" if failed else ""
     return f"{mean} ({min(row.scores):.{digits}f} to {max(row.scores):.{digits}f}{more})"
+
+
+def choice_table(runs: list[dict]) -> str:
+    """Return the Markdown of what was chosen on every stream, and its score on that one seed."""
+    columns = {name: tuned(stream, runs) for name, stream in STREAMS.items()}
+    columns = {name: found for name, found in columns.items() if found}
+    methods = list(dict.fromkeys(m for name in columns for m in STREAMS[name].methods))
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for method in methods:
+        cells = []
+        for name, found in columns.items():
+            if method not in found:
+                cells.append("")
+                continue
+            best, stream = found[method][0], STREAMS[name]
+            digits = 0 if stream.problem in CONTROL else 3
+            online = ended(best, "online")
+            cells.append(
+                f"{score(stream, best):.{digits}f}; online {online:.{digits}f}; lr "
+                f"{best['lr']:g}" + f", {best['strength']:g}" * bool(best["strength"])
+            )
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def stream_table(name: str, runs: list[dict]) -> str:
@@ -237,6 +260,8 @@ def write(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: expected finished runs, got none")
     parts = ["# What the runs of the protocol say\n", progress(runs),
              "Score at the end, mean (worst to best seed):\n", main_table(runs)]  # fmt: skip
+    parts += ["What was chosen, and its score on that one seed, of fewer tasks where there are many "
+              "(at the end; online; lr, strength):\n", choice_table(runs)]  # fmt: skip
     written = []
     found = planes(STREAMS["labels"], runs)
     if found:

@@ -113,11 +113,15 @@ def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, list[Arm]]:
     It is the one of the best score at the end, rounded to 0.01, and of these the one that is best
     while learning. Runs that failed are not chosen.
     """
-    runs = list(runs)
-    found = _tuned(stream, runs, tuning(stream) + extension(stream, runs))
     return {method: [Arm(method, run["strength"], run["lr"])
                      for run in finished[: 2 if method in stream.twice else 1]]
-            for method, finished in found.items()}  # fmt: skip
+            for method, finished in tuned(stream, runs).items()}  # fmt: skip
+
+
+def tuned(stream: Stream, runs: Iterable[dict]) -> dict[str, list[dict]]:
+    """Return the runs that choose, of methods for which they are all there; the best first."""
+    runs = list(runs)
+    return _tuned(stream, runs, tuning(stream) + extension(stream, runs))
 
 
 def _tuned(stream: Stream, runs: Iterable[dict], keys: list[Key]) -> dict[str, list[dict]]:
