@@ -260,8 +260,8 @@ def write(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: expected finished runs, got none")
     parts = ["# What the runs of the protocol say\n", progress(runs),
              "Score at the end, mean (worst to best seed):\n", main_table(runs)]  # fmt: skip
-    parts += ["What was chosen, and its score on that one seed, of fewer tasks where there are many "
-              "(at the end; online; lr, strength):\n", choice_table(runs)]  # fmt: skip
+    parts += ["What was chosen, and its score on that one seed, of fewer tasks where there are "
+              "many (at the end; online; lr, strength):\n", choice_table(runs)]  # fmt: skip
     written = []
     found = planes(STREAMS["labels"], runs)
     if found:
