@@ -38,8 +38,8 @@ def planes(found: Sequence, path: Path) -> None:
         ax.set_title(one.method, fontsize=9.5)
         has_strength = any(one.strengths)
         ax.set_xticks(range(len(one.strengths)),
-                      [f"{s:g}" for s in one.strengths] if has_strength else [""])  # fmt: skip
-        ax.set_yticks(range(len(one.lrs)), [f"{lr:g}" for lr in one.lrs])
+                      [_short(s) for s in one.strengths] if has_strength else [""])  # fmt: skip
+        ax.set_yticks(range(len(one.lrs)), [_short(lr) for lr in one.lrs])
         ax.tick_params(labelsize=8.5, length=0)
         if has_strength:
             ax.set_xlabel("strength", fontsize=9)
@@ -53,6 +53,11 @@ def planes(found: Sequence, path: Path) -> None:
     seeds = min(one.seeds for one in found)
     figure.suptitle(f"Random labels, 40 tasks, MLP; {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
     figure.savefig(path, format="png")
+
+
+def _short(number: float) -> str:
+    """Return ``number`` in a few characters: 1e-4, 3e-3, 0.1, 10."""
+    return f"{number:g}" if number >= 0.1 else f"{number:.0e}".replace("e-0", "e-")
 
 
 def stream(name: str, setting, arms: dict[Arm, list[dict]], path: Path) -> None:
@@ -95,14 +100,20 @@ def stream(name: str, setting, arms: dict[Arm, list[dict]], path: Path) -> None:
                 style = style._replace(line=(0, (2, 1)))
             marked(ax, x, curves.mean(0), halves, style, (number, len(shown)), str(arm))
         if key == "sigma_max":
+            lines = [line.get_ydata() for line in ax.get_lines()]
+            ends = [1.0, *(x for line in lines for x in line if np.isfinite(x))]
+            ax.set_ylim(0.9 * min(ends), 1.1 * max(ends))
             log_scale(ax)
             ax.axhline(1, color="0.6", linewidth=1, linestyle=":")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    seeds = {len(runs) for runs in arms.values()}
-    count = str(max(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    figure.suptitle(f"{name}: {setting.problem}, {setting.model}, {count} seeds; bars: 95 % "
-                    "confidence intervals\nnone, L2, spectral, and the best others, each as chosen",
+    counts = [len(runs) for runs in arms.values()]
+    seeds = "1 seed" if max(counts) == 1 else f"{max(counts)} seeds"
+    if min(counts) < max(counts):
+        seeds = f"{min(counts)} to {seeds}"
+    bars = "; bars: 95 % confidence intervals" if max(counts) > 2 else ""
+    figure.suptitle(f"{name}: {setting.problem}, {setting.model}, {seeds}{bars}\n"
+                    "none, L2, spectral, and the best others, each as chosen",
                     fontsize=10)  # fmt: skip
     figure.savefig(path, format="png")
 
