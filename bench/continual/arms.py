@@ -46,6 +46,11 @@ class Arm(NamedTuple):
 Arms = dict[Arm, list[dict]]
 
 
+def arm_of(run: dict) -> Arm:
+    """Return the arm of a run; the first runs had no lr."""
+    return Arm(run["method"], run["strength"], run.get("lr", train.LR))
+
+
 def named(runs: Iterable[dict]) -> list[dict]:
     """Return the runs with the labels of one's own classes in place of their names.
 
@@ -75,14 +80,12 @@ def settings(runs: Iterable[dict]) -> dict[Setting, Arms]:
     order = {name: place for place, name in enumerate(METHODS)}
 
     def place(run: dict) -> tuple:
-        method = run["method"]
-        lr = run.get("lr", train.LR)
-        return order.get(method, len(order)), method, run["strength"], lr, run["seed"]
+        arm = arm_of(run)
+        return order.get(arm.method, len(order)), *arm, run["seed"]
 
     for run in sorted(runs, key=place):
         setting = Setting(*(run[name] for name in Setting._fields))
-        arm = Arm(run["method"], run["strength"], run.get("lr", train.LR))
-        found.setdefault(setting, {}).setdefault(arm, []).append(run)
+        found.setdefault(setting, {}).setdefault(arm_of(run), []).append(run)
     return dict(sorted(found.items()))
 
 
@@ -98,6 +101,12 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
 
 
+def with_interval(values: Iterable[float], digits: int = 3) -> str:
+    """Return the mean, and ± half the width of its interval if it has one."""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
 def last(values: Sequence) -> Sequence:
     """Return the last values: a twentieth of them, at least five."""
     return values[-max(LAST, len(values) // 20) :]
@@ -106,6 +115,11 @@ def last(values: Sequence) -> Sequence:
 def ended(run: dict, name: str) -> float:
     """Return the mean of a measurement over the last tasks (and over matrices)."""
     return float(np.mean([np.mean(value) for value in last(run[name])]))
+
+
+def largest(run: dict, name: str) -> float:
+    """Return the mean over the last tasks of the largest of all matrices."""
+    return float(np.mean([max(s) for s in last(run[name])]))
 
 
 def finished(runs: Iterable[dict]) -> list[dict]:

@@ -12,14 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from . import pictures
-from .arms import Arm, ended, finished, interval, last
+from .arms import Arm, ended, finished, largest, last, with_interval
 from .protocol import LRS, PLANES, STREAMS, TUNED, Stream, extension, plane, reported, tuned, tuning
 from .runner import key_of, load
 from .train import CONTROL, LR
 
 CHANCE = 0.1  # accuracy of a run that failed; a return is 0
 NEAR = 0.95  # of the best: what counts to the area of a plane
-MARGIN = 0.01  # that a default has to be better by
 CANDIDATES = ("spectral", "spectral_four", "spectral_auto", "spectral_sharp", "spectral_above",
               "spectral_decoupled")  # fmt: skip
 
@@ -32,10 +31,7 @@ class Row(NamedTuple):
     scores: list[float]  # at the end
 
 
-Rows = dict[Arm, Row]
-
-
-def rows(stream: Stream, runs: Iterable[dict]) -> Rows:
+def rows(stream: Stream, runs: Iterable[dict]) -> dict[Arm, Row]:
     """Return what is reported of a stream, so far as it is there."""
     done = {key_of(run): run for run in runs}
     found: dict[Arm, list[dict]] = {}
@@ -115,24 +111,18 @@ def stream_table(name: str, runs: list[dict]) -> str:
     for arm, row in found.items():
         runs_of = finished(row.runs)
         cells = [arm.method, f"{arm.lr:g}", f"{arm.strength:g}" if arm.strength else "",
-                 str(len(row.runs)), _with_interval(row.scores, digits),
+                 str(len(row.runs)), with_interval(row.scores, digits),
                  f"{min(row.scores):.{digits}f}", f"{max(row.scores):.{digits}f}"]  # fmt: skip
         if runs_of:
             cells += [
-                _with_interval([run[stream.score][0] for run in runs_of], digits),
-                _with_interval([ended(run, "online") for run in runs_of], digits),
-                _with_interval([np.mean([max(s) for s in last(run["sigma_max"])])
-                                for run in runs_of], 2),
-                _with_interval([ended(run, "gradient_diversity") for run in runs_of], 1),
-                _with_interval([ended(run, "dormant") for run in runs_of], 2),
+                with_interval([run[stream.score][0] for run in runs_of], digits),
+                with_interval([ended(run, "online") for run in runs_of], digits),
+                with_interval([largest(run, "sigma_max") for run in runs_of], 2),
+                with_interval([ended(run, "gradient_diversity") for run in runs_of], 1),
+                with_interval([ended(run, "dormant") for run in runs_of], 2),
             ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _with_interval(values: Iterable[float], digits: int) -> str:
-    mean, half = interval(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 class Plane(NamedTuple):
@@ -189,7 +179,7 @@ def decision(runs: list[dict]) -> str:
         for arm, row in found.items():
             if arm.method in worst and len(row.runs) == STREAMS[name].seeds:
                 worst[arm.method][name] = min(row.scores)
-    common = [name for name in streams if all(name in worst[c] for c in ("spectral",))]
+    common = [name for name in streams if name in worst["spectral"]]
     lines = ["| candidate | " + " | ".join(common) + " | mean | minus today's |",
              "|---" * (3 + len(common)) + "|"]  # fmt: skip
     for candidate, own in worst.items():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from . import checks
-from .arms import Arm, ended
+from .arms import Arm, arm_of, ended, finished
 from .runner import key_of, load, run_all, say, words
 from .train import Key
 
@@ -87,9 +87,9 @@ def extension(stream: Stream, runs: Iterable[dict]) -> list[Key]:
     are not all there, nothing is returned.
     """
     found = []
-    for method, finished in _tuned(stream, runs, tuning(stream)).items():
+    for method, own in _tuned(stream, runs, tuning(stream)).items():
         tried = sorted(checks.strengths(method))
-        if len(tried) < 2 or (best := finished[0]["strength"]) not in (tried[0], tried[-1]):
+        if len(tried) < 2 or (best := own[0]["strength"]) not in (tried[0], tried[-1]):
             continue
         beside = tried[1] if best == tried[0] else tried[-2]
         strength = float(f"{best * best / beside:.3g}")
@@ -113,9 +113,8 @@ def chosen(stream: Stream, runs: Iterable[dict]) -> dict[str, list[Arm]]:
     It is the one of the best score at the end, rounded to 0.01, and of these the one that is best
     while learning. Runs that failed are not chosen.
     """
-    return {method: [Arm(method, run["strength"], run["lr"])
-                     for run in finished[: 2 if method in stream.twice else 1]]
-            for method, finished in tuned(stream, runs).items()}  # fmt: skip
+    return {method: [arm_of(run) for run in own[: 2 if method in stream.twice else 1]]
+            for method, own in tuned(stream, runs).items()}  # fmt: skip
 
 
 def tuned(stream: Stream, runs: Iterable[dict]) -> dict[str, list[dict]]:
@@ -133,10 +132,9 @@ def _tuned(stream: Stream, runs: Iterable[dict], keys: list[Key]) -> dict[str, l
     found = {}
     for method, own in wanted.items():
         if all(key in done for key in own):
-            finished = [done[key] for key in own if "failed" not in done[key]]
-            finished.sort(key=lambda run: _order(stream, run), reverse=True)
-            found[method] = finished
-    return {method: finished for method, finished in found.items() if finished}
+            left = finished(done[key] for key in own)
+            found[method] = sorted(left, key=lambda run: _order(stream, run), reverse=True)
+    return {method: best for method, best in found.items() if best}
 
 
 def reported(stream: Stream, runs: Iterable[dict]) -> list[Key]:

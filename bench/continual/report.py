@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,12 @@ from .arms import (
     ended,
     finished,
     have_operators,
-    interval,
+    largest,
     last,
     named,
     scores,
     settings,
+    with_interval,
 )  # fmt: skip
 from .runner import load
 
@@ -45,16 +44,19 @@ def table(setting: Setting, arms: Arms) -> str:
             continue
         if with_operators:
             bounds = [np.log10(last(run["lipschitz"])).mean() for run in runs]
-            extra = [_cell(_largest(runs, "operator_sigma"), 2), _cell(bounds, 1)]
+            extra = [
+                with_interval((largest(run, "operator_sigma") for run in runs), 2),
+                with_interval(bounds, 1),
+            ]
         cells = [
-            escaped(str(arm)), seeds, _cell((run["train"][0] for run in runs), digits),
-            *(_cell((ended(run, name) for run in runs), digits)
+            escaped(str(arm)), seeds, with_interval((run["train"][0] for run in runs), digits),
+            *(with_interval((ended(run, name) for run in runs), digits)
               for name in ("train", "online", *(["test"] * has_test))),
-            _cell(_largest(runs, "sigma_max"), 2), *extra,
-            _cell((ended(run, "stable_rank") for run in runs), 1),
-            _cell((ended(run, "gradient_diversity") for run in runs), 1),
-            _cell((ended(run, "dormant") for run in runs), 2),
-            _cell((ended(run, "weight_norm") for run in runs), 1),
+            with_interval((largest(run, "sigma_max") for run in runs), 2), *extra,
+            with_interval((ended(run, "stable_rank") for run in runs), 1),
+            with_interval((ended(run, "gradient_diversity") for run in runs), 1),
+            with_interval((ended(run, "dormant") for run in runs), 2),
+            with_interval((ended(run, "weight_norm") for run in runs), 1),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -63,16 +65,6 @@ def table(setting: Setting, arms: Arms) -> str:
 def escaped(text: str) -> str:
     """Return ``text`` so that Markdown shows every character of a label as it is."""
     return re.sub(r"([\\|*`<>\[\]$])", r"\\\1", text)
-
-
-def _largest(runs: list[dict], name: str) -> list[float]:
-    """Return the mean over the last tasks of the largest of all matrices, for every run."""
-    return [float(np.mean([max(s) for s in last(run[name])])) for run in runs]
-
-
-def _cell(values: Iterable[float], digits: int = 3) -> str:
-    mean, half = interval(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def write(folder: Path) -> list[Path]:

@@ -309,10 +309,10 @@ def made(method, strength, seed, end, tasks=8):
 
 def test_intervals_are_students():
     x = np.random.default_rng().normal(size=6)
-    mean, half = report.interval(x)
+    mean, half = arms_of.interval(x)
     low, high = stats.t.interval(0.95, 5, loc=x.mean(), scale=stats.sem(x))
     assert (mean - half, mean + half) == pytest.approx((low, high))
-    assert math.isnan(report.interval([1.0, 2.0])[1])
+    assert math.isnan(arms_of.interval([1.0, 2.0])[1])
 
 
 @pytest.mark.takes_seconds
@@ -329,7 +329,7 @@ def test_report_has_every_arm_and_the_best_strength(tmp_path):
     found = text.read_text()
     rows = [line.split(" | ") for line in found.splitlines() if line.startswith("| l2 0.001")]
     ends = [report.ended(run, "train") for run in runs if run["strength"] == 1e-3]
-    mean, half = report.interval(ends)
+    mean, half = arms_of.interval(ends)
     assert rows[0][1] == "3"
     assert rows[0][3] == f"{mean:.3f} ± {half:.3f}"
     assert "held out" not in found
