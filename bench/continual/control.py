@@ -28,7 +28,7 @@ from spectral_kernels import diagnostics
 
 from . import own
 from .methods import METHODS
-from .train import LR, plasticity, rounded
+from .train import LR, plasticity, rounded, why_failed
 
 ENVIRONMENTS = 8
 PHYSICS = "gravity", "masscart", "masspole", "length", "force_mag"
@@ -211,7 +211,7 @@ def run(key, progress: Callable[[int], Any] = lambda epochs: None, limit: float 
         )  # fmt: skip
         for name, value in measured.items():
             found.setdefault(name, []).append(value)
-        if time.perf_counter() - began > limit and task + 1 < key.tasks:
-            found["failed"] = f"more than {limit:g} seconds, after {task + 1} of {key.tasks} tasks"
+        if (why := why_failed(learner.policy, key, task + 1, began, limit)) is not None:
+            found["failed"] = why
             break
     return {**key._asdict(), **{name: rounded(value) for name, value in found.items()}}

@@ -81,25 +81,28 @@ def run(
         seconds = time.perf_counter() - start
         measured = {"online": online / key.epochs, "seconds": seconds}
         measured |= scores(method.model, problem, task)
-        left = limit - (time.perf_counter() - began) if number < key.tasks else math.inf
-        why = _why_failed(method.model, limit, left)
+        why = why_failed(method.model, key, number, began, limit)
         if why is None and (key.tasks - number) % every == 0:
             measured |= {"measured": number} | measure(method.model, problem, task)
         for name, value in measured.items():
             found.setdefault(name, []).append(value)
         if why is not None:
-            found["failed"] = f"{why}, after {number} of {key.tasks} tasks"
+            found["failed"] = why
             break
     if own.known(key.problem):
         found["score"] = problem.score
     return {**key._asdict(), **{name: rounded(value) for name, value in found.items()}}
 
 
-def _why_failed(model: nn.Module, limit: float, left: float) -> str | None:
-    """Return why a run has failed, None if it has not; ``left`` are its last seconds."""
+def why_failed(
+    model: nn.Module, key: Key, number: int, began: float, limit: float
+) -> str | None:  # fmt: skip
+    """Return why a run that ``began`` has failed with its task ``number``, None if it has not."""
+    after = f"after {number} of {key.tasks} tasks"
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        return "parameters that are not finite"
-    return f"more than {limit:g} seconds" if left < 0 else None
+        return f"parameters that are not finite, {after}"
+    is_late = time.perf_counter() - began > limit and number < key.tasks
+    return f"more than {limit:g} seconds, {after}" if is_late else None
 
 
 def rounded(found: Any) -> Any:
