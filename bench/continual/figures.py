@@ -124,8 +124,7 @@ def picture(setting: Setting, arms: Arms, styles: Mapping[str, Style]) -> Figure
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
         means, bars = [], []
         for number, (arm, runs) in enumerate(chosen.items()):
-            curves = np.array([[over(v) for v in run[name]] for run in runs])
-            places, curves = in_blocks(measured(runs[0], name), curves)
+            places, curves = curves_of(runs, name, over)
             mean = curves.mean(0)
             halves = np.array([interval(column)[1] for column in curves.T])
             marked(ax, places, mean, halves, styles[arm.method],
@@ -157,6 +156,12 @@ def shown_arms(arms: Arms, bests: Mapping[str, Arm], lower: bool) -> Arms:
         [ended(run, "train") for run in arms[arm]]))  # fmt: skip
     kept = {*order[:MOST_CURVES], bests.get("none")}
     return {arm: arms[arm] for arm in bests.values() if arm in kept}
+
+
+def curves_of(runs: list[dict], name: str, over: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places [n] and curves [seeds, n] of a measurement, ``over`` all matrices."""
+    curves = np.array([[over(value) for value in run[name]] for run in runs])
+    return in_blocks(measured(runs[0], name), curves)
 
 
 def in_blocks(places: list[int], curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

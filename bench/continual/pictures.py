@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..support.figures import WIDTH, dress, log_scale, marked
 from . import figures
-from .arms import Arm, ended, finished, interval, measured
+from .arms import Arm, ended, finished, interval
 from .train import CONTROL
 
 ALWAYS = ("none", "l2", "spectral")  # have a curve, and the five best others
@@ -123,8 +123,7 @@ def _curves(runs: list[dict], name: str, over) -> tuple[np.ndarray, np.ndarray]:
     if name == "returns":
         curves = np.array([_filled([mean for task in run[name] for mean in task]) for run in runs])
         return (np.arange(curves.shape[1]) + 0.5) / len(runs[0][name][0]) + 0.5, curves
-    curves = np.array([[over(value) for value in run[name]] for run in runs])
-    return figures.in_blocks(measured(runs[0], name), curves)
+    return figures.curves_of(runs, name, over)
 
 
 def _filled(returns: list[float | None]) -> list[float]:
